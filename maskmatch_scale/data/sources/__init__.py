@@ -1,0 +1,1 @@
+"""Data sets that can be written as shards, one file each."""

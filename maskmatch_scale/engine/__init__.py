@@ -1,0 +1,1 @@
+"""Where the step runs: process group, device, DeepSpeed, the averaged teacher, checkpoints."""

@@ -1,0 +1,1 @@
+"""MaskMatch itself: views, pseudo-labels, losses, bases. Knows no engine and no data loader."""

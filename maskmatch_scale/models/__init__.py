@@ -1,0 +1,1 @@
+"""Segmenters: timm ViTs and transformers SegFormers whose masked units are never computed."""
