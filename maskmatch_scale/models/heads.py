@@ -1,0 +1,130 @@
+"""Segmentation heads: features of every level, (B, C, h, w), to logits at the finest level or at full resolution.
+
+With `shuffle` r > 1 the classifier gives classes × r² values a cell, laid out as r × r pixels (sub-pixel convolution,
+Shi et al., CVPR 2016, arXiv 1609.05158), so that structures thinner than a cell survive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def build_head(
+    name: str, channels: Sequence[int], strides: Sequence[int], num_classes: int, hidden_size: int, dropout: float
+) -> nn.Module:
+    """Build a head.
+
+    Args:
+        name: `segformer`, `linear` or `pixel_shuffle`.
+        channels: C of every level, finest first.
+        strides: pixels a cell of every level.
+        num_classes: number of classes.
+        hidden_size: width of the fused features of the `segformer` head.
+        dropout: before the classifier of the `segformer` head.
+
+    Raises:
+        ValueError: no such head.
+    """
+    build: dict[str, Callable[[], nn.Module]] = {
+        "segformer": lambda: SegformerHead(channels, num_classes, hidden_size, dropout),
+        "linear": lambda: LinearHead(channels, num_classes),
+        # Levels of several resolutions are fused first; a single one needs no fusing.
+        "pixel_shuffle": lambda: (
+            SegformerHead(channels, num_classes, hidden_size, dropout, strides[0])
+            if len(channels) > 1
+            else LinearHead(channels, num_classes, strides[0])
+        ),
+    }
+    if name not in build:
+        raise ValueError(f"head: {name!r} is not one of {', '.join(build)}")
+    return build[name]()
+
+
+def _upsampled_sum(levels: Sequence[Tensor]) -> Tensor:
+    """Sum of (B, C, h, w) levels, each bilinearly upsampled to the first one's size."""
+    total, size = levels[0], levels[0].shape[2:]
+    for level in levels[1:]:
+        total = total + F.interpolate(level, size=size, mode="bilinear", align_corners=False)
+    return total
+
+
+def _init(module: nn.Module) -> None:
+    """Initialise as transformers does SegFormer: normal weights of deviation 0.02, zero biases."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class LinearHead(nn.Module):
+    """A linear classifier on all levels, in DINOv2's sense: 1×1 convolution of the concatenated, upsampled features.
+
+    A 1×1 convolution commutes with bilinear upsampling, so every level is classified at its own resolution.
+    """
+
+    def __init__(self, channels: Sequence[int], num_classes: int, shuffle: int = 1) -> None:
+        super().__init__()
+        self.shuffle = shuffle
+        self.classifiers = nn.ModuleList(
+            nn.Conv2d(c, num_classes * shuffle**2, 1, bias=level == 0) for level, c in enumerate(channels)
+        )
+        self.apply(_init)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Logits (B, classes, h · shuffle, w · shuffle), h × w the finest level's size."""
+        logits = _upsampled_sum([classify(level) for classify, level in zip(self.classifiers, features)])
+        return F.pixel_shuffle(logits, self.shuffle)
+
+
+class _Projection(nn.Module):
+    """Holds `proj` under the name that transformers' `SegformerMLP` gives it."""
+
+    def __init__(self, channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, hidden_size)
+
+
+class SegformerHead(nn.Module):
+    """SegFormer's all-MLP head (arXiv 2105.15203), re-associated: the same logits for a fraction of the work.
+
+    As published: project every level to E channels, upsample, concatenate to 4·E channels, fuse by a 1×1 convolution.
+    Projection and fusion are linear and commute with upsampling, so they are multiplied together once and applied at
+    every level's own resolution; the 4·E-channel tensor never exists. Parameters keep transformers' names
+    (`SegformerDecodeHead`), so its checkpoints load both ways.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], num_classes: int, hidden_size: int, dropout: float, shuffle: int = 1
+    ) -> None:
+        super().__init__()
+        self.shuffle = shuffle
+        self.linear_projections = nn.ModuleList(_Projection(c, hidden_size) for c in channels)
+        self.linear_fuse = nn.Conv2d(hidden_size * len(channels), hidden_size, 1, bias=False)
+        self.batch_norm = nn.BatchNorm2d(hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Conv2d(hidden_size, num_classes * shuffle**2, 1)
+        self.apply(_init)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Logits (B, classes, h · shuffle, w · shuffle), h × w the finest level's size."""
+        weights, bias = self.fused_projections()
+        # One bias for the sum: upsampling leaves a constant alone.
+        biases = [bias, *[None] * (len(weights) - 1)]
+        levels = [F.conv2d(level, w[..., None, None], b) for level, w, b in zip(features, weights, biases)]
+        hidden = self.dropout(F.relu(self.batch_norm(_upsampled_sum(levels))))
+        return F.pixel_shuffle(self.classifier(hidden), self.shuffle)
+
+    def fused_projections(self) -> tuple[list[Tensor], Tensor]:
+        """Weight (E, C) of every level, and the bias (E,) of their sum, in the parameters' own dtype."""
+        projections: list[nn.Linear] = [module.proj for module in self.linear_projections]  # type: ignore[misc]
+        # The published head concatenates coarsest first.
+        fuse = self.linear_fuse.weight.flatten(1).chunk(len(projections), dim=1)[::-1]
+        # Autocast would round the product of two weights before it is ever used; both are float32 here.
+        with torch.autocast(self.linear_fuse.weight.device.type, enabled=False):
+            weights = [f @ projection.weight for f, projection in zip(fuse, projections)]
+            bias = torch.stack([f @ projection.bias for f, projection in zip(fuse, projections)]).sum(0)
+        return weights, bias

@@ -1,0 +1,118 @@
+"""Reading weights: the libraries' own and local files, into a segmenter's backbone and, where it fits, its head."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import SegformerForSemanticSegmentation
+
+from maskmatch_scale.models.segformer import OFFICIAL
+
+_log = logging.getLogger(__name__)
+
+_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
+
+
+def find_weights(pretrained: str | Path) -> Path:
+    """The weights file that a path names, or holds.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(pretrained)
+    candidates = [path / name for name in _FILES] if path.is_dir() else [path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    looked = f"holds none of {', '.join(_FILES)}" if path.is_dir() else "does not exist"
+    raise ValueError(f"pretrained: {str(path)!r} {looked}; give a .safetensors or .pth file, or a folder with one")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """State dict of a `.safetensors` or a torch file; nothing but tensors is unpickled.
+
+    Raises:
+        ValueError: the file cannot be read, or holds no state dict.
+    """
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"pretrained: cannot read {str(path)!r} as weights: {error}") from error
+    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"pretrained: {str(path)!r} holds no state dict of tensors")
+    return state
+
+
+def read_own(path: Path) -> dict[str, Tensor] | None:
+    """State dict of a file that was saved from a segmenter; None for a folder or a file in a library's own names."""
+    if path.is_dir():
+        return None
+    state = read_weights(find_weights(path))
+    return state if any(name.startswith("backbone.") for name in state) else None
+
+
+def load_own(segmenter: nn.Module, state: dict[str, Tensor], source: object) -> None:
+    """Load a state dict in a segmenter's own names; a head of another shape or kind stays as it was built.
+
+    Raises:
+        ValueError: the backbone's weights do not fit.
+    """
+    current = segmenter.state_dict()
+    wrong = [
+        name
+        for name in current
+        if name.startswith("backbone.") and (name not in state or state[name].shape != current[name].shape)
+    ]
+    if wrong:
+        raise ValueError(f"pretrained: {str(source)!r} does not fit the backbone, e.g. {wrong[0]}; is it another size?")
+    fits = {name: value for name, value in state.items() if name in current and current[name].shape == value.shape}
+    segmenter.load_state_dict(fits, strict=False)
+    fresh = [name for name in current if name not in fits and not name.startswith("context.")]
+    if fresh:
+        _log.info("%s: %d tensors of the head stay at their random start, e.g. %s", source, len(fresh), fresh[0])
+
+
+def segformer_weights(source: str | Path, config: Any) -> dict[str, Tensor]:
+    """Weights of a SegFormer of transformers, in a segmenter's names (`backbone.…`, `head.…`).
+
+    transformers reads them itself, so checkpoints of its versions 4 and 5, and encoders trained on ImageNet, all load.
+    Tensors that the source does not hold are left out.
+
+    Args:
+        source: `segformer-b0` … `-b5` (the ImageNet encoders `nvidia/mit-b0` … of the hub), a folder, or a file.
+        config: the model's `SegformerConfig`.
+
+    Raises:
+        ValueError: the source cannot be read; a tensor of the encoder is missing or of another shape.
+    """
+    state = None
+    name: str | None = str(source).replace("segformer-", "nvidia/mit-") if source in OFFICIAL else str(source)
+    if Path(source).is_file():
+        state, name = read_weights(Path(source)), None
+    try:
+        model, info = SegformerForSemanticSegmentation.from_pretrained(
+            name, config=config, state_dict=state, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except OSError as error:
+        raise ValueError(f"pretrained: transformers finds no weights at {name!r}: {error}") from error
+    absent = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    wrong = sorted(key for key in absent if key.startswith("segformer."))
+    if wrong:
+        raise ValueError(f"pretrained: {str(source)!r} does not fit the backbone, e.g. {wrong[0]}; is it another size?")
+    return {to_own_name(key): value for key, value in model.state_dict().items() if key not in absent}
+
+
+def to_own_name(name: str) -> str:
+    """Name of a `SegformerForSemanticSegmentation` tensor in a segmenter."""
+    return name.replace("segformer.", "backbone.", 1).replace("decode_head.", "head.", 1)
+
+
+def to_transformers_name(name: str) -> str:
+    """Name of a segmenter's tensor in `SegformerForSemanticSegmentation`."""
+    return name.replace("backbone.", "segformer.", 1).replace("head.", "decode_head.", 1)
