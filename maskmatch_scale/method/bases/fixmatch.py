@@ -1,0 +1,24 @@
+"""FixMatch for segmentation: one strong view must give the pseudo-label of the weak one (UniMatch's baseline)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from maskmatch_scale.method.bases import PseudoLabels
+from maskmatch_scale.method.losses import cross_entropy_sum
+from maskmatch_scale.method.views import Unlabelled, View
+
+
+class FixMatch:
+    """L_u = (1/|ω|) Σ_ω 1[c ≥ τ] CE(S(u_s), ŷ)."""
+
+    def views(self, unlabelled: Unlabelled) -> tuple[View, ...]:
+        """The strong view alone."""
+        return (unlabelled.strong,)
+
+    def loss_sum(self, logits: Sequence[Tensor], views: Sequence[View], pseudo: PseudoLabels) -> Tensor:
+        """Cross-entropy on the confident valid pixels of the strong view."""
+        mixed = pseudo.mixed(views[0].cutmix)
+        return cross_entropy_sum(logits[0], mixed.labels, mixed.confident & views[0].valid)

@@ -1,0 +1,22 @@
+"""No unlabelled loss: the baseline, and the base on which the masked loss can stand alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from maskmatch_scale.method.bases import PseudoLabels
+from maskmatch_scale.method.views import Unlabelled, View
+
+
+class Supervised:
+    """L_u = 0."""
+
+    def views(self, unlabelled: Unlabelled) -> tuple[View, ...]:
+        """No view."""
+        return ()
+
+    def loss_sum(self, logits: Sequence[Tensor], views: Sequence[View], pseudo: PseudoLabels) -> Tensor:
+        """Never called: there is no view to take a loss on."""
+        raise AssertionError("the supervised base has no views")

@@ -1,0 +1,194 @@
+"""One step of MaskMatch: its views, its losses, in the order in which they happen.
+
+    step = maskmatch.prepare(batch, position …)      views and visible units are drawn
+    pixels = step.denominators(…)                    summed over ranks and micro-batches by the caller
+    pseudo = maskmatch.pseudo_label(step, teacher)   the teacher labels the whole weak view
+    loss, sums = maskmatch(step, pseudo, scale)      the student, all views in one call (DeepSpeed needs it so)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from maskmatch_scale.data.stream import Batch
+from maskmatch_scale.method.bases import Base, PseudoLabels
+from maskmatch_scale.method.bases.fixmatch import FixMatch
+from maskmatch_scale.method.bases.supervised import Supervised
+from maskmatch_scale.method.losses import cross_entropy_sum, denominator
+from maskmatch_scale.method.pseudo_labels import multi_scale_pseudo_labels
+from maskmatch_scale.method.views import Unlabelled, View
+from maskmatch_scale.models.segmenter import Segmenter
+from maskmatch_scale.models.units import sample_visible, visible_count, visible_pixel_mask
+from maskmatch_scale.recipe import MaskRecipe, MethodRecipe
+from maskmatch_scale.seeds import generator
+
+BASES: dict[str, Callable[[], Base]] = {"fixmatch": FixMatch, "supervised": Supervised}
+PARTS = ("loss_x", "loss_u", "loss_m")
+"""The losses of a step, in the order of every tensor of three below."""
+
+
+@dataclass(frozen=True)
+class MaskedView:
+    """The view that the student sees in part."""
+
+    view: View
+    visible: Tensor
+    """int64 (U, k): visible units, sorted."""
+    counted: Tensor
+    """bool (U, h, w): ω ∩ R, where the masked loss is taken."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch with every view drawn; nothing here needs a gradient."""
+
+    labelled_images: Tensor
+    """float (B, 3, h, w), values 0–1."""
+    labels: Tensor
+    """int64 (B, h, w)."""
+    labelled_pixels: Tensor
+    """bool (B, h, w): pixels with a label."""
+    unlabelled: Unlabelled | None
+    """None during burn-in and in runs without an unlabelled loss."""
+    views: tuple[View, ...]
+    masked: MaskedView | None
+
+
+class MaskMatch(nn.Module):
+    """The student and the losses of one step (Pan et al., arXiv 2312.08631; details of our choice in docs/method.md).
+
+    Args:
+        segmenter: the student.
+        recipe: the `method` section.
+        seed: of the run.
+        ignore_index: label value of pixels that do not count.
+        class_weight: float (classes,) weights of the labelled loss, or None.
+    """
+
+    mean: Tensor
+    std: Tensor
+    class_weight: Tensor | None
+
+    def __init__(
+        self, segmenter: Segmenter, recipe: MethodRecipe, seed: int, ignore_index: int, class_weight: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+        self.recipe = recipe
+        self.seed = seed
+        self.ignore_index = ignore_index
+        self.base = BASES[recipe.base]()
+        self.register_buffer("mean", torch.tensor(segmenter.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(segmenter.std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("class_weight", class_weight, persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Values 0–1 to what the backbone expects."""
+        return (images - self.mean) / self.std
+
+    def prepare(self, batch: Batch, step: int) -> Step:
+        """Draw every view of a micro-batch.
+
+        Args:
+            batch: on the device.
+            step: number of the optimizer step, from 0; below ``burn_in_steps`` nothing unlabelled is made.
+        """
+        unlabelled, views, masked = None, (), None
+        if uses_unlabelled(self.recipe) and step >= self.recipe.burn_in_steps:
+            weak = View(batch.unlabelled_images / 255, batch.unlabelled_valid, None)
+            unlabelled = Unlabelled(weak, batch.unlabelled_positions, self.recipe.strong_view, self.seed)
+            views = self.base.views(unlabelled)
+            if self.recipe.mask.keep is not None:
+                masked = self._masked_view(unlabelled, self.recipe.mask, self.recipe.mask.keep)
+        return Step(
+            batch.labelled_images / 255, batch.labels, batch.labels != self.ignore_index, unlabelled, views, masked
+        )
+
+    def _masked_view(self, unlabelled: Unlabelled, recipe: MaskRecipe, keep: float) -> MaskedView:
+        view = unlabelled.weak if recipe.view == "weak" else unlabelled.strong
+        grid = self.segmenter.unit_grid(view.images.shape[-2], view.images.shape[-1])
+        k = visible_count(grid, keep)
+        draws = [sample_visible(1, grid, k, generator(self.seed, "mask", p)) for p in unlabelled.positions]
+        visible = torch.cat(draws).to(view.images.device, non_blocking=True)
+        counted = view.valid
+        if recipe.pixels != "all":
+            seen = visible_pixel_mask(visible, grid, self.segmenter.unit_px)
+            counted = counted & (seen if recipe.pixels == "visible" else ~seen)
+        return MaskedView(view, visible, counted)
+
+    def denominators(self, step: Step) -> Tensor:
+        """Pixels (weights for the labelled loss) that this micro-batch adds to each mean: float64 (3,)."""
+        zero = torch.zeros((), dtype=torch.float64, device=step.labels.device)
+        return torch.stack(
+            [
+                denominator(step.labels, step.labelled_pixels, self.class_weight),
+                sum((view.valid.sum() for view in step.views), zero),
+                step.masked.counted.sum() + zero if step.masked else zero,
+            ]
+        )
+
+    @torch.no_grad()
+    def pseudo_label(self, step: Step, teacher: Callable[[Tensor], Tensor]) -> PseudoLabels | None:
+        """ŷ and 1[c ≥ τ] of the weak view; None if the step has no use for them."""
+        if step.unlabelled is None:
+            return None
+        images = self.normalise(step.unlabelled.weak.images)
+        labels, confidence = multi_scale_pseudo_labels(teacher, images, self.recipe.scales)
+        return PseudoLabels(labels, confidence >= self.recipe.threshold)
+
+    def forward(self, step: Step, pseudo: PseudoLabels | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The student on every view.
+
+        Args:
+            step: from :meth:`prepare`.
+            pseudo: from :meth:`pseudo_label`.
+            scale: float64 (3,): what each part's sum over pixels is multiplied with; the caller's one over the global
+                denominators, times whatever undoes the engine's averaging over ranks and micro-batches.
+
+        Returns:
+            The loss to go backward from (scalar), and the parts' sums over pixels, detached: float32 (3,).
+        """
+        zero = step.labelled_images.new_zeros(())
+        sizes = [len(step.labelled_images), *(len(view.images) for view in step.views)]
+        # Labelled and strong views have one shape: one forward for all of them.
+        images = torch.cat([step.labelled_images, *(view.images for view in step.views)])
+        logits, *view_logits = self.segmenter(self.normalise(images)).split(sizes)
+        sum_x = cross_entropy_sum(logits, step.labels, step.labelled_pixels, self.class_weight)
+        sum_u = sum_m = zero
+        if pseudo is not None and step.views:
+            sum_u = self.base.loss_sum(view_logits, step.views, pseudo)
+        if pseudo is not None and step.masked is not None:
+            sum_m = self._masked_loss_sum(step.masked, pseudo)
+        sums = torch.stack([sum_x, sum_u, sum_m])
+        weights = scale.new_tensor([1.0, self.recipe.unlabelled_weight, self.recipe.mask.weight])
+        loss = (sums * (scale * weights).to(sums.dtype)).sum()
+        return loss, sums.detach()
+
+    def _masked_loss_sum(self, masked: MaskedView, pseudo: PseudoLabels) -> Tensor:
+        """Σ over ω ∩ R of 1[c ≥ τ] CE(S(u_m, visible = V), ŷ)."""
+        target = pseudo.mixed(masked.view.cutmix)
+        logits = self.segmenter(self.normalise(masked.view.images), masked.visible, self.recipe.mask.mode)
+        return cross_entropy_sum(logits, target.labels, target.confident & masked.counted)
+
+
+def uses_unlabelled(recipe: MethodRecipe) -> bool:
+    """Whether any loss of the recipe looks at unlabelled images."""
+    return recipe.base != "supervised" or recipe.mask.keep is not None
+
+
+def class_weights(pixels: Tensor) -> Tensor:
+    """`method.class_weights: inverse_sqrt`: (share of pixels)^-1/2, scaled so that its mean over pixels is 1.
+
+    Args:
+        pixels: int64 (classes,) pixel counts; a class without pixels gets weight 0, it is never met.
+
+    Returns:
+        float32 (classes,).
+    """
+    share = pixels.double() / pixels.sum()
+    weight = torch.where(share > 0, share.clamp(min=torch.finfo(torch.float64).tiny).rsqrt(), share)
+    return (weight / (share * weight).sum()).float()

@@ -1,0 +1,375 @@
+"""The recipe of a run: every key, its unit, its default.
+
+A recipe is a YAML file in sections; ``section.key=value`` overrides come after it. OmegaConf reads and merges,
+pydantic types and checks, and every mistake is one :class:`RecipeError` that names the key and the value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from yaml import YAMLError
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run: the message names the key, its value and what to do."""
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys and wrong types are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+def _pair(value: object) -> object:
+    """One number stands for both sides of a square; strict typing wants a tuple where YAML has a list."""
+    return (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list) else value
+
+
+def _ascending(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("the first number must not be larger than the second")
+    return value
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+SidesPx = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(_pair)]
+ScaleRange = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
+
+
+class DataRecipe(Section):
+    """Where samples come from, and the weak view made of them."""
+
+    root: str
+    """Shard folder: tar shards and their index.json (`maskmatch shards write`)."""
+    labelled_count: Annotated[int, Field(ge=1)] | None = None
+    """How many labelled samples are drawn from the `labelled` stream; null = all of them."""
+    split_seed: int = 0
+    """Which labelled samples are drawn."""
+    unlabelled_per_labelled: Annotated[int, Field(ge=1)] = 1
+    """Unlabelled images in a batch for each labelled one."""
+    crop_px: SidesPx = (512, 512)
+    """Height and width of a training crop in px (one number: a square)."""
+    scale_range: ScaleRange = (0.5, 2.0)
+    """Weak view: factor by which an image is resized before the crop, log-uniform between the two."""
+    flip_probability: Probability = 0.5
+    """Weak view: share of crops mirrored left-right. 0 where handedness means something (text, music)."""
+    rare_class_crops: Probability = 0.0
+    """Share of labelled crops laid around a pixel of a class drawn by frequency^-1/2, so that rare classes are seen."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Loader processes a rank; 0 loads between steps."""
+
+
+class ModelRecipe(Section):
+    """The network."""
+
+    backbone: str
+    """`timm/<name>`, `transformers/segformer-b0` … `-b5`, or `transformers/<folder with a config.json>`."""
+    head: Literal["segformer", "linear", "pixel_shuffle"] | None = None
+    """null = the family's usual one (segformer for SegFormer, linear for ViT)."""
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    """null = as many as the index of the data names."""
+    unit_px: Annotated[int, Field(ge=1)] | None = None
+    """Side of a masking unit in px; null = the family's usual one."""
+    pretrained: bool | str | None = None
+    """null or false = random, true = the library's own weights, or a local file or folder."""
+    backbone_options: dict[str, Any] = {}
+    """Keyword arguments for timm.create_model, or keys of SegformerConfig, that replace the library's."""
+    batchnorm: Literal["per_rank", "frozen"] = "per_rank"
+    """BatchNorm in the segformer head: statistics of each rank's own batch, or the running ones, never changed."""
+
+
+class MaskRecipe(Section):
+    """The masked-modelling task: predict the segmentation from some units only."""
+
+    keep: Annotated[float, Field(gt=0, le=1)] | None = 0.3
+    """Share of units the student sees; null turns the masked loss off."""
+    mode: Literal["drop", "zero"] = "drop"
+    """drop: masked units are not computed. zero: their pixels are painted (MIC's way, saves nothing)."""
+    view: Literal["weak", "strong"] = "weak"
+    """Which view is masked."""
+    pixels: Literal["all", "masked", "visible"] = "all"
+    """Where the masked loss is taken."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """λ_m."""
+
+
+class StrongViewRecipe(Section):
+    """Photometric strong view, drawn for each image by itself. A strength of 0 switches an operation off."""
+
+    brightness: Annotated[float, Field(ge=0)] = 0.5
+    """Factor drawn from [max(0, 1-b), 1+b]."""
+    contrast: Annotated[float, Field(ge=0)] = 0.5
+    """Factor drawn from [max(0, 1-c), 1+c], around the image's own mean grey."""
+    saturation: Annotated[float, Field(ge=0)] = 0.5
+    """Factor drawn from [max(0, 1-s), 1+s]."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.25
+    """Shift drawn from [-h, h], in turns of the colour circle."""
+    jitter_probability: Probability = 0.8
+    """Share of images whose colours are jittered."""
+    grey_probability: Probability = 0.2
+    """Share of images turned grey."""
+    blur_sigma_px: ScaleRange = (0.1, 2.0)
+    """Gaussian blur: standard deviation in px."""
+    blur_probability: Probability = 0.5
+    """Share of images blurred."""
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    """Gaussian noise: largest standard deviation (drawn from 0 to this), pixel values 0–1."""
+    cutmix_probability: Probability = 0.5
+    """Share of images that get a box of their neighbour in the batch."""
+    cutmix_area: ScaleRange = (0.02, 0.4)
+    """Box area as a share of the image."""
+
+
+class MethodRecipe(Section):
+    """MaskMatch: a weak-to-strong base, with masks and a multi-scale ensemble on top."""
+
+    base: Literal["supervised", "fixmatch"] = "fixmatch"
+    """Weak-to-strong base."""
+    mask: MaskRecipe = MaskRecipe()
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 1.5)
+    """Q: scales at which the teacher labels an image; [1.0] switches the ensemble off."""
+    threshold: Probability = 0.95
+    """τ: a pixel counts where the teacher's confidence reaches it."""
+    unlabelled_weight: Annotated[float, Field(ge=0)] = 1.0
+    """λ_u: weight of the base's unlabelled loss."""
+    burn_in_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps at the start with the labelled loss alone; nothing unlabelled is computed in them."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.996
+    """α: largest decay of the teacher's average; the decay at step t is min(1 - 1/(t+1), α)."""
+    class_weights: Literal["none", "inverse_sqrt"] = "none"
+    """Weights of the labelled loss; inverse_sqrt: (share of the drawn labelled pixels)^-1/2, mean 1 over pixels."""
+    strong_view: StrongViewRecipe = StrongViewRecipe()
+
+
+class OptimRecipe(Section):
+    """AdamW and its schedule. No decay on biases, norms and other one-dimensional parameters."""
+
+    lr: Positive = 1e-4
+    """Peak learning rate."""
+    head_lr_multiplier: Positive = 1.0
+    """Factor on it for the head and the context decoder."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear rise to the peak."""
+    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    """Fall to zero at the last step."""
+    poly_power: Positive = 0.9
+    clip_norm: Positive | None = None
+    """Largest norm of the whole gradient; null = never clipped."""
+
+
+class EngineRecipe(Section):
+    """How the step runs on the hardware."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """DeepSpeed ZeRO stage."""
+    precision: Literal["fp32", "bf16", "autocast-bf16"] = "fp32"
+    """bf16: bf16 weights with fp32 masters. autocast-bf16: fp32 weights, bf16 arithmetic."""
+    micro_batch: Annotated[int, Field(ge=1)] = 2
+    """Labelled images a rank in one forward and backward."""
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    """Micro-batches a rank in one step."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads a rank; null = cores shared out among the ranks of a machine."""
+
+
+class EvaluationRecipe(Section):
+    """Sliding-window evaluation at the label's own resolution."""
+
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Smallest share by which neighbouring windows (of data.crop_px) overlap."""
+    window_batch: Annotated[int, Field(ge=1)] = 8
+    """Windows in one forward."""
+    pictures: Annotated[int, Field(ge=0)] = 4
+    """Held-out samples whose predictions are kept for the report."""
+
+
+class RunRecipe(Section):
+    """The run itself."""
+
+    dir: str
+    """Run directory."""
+    steps: Annotated[int, Field(ge=1)]
+    """Optimiser steps."""
+    seed: int = 0
+    """Everything random but the labelled draw follows from it."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 1000
+    """Steps between checkpoints; 0 = at the end only."""
+    evaluate_every: Annotated[int, Field(ge=0)] = 1000
+    """Steps between evaluations on `dev`; 0 = at the end only."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Steps between lines of progress; metrics wait on the device until then."""
+    max_nonfinite_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps with a non-finite loss that are left out before the run stops (above 0: one device sync a step)."""
+
+
+class Recipe(Section):
+    """Everything a run depends on, apart from the machine."""
+
+    data: DataRecipe
+    model: ModelRecipe
+    method: MethodRecipe = MethodRecipe()
+    optim: OptimRecipe = OptimRecipe()
+    engine: EngineRecipe = EngineRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    run: RunRecipe
+
+    @model_validator(mode="after")
+    def _sound_together(self) -> Recipe:
+        if self.engine.zero_stage == 0 and self.engine.precision == "bf16":
+            raise ValueError(
+                "engine.zero_stage=0 with engine.precision=bf16: DeepSpeed takes a hidden optimizer step there; "
+                "use engine.zero_stage=1 or engine.precision=autocast-bf16"
+            )
+        if self.engine.precision == "bf16" and (self.model.head or "") == "segformer":
+            raise ValueError(
+                "engine.precision=bf16 with model.head=segformer: its BatchNorm buffers stay fp32 and the forward "
+                "fails; use engine.precision=autocast-bf16"
+            )
+        if self.run.steps <= self.optim.warmup_steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps}: must be below run.steps={self.run.steps}"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML, readable by :func:`load_recipe` again."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file, apply ``section.key=value`` overrides, check everything.
+
+    Args:
+        path: YAML file.
+        overrides: for example ``["run.steps=20", "method.scales=[0.5,1]", "method.mask.keep=null"]``.
+
+    Returns:
+        The recipe, frozen.
+
+    Raises:
+        RecipeError: one line that names the key, its value and the nearest valid key or what is allowed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"recipe {path}: no such file")
+    try:
+        config = OmegaConf.load(path)
+        if not isinstance(config, DictConfig):
+            raise RecipeError(f"recipe {path}: not a mapping of sections; see configs/ for examples")
+        for override in overrides:
+            key, equals, _ = override.partition("=")
+            if not equals or not key:
+                raise RecipeError(f"override {override!r}: write it as section.key=value")
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
+        content = OmegaConf.to_container(config, resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise RecipeError(f"recipe {path}: {' '.join(str(error).split())}") from None
+    return parse_recipe(content, source=str(path))
+
+
+def parse_recipe(content: object, source: str = "recipe") -> Recipe:
+    """Check plain nested data as :func:`load_recipe` does; ``source`` opens every message.
+
+    Raises:
+        RecipeError: as :func:`load_recipe`.
+    """
+    try:
+        # As JSON, so that strict typing still takes a YAML list for a tuple.
+        return Recipe.model_validate_json(json.dumps(content))
+    except TypeError as error:
+        raise RecipeError(f"{source}: {error}") from None
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first mistake as one line, unknown keys first: they usually explain the missing ones."""
+    details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+    first = details[0]
+    key = _dotted(first["loc"])
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}={_shown(first['input'])}; did you mean {_nearest(key)}?{more}"
+    if first["type"] == "missing":
+        return f"missing key {key}: it has no default{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    return message + more if not key else f"{key}={_shown(first['input'])}: {message}{more}"
+
+
+def _nearest(key: str) -> str:
+    """The valid key most like an unknown one: by its last name first, by what its docstring says of it next."""
+    section, _, name = key.rpartition(".")
+    words = name.replace("_", " ").lower()
+    docs = {full: field.description or "" for full, field in _fields(Recipe)}
+    valid = sorted({prefix for full in docs for prefix in _prefixes(full)})
+
+    def likeness(candidate: str) -> float:
+        its_section, _, its_name = candidate.rpartition(".")
+        named = difflib.SequenceMatcher(None, name, its_name).ratio()
+        described = max(
+            (difflib.SequenceMatcher(None, words, phrase).ratio() for phrase in _phrases(docs, candidate, words)),
+            default=0.0,
+        )
+        return max(named, 0.9 * described) + 0.2 * (its_section == section)
+
+    return max(valid, key=likeness)
+
+
+def _phrases(docs: Mapping[str, str], key: str, like: str) -> Iterator[str]:
+    """Runs of as many words as ``like`` has in a key's docstring, if it has at least two."""
+    count = len(like.split())
+    words = docs.get(key, "").lower().replace(".", " ").split()
+    if count >= 2:
+        for start in range(len(words) - count + 1):
+            yield " ".join(words[start : start + count])
+
+
+def _dotted(location: Sequence[str | int]) -> str:
+    """Location of a mistake as a dotted key, without pydantic's names for union members and list places."""
+    key = ""
+    valid = {prefix for name in _keys(Recipe) for prefix in _prefixes(name)}
+    for part in location:
+        longer = f"{key}.{part}" if key else str(part)
+        if key in valid and longer not in valid and _is_leaf(key):
+            break
+        key = longer
+    return key
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        yield ".".join(parts[:end])
+
+
+def _is_leaf(key: str) -> bool:
+    return key in set(_keys(Recipe))
+
+
+def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of the recipe, dotted, with its field."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def _keys(section: type[BaseModel]) -> Iterator[str]:
+    return (key for key, _ in _fields(section))
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value) if not isinstance(value, Mapping) else "{…}"
