@@ -56,7 +56,7 @@ def build_vit(
         model = timm.create_model(name, pretrained=bool(weights), **arguments)
     except TypeError as error:  # only a ViT takes dynamic_img_size
         raise ValueError(
-            f"backbone: timm/{name} is no ViT whose tokens can be dropped, or backbone_options has an unknown key: {error}"
+            f"backbone: timm/{name} is no ViT that can drop tokens, or backbone_options has an unknown key: {error}"
         ) from error
     _refuse_undroppable(name, model)
     # Tokens, not a pooled vector: no pooling parameters that would never see a gradient.
