@@ -1,0 +1,120 @@
+"""Checkpoints that are whole or not there.
+
+    checkpoints/
+      latest                    name of the newest complete checkpoint
+      step-00000400/
+        engine/                 DeepSpeed's own files: masters and optimizer state, each rank its shard
+        student.safetensors     whole fp32 weights, for evaluation and export
+        ema.safetensors         whole fp32 teacher
+        state.json              step, world size, versions
+
+Everything is written into `.step-00000400.writing`, flushed, and renamed when every rank has finished, so that a crash
+leaves the checkpoint before it in place. The stream's state is the step (data/stream.py), every generator is made from
+the seed and a position: there is no random state to save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from maskmatch_scale.engine.ema import StoredTeacher
+from maskmatch_scale.engine.setup import Runtime
+from maskmatch_scale.engine.zero import ZeroEngine
+
+
+class CheckpointError(ValueError):
+    """No checkpoint to continue from, or one that does not fit; the message says what to do."""
+
+
+def save_checkpoint(run: Path, step: int, engine: ZeroEngine, teacher: StoredTeacher, runtime: Runtime) -> Path:
+    """Write `checkpoints/step-XXXXXXXX` after optimizer step ``step``; all ranks call it together."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    writing = folder.with_name(f".{folder.name}.writing")
+    if runtime.rank == 0:
+        for leftover in folder.parent.glob(".step-*.writing"):
+            shutil.rmtree(leftover)
+        writing.mkdir(parents=True)
+    runtime.barrier()
+    engine.deepspeed.save_checkpoint(str(writing), tag="engine", save_latest=False)
+    student = engine.full_fp32_parameters()
+    student |= {name: buffer.cpu() for name, buffer in engine.student.named_buffers() if name in _persistent(engine)}
+    average = teacher.full_state()
+    if runtime.rank == 0:
+        _save(student, writing / "student.safetensors")
+        _save(average, writing / "ema.safetensors")
+        state = {"step": step, "world_size": runtime.world_size, "torch": torch.__version__}
+        _write_flushed(writing / "state.json", json.dumps(state, indent=1))
+    runtime.barrier()
+    if runtime.rank == 0:
+        if folder.exists():
+            shutil.rmtree(folder)
+        writing.rename(folder)
+        beside = folder.parent / ".latest"
+        _write_flushed(beside, folder.name)
+        beside.rename(folder.parent / "latest")
+    runtime.barrier()
+    return folder
+
+
+def load_checkpoint(folder: Path, engine: ZeroEngine, teacher: StoredTeacher, runtime: Runtime) -> int:
+    """Restore student, optimizer and teacher bit for bit; all ranks call it together.
+
+    Returns:
+        The number of optimizer steps taken.
+
+    Raises:
+        CheckpointError: written by another number of ranks.
+    """
+    state = json.loads((folder / "state.json").read_text())
+    if state["world_size"] != runtime.world_size:
+        raise CheckpointError(
+            f"{folder}: written by {state['world_size']} ranks, this run has {runtime.world_size}; "
+            f"launch it with {state['world_size']}"
+        )
+    engine.deepspeed.load_checkpoint(str(folder), tag="engine")
+    teacher.load_full_state(load_file(folder / "ema.safetensors"))
+    return int(state["step"])
+
+
+def find_checkpoint(where: Path) -> Path:
+    """The complete checkpoint meant by a run directory, its `checkpoints` folder, or a checkpoint itself.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (where / "state.json").is_file():
+        return where
+    for folder in (where / "checkpoints", where):
+        if (folder / "latest").is_file():
+            return folder / (folder / "latest").read_text().strip()
+    raise CheckpointError(f"{where}: no complete checkpoint here (a `latest` file or a step-XXXXXXXX folder)")
+
+
+def load_weights(folder: Path, weights: str) -> dict[str, Tensor]:
+    """Whole fp32 weights of a checkpoint; ``weights`` is `ema` or `student`."""
+    return load_file(folder / f"{weights}.safetensors")
+
+
+def _persistent(engine: ZeroEngine) -> set[str]:
+    return set(engine.student.state_dict())
+
+
+def _save(state: dict[str, Tensor], path: Path) -> None:
+    # safetensors refuses tensors that share memory or have gaps.
+    save_file({name: value.contiguous() for name, value in state.items()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write_flushed(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,96 @@
+"""Pictures of predictions on held-out samples, for the report: index maps as palette PNGs in the class colours."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maskmatch_scale.data.shards import ShardIndex
+from maskmatch_scale.data.stream import evaluation_samples
+from maskmatch_scale.evaluation.evaluate import Window
+from maskmatch_scale.models.segmenter import Segmenter
+from maskmatch_scale.models.units import sample_visible, visible_count, visible_pixel_mask
+from maskmatch_scale.recipe import MaskRecipe
+from maskmatch_scale.seeds import generator
+
+
+def save_pictures(
+    folder: Path, root: str, split: str, count: int, models: dict[str, Callable[[Tensor], Tensor]], window: Window
+) -> list[Path]:
+    """Write image, label map and each model's prediction of ``count`` samples spread over a split.
+
+    Args:
+        folder: `RUN/pictures/<split>`; one folder a sample goes into it.
+        root: shard folder.
+        split: stream name.
+        count: how many samples.
+        models: `ema` and `student` segmenters, in eval mode.
+        window: how images are cut.
+
+    Returns:
+        The samples' folders.
+    """
+    index = ShardIndex.load(root)
+    palette = flat_palette(index.palette)
+    spread = max(1, index.stream(split).samples // max(1, count))
+    written = []
+    for number, key, image, label in itertools.islice(evaluation_samples(root, split, 0, 1), 0, count * spread, spread):
+        target = folder / f"{number:05d}-{Path(key).name}"
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(target / "image.png")
+        save_map(label, palette, target / "label.png")
+        for name, model in models.items():
+            save_map(window.predict(model, image), palette, target / f"prediction-{name}.png")
+        written.append(target)
+    described = {"classes": index.classes, "palette": index.palette, "ignore_index": index.ignore_index}
+    (folder / "classes.json").write_text(json.dumps(described))
+    return written
+
+
+@torch.no_grad()
+def save_masked_pictures(
+    samples: Sequence[Path], segmenter: Segmenter, recipe: MaskRecipe, seed: int, window: Window
+) -> None:
+    """Beside the pictures of :func:`save_pictures`: the visible units, and the prediction made from them alone.
+
+    One training crop from the middle of the page is masked as in training; the rest of the picture is left grey.
+    """
+    assert recipe.keep is not None
+    grid = segmenter.unit_grid(*window.size_px)
+    for number, folder in enumerate(samples):
+        with Image.open(folder / "image.png") as picture, Image.open(folder / "label.png") as label:
+            pixels = np.array(picture)
+            palette = label.getpalette() or []
+        rows, columns = window.size_px
+        if pixels.shape[0] < rows or pixels.shape[1] < columns:
+            continue
+        top, left = (pixels.shape[0] - rows) // 2, (pixels.shape[1] - columns) // 2
+        crop = pixels[top : top + rows, left : left + columns]
+        visible = sample_visible(1, grid, visible_count(grid, recipe.keep), generator(seed, "picture mask", number))
+        seen = visible_pixel_mask(visible, grid, segmenter.unit_px)[0].numpy()
+        Image.fromarray(np.where(seen[..., None], crop, np.uint8(128))).save(folder / "visible.png")
+        Image.fromarray(crop).save(folder / "visible-image.png")
+        images = window.normalise(torch.from_numpy(crop.transpose(2, 0, 1).copy()))[None]
+        logits = segmenter(images, visible.to(images.device), recipe.mode)
+        scores = torch.nn.functional.interpolate(logits.float(), size=window.size_px, mode="bilinear")
+        save_map(scores.argmax(1)[0].cpu(), palette, folder / "prediction-visible.png")
+
+
+def save_map(classes: Tensor, palette: Sequence[int], path: Path) -> None:
+    """An integer map (H, W) as a palette PNG."""
+    picture = Image.fromarray(classes.to(torch.uint8).numpy())
+    picture.putpalette(list(palette))
+    picture.save(path)
+
+
+def flat_palette(colours: Sequence[tuple[int, int, int]]) -> list[int]:
+    """Colours of classes 0, 1, … and black for all other values up to 255."""
+    flat = [channel for colour in colours for channel in colour]
+    return flat + [0] * (768 - len(flat))

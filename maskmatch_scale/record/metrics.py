@@ -1,0 +1,59 @@
+"""`metrics.jsonl`: one object a record. Figures stay on the device until a flush, so that no step waits for them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class MetricsLog:
+    """Writes records of one run; give ``path`` to the rank that writes, None to the others.
+
+    Args:
+        path: `RUN/metrics.jsonl`, appended to.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._waiting: list[tuple[dict[str, Any], Tensor]] = []
+
+    def train(self, step: int, figures: Mapping[str, float | None], on_device: Mapping[str, Tensor]) -> None:
+        """Keep one step's record; its device tensors (scalars) are read at the next :meth:`flush`."""
+        record = {"step": step, "kind": "train", **figures, **dict.fromkeys(on_device)}
+        self._waiting.append((record, torch.stack([value.double() for value in on_device.values()])))
+        record["_names"] = list(on_device)
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Read what waits on the device (one transfer), write it, and return the records."""
+        if not self._waiting:
+            return []
+        records = [record for record, _ in self._waiting]
+        rows = torch.stack([values for _, values in self._waiting]).tolist()
+        self._waiting.clear()
+        for record, row in zip(records, rows, strict=True):
+            for name, value in zip(record.pop("_names"), row, strict=True):
+                record[name] = value
+        self._write(records)
+        return records
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write one record at once, after those that wait."""
+        self.flush()
+        self._write([dict(record)])
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        if self._path is None:
+            return
+        with self._path.open("a") as file:
+            file.writelines(json.dumps(_plain(record)) + "\n" for record in records)
+
+
+def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN: a figure that has no finite value is null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

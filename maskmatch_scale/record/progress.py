@@ -1,0 +1,89 @@
+"""What a person sees of a run: a live bar on a terminal, plain lines in a file, nothing on other ranks."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+WARM_UP_STEPS = 3
+"""Steps left out of the time per step: the first ones load, allocate and compile."""
+
+
+class TrainingProgress:
+    """Progress of ``steps`` steps, from ``start`` on.
+
+    Args:
+        steps: of the whole run.
+        start: steps already taken.
+        shown: False on every rank but the first.
+    """
+
+    def __init__(self, steps: int, start: int, *, shown: bool) -> None:
+        self.steps = steps
+        self._console = Console(file=sys.stdout, quiet=not shown)
+        self._live = shown and self._console.is_terminal
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[figures]}"), console=self._console, disable=not self._live,
+        )  # fmt: skip
+        self._task = self._bar.add_task("train", total=steps, completed=start, figures="")
+        self._counted_from: tuple[int, float] | None = None
+        self._warm_from = start + WARM_UP_STEPS
+        self._phase = ""
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def phase(self, name: str) -> None:
+        """A new phase (burn-in, all losses): its steps cost something else, so the time per step is counted anew."""
+        if name != self._phase:
+            self._phase, self._counted_from = name, None
+
+    def step(self, done: int) -> None:
+        """``done`` steps have been taken."""
+        if self._counted_from is None and done >= self._warm_from:
+            self._counted_from = (done, time.monotonic())
+        self._bar.update(self._task, completed=done)
+
+    def figures(self, record: Mapping[str, Any]) -> None:
+        """Show a train record."""
+        text = _figures(record, self._remaining(record["step"]))
+        self._bar.update(self._task, figures=text)
+        if not self._live:
+            self._console.print(f"step {record['step']}/{self.steps}  {text}", highlight=False, soft_wrap=True)
+
+    def say(self, line: str) -> None:
+        """Show one line above the bar."""
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _remaining(self, done: int) -> float | None:
+        """Seconds left at the pace since the warm-up."""
+        if self._counted_from is None or done <= self._counted_from[0]:
+            return None
+        first, since = self._counted_from
+        return (time.monotonic() - since) / (done - first) * (self.steps - done)
+
+
+def _figures(record: Mapping[str, Any], remaining_s: float | None) -> str:
+    parts = [
+        f"{label} {record[key]:{form}}{unit}"
+        for key, label, form, unit in (
+            ("loss", "loss", ".3f", ""), ("loss_x", "x", ".3f", ""), ("loss_u", "u", ".3f", ""),
+            ("loss_m", "m", ".3f", ""), ("coverage", "coverage", ".0%", ""), ("lr", "lr", ".1e", ""),
+            ("images_per_s", "", ".1f", " img/s"), ("data_wait_s", "waiting", ".2f", " s"),
+        )
+        if record.get(key) is not None
+    ]  # fmt: skip
+    if remaining_s is not None:
+        parts.append(f"ETA {int(remaining_s) // 60}:{int(remaining_s) % 60:02d}")
+    return "  ".join(part.strip() for part in parts)
