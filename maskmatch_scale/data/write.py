@@ -318,7 +318,9 @@ class _Lines:
             self._said = now
             rate = self._done / max(now - self._began, 1e-9)
             left = (self._total - self._done) / rate
-            sys.stderr.write(f"{self._name}: {self._done}/{self._total} samples, {rate:.1f} a second, {left:.0f} s left\n")
+            sys.stderr.write(
+                f"{self._name}: {self._done}/{self._total} samples, {rate:.1f} a second, {left:.0f} s left\n"
+            )
             sys.stderr.flush()
 
 

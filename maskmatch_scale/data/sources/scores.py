@@ -85,6 +85,9 @@ _STEP = 24
 
 _ANTHOLOGY = 8
 _HELD_OUT_PAGES_A_WORK = 2
+_FULL = 0.8
+"""Share of the most ink that any window of a sheet holds, from which on a window may become a page."""
+
 _LABELLED_CHOICE = 3
 """Candidates looked at for each labelled page."""
 
@@ -179,15 +182,14 @@ def render_page(page: Page) -> EncodedSample:
         sheet = engrave(musicxml, page.first, page.first + _MEASURES - 1, style, page.size)
     except DataError as error:
         raise DataError(f"{page.piece}, measure {page.first}: {error}") from None
-    spare = max(0.0, sheet.height - page.size)
-    top, verso_top = rng.uniform(0, spare, 2)
+    overview = (sheet.raster(0, max(sheet.height, page.size), oversampling=1) > 0).astype(np.float32)
+    top, verso_top = _draw_windows(overview, page.size, rng)
     if page.aged:
-        points = sheet.raster(float(top), page.size, MARGIN)
-        ink, label = downsample(bend(points, page.size, MARGIN, rng))
-        verso, _ = downsample(sheet.raster(float(verso_top), page.size, 0))
+        ink, label = downsample(bend(sheet.raster(top, page.size, MARGIN), page.size, MARGIN, rng))
+        verso = overview[verso_top : verso_top + page.size]
         image, extension = encode_jpeg(age(ink, verso, rng), int(rng.integers(45, 91))), "jpg"
     else:
-        ink, label = downsample(sheet.raster(float(top), page.size, 0))
+        ink, label = downsample(sheet.raster(top, page.size))
         image, extension = _encode(np.rint(255 * (1 - ink)).astype(np.uint8), "WEBP", lossless=True), "webp"
     return EncodedSample(page.key, image, extension, _encode(label, "PNG", compress_level=9) if page.labelled else None)
 
@@ -298,9 +300,7 @@ class _Deck:
 
 def _places(work: list[Piece], seed: int) -> list[_Place]:
     """The pages of a work, in the order of the seed's hash."""
-    found = [
-        (piece, first) for piece in work for first in range(1, max(2, piece.measures - _MEASURES // 2), _STEP)
-    ]
+    found = [(piece, first) for piece in work for first in range(1, max(2, piece.measures - _MEASURES // 2), _STEP)]
     found.sort(key=lambda place: _number(seed, "place", place[0].path, place[1]))
     return [_Place(piece, first, turn) for turn, (piece, first) in enumerate(found)]
 
@@ -331,6 +331,20 @@ def _take_by_quota(places: Iterable[_Place], pages: int) -> list[_Place]:
         else:
             spare.append(place)
     return chosen + spare[: pages - len(chosen)]
+
+
+def _draw_windows(overview: NDArray[np.float32], size: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Upper edges (px) of the page and of its verso: the page one of the full windows of the sheet, the verso any.
+
+    Args:
+        overview: float32 (height, size), 1 where the sheet has ink.
+        size: height of a window, px.
+        rng: the page's own generator.
+    """
+    ink_above = np.concatenate([[0.0], overview.sum(axis=1, dtype=np.float64).cumsum()])
+    ink_in_window = ink_above[size:] - ink_above[:-size]
+    full = np.flatnonzero(ink_in_window >= _FULL * ink_in_window.max())
+    return int(rng.choice(full)), int(rng.integers(len(ink_in_window)))
 
 
 def _draw_style(font: str, rng: np.random.Generator) -> Style:

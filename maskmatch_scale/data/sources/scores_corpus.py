@@ -32,8 +32,10 @@ NOT_PIECES = ("demos/", "theoryExercises/")
 _MELODY_INTERVALS = 11
 """Melodic steps compared by :func:`_melodies`: about two lines of a chorale tune."""
 
-_DROPPED = re.compile(
-    r"<(lyric|part-name|part-abbreviation|part-name-display|part-abbreviation-display|credit|harmony)[ >].*?</\1>",
+_WORDS = re.compile(
+    r"<(lyric|part-name|part-abbreviation|part-name-display|part-abbreviation-display|credit|harmony|figured-bass)"
+    r"[ >].*?</\1>"
+    r"|<direction-type[^>]*>\s*<(words|metronome|rehearsal)[ >].*?</direction-type>",
     re.DOTALL,
 )
 _XML_DECLARATION = re.compile(r"^\s*<\?xml.*?\?>", re.DOTALL)
@@ -73,7 +75,7 @@ def corpus_folder() -> Path:
 
 
 def read_musicxml(path: Path) -> str:
-    """The MusicXML text of a `.mxl`, `.xml` or `.musicxml` file, without words: no lyrics, names, credits or chords.
+    """The MusicXML text of a `.mxl`, `.xml` or `.musicxml` file, without words: lyrics, names, tempo, chords.
 
     Raises:
         DataError: the file is no MusicXML.
@@ -89,7 +91,7 @@ def read_musicxml(path: Path) -> str:
     text = data.decode("utf-16" if is_utf16 else "utf-8-sig", "replace")
     if "<score-partwise" not in text:
         raise DataError(f"{path}: not a part-wise MusicXML score")
-    return _DROPPED.sub("", _XML_DECLARATION.sub("", text, count=1))
+    return _WORDS.sub("", _XML_DECLARATION.sub("", text, count=1))
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ class Piece:
     def parts(self) -> list[list[str]]:
         """The MusicXML of every measure of every part."""
         return [
-            re.split(r"<measure[ >]", part)[1:] for part in re.split(r"<part\s", read_musicxml(self.folder / self.path))[1:]
+            re.split(r"<measure[ >]", part)[1:]
+            for part in re.split(r"<part\s", read_musicxml(self.folder / self.path))[1:]
         ]
 
     @cached_property

@@ -100,33 +100,36 @@ class Sheet:
 
     Attributes:
         svg: coloured by class.
-        height: px.
+        units_per_px: of the drawing's own coordinates.
+        width, height: px.
     """
 
     svg: ET.Element
     units_per_px: float
-    height: float
+    width: int
+    height: int
 
-    def raster(self, top: float, size: int, margin: int) -> NDArray[np.uint8]:
-        """Draw a window of the sheet.
+    def raster(self, top: float, height: int, margin: int = 0, oversampling: int = OVERSAMPLING) -> NDArray[np.uint8]:
+        """Draw a window of the sheet, as wide as the sheet.
 
         Args:
             top: upper edge of the window on the sheet, px.
-            size: side of the window, px.
-            margin: px to draw around the window as well.
+            height: px.
+            margin: px to draw on every side of the window as well.
+            oversampling: points a pixel along each side.
 
         Returns:
-            uint8 (s, s), s = OVERSAMPLING · (size + 2 · margin): the class of every point, 0 where there is no ink.
+            uint8 (oversampling · (height + 2 · margin), oversampling · (width + 2 · margin)): the class of every point,
+            0 where there is no ink.
         """
         import resvg_py
 
-        side = size + 2 * margin
-        corner = (-margin * self.units_per_px, (top - margin) * self.units_per_px, side * self.units_per_px)
+        extent = (-margin, top - margin, self.width + 2 * margin, height + 2 * margin)
         inner = self.svg.find(f"{_SVG}svg")
         assert inner is not None
-        inner.set("viewBox", f"{corner[0]} {corner[1]} {corner[2]} {corner[2]}")
-        for length in ("width", "height"):
-            self.svg.set(length, str(OVERSAMPLING * side))
+        inner.set("viewBox", " ".join(str(length * self.units_per_px) for length in extent))
+        for name, length in zip(("width", "height"), extent[2:]):
+            self.svg.set(name, str(oversampling * length))
         png = resvg_py.svg_to_bytes(
             svg_string=ET.tostring(self.svg, encoding="unicode"),
             background="#000000",
@@ -184,7 +187,7 @@ def engrave(musicxml: str, first: int, last: int, style: Style, size: int) -> Sh
     width, height = (float(root.attrib[side].removesuffix("px")) for side in ("width", "height"))
     units = float(inner.attrib["viewBox"].split()[2]) / width
     _colour_by_class(root)
-    return Sheet(root, units, height)
+    return Sheet(root, units, size, int(height))
 
 
 def downsample(points: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
