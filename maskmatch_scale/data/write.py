@@ -341,8 +341,8 @@ def _refuse_other_settings(out: Path, written: Mapping[str, object], asked: Mapp
     for key in sorted(written.keys() | asked.keys()):
         if written.get(key) != asked.get(key):
             raise DataError(
-                f"{out}: holds shards written with {key}={written.get(key)!r}, now {key}={asked.get(key)!r} is asked for; "
-                "choose another folder or delete this one"
+                f"{out}: holds shards written with {key}={written.get(key)!r}, but {key}={asked.get(key)!r} is asked "
+                "for; choose another folder or delete this one"
             )
 
 

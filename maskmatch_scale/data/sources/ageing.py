@@ -26,7 +26,8 @@ def bend(points: NDArray[np.uint8], size: int, margin: int, rng: np.random.Gener
 
     Args:
         points: uint8 (s, s), classes of points; s = n · (size + 2 · margin).
-        size, margin: px, of the page and of what is drawn around it.
+        size: side of the page, px.
+        margin: px drawn around the page.
         rng: the page's own generator.
 
     Returns:
@@ -38,13 +39,14 @@ def bend(points: NDArray[np.uint8], size: int, margin: int, rng: np.random.Gener
     centred = np.arange(side, dtype=np.float32) - (side - 1) / 2
     x, y = centred[None, :], centred[:, None]
     middle = (len(points) - 1) / 2
-    # The warp is a few px over hundreds: made at page size and repeated for the points of a pixel, it stays smooth enough.
+    # A few px over hundreds: made at page size and repeated for the points of a pixel, it is smooth enough.
     warp_x, warp_y = (np.kron(_smooth(rng, size, 4), np.ones((n, n), np.float32)) for _ in "xy")
     source_x = middle + np.cos(angle) * x - np.sin(angle) * y + n * _MAX_WARP * warp_x
     source_y = middle + np.sin(angle) * x + np.cos(angle) * y + n * _MAX_WARP * warp_y
     limit = len(points) - 1
     rows, columns = (np.clip(np.rint(c), 0, limit).astype(np.intp) for c in (source_y, source_x))
-    return points[rows, columns]
+    bent: NDArray[np.uint8] = points[rows, columns]
+    return bent
 
 
 def age(ink: Floats, verso: Floats, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -92,7 +94,7 @@ def _normal(rng: np.random.Generator, size: int) -> Floats:
 def _smooth(rng: np.random.Generator, size: int, cells: int) -> Floats:
     """A field that varies over a `cells`-th of the page: float32 (size, size) within −1 … 1."""
     coarse = rng.uniform(-1, 1, (cells + 2, cells + 2)).astype(np.float32)
-    field = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
+    field: Floats = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
     return np.clip(field, -1, 1)
 
 

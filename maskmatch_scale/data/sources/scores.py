@@ -1,32 +1,34 @@
 """Pages of real scores with pixel-exact labels: optical music recognition, the task of DeepScores.
 
 What it is. The MusicXML scores that the music21 package ships (chorales by Bach, madrigals by Monteverdi, music of the
-trecento, quartets, piano pieces and songs) are engraved by verovio, drawn by resvg and aged like scans. A page is a square
+trecento, quartets, piano pieces, songs) are engraved by verovio, drawn by resvg and aged like scans. A page is a square
 of 512 px with about 9 px a staff space, cut out of a longer sheet so that it is full of music.
 
 The case it stands for: labels come from one source, the archive from many. Labelled pages are set in one font by one
-engraver, unlabelled, `dev` and `val` pages in four fonts and varying line widths, `val_font` in a fifth that occurs
+engraver, `unlabelled`, `dev` and `val` pages in four fonts and varying line widths, `val_font` in a fifth that occurs
 nowhere else. `dev` is for choosing hyper-parameters; `val` and `val_font` are for the figures one reports.
 
-Classes (value of the label map; where two overlap, the one drawn on top):
+Classes, by the value of the label map (where two overlap, the one drawn on top):
     0 background · 1 staff: staff lines and ledger lines · 2 black_notehead: quarter notes and shorter ·
     3 hollow_notehead: half, whole and double whole notes · 4 stem · 5 beam_flag: beams, flags, tremolo strokes ·
-    6 rest · 7 clef · 8 key_accidental: sharps and flats of the key signature · 9 accidental: those before a note ·
-    10 slur_tie · 11 barline: with repeat dots, and the line that joins the staves of a system · 12 other: meter signatures,
-    dots, articulation, fermatas, dynamics, hairpins, ornaments, tuplet figures, braces and brackets.
+    6 rest · 7 clef · 8 key_accidental: those of the key signature · 9 accidental: those before a note ·
+    10 slur_tie · 11 barline: with repeat dots, and the line that joins the staves of a system · 12 other: meter
+    signatures, dots, articulation, fermatas, dynamics, hairpins, ornaments, tuplet figures, braces, brackets.
     There is no text on the pages, and no pixel is ignored.
 
-Fonts: Leipzig (`labelled`, and a quarter of `unlabelled`, `dev`, `val`), Bravura, Leland, Petaluma; Gootville (`val_font`).
+Fonts: Leipzig (`labelled`, and a quarter of `unlabelled`, `dev` and `val`), Bravura, Leland, Petaluma; Gootville
+(`val_font`).
 
-Split: by work, not by page (what counts as one work: `scores_corpus.find_pieces`). A seeded hash orders the works of each
-repertory and deals them to `labelled`, `dev`, `val`, `val_font`; `unlabelled` gets all that remain. A work with more than
-`_ANTHOLOGY` files (Bach's passions and the chorales that share their tunes) is always unlabelled. Labelled pages are
-those that show the most kinds of symbols, among a few that the hash picks: somebody who labels two pages chooses them so.
+Split: by work, not by page (what counts as one work: `scores_corpus.find_pieces`). A seeded hash orders the works of
+each repertory and deals them to `labelled`, `dev`, `val`, `val_font`; `unlabelled` gets those that remain. A work with
+more than `_ANTHOLOGY` files (Bach's passions and the chorales that share their tunes) is always unlabelled. Labelled
+pages are those that show the most kinds of symbols among a few that the hash picks: so somebody who can afford to label
+two pages would choose them.
 
-Ageing: rotation to ±1.5° and a slow warp (image and label alike); bled and worn ink by a locally varying
+Ageing (`ageing.py`): rotation to ±1.5° and a slow warp, image and label alike; bled and worn ink by a locally varying
 threshold, specks, paper tone and grain, bleed-through of the verso, uneven light, blur, noise, JPEG of quality 45–90.
 
-Licences: verovio LGPL-3, music21 BSD, resvg-py MPL-2.0/MIT, the music fonts SIL OFL. The pieces are mostly in the public
+Licences: verovio LGPL-3, music21 BSD, resvg-py MPL-2.0, the music fonts SIL OFL. The pieces are mostly in the public
 domain; their encodings carry notices of their own and some forbid commercial use (music21's `corpus/license.txt`). So
 pages are rendered at set-up and are not to be committed or passed on.
 """
@@ -51,6 +53,9 @@ from maskmatch_scale.data.sources.ageing import MARGIN, age, bend, encode_jpeg
 from maskmatch_scale.data.sources.scores_corpus import REPERTORIES, Piece, corpus_folder, find_pieces, read_musicxml
 from maskmatch_scale.data.sources.scores_engraving import CLASSES, Style, downsample, engrave
 from maskmatch_scale.data.write import EncodedSample, Stream
+
+REVISION = 2
+"""Raise it with every change of this source that changes pages: folders of older pages are then refused."""
 
 FONTS = ("Leipzig", "Bravura", "Leland", "Petaluma")
 """Fonts of the archive; the first is that of the labelled pages."""
@@ -156,7 +161,11 @@ class ScoresSource:
         asked = ("seed", "labelled", "unlabelled", "dev", "val", "val_font", "size", "aged")
         corpus_folder()  # one clear error if a package is missing
         drawn_by = ("music21", "verovio", "resvg-py", "numpy", "pillow")
-        return {name: getattr(self, name) for name in asked} | {name: version(name) for name in drawn_by}
+        return (
+            {name: getattr(self, name) for name in asked}
+            | {"revision": REVISION}
+            | {name: version(name) for name in drawn_by}
+        )
 
     @cached_property
     def streams(self) -> Mapping[str, Stream]:
@@ -320,7 +329,7 @@ def _quota(pages: int) -> dict[str, int]:
 
 
 def _take_by_quota(places: Iterable[_Place], pages: int) -> list[_Place]:
-    """`pages` of all places: the quota of each repertory first, then whatever is left; first pages of works come first."""
+    """`pages` of all places: the quota of each repertory, then whatever is left; first pages of works come first."""
     in_turn = sorted(places, key=lambda place: place.turn)
     left = _quota(pages)
     chosen, spare = [], []

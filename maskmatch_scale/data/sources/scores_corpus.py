@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 from maskmatch_scale.data.shards import DataError
@@ -112,10 +113,8 @@ class Piece:
     @cached_property
     def parts(self) -> list[list[str]]:
         """The MusicXML of every measure of every part."""
-        return [
-            re.split(r"<measure[ >]", part)[1:]
-            for part in re.split(r"<part\s", read_musicxml(self.folder / self.path))[1:]
-        ]
+        text = read_musicxml(self.folder / self.path)
+        return [re.split(r"<measure[ >]", part)[1:] for part in re.split(r"<part\s", text)[1:]]
 
     @cached_property
     def measures(self) -> int:
@@ -165,7 +164,7 @@ def _work_by_name(path: str) -> str:
     composer, _, rest = path.partition("/")
     name = rest.split("/")[0] if "/" in rest else rest.rpartition(".")[0]
     if composer == "bach":
-        name = re.match(r"bwv\d+", name)[0] if re.match(r"bwv\d+", name) else name  # type: ignore[index]
+        name = re.sub(r"^(bwv\d+).*", r"\1", name)
     name = re.sub(r"_(old|bak)$", "", name)
     if numbered := re.match(r"(PMFC_\d+_(?:\w+-)?\d+)[ab]-", name):  # versions a and b of one mass movement
         name = numbered[1]
@@ -182,7 +181,7 @@ def _melodies(parts: Iterable[list[str]]) -> set[tuple[int, ...]]:
             if not heights or heights[-1] != height:
                 heights.append(height)
             if len(heights) > _MELODY_INTERVALS:
-                found.add(tuple(b - a for a, b in zip(heights, heights[1:])))
+                found.add(tuple(b - a for a, b in pairwise(heights)))
                 break
     return found
 
