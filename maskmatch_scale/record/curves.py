@@ -1,0 +1,156 @@
+"""Curves of a run as inline SVG that follows the page: its ink, its font, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+COLOURS = ("#0a7cc4", "#e0661a", "#0f9d78", "#c2609c", "#c79300", "#7a6ff0", "#8a8a8a")
+"""Told apart on white and on dark grey, and by most colour-blind readers (after Okabe and Ito); reused after seven."""
+
+MOST_POINTS = 500
+"""More than this in one curve is drawn as means of neighbouring steps: the chart is about as many px wide."""
+
+# matplotlib knows no currentColor and no CSS variables: these stand in for them and are replaced in its output.
+_INK, _GRID = "#010203", "#040506"
+_SIZE_INCHES = (5.2, 3.1)
+# Any: matplotlib's own type for this differs between its versions. Text stays text: small, and in the page's font.
+_STYLE: Any = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), _INK) | {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.linewidth": 0.6,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart."""
+
+    label: str
+    colour: str
+    steps: NDArray[np.int64]
+    """(n,) ascending."""
+    values: NDArray[np.float64]
+    """(n,), NaN where there is nothing to draw."""
+    dashed: bool = False
+
+
+def chart(name: str, title: str, curves: Sequence[Curve], *, smooth: bool = False, markers: bool = False) -> Markup:
+    """Draw curves over steps.
+
+    Args:
+        name: a word that no other chart of the page has; element ids start with it.
+        title: read out by screen readers, together with the last value of each curve.
+        curves: those with nothing to draw are left out, but their steps count for the axis.
+        smooth: draw running means, with the raw values pale behind them. The value axis then ends where the running
+            means do, so that single spikes do not flatten everything else.
+        markers: mark each point (for a few, far apart).
+
+    Returns:
+        An ``<svg>`` element for HTML; nothing when no curve has anything to draw. matplotlib's global state is left
+        as it was.
+    """
+    last_step = max((int(curve.steps[-1]) for curve in curves if curve.steps.size), default=0)
+    curves = [curve for curve in curves if np.isfinite(curve.values).any()]
+    if not curves:
+        return Markup()
+    drawn = [running_mean(curve.values) if smooth else curve.values for curve in curves]
+    # The hash salt makes ids, and so the page, the same for the same runs.
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=_GRID, linewidth=0.6)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axes.set_xlabel("step")
+        for curve, values in zip(curves, drawn):
+            if smooth:
+                axes.plot(*thinned(curve.steps, curve.values), color=curve.colour, alpha=0.22, linewidth=0.8)
+            axes.plot(
+                *thinned(curve.steps, values),
+                color=curve.colour,
+                linewidth=1.6,
+                linestyle="--" if curve.dashed else "-",
+                marker="o" if markers or curve.steps.size == 1 else None,
+                markersize=4,
+            )
+        # The same axis in every chart of these runs, also where a loss starts late.
+        axes.set_xlim(0, last_step * 1.02)
+        if smooth:
+            highest = max(float(np.nanmax(values)) for values in drawn)
+            axes.set_ylim(0, highest * 1.08 or 1)
+        svg = io.StringIO()
+        figure.savefig(
+            svg, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    return _inline(svg.getvalue(), name, title, [(curve.label, _last(values)) for curve, values in zip(curves, drawn)])
+
+
+def running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over a centred window of 5 % of the steps, shorter at both ends, over the finite values in it.
+
+    Args:
+        values: (n,)
+
+    Returns:
+        (n,), NaN where ``values`` is NaN, so that a curve does not begin before its first value.
+    """
+    half = values.size // 40
+    valid = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(valid, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(valid)])
+    place = np.arange(values.size)
+    low, high = np.maximum(place - half, 0), np.minimum(place + half + 1, values.size)
+    mean = (total[high] - total[low]) / np.maximum(count[high] - count[low], 1)
+    return np.where(valid, mean, np.nan)
+
+
+def thinned(steps: NDArray[np.int64], values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """At most :data:`MOST_POINTS` points: means over runs of neighbouring steps.
+
+    Args:
+        steps: (n,)
+        values: (n,)
+
+    Returns:
+        Steps and values, both (min(n, MOST_POINTS),); NaN where a stretch has no finite value.
+    """
+    if steps.size <= MOST_POINTS:
+        return steps.astype(np.float64), values
+    edges = np.linspace(0, steps.size, MOST_POINTS + 1).astype(int)
+    parts = [values[low:high][np.isfinite(values[low:high])] for low, high in pairwise(edges)]
+    means = [part.mean() if part.size else np.nan for part in parts]
+    return np.array([steps[low:high].mean() for low, high in pairwise(edges)]), np.array(means)
+
+
+def _last(values: NDArray[np.float64]) -> float:
+    return float(values[np.isfinite(values)][-1])
+
+
+def _inline(document: str, name: str, title: str, last: Sequence[tuple[str, float]]) -> Markup:
+    """An SVG document as an element of a page: own ids, the page's colours, a title and a description."""
+    svg = document[document.index("<svg") :]
+    # Ids repeat from figure to figure, but must be unique in a page.
+    svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = svg.replace(_INK, "currentColor").replace(_GRID, "var(--line)")
+    # Sizes in pt would fix the width; the view box alone lets the page decide. Fonts likewise.
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = svg.replace("font: 9px 'DejaVu Sans'", "font: 9px var(--font)")
+    ends = "; ".join(f"{label} ends at {value:.3g}" for label, value in last)
+    described = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(ends)}</desc>'
+    opening = f'<svg role="img" aria-labelledby="{name}-title {name}-desc"'
+    # Safe as it stands: matplotlib escapes its text, and ours was escaped above.
+    return Markup(re.sub(r"<svg([^>]*)>", lambda match: f"{opening}{match[1]}>{described}", svg, count=1))

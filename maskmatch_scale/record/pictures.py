@@ -1,0 +1,213 @@
+"""Held-out samples as pictures inside a page: image, label and predictions, runs side by side."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from maskmatch_scale.record.run_files import split_rank
+
+LONGEST_SIDE_PX = 768
+"""Larger pictures are shrunk to this: enough for a laptop's screen height."""
+MOST_SAMPLES = 4
+"""Samples shown of one split."""
+PICTURE_BUDGET = 10 * 2**20
+"""Characters of embedded pictures in one page; samples beyond are left out, and the page says so."""
+
+
+@dataclass(frozen=True)
+class PictureRun:
+    """A run whose pictures are shown."""
+
+    path: Path
+    name: str
+    label: str
+    """Short label of its method."""
+    backbone: str
+    mask_keep: float | None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture with its caption."""
+
+    title: str
+    alt: str
+    uri: str
+    """``data:`` address."""
+    is_label_map: bool
+    """Flat colours, to be enlarged without smoothing."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the runs of one backbone made of a sample."""
+
+    backbone: str
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out sample."""
+
+    name: str
+    given: tuple[Picture, ...]
+    """Image and label."""
+    predictions: tuple[Predictions, ...]
+
+    @property
+    def size(self) -> int:
+        """Characters that the pictures take in the page."""
+        shown = self.given + tuple(picture for group in self.predictions for picture in group.pictures)
+        return sum(len(picture.uri) for picture in shown)
+
+
+@dataclass(frozen=True)
+class SplitPictures:
+    """The samples of one split."""
+
+    split: str
+    legend: tuple[tuple[str, str], ...]
+    """Class names with their CSS colours."""
+    samples: tuple[Sample, ...]
+    left_out: int
+    """Samples that some run has pictures of and the page does not."""
+
+
+def held_out_pictures(runs: Sequence[PictureRun]) -> tuple[SplitPictures, ...]:
+    """Pictures of every split that any run has, held-out ones first.
+
+    A sample is the same in all runs when its folder has the same name; image and label are embedded once. Files that
+    are missing, or half written by a run at work, are left out.
+    """
+    found = sorted({folder.name for run in runs for folder in _folders(run.path / "pictures")}, key=split_rank)
+    budget = PICTURE_BUDGET
+    splits = []
+    for split in found:
+        names = sorted({folder.name for run in runs for folder in _folders(run.path / "pictures" / split)})
+        samples: list[Sample] = []
+        for name in names[:MOST_SAMPLES]:
+            sample = _sample(runs, split, name)
+            budget -= sample.size
+            if budget < 0:
+                break
+            samples.append(sample)
+        if names:
+            splits.append(SplitPictures(split, _legend(runs, split), tuple(samples), len(names) - len(samples)))
+    return tuple(splits)
+
+
+def _folders(path: Path) -> list[Path]:
+    return [entry for entry in path.iterdir() if entry.is_dir()] if path.is_dir() else []
+
+
+def _sample(runs: Sequence[PictureRun], split: str, name: str) -> Sample:
+    folders = [run.path / "pictures" / split / name for run in runs]
+    given = (
+        _first(folders, "image.png", "Image", f"{name}: image", is_label_map=False),
+        _first(folders, "label.png", "Label", f"{name}: label map", is_label_map=True),
+    )
+    groups = []
+    for backbone in dict.fromkeys(run.backbone for run in runs):
+        pairs = [(run, folder) for run, folder in zip(runs, folders) if run.backbone == backbone]
+        # All predictions from the whole image first, so that they stand beside each other.
+        pictures = [_prediction(run, folder, name) for run, folder in pairs]
+        for run, folder in pairs:
+            pictures += _masked(run, folder, name)
+        groups.append(Predictions(backbone, tuple(filter(None, pictures))))
+    return Sample(name, tuple(filter(None, given)), tuple(groups))
+
+
+def _first(folders: Sequence[Path], file: str, title: str, alt: str, *, is_label_map: bool) -> Picture | None:
+    return next(
+        filter(None, (_picture(folder / file, title, alt, is_label_map=is_label_map) for folder in folders)), None
+    )
+
+
+def _prediction(run: PictureRun, folder: Path, name: str) -> Picture | None:
+    """The teacher's prediction; the student's, and called so, where there is no teacher's."""
+    alt = f"{name}: prediction of {run.name}"
+    return _picture(folder / "prediction-ema.png", run.label, alt, is_label_map=True) or _picture(
+        folder / "prediction-student.png", f"{run.label}, student", f"{alt}, student", is_label_map=True
+    )
+
+
+def _masked(run: PictureRun, folder: Path, name: str) -> Iterator[Picture | None]:
+    kept = "" if run.mask_keep is None else f" ({run.mask_keep:.0%})"
+    # Masks are drawn for a training crop, which may be smaller than the image beside it.
+    crop = " of one crop" if _size(folder / "visible.png") != _size(folder / "image.png") else ""
+    yield _picture(
+        folder / "visible.png",
+        f"{run.label}: visible units{kept}{crop}",
+        f"{name}: units visible to {run.name}",
+        is_label_map=False,
+    )
+    yield _picture(
+        folder / "prediction-visible.png",
+        f"{run.label}: prediction from these alone",
+        f"{name}: prediction of {run.name} from the visible units alone",
+        is_label_map=True,
+    )
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError:
+        return None
+
+
+def _picture(path: Path, title: str, alt: str, *, is_label_map: bool) -> Picture | None:
+    try:
+        uri = _label_map_uri(path) if is_label_map else _photo_uri(path)
+    except OSError:
+        return None
+    return Picture(title, alt, uri, is_label_map)
+
+
+def _label_map_uri(path: Path) -> str:
+    """PNG without loss; shrunk by picking pixels, since mixing two classes' colours would show a third."""
+    with Image.open(path) as image:
+        packed = io.BytesIO()
+        _shrunk(image, Image.Resampling.NEAREST).save(packed, "PNG", optimize=True)
+    return _uri("image/png", packed.getvalue())
+
+
+def _photo_uri(path: Path) -> str:
+    with Image.open(path) as image:
+        packed = io.BytesIO()
+        plain = image.convert("L" if image.mode == "L" else "RGB")
+        _shrunk(plain, Image.Resampling.LANCZOS).save(packed, "JPEG", quality=82, optimize=True)
+    return _uri("image/jpeg", packed.getvalue())
+
+
+def _shrunk(image: Image.Image, resampling: Image.Resampling) -> Image.Image:
+    factor = LONGEST_SIDE_PX / max(image.size)
+    if factor >= 1:
+        return image
+    return image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))), resampling)
+
+
+def _uri(mime: str, content: bytes) -> str:
+    return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _legend(runs: Sequence[PictureRun], split: str) -> tuple[tuple[str, str], ...]:
+    for run in runs:
+        path = run.path / "pictures" / split / "classes.json"
+        if path.is_file():
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                colours = [(int(red), int(green), int(blue)) for red, green, blue in content["palette"]]
+                return tuple((str(name), f"rgb({r} {g} {b})") for name, (r, g, b) in zip(content["classes"], colours))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path}: not readable as classes and palette: {error}") from None
+    return ()

@@ -1,0 +1,224 @@
+"""The report: one self-contained HTML file over one or several runs.
+
+This file says what the report contains, ``report.html.jinja`` how it looks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from maskmatch_scale.record.curves import COLOURS, Curve, chart
+from maskmatch_scale.record.pictures import PictureRun, held_out_pictures
+from maskmatch_scale.record.run_files import RunFiles, read_run, split_rank
+from maskmatch_scale.record.summary import (
+    START_UP_STEPS,
+    RunSummary,
+    caveat,
+    headline,
+    in_order,
+    method_labels,
+    summarise_files,
+)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run as the report shows it."""
+
+    files: RunFiles
+    summary: RunSummary
+    name: str
+    """Folder name, with as much of the path as tells the runs apart."""
+    label: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The runs of one backbone."""
+
+    backbone: str
+    runs: tuple[_Run, ...]
+    charts: tuple[tuple[str, Markup], ...]
+    """Title and drawing of each chart that has anything to show."""
+
+
+@dataclass(frozen=True)
+class _ClassTable:
+    """IoU by class on one split."""
+
+    split: str
+    runs: tuple[_Run, ...]
+    rows: tuple[tuple[str, tuple[float | None, ...]], ...]
+    """Class name and the IoU of each run."""
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Write one HTML file over the runs, with everything it shows inside it.
+
+    Args:
+        runs: run directories; of unfinished runs the report shows what there is and names what is missing.
+        out: the file; by default ``report.html`` in the run, or in the nearest common parent of several.
+
+    Returns:
+        The file, complete: it is written beside and renamed.
+
+    Raises:
+        ValueError: no run given, a folder that is no run directory, a file of a run that cannot be read (named), or
+            ``out`` is a folder.
+    """
+    paths = list({path.resolve(): path for path in runs})
+    if not paths:
+        raise ValueError("no run directory given")
+    out = out or (paths[0] if len(paths) == 1 else _common_parent(paths)) / "report.html"
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; name the HTML file to write")
+    _write_beside(out, _render([read_run(path) for path in paths]))
+    return out
+
+
+def _render(read: Sequence[RunFiles]) -> str:
+    runs = _arranged(read)
+    summaries = [run.summary for run in runs]
+    backbones = list(dict.fromkeys(run.summary.backbone for run in runs))
+    figures = headline(summaries)
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+        files("maskmatch_scale.record").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    )
+    return page.render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs in {_common_parent([r.path for r in read]).name}",
+        runs=runs,
+        columns=figures.columns,
+        rows=figures.rows,
+        caveat=caveat(summaries),
+        start_up_steps=START_UP_STEPS,
+        missing=[(run, gaps) for run in runs if (gaps := _missing(run))],
+        groups=[
+            _group(place, name, [r for r in runs if r.summary.backbone == name]) for place, name in enumerate(backbones)
+        ],
+        class_tables=_class_tables(runs),
+        pictures=held_out_pictures(
+            [PictureRun(r.files.path, r.name, r.label, r.summary.backbone, r.summary.mask_keep) for r in runs]
+        ),
+        differing=_differing(runs),
+    )
+
+
+def _arranged(read: Sequence[RunFiles]) -> list[_Run]:
+    """The runs in the order of the summary table, named apart and coloured within their backbone."""
+    by_path = {run.path: run for run in read}
+    summaries = in_order([summarise_files(run) for run in read])
+    repeated = Counter(summary.name for summary in summaries)
+    parent = _common_parent(list(by_path))
+    used: Counter[str] = Counter()
+    runs = []
+    for summary, label in zip(summaries, method_labels(summaries)):
+        name = summary.name if repeated[summary.name] == 1 else os.path.relpath(summary.path, parent)
+        colour = COLOURS[used[summary.backbone] % len(COLOURS)]
+        used[summary.backbone] += 1
+        runs.append(_Run(by_path[summary.path], summary, name, label, colour))
+    return runs
+
+
+def _missing(run: _Run) -> list[str]:
+    """What a reader might look for in this run and not find, and what to do about it."""
+    summary = run.summary
+    held_out = [score for score in summary.scores if score.split != "dev"]
+    gaps = []
+    if summary.steps_asked is None or summary.steps_done < summary.steps_asked:
+        gaps.append(f"training stands at step {summary.steps_done} of {summary.steps_asked or 'an unknown number'}")
+    elif not summary.finished:
+        gaps.append("all steps are recorded, but not the end of the run (no summary.json)")
+    if not held_out:
+        gaps.append("not evaluated on held-out samples (maskmatch evaluate does it)")
+    gaps += [
+        f"{score.split} ({score.weights}) was evaluated at step {score.step}"
+        for score in held_out
+        if score.step is not None and score.step != summary.steps_done
+    ]
+    if not (run.files.path / "pictures").is_dir():
+        gaps.append("no pictures of held-out samples (maskmatch evaluate writes them)")
+    return gaps
+
+
+def _group(place: int, backbone: str, runs: Sequence[_Run]) -> _Group:
+    def train_chart(key: str, title: str, *, smooth: bool) -> tuple[str, Markup]:
+        curves = [Curve(run.label, run.colour, run.files.train.steps, run.files.train.values[key]) for run in runs]
+        return title, chart(f"{key}-{place}", title, curves, smooth=smooth)
+
+    dev = [curve for run in runs for curve in _dev_curves(run)]
+    charts = (
+        train_chart("loss_x", "Labelled loss L_x", smooth=True),
+        train_chart("loss_u", "Unlabelled loss L_u", smooth=True),
+        train_chart("loss_m", "Masked loss L_m", smooth=True),
+        train_chart("coverage", "Coverage: share of confident pixels", smooth=True),
+        ("mIoU on dev", chart(f"miou-{place}", "mIoU on dev", dev, markers=True)),
+        train_chart("lr", "Learning rate", smooth=False),
+    )
+    return _Group(backbone, tuple(runs), tuple((title, svg) for title, svg in charts if svg))
+
+
+def _dev_curves(run: _Run) -> list[Curve]:
+    """Scores on ``dev`` during training, of the teacher and, dashed, of the student."""
+    curves = []
+    for weights in ("ema", "student"):
+        scores = [s for s in run.files.progress if (s.split, s.weights) == ("dev", weights)]
+        steps = np.array([score.step for score in scores], dtype=np.int64)
+        values = np.array([math.nan if score.miou is None else score.miou for score in scores])
+        curves.append(Curve(f"{run.label}, {weights}", run.colour, steps, values, dashed=weights == "student"))
+    return curves
+
+
+def _class_tables(runs: Sequence[_Run]) -> list[_ClassTable]:
+    """A table for each split on which some run's teacher was evaluated by class, held-out splits first."""
+    tables = []
+    for split in sorted({score.split for run in runs for score in run.summary.scores}, key=split_rank):
+        scores = [(run, score.iou) for run in runs if (score := run.summary.score(split, "ema")) and score.iou]
+        names = dict.fromkeys(name for _, iou in scores for name in iou)
+        if names:
+            rows = tuple((name, tuple(iou.get(name) for _, iou in scores)) for name in names)
+            tables.append(_ClassTable(split, tuple(run for run, _ in scores), rows))
+    return tables
+
+
+def _differing(runs: Sequence[_Run]) -> list[tuple[str, list[str]]]:
+    """Recipe keys whose values are not the same in all runs, with the value in each ("" where a run has no such key).
+
+    Without ``run.dir``: it always differs, and the run is named after it.
+    """
+    keys = dict.fromkeys(key for run in runs for key in run.files.settings if key != "run.dir")
+    table = [(key, [_shown(run.files.settings, key) for run in runs]) for key in keys]
+    return [(key, values) for key, values in table if len(set(values)) > 1]
+
+
+def _shown(settings: Mapping[str, object], key: str) -> str:
+    if key not in settings:
+        return ""
+    value = settings[key]
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _common_parent(paths: Sequence[Path]) -> Path:
+    return Path(os.path.commonpath([path.resolve().parent for path in paths]))
+
+
+def _write_beside(path: Path, text: str) -> None:
+    """Write and rename, so that a reader, or a crash, never meets half a page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

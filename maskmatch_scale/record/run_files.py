@@ -1,0 +1,206 @@
+"""Reading a run directory: its settings, metrics and evaluations, as far as they got.
+
+Everything here is plain YAML and JSON, read without the recipe's schema: a report of last year's run must not fail
+because a key was renamed since. Whatever a stopped run has not written yet is simply empty.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+CURVES = ("loss", "loss_x", "loss_u", "loss_m", "lr", "coverage", "images_per_s")
+"""Figures of a train record that the record room shows."""
+
+
+@dataclass(frozen=True)
+class TrainCurves:
+    """The train records by step, one entry a step, steps ascending."""
+
+    steps: NDArray[np.int64]
+    """(n,)"""
+    values: Mapping[str, NDArray[np.float64]]
+    """One (n,) array for each of :data:`CURVES`; NaN where a figure is off, not recorded or not finite."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One evaluation of one set of weights on one split. Figures are 0–1; None: not recorded or not finite."""
+
+    split: str
+    weights: str
+    """``ema`` or ``student``."""
+    step: int | None
+    miou: float | None
+    pixel_accuracy: float | None
+    iou: Mapping[str, float | None] = field(default_factory=dict)
+    """IoU by class; None for a class that neither labels nor predictions contain. Empty during training."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What was read from a run directory."""
+
+    path: Path
+    recipe_text: str
+    settings: Mapping[str, object]
+    """The recipe, flat: ``{"method.mask.keep": 0.3, "method.scales": [0.5, 1.0], …}``."""
+    train: TrainCurves
+    progress: tuple[Score, ...]
+    """Evaluations during training, steps ascending."""
+    scores: tuple[Score, ...]
+    """The newest evaluation of each split and weights, of ``evaluation/`` or of training, by :func:`split_rank`."""
+    closing: Mapping[str, object] | None
+    """``summary.json``, written when training ends; None before."""
+
+
+def read_run(path: Path) -> RunFiles:
+    """Read a run directory.
+
+    Raises:
+        ValueError: the folder is no run directory, or one of its files cannot be read; the message names it.
+    """
+    recipe = path / "recipe.yaml"
+    if not recipe.is_file():
+        raise ValueError(f"{path}: not a run directory (it has no recipe.yaml); give a folder that run.dir named")
+    recipe_text = recipe.read_text(encoding="utf-8", errors="replace")
+    train, progress = _read_metrics(path / "metrics.jsonl")
+    closing = path / "summary.json"
+    return RunFiles(
+        path=path,
+        recipe_text=recipe_text,
+        settings=_read_settings(recipe, recipe_text),
+        train=train,
+        progress=progress,
+        scores=_newest(progress + tuple(_read_evaluations(path / "evaluation"))),
+        closing=_read_object(closing) if closing.is_file() else None,
+    )
+
+
+def split_rank(split: str) -> tuple[int, str]:
+    """Sort key of splits: held-out ones first, ``dev`` last, because hyper-parameters were chosen on it."""
+    return {"val": 0, "val_font": 1, "dev": 3}.get(split, 2), split
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None for everything else that may stand in its place."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _read_settings(path: Path, text: str) -> dict[str, object]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a mapping of sections")
+    return dict(_flat(content))
+
+
+def _flat(section: Mapping[object, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _read_metrics(path: Path) -> tuple[TrainCurves, tuple[Score, ...]]:
+    """Train and eval records of ``metrics.jsonl``.
+
+    A run that was killed and resumed from an older checkpoint goes back in steps. What it had written from there on was
+    not kept by the resumed run, so a train record of step s ends everything recorded for steps ≥ s before it.
+    """
+    # Columns of C doubles, not a list of records: a week-long run has a million of them.
+    steps = array("q")
+    columns = {name: array("d") for name in CURVES}
+    progress: dict[tuple[int, str, str], Score] = {}
+    for record in _records(path):
+        step = record.get("step")
+        if not isinstance(step, int):
+            continue
+        if record.get("kind") == "eval":
+            score = _score(record, split="dev", weights="ema")
+            progress[step, score.split, score.weights] = score
+        elif record.get("kind") == "train":
+            if steps and step <= steps[-1]:
+                kept = bisect_left(steps, step)
+                del steps[kept:]
+                for column in columns.values():
+                    del column[kept:]
+                progress = {key: score for key, score in progress.items() if key[0] < step}
+            steps.append(step)
+            for name, column in columns.items():
+                value = number(record.get(name))
+                column.append(math.nan if value is None else value)
+    curves = TrainCurves(
+        steps=np.array(steps, dtype=np.int64),
+        values={name: np.array(column, dtype=np.float64) for name, column in columns.items()},
+    )
+    return curves, tuple(progress[key] for key in sorted(progress))
+
+
+def _records(path: Path) -> Iterator[dict[str, object]]:
+    """The whole lines of a JSON-lines file. A kill leaves half a line, at the end or where a resumed run went on."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def _read_evaluations(folder: Path) -> Iterator[Score]:
+    for path in sorted(folder.glob("*.json")):
+        split, _, weights = path.stem.rpartition("-")
+        yield _score(_read_object(path), split=split, weights=weights)
+
+
+def _read_object(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
+
+
+def _score(record: Mapping[str, object], split: str, weights: str) -> Score:
+    """A score from an eval record or an evaluation file; ``split`` and ``weights`` stand in where it names none."""
+    step, iou = record.get("step"), record.get("iou")
+    return Score(
+        split=str(record.get("split", split)),
+        weights=str(record.get("weights", weights)),
+        step=step if isinstance(step, int) else None,
+        miou=number(record.get("miou")),
+        pixel_accuracy=number(record.get("pixel_accuracy")),
+        iou={str(name): number(value) for name, value in iou.items()} if isinstance(iou, Mapping) else {},
+    )
+
+
+def _newest(scores: tuple[Score, ...]) -> tuple[Score, ...]:
+    """The last score of each split and weights by step; an evaluation file wins over a record of the same step."""
+    newest: dict[tuple[str, str], Score] = {}
+    for score in scores:
+        before = newest.get((score.split, score.weights))
+        if before is None or before.step is None or score.step is None or score.step >= before.step:
+            newest[score.split, score.weights] = score
+    return tuple(sorted(newest.values(), key=lambda score: (split_rank(score.split), score.weights)))

@@ -1,0 +1,285 @@
+"""The figures of a run in one row: for the terminal, for the report, and for programs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+
+from maskmatch_scale.record.run_files import RunFiles, Score, number, read_run, split_rank
+
+START_UP_STEPS = 5
+"""Steps left out of the median images/s: allocation, caches and loader processes start in them."""
+
+ONE_SEED = (
+    "One seed a method: how far the same recipe moves with another seed is not known from these runs, "
+    "so a small difference between two rows is no evidence that one is better. Train more seeds (run.seed) to tell."
+)
+
+_BASES = {"supervised": "supervised", "fixmatch": "FixMatch"}
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run in figures. None: not recorded (yet)."""
+
+    path: Path
+    name: str
+    """Name of the run directory."""
+    base: str
+    """``method.base`` of the recipe."""
+    mask_keep: float | None
+    """Share of visible units; None when the masked loss is off."""
+    mask_mode: str | None
+    scales: tuple[float, ...]
+    """Scales of the pseudo-labels; empty when nothing makes pseudo-labels."""
+    backbone: str
+    seed: int | None
+    steps_done: int
+    steps_asked: int | None
+    finished: bool
+    """All steps done and the run closed properly."""
+    scores: tuple[Score, ...]
+    """The newest evaluation of each split and weights; held-out splits first, ``dev`` last."""
+    images_per_s: float | None
+    """Median over steps, without the first :data:`START_UP_STEPS` and without the burn-in, when less is computed."""
+    seconds: float | None
+    """Wall time of training."""
+    cpu_s: float | None
+    """CPU time of training, all ranks."""
+
+    @property
+    def method(self) -> str:
+        """The method by its name: supervised, FixMatch, MaskMatch, or a base with a mask."""
+        if self.base == "fixmatch" and self.mask_keep is not None:
+            return "MaskMatch"
+        return _BASES.get(self.base, self.base) + (" + mask" if self.mask_keep is not None else "")
+
+    @property
+    def backbone_name(self) -> str:
+        """The backbone without its library or folder, for narrow places."""
+        return self.backbone.rstrip("/").rpartition("/")[2]
+
+    def score(self, split: str, weights: str) -> Score | None:
+        """The newest evaluation of these weights on this split."""
+        return next((score for score in self.scores if (score.split, score.weights) == (split, weights)), None)
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The comparison as text: one row a run, in the order of the runs."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def summarise(run: Path) -> RunSummary:
+    """Read a run directory and sum it up.
+
+    Raises:
+        ValueError: the folder is no run directory, or one of its files cannot be read; the message names it.
+    """
+    return summarise_files(read_run(run))
+
+
+def summarise_files(run: RunFiles) -> RunSummary:
+    """Sum up a run that was already read."""
+    settings, closing = run.settings, run.closing or {}
+    base = str(settings.get("method.base", "supervised"))
+    keep = number(settings.get("method.mask.keep"))
+    masked = keep is not None and settings.get("method.mask.weight") != 0
+    scales = settings.get("method.scales")
+    steps_done = int(run.train.steps[-1]) if run.train.steps.size else 0
+    steps_asked = _whole(settings.get("run.steps"))
+    return RunSummary(
+        path=run.path,
+        name=run.path.resolve().name,
+        base=base,
+        mask_keep=keep if masked else None,
+        mask_mode=str(settings.get("method.mask.mode", "drop")) if masked else None,
+        # A supervised run carries the recipe's scales too, but has nothing to use them on.
+        scales=tuple(scales) if isinstance(scales, list) and (masked or base != "supervised") else (),
+        backbone=str(settings.get("model.backbone", "unknown backbone")),
+        seed=_whole(settings.get("run.seed")),
+        steps_done=steps_done,
+        steps_asked=steps_asked,
+        finished=run.closing is not None and steps_asked is not None and steps_done >= steps_asked,
+        scores=run.scores,
+        images_per_s=_median_rate(run),
+        seconds=number(closing.get("seconds")),
+        cpu_s=number(closing.get("cpu_s")),
+    )
+
+
+def in_order(runs: Sequence[RunSummary]) -> list[RunSummary]:
+    """The runs grouped by backbone; within one: supervised, other bases, masked; otherwise as given."""
+    backbones = list(dict.fromkeys(run.backbone for run in runs))
+    return sorted(
+        runs, key=lambda run: (backbones.index(run.backbone), run.mask_keep is not None, run.base != "supervised")
+    )
+
+
+def method_labels(runs: Sequence[RunSummary]) -> list[str]:
+    """A label for each run: its method, with the facts that tell it from others of that method and backbone."""
+    facts = [
+        {
+            "scales": f"{len(run.scales)} scales" if len(run.scales) > 1 else "one scale",
+            "mode": run.mask_mode or "",
+            "keep": f"keep {run.mask_keep:g}" if run.mask_keep is not None else "",
+            "seed": f"seed {run.seed}",
+        }
+        for run in runs
+    ]
+    peers = defaultdict(list)
+    for place, run in enumerate(runs):
+        peers[run.method, run.backbone].append(place)
+    labels = [run.method for run in runs]
+    for places in peers.values():
+        telling = [key for key in facts[places[0]] if len({facts[place][key] for place in places}) > 1]
+        for place in places if telling else ():
+            labels[place] += f" ({', '.join(facts[place][key] for key in telling)})"
+    return labels
+
+
+def shown_splits(runs: Sequence[RunSummary]) -> list[str]:
+    """The splits to compare on: the held-out ones; ``dev`` only when no run was evaluated on any other."""
+    splits = sorted({score.split for run in runs for score in run.scores}, key=split_rank)
+    return [split for split in splits if split != "dev"] or splits
+
+
+def headline(runs: Sequence[RunSummary]) -> Headline:
+    """The comparison with a column for every figure ("–": not there), for places as wide as a page."""
+    splits = shown_splits(runs)
+    columns = ["run", "method", "seed", "steps"]
+    for split in splits:
+        columns += [f"{split} mIoU", f"{split} mIoU (student)", f"{split} pixel accuracy"]
+    columns += ["images/s", "time"]
+    rows = []
+    for run, label in zip(runs, method_labels(runs)):
+        row = [run.name, label, "–" if run.seed is None else str(run.seed), _steps(run)]
+        for split in splits:
+            row += _split_figures(run, split)
+        rows.append((*row, _rate(run.images_per_s), _duration(run.seconds)))
+    # A column that nobody fills (no student was evaluated, say) would only take width.
+    filled = [column for column in range(len(columns)) if any(row[column] != "–" for row in rows)]
+    return Headline(
+        columns=tuple(columns[column] for column in filled),
+        rows=tuple(tuple(row[column] for column in filled) for row in rows),
+    )
+
+
+def caveat(runs: Sequence[RunSummary]) -> str | None:
+    """What a reader of the comparison must know about differences; None when nothing is compared over one seed."""
+    seeds = defaultdict(set)
+    for run in runs:
+        seeds[run.method, run.backbone].add(run.seed)
+    return ONE_SEED if len(seeds) > 1 and min(map(len, seeds.values())) == 1 else None
+
+
+def summary_table(runs: Sequence[RunSummary]) -> Table:
+    """The comparison for a terminal of 80 columns: a section a backbone, a line a split within a run's row."""
+    runs = in_order(runs)
+    splits = shown_splits(runs)
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, caption=caveat(runs), caption_justify="left")
+    table.add_column("run\nmethod", overflow="fold")
+    table.add_column("split")
+    for header in ("mIoU", "mIoU\nstudent", "pixel\nacc.", "img/s", "steps", "time"):
+        table.add_column(header, justify="right", no_wrap=True)
+    backbone = None
+    for run, label in zip(runs, method_labels(runs)):
+        if run.backbone != backbone:
+            backbone = run.backbone
+            table.add_section()
+            table.add_row(Text(run.backbone_name, style="bold"))
+        figures = ["\n".join(column) for column in zip(*(_split_figures(run, split) for split in splits))] or ["–"] * 3
+        shared = (_rate(run.images_per_s), _steps(run), _duration(run.seconds))
+        # Text, not str: a folder called "[old]" is no markup.
+        table.add_row(*map(Text, (f"{run.name}\n{label}", "\n".join(splits), *figures, *shared)))
+    return table
+
+
+def as_rows(runs: Sequence[RunSummary]) -> list[dict[str, object]]:
+    """The same for programs: one JSON-ready object a run.
+
+    ``split``, ``miou`` and ``pixel_accuracy`` are those of the EMA weights on the first split of
+    :attr:`RunSummary.scores`; ``scores`` holds every split and weights.
+    """
+    rows: list[dict[str, object]] = []
+    for run in in_order(runs):
+        first = next((score for score in run.scores if score.weights == "ema"), None)
+        rows.append(
+            {
+                "run": run.name,
+                "path": str(run.path),
+                "method": run.method,
+                "backbone": run.backbone,
+                "seed": run.seed,
+                "steps_done": run.steps_done,
+                "steps_asked": run.steps_asked,
+                "finished": run.finished,
+                "split": first and first.split,
+                "miou": first and first.miou,
+                "pixel_accuracy": first and first.pixel_accuracy,
+                "scores": [
+                    {
+                        "split": score.split,
+                        "weights": score.weights,
+                        "step": score.step,
+                        "miou": score.miou,
+                        "pixel_accuracy": score.pixel_accuracy,
+                    }
+                    for score in run.scores
+                ],
+                "images_per_s": run.images_per_s,
+                "seconds": run.seconds,
+                "cpu_s": run.cpu_s,
+            }
+        )
+    return rows
+
+
+def _median_rate(run: RunFiles) -> float | None:
+    rates, steps = run.train.values["images_per_s"], run.train.steps
+    burn_in = _whole(run.settings.get("method.burn_in_steps")) or 0
+    # A run that ended within the burn-in still has a speed: fall back to what there is.
+    for first in (burn_in + START_UP_STEPS, START_UP_STEPS, 0):
+        settled = rates[(steps > first) & np.isfinite(rates)]
+        if settled.size:
+            return float(np.median(settled))
+    return None
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _steps(run: RunSummary) -> str:
+    return f"{run.steps_done}" if run.steps_asked is None else f"{run.steps_done}/{run.steps_asked}"
+
+
+def _split_figures(run: RunSummary, split: str) -> list[str]:
+    """The teacher's mIoU, the student's, the teacher's pixel accuracy."""
+    ema, student = run.score(split, "ema"), run.score(split, "student")
+    figures = (ema and ema.miou, student and student.miou, ema and ema.pixel_accuracy)
+    return ["–" if figure is None else f"{figure:.3f}" for figure in figures]
+
+
+def _rate(per_second: float | None) -> str:
+    return "–" if per_second is None else f"{per_second:.1f}" if per_second < 100 else f"{per_second:.0f}"
+
+
+def _duration(seconds: float | None) -> str:
+    """Two units are enough to compare by: "48s", "4m07s", "2h05m", "6d03h"."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    for size, unit, part, part_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // part:02d}{part_unit}"
+    return f"{whole}s"
