@@ -237,6 +237,11 @@ class Recipe(Section):
                 "engine.precision=bf16 with model.head=segformer: its BatchNorm buffers stay fp32 and the forward "
                 "fails; use engine.precision=autocast-bf16"
             )
+        if self.run.max_nonfinite_steps and self.engine.accumulation > 1:
+            raise ValueError(
+                f"run.max_nonfinite_steps={self.run.max_nonfinite_steps} with engine.accumulation="
+                f"{self.engine.accumulation}: a step cannot be left out half way; set one of them to 0 and 1"
+            )
         if self.run.steps <= self.optim.warmup_steps:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps}: must be below run.steps={self.run.steps}"

@@ -154,7 +154,9 @@ class TrainingStream(Dataset[Batch]):
         labelled = [self._labelled_view(position) for position in self._positions(number, size)]
         positions: tuple[int, ...] = ()
         views: list[tuple[Tensor, Tensor, Tensor]] = []
-        if self.unlabelled is not None:
+        # A batch of the burn-in is numbered like any other; its unlabelled images are just not read.
+        burning_in = number // self.recipe.engine.accumulation < self.recipe.method.burn_in_steps
+        if self.unlabelled is not None and not burning_in:
             positions = tuple(self._positions(number, size * data.unlabelled_per_labelled))
             views = [self._unlabelled_view(position) for position in positions]
         rows, columns = data.crop_px
@@ -203,20 +205,38 @@ class TrainingStream(Dataset[Batch]):
         return label
 
 
+class _Fetched(Dataset["Batch | DataError"]):
+    """A worker's exception arrives wrapped in its traceback; a returned one arrives as it is."""
+
+    def __init__(self, stream: TrainingStream) -> None:
+        self.stream = stream
+
+    def __getitem__(self, number: int) -> Batch | DataError:
+        try:
+            return self.stream[number]
+        except DataError as error:
+            return error
+
+
 def batches(stream: TrainingStream, start: int, stop: int, *, pin_memory: bool = False) -> Iterator[Batch]:
-    """Micro-batches ``start`` … ``stop`` - 1 in order, loaded ahead by ``data.workers`` processes."""
+    """Micro-batches ``start`` … ``stop`` - 1 in order, loaded ahead by ``data.workers`` processes.
+
+    Raises:
+        DataError: a sample that cannot be used, when its batch is due.
+    """
     workers = stream.recipe.data.workers
     loader = DataLoader(
-        stream,
+        _Fetched(stream),
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         pin_memory=pin_memory,
-        # Workers see a copy of the parent without its threads: they only decode and resize.
-        multiprocessing_context="fork" if workers else None,
     )
-    yield from loader
+    for fetched in loader:
+        if isinstance(fetched, DataError):
+            raise fetched
+        yield fetched
 
 
 def evaluation_samples(root: str, split: str, rank: int, world_size: int) -> Iterator[tuple[int, str, Tensor, Tensor]]:

@@ -76,7 +76,6 @@ def save_masked_pictures(
         visible = sample_visible(1, grid, visible_count(grid, recipe.keep), generator(seed, "picture mask", number))
         seen = visible_pixel_mask(visible, grid, segmenter.unit_px)[0].numpy()
         Image.fromarray(np.where(seen[..., None], crop, np.uint8(128))).save(folder / "visible.png")
-        Image.fromarray(crop).save(folder / "visible-image.png")
         images = window.normalise(torch.from_numpy(crop.transpose(2, 0, 1).copy()))[None]
         logits = segmenter(images, visible.to(images.device), recipe.mode)
         scores = torch.nn.functional.interpolate(logits.float(), size=window.size_px, mode="bilinear")

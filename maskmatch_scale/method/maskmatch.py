@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskmatch_scale.data.stream import Batch
 from maskmatch_scale.method.bases import Base, PseudoLabels
@@ -67,6 +68,7 @@ class MaskMatch(nn.Module):
         seed: of the run.
         ignore_index: label value of pixels that do not count.
         class_weight: float (classes,) weights of the labelled loss, or None.
+        batchnorm_frozen: BatchNorm keeps to its running statistics in training too.
     """
 
     mean: Tensor
@@ -74,17 +76,34 @@ class MaskMatch(nn.Module):
     class_weight: Tensor | None
 
     def __init__(
-        self, segmenter: Segmenter, recipe: MethodRecipe, seed: int, ignore_index: int, class_weight: Tensor | None = None
+        self,
+        segmenter: Segmenter,
+        recipe: MethodRecipe,
+        seed: int,
+        ignore_index: int,
+        class_weight: Tensor | None = None,
+        *,
+        batchnorm_frozen: bool = False,
     ) -> None:
         super().__init__()
         self.segmenter = segmenter
         self.recipe = recipe
         self.seed = seed
         self.ignore_index = ignore_index
+        self.batchnorm_frozen = batchnorm_frozen
         self.base = BASES[recipe.base]()
         self.register_buffer("mean", torch.tensor(segmenter.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(segmenter.std).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("class_weight", class_weight, persistent=False)
+
+    def train(self, mode: bool = True) -> MaskMatch:
+        """As any module, but frozen BatchNorm stays in eval mode."""
+        super().train(mode)
+        if self.batchnorm_frozen:
+            for module in self.segmenter.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
 
     def normalise(self, images: Tensor) -> Tensor:
         """Values 0–1 to what the backbone expects."""

@@ -53,6 +53,7 @@ class Segmenter(nn.Module):
     Attributes:
         num_classes: number of classes.
         unit_px: side of a maskable unit, pixels.
+        patch_px: whole images must be whole patches of this side, pixels; 1 for SegFormer, which takes any size.
         mean: per-channel mean of RGB in 0–1 that the backbone's weights expect.
         std: per-channel standard deviation, likewise.
         backbone: the library's module.
@@ -75,8 +76,13 @@ class Segmenter(nn.Module):
         self.context = context
         self.num_classes = num_classes
         self.unit_px = encoder.unit_px
+        self.patch_px = encoder.strides[0] if isinstance(encoder, VitEncoder) else 1
         self.mean, self.std = mean, std
         self._encoder = encoder  # no module itself: it reads `backbone`, and is copied with it by deepcopy
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError, naming sizes that fit, if a whole image of height × width px cannot be taken."""
+        self._encoder.check_size(height, width)
 
     def unit_grid(self, height: int, width: int) -> Grid:
         """(rows, cols) of units of an image of height × width px.

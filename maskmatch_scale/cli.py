@@ -1,0 +1,160 @@
+"""The `maskmatch` command. Nothing heavy is imported until a subcommand runs, so `--help` is instant."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+app = typer.Typer(
+    help="Semi-supervised segmentation with MaskMatch: train, evaluate, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+shards_app = typer.Typer(help="Write, check and look at shard folders.", no_args_is_help=True)
+app.add_typer(shards_app, name="shards")
+
+MISTAKE = 2
+"""Exit code of a user's mistake."""
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on stderr (of rank 0 alone) and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        _fail(str(error), MISTAKE)
+    except RuntimeError as error:
+        from maskmatch_scale.train import TrainingStopped
+
+        if not isinstance(error, TrainingStopped):
+            raise
+        _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"maskmatch: error: {' '.join(message.split())}", file=sys.stderr, flush=True)  # noqa: T201
+    sys.exit(code)
+
+
+@app.command(
+    epilog="Example: deepspeed --num_accelerators 2 --no_local_rank --module maskmatch_scale train "
+    "configs/quickstart-segformer.yaml run.steps=20"
+)
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML); configs/ has commented ones.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="e.g. run.steps=20")] = None,
+    resume: Annotated[str | None, typer.Option(help="auto, or a run or checkpoint folder to continue from.")] = None,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+) -> None:
+    """Train a recipe: alone, or as one rank of deepspeed, torchrun or accelerate launch."""
+    from maskmatch_scale.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from maskmatch_scale.train import train as run_training
+
+    run_training(loaded, resume)
+
+
+@app.command(epilog="Example: maskmatch evaluate runs/quickstart/segformer-maskmatch --split val")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    split: Annotated[str, typer.Option(help="Stream of the shard folder to evaluate on.")] = "val",
+    weights: Annotated[str, typer.Option(help="ema, student or both.")] = "both",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Per-class IoU of a run's newest checkpoint; figures and pictures are kept for the report."""
+    kinds = ("ema", "student") if weights == "both" else (weights,)
+    if not set(kinds) <= {"ema", "student"}:
+        raise ValueError(f"--weights {weights}: it must be ema, student or both")
+    from maskmatch_scale.trained import evaluate_run, held_out_images
+
+    console = Console(stderr=as_json)
+    total = held_out_images(run, split) * len(kinds)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"{run.name} on {split}", total=total)
+        records = evaluate_run(run, split, kinds, lambda: progress.advance(task))
+    if as_json:
+        print(json.dumps(records))  # noqa: T201
+    else:
+        console.print(_iou_table(records))
+
+
+@app.command(epilog="Example: maskmatch report runs/quickstart/segformer-supervised runs/quickstart/segformer-maskmatch")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    out: Annotated[Path | None, typer.Option(help="Where to; default: beside the runs.")] = None,
+) -> None:
+    """One self-contained HTML report over runs, and the same table here."""
+    from maskmatch_scale.record.report import write_report
+    from maskmatch_scale.record.summary import summarise, summary_table
+
+    path = write_report(runs, out)
+    console = Console()
+    console.print(summary_table([summarise(run) for run in runs]))
+    console.print(f"report: {path}", soft_wrap=True, highlight=False)
+
+
+@shards_app.command("write", epilog="Example: maskmatch shards write scores data/scores")
+def shards_write(
+    source: Annotated[str, typer.Argument(help="Source: scores.")],
+    out: Annotated[Path, typer.Argument(help="Shard folder to write.")],
+    seed: Annotated[int, typer.Option(help="Of the split and the ageing.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: the cores.")] = None,
+) -> None:
+    """Write a data set as shards: deterministic, restartable after a kill, at once if they are there already."""
+    if source != "scores":
+        raise ValueError(f"source {source!r} is unknown; there is: scores")
+    from maskmatch_scale.data.sources.scores import ScoresSource
+    from maskmatch_scale.data.write import write_shards
+
+    _print_index(write_shards(ScoresSource(seed=seed), out, workers=workers), out)
+
+
+@shards_app.command("verify", epilog="Example: maskmatch shards verify data/scores")
+def shards_verify(root: Annotated[Path, typer.Argument(help="Shard folder.")]) -> None:
+    """Check sizes, checksums and samples of every shard against the index; names each fault."""
+    from maskmatch_scale.data.shards import ShardIndex, verify
+
+    faults = verify(root)
+    for fault in faults:
+        print(fault, file=sys.stderr)  # noqa: T201
+    if faults:
+        raise ValueError(f"{root}: {len(faults)} faults, named above")
+    _print_index(ShardIndex.load(root), root)
+
+
+def _print_index(index: Any, root: Path) -> None:
+    table = Table(title=f"{root}: {len(index.classes)} classes")
+    for column in ("stream", "labels", "samples", "shards", "MB"):
+        table.add_column(column, justify="left" if column == "stream" else "right")
+    for name, stream in index.streams.items():
+        size = sum(shard.bytes for shard in stream.shards) / 1e6
+        labels = "yes" if stream.labelled else "no"
+        table.add_row(name, labels, str(stream.samples), str(len(stream.shards)), f"{size:.1f}")
+    Console().print(table)
+
+
+def _iou_table(records: list[dict[str, Any]]) -> Table:
+    first = records[0]
+    table = Table(title=f"IoU on {first['split']}: {first['images']} images, step {first['step']}")
+    table.add_column("class")
+    for record in records:
+        table.add_column(record["weights"], justify="right")
+    for name in first["iou"]:
+        values = [record["iou"][name] for record in records]
+        table.add_row(name, *("–" if value is None else f"{value:.3f}" for value in values))
+    table.add_section()
+    table.add_row("mIoU", *(f"{record['miou']:.4f}" for record in records))
+    table.add_row("pixel accuracy", *(f"{record['pixel_accuracy']:.4f}" for record in records))
+    return table
