@@ -45,11 +45,20 @@ def build_head(
 
 
 def _upsampled_sum(levels: Sequence[Tensor]) -> Tensor:
-    """Sum of (B, C, h, w) levels, each bilinearly upsampled to the first one's size."""
-    total, size = levels[0], levels[0].shape[2:]
+    """Sum of (B, C, h, w) levels, each bilinearly upsampled to the first one's size. Overwrites the first."""
+    total = levels[0]
     for level in levels[1:]:
-        total = total + F.interpolate(level, size=size, mode="bilinear", align_corners=False)
+        # In place: these are the largest tensors of the model, and no gradient needs the old values.
+        total += F.interpolate(level, size=total.shape[2:], mode="bilinear", align_corners=False)
     return total
+
+
+def _pointwise(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """1×1 convolution of (B, C, h, w) by weight (out, C): a matrix product, free of copies in channels-last memory.
+
+    Here so because CPU convolutions of one thread are slow for it, and answer in another memory format.
+    """
+    return F.linear(features.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
 def _init(module: nn.Module) -> None:
@@ -70,13 +79,14 @@ class LinearHead(nn.Module):
         super().__init__()
         self.shuffle = shuffle
         self.classifiers = nn.ModuleList(
-            nn.Conv2d(c, num_classes * shuffle**2, 1, bias=level == 0) for level, c in enumerate(channels)
+            nn.Linear(c, num_classes * shuffle**2, bias=level == 0) for level, c in enumerate(channels)
         )
         self.apply(_init)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Logits (B, classes, h · shuffle, w · shuffle), h × w the finest level's size."""
-        logits = _upsampled_sum([classify(level) for classify, level in zip(self.classifiers, features)])
+        classifiers: list[nn.Linear] = list(self.classifiers)  # type: ignore[arg-type]
+        logits = _upsampled_sum([_pointwise(level, c.weight, c.bias) for c, level in zip(classifiers, features)])
         return F.pixel_shuffle(logits, self.shuffle)
 
 
@@ -114,9 +124,10 @@ class SegformerHead(nn.Module):
         weights, bias = self.fused_projections()
         # One bias for the sum: upsampling leaves a constant alone.
         biases = [bias, *[None] * (len(weights) - 1)]
-        levels = [F.conv2d(level, w[..., None, None], b) for level, w, b in zip(features, weights, biases)]
-        hidden = self.dropout(F.relu(self.batch_norm(_upsampled_sum(levels))))
-        return F.pixel_shuffle(self.classifier(hidden), self.shuffle)
+        levels = [_pointwise(level, weight, b) for level, weight, b in zip(features, weights, biases)]
+        hidden = self.dropout(F.relu(self.batch_norm(_upsampled_sum(levels)), inplace=True))
+        logits = _pointwise(hidden, self.classifier.weight.flatten(1), self.classifier.bias)
+        return F.pixel_shuffle(logits, self.shuffle)
 
     def fused_projections(self) -> tuple[list[Tensor], Tensor]:
         """Weight (E, C) of every level, and the bias (E,) of their sum, in the parameters' own dtype."""

@@ -47,7 +47,7 @@ def masks(batch: int, rows: int, cols: int, k: int) -> tuple[Tensor, Tensor]:
 
 
 def twin(segmenter: torch.nn.Module) -> SegformerForSemanticSegmentation:
-    """transformers' own model with the segmenter's weights."""
+    """The model of transformers itself, with the segmenter's weights."""
     config = segmenter.backbone.config
     config.num_labels = segmenter.num_classes
     model = SegformerForSemanticSegmentation(config).double()
