@@ -228,7 +228,7 @@ def test_calls_name_what_does_not_fit(build):
         segformer.unit_grid(48, 72)
     with pytest.raises(ValueError, match="mode: 'paint' is not one of drop, zero"):
         vit(torch.randn(1, 3, 32, 32).double(), visible, mode="paint")
-    with pytest.raises(ValueError, match="images: torch.uint8"):
+    with pytest.raises(ValueError, match=r"images: torch\.uint8"):
         vit(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match="visible: dtype"):
         segformer(torch.randn(1, 3, 32, 32).double(), visible.int())
