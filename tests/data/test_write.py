@@ -93,9 +93,7 @@ def test_what_is_written_can_be_read_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("samples", "per_shard", "shards"), [(3, 256, 3), (20, 256, 8), (100, 10, 10), (101, 10, 11)])
 def test_shards_of_a_stream_are_even(tmp_path: Path, samples: int, per_shard: int, shards: int) -> None:
-    index = write_shards(
-        Squares(unlabelled=samples), tmp_path, workers=1, samples_per_shard=per_shard, progress=False
-    )
+    index = write_shards(Squares(unlabelled=samples), tmp_path, workers=1, samples_per_shard=per_shard, progress=False)
     sizes = [shard.samples for shard in index.streams["unlabelled"].shards]
     assert len(sizes) == shards
     assert sum(sizes) == samples

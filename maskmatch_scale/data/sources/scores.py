@@ -28,7 +28,7 @@ two pages would choose them.
 Ageing (`ageing.py`): rotation to ±1.5° and a slow warp, image and label alike; bled and worn ink by a locally varying
 threshold, specks, paper tone and grain, bleed-through of the verso, uneven light, blur, noise, JPEG of quality 45–90.
 
-Licences: verovio LGPL-3, music21 BSD, resvg-py MPL-2.0, the music fonts SIL OFL. The pieces are mostly in the public
+Licences: verovio LGPL-3, music21 BSD, resvg-py MIT, the music fonts SIL OFL. The pieces are mostly in the public
 domain; their encodings carry notices of their own and some forbid commercial use (music21's `corpus/license.txt`). So
 pages are rendered at set-up and are not to be committed or passed on.
 """
@@ -50,11 +50,23 @@ from PIL import Image
 
 from maskmatch_scale.data.shards import DataError
 from maskmatch_scale.data.sources.ageing import MARGIN, age, bend, encode_jpeg
-from maskmatch_scale.data.sources.scores_corpus import REPERTORIES, Piece, corpus_folder, find_pieces, read_musicxml
-from maskmatch_scale.data.sources.scores_engraving import CLASSES, Style, downsample, engrave
+from maskmatch_scale.data.sources.scores_corpus import (
+    REPERTORIES,
+    Piece,
+    corpus_folder,
+    cut_measures,
+    find_pieces,
+    read_musicxml,
+)
+from maskmatch_scale.data.sources.scores_engraving import (
+    CLASSES,
+    Style,
+    downsample,
+    engrave,
+)
 from maskmatch_scale.data.write import EncodedSample, Stream
 
-REVISION = 2
+REVISION = 3
 """Raise it with every change of this source that changes pages: folders of older pages are then refused."""
 
 FONTS = ("Leipzig", "Bravura", "Leland", "Petaluma")
@@ -187,8 +199,8 @@ def render_page(page: Page) -> EncodedSample:
     rng = np.random.default_rng(_number(page.seed, page.key))
     style = Style(page.font) if page.house_style else _draw_style(page.font, rng)
     try:
-        musicxml = read_musicxml(page.corpus / page.piece)
-        sheet = engrave(musicxml, page.first, page.first + _MEASURES - 1, style, page.size)
+        musicxml = cut_measures(read_musicxml(page.corpus / page.piece), page.first, page.first + _MEASURES - 1)
+        sheet = engrave(musicxml, style, page.size)
     except DataError as error:
         raise DataError(f"{page.piece}, measure {page.first}: {error}") from None
     overview = (sheet.raster(0, max(sheet.height, page.size), oversampling=1) > 0).astype(np.float32)

@@ -40,6 +40,14 @@ _WORDS = re.compile(
     re.DOTALL,
 )
 _XML_DECLARATION = re.compile(r"^\s*<\?xml.*?\?>", re.DOTALL)
+_PART = re.compile(r"(<part\s[^>]*>)(.*?)(</part>)", re.DOTALL)
+_MEASURE = re.compile(r"<measure[ >].*?</measure>", re.DOTALL)
+_ATTRIBUTES = re.compile(r"<attributes>.*?</attributes>", re.DOTALL)
+_ATTRIBUTE_ORDER = ("divisions", "key", "time", "staves", "clef", "transpose")
+_ATTRIBUTE = re.compile(
+    rf"(<({'|'.join(_ATTRIBUTE_ORDER)})(?:\s[^>]*?number=\"(\d)\")?[^>]*>.*?</\2>)",
+    re.DOTALL,
+)
 _PITCH = re.compile(r"<step>([A-G])</step>\s*(?:<alter>(-?\d)[^<]*</alter>\s*)?<octave>(\d)</octave>")
 _SEMITONE = dict(zip("CDEFGAB", (0, 2, 4, 5, 7, 9, 11)))
 _SYMBOLS = {
@@ -95,6 +103,33 @@ def read_musicxml(path: Path) -> str:
     return _WORDS.sub("", _XML_DECLARATION.sub("", text, count=1))
 
 
+def cut_measures(musicxml: str, first: int, last: int) -> str:
+    """The same score with measures `first` to `last` (from 1, both included) alone.
+
+    Clefs, key, time and divisions in force at the cut are stated again in its first measure. (verovio can select
+    measures itself, but in 6.4 it then draws some beams and stems across whole systems.)
+    """
+    return _PART.sub(lambda part: part[1] + _cut_part(part[2], first, last) + part[3], musicxml)
+
+
+def _cut_part(part: str, first: int, last: int) -> str:
+    measures = _MEASURE.findall(part)
+    kept = measures[first - 1 : last]
+    if not kept:
+        return part
+    opening, body = re.fullmatch(r"(<measure[^>]*>)(.*)", kept[0], re.DOTALL).groups()  # type: ignore[union-attr]
+    before_notes = _ATTRIBUTES.search(body, 0, body.find("<note") if "<note" in body else len(body))
+    if before_notes:
+        body = body.replace(before_notes[0], "", 1)
+    in_force: dict[str, str] = {}
+    for attributes in [*_ATTRIBUTES.findall("".join(measures[: first - 1])), before_notes[0] if before_notes else ""]:
+        for element, tag, number in _ATTRIBUTE.findall(attributes):
+            in_force[f"{tag} {number or 1}" if tag == "clef" else tag] = element
+    # MusicXML prescribes the order of the elements; sorting is stable, so clefs stay in the order of their staves.
+    stated = sorted(sorted(in_force.items()), key=lambda item: _ATTRIBUTE_ORDER.index(item[0].split()[0]))
+    return f"{opening}<attributes>{''.join(element for _, element in stated)}</attributes>{body}{''.join(kept[1:])}"
+
+
 @dataclass(frozen=True)
 class Piece:
     """One file of the corpus.
@@ -113,8 +148,7 @@ class Piece:
     @cached_property
     def parts(self) -> list[list[str]]:
         """The MusicXML of every measure of every part."""
-        text = read_musicxml(self.folder / self.path)
-        return [re.split(r"<measure[ >]", part)[1:] for part in re.split(r"<part\s", text)[1:]]
+        return [_MEASURE.findall(part[2]) for part in _PART.finditer(read_musicxml(self.folder / self.path))]
 
     @cached_property
     def measures(self) -> int:

@@ -143,8 +143,8 @@ class Sheet:
         return classes
 
 
-def engrave(musicxml: str, first: int, last: int, style: Style, size: int) -> Sheet:
-    """Lay out measures `first` to `last` (from 1, both included) on a sheet `size` px wide and up to 2 · `size` tall.
+def engrave(musicxml: str, style: Style, size: int) -> Sheet:
+    """Lay out the beginning of a score on a sheet `size` px wide and up to 2 · `size` tall.
 
     Raises:
         DataError: verovio cannot read the score.
@@ -177,7 +177,6 @@ def engrave(musicxml: str, first: int, last: int, style: Style, size: int) -> Sh
             "spacingLinear": style.note_spacing,
         }
     )
-    toolkit.select({"measureRange": f"{first}-{last}"})
     if not toolkit.loadData(musicxml):
         raise DataError("verovio cannot read this score")
     root = ET.fromstring(toolkit.renderToSVG(1))
