@@ -142,8 +142,8 @@ class MethodRecipe(Section):
     """τ: a pixel counts where the teacher's confidence reaches it."""
     unlabelled_weight: Annotated[float, Field(ge=0)] = 1.0
     """λ_u: weight of the base's unlabelled loss."""
-    burn_in_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps at the start with the labelled loss alone; nothing unlabelled is computed in them."""
+    burn_in: Probability = 0.0
+    """Share of the run at its start with the labelled loss alone; nothing unlabelled is read or computed in it."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.996
     """α: largest decay of the teacher's average; the decay at step t is min(1 - 1/(t+1), α)."""
     class_weights: Literal["none", "inverse_sqrt"] = "none"
@@ -161,7 +161,7 @@ class OptimRecipe(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of linear rise to the peak."""
+    """Steps of linear rise to the peak learning rate."""
     schedule: Literal["poly", "cosine", "constant"] = "poly"
     """Fall to zero at the last step."""
     poly_power: Positive = 0.9
@@ -242,11 +242,12 @@ class Recipe(Section):
                 f"run.max_nonfinite_steps={self.run.max_nonfinite_steps} with engine.accumulation="
                 f"{self.engine.accumulation}: a step cannot be left out half way; set one of them to 0 and 1"
             )
-        if self.run.steps <= self.optim.warmup_steps:
-            raise ValueError(
-                f"optim.warmup_steps={self.optim.warmup_steps}: must be below run.steps={self.run.steps}"
-            )
         return self
+
+    @property
+    def burn_in_steps(self) -> int:
+        """Steps with the labelled loss alone."""
+        return round(self.method.burn_in * self.run.steps)
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, readable by :func:`load_recipe` again."""

@@ -136,7 +136,7 @@ class _Run:
         )
         with TrainingProgress(steps, start, shown=runtime.rank == 0) as self.progress:
             for step in range(start, steps):
-                self.progress.phase("burn-in" if step < recipe.method.burn_in_steps else "all losses")
+                self.progress.phase("burn-in" if step < recipe.burn_in_steps else "all losses")
                 self._step(step, loader)
                 self.progress.step(step + 1)
                 self._after(step + 1)
@@ -158,7 +158,7 @@ class _Run:
             asked = time.monotonic()
             batch = next(loader)
             waited += time.monotonic() - asked
-            prepared.append(self.maskmatch.prepare(batch.to(device), step))
+            prepared.append(self.maskmatch.prepare(batch.to(device)))
 
         local = torch.stack([self.maskmatch.denominators(p) for p in prepared]).sum(0)
         pixels = self.runtime.sum_over_ranks(local)

@@ -155,7 +155,7 @@ class TrainingStream(Dataset[Batch]):
         positions: tuple[int, ...] = ()
         views: list[tuple[Tensor, Tensor, Tensor]] = []
         # A batch of the burn-in is numbered like any other; its unlabelled images are just not read.
-        burning_in = number // self.recipe.engine.accumulation < self.recipe.method.burn_in_steps
+        burning_in = number // self.recipe.engine.accumulation < self.recipe.burn_in_steps
         if self.unlabelled is not None and not burning_in:
             positions = tuple(self._positions(number, size * data.unlabelled_per_labelled))
             views = [self._unlabelled_view(position) for position in positions]

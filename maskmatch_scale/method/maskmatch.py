@@ -1,7 +1,7 @@
 """One step of MaskMatch: its views, its losses, in the order in which they happen.
 
-    step = maskmatch.prepare(batch, position …)      views and visible units are drawn
-    pixels = step.denominators(…)                    summed over ranks and micro-batches by the caller
+    step = maskmatch.prepare(batch)                  views and visible units are drawn
+    pixels = maskmatch.denominators(step)            summed over ranks and micro-batches by the caller
     pseudo = maskmatch.pseudo_label(step, teacher)   the teacher labels the whole weak view
     loss, sums = maskmatch(step, pseudo, scale)      the student, all views in one call (DeepSpeed needs it so)
 """
@@ -109,15 +109,10 @@ class MaskMatch(nn.Module):
         """Values 0–1 to what the backbone expects."""
         return (images - self.mean) / self.std
 
-    def prepare(self, batch: Batch, step: int) -> Step:
-        """Draw every view of a micro-batch.
-
-        Args:
-            batch: on the device.
-            step: number of the optimizer step, from 0; below ``burn_in_steps`` nothing unlabelled is made.
-        """
+    def prepare(self, batch: Batch) -> Step:
+        """Draw every view of a micro-batch on its device; one without unlabelled images (burn-in) gets no views."""
         unlabelled, views, masked = None, (), None
-        if uses_unlabelled(self.recipe) and step >= self.recipe.burn_in_steps:
+        if uses_unlabelled(self.recipe) and batch.unlabelled_positions:
             weak = View(batch.unlabelled_images / 255, batch.unlabelled_valid, None)
             unlabelled = Unlabelled(weak, batch.unlabelled_positions, self.recipe.strong_view, self.seed)
             views = self.base.views(unlabelled)

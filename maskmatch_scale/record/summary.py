@@ -246,7 +246,7 @@ def as_rows(runs: Sequence[RunSummary]) -> list[dict[str, object]]:
 
 def _median_rate(run: RunFiles) -> float | None:
     rates, steps = run.train.values["images_per_s"], run.train.steps
-    burn_in = _whole(run.settings.get("method.burn_in_steps")) or 0
+    burn_in = round((number(run.settings.get("method.burn_in")) or 0) * (_whole(run.settings.get("run.steps")) or 0))
     # A run that ended within the burn-in still has a speed: fall back to what there is.
     for first in (burn_in + START_UP_STEPS, START_UP_STEPS, 0):
         settled = rates[(steps > first) & np.isfinite(rates)]

@@ -44,7 +44,7 @@ def write_run(
     recipe = {
         "data": {"root": "data/scores"},
         "model": {"backbone": backbone, "backbone_options": {}},
-        "method": {"scales": [1.0], "burn_in_steps": burn_in} | dict(method),
+        "method": {"scales": [1.0], "burn_in": burn_in / max(1, steps)} | dict(method),
         "run": {"dir": str(path), "steps": steps_asked, "seed": seed},
     }
     (path / "recipe.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(recipe)))

@@ -1,0 +1,44 @@
+# Every target makes what it needs: a .venv with plain pip, from the pinned constraints file.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STEPS ?=
+SEED ?= 0
+
+.PHONY: help install quickstart test test-all lint bench clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed ## .venv with the package, its extras dev and quickstart, pinned
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=…")'
+	$(PYTHON) -m venv $(VENV)
+	@# torch first and by itself: with it in place nothing below asks for another build of it.
+	$(BIN)/python -m pip install -q -c constraints.txt torch torchvision
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,quickstart]'
+	touch $@
+
+quickstart: install ## pages rendered, six runs trained on 2 ranks, report over them (STEPS=… shortens it, SEED=…)
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/quickstart.sh $(if $(STEPS),STEPS=$(STEPS)) SEED=$(SEED)
+
+test: install lint ## lint, types, rooms, and the fast tests: what CI runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --durations=10
+
+test-all: install lint ## all tests, also the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20
+
+lint: install ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install ## benchmarks into benchmarks/results
+	$(BIN)/python -m benchmarks.masked_vs_full --out benchmarks/results/masked_vs_full.json
+
+clean: ## what the other targets made, but not runs and data
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Train a recipe on this machine with the deepspeed launcher: one rank a GPU, or RANKS ranks (2) on CPU.
+#
+#   launch/deepspeed.sh configs/quickstart-segformer.yaml run.steps=20
+#   RANKS=4 launch/deepspeed.sh configs/my-recipe.yaml --resume auto
+set -euo pipefail
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
+cores=$(nproc)
+# The launcher sets no thread count: without one, every rank starts as many threads as there are cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / ranks > 0 ? cores / ranks : 1))}
+# Two jobs on one machine need two ports.
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+
+if ((gpus > 0)); then
+    devices=(--num_gpus "$ranks")
+else
+    devices=(--num_accelerators "$ranks")
+    export DS_ACCELERATOR=cpu
+fi
+exec deepspeed "${devices[@]}" --no_local_rank --master_port "$port" --module maskmatch_scale train "$@"

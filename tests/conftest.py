@@ -1,0 +1,112 @@
+"""Shard folders and recipes that tests of several rooms share."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskmatch_scale.data.write import EncodedSample, Stream, write_shards
+from maskmatch_scale.recipe import Recipe, parse_recipe
+
+
+@dataclass(frozen=True)
+class ShapesSource:
+    """Images of 96 × 128 px: a noisy ground with a bright square and a striped disc, labelled pixel by pixel."""
+
+    counts: Mapping[str, int]
+    shards: Mapping[str, int] = field(default_factory=dict)
+    name: str = "shapes"
+    classes: tuple[str, ...] = ("ground", "square", "disc")
+    palette: tuple[tuple[int, int, int], ...] = ((0, 0, 0), (255, 0, 0), (0, 0, 255))
+    ignore_index: int = 255
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        return {"counts": dict(self.counts)}
+
+    @property
+    def streams(self) -> Mapping[str, Stream]:
+        return {
+            name: Stream(name != "unlabelled", [(name, number) for number in range(count)])
+            for name, count in self.counts.items()
+        }
+
+    @staticmethod
+    def render(item: tuple[str, int]) -> EncodedSample:
+        name, number = item
+        image, label = draw_shapes(sum(name.encode()) * 1000 + number)
+        return EncodedSample(f"{name}-{number:04d}", _png(image), "webp", None if name == "unlabelled" else _png(label))
+
+
+def draw_shapes(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 image (96, 128, 3) and label (96, 128)."""
+    draw = np.random.default_rng(seed)
+    image = draw.integers(60, 120, (96, 128, 3))
+    label = np.zeros((96, 128), np.uint8)
+    top, left, side = draw.integers(0, 50), draw.integers(0, 60), draw.integers(20, 40)
+    image[top : top + side, left : left + side] += 110
+    label[top : top + side, left : left + side] = 1
+    y, x = np.mgrid[:96, :128]
+    disc = (y - draw.integers(30, 70)) ** 2 + (x - draw.integers(40, 100)) ** 2 < draw.integers(10, 22) ** 2
+    image[disc] = np.where((x[disc] // 3 % 2 == 0)[:, None], 20, 200)
+    label[disc] = 2
+    label[:2] = 255
+    return image.clip(0, 255).astype(np.uint8), label
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG" if pixels.ndim == 2 else "WEBP", lossless=True)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real shard folder: 8 labelled, 24 unlabelled, 5 dev and 5 val samples in several shards."""
+    root = tmp_path_factory.mktemp("shapes")
+    source = ShapesSource({"labelled": 8, "unlabelled": 24, "dev": 5, "val": 5})
+    write_shards(source, root, workers=1, samples_per_shard=4, progress=False)
+    return root
+
+
+TINY_SEGFORMER = {
+    "depths": [1, 1, 1, 1],
+    "hidden_sizes": [8, 16, 16, 24],
+    "num_attention_heads": [1, 2, 2, 3],
+    "mlp_ratios": [2, 2, 2, 2],
+    "decoder_hidden_size": 16,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "classifier_dropout_prob": 0.0,
+    "drop_path_rate": 0.0,
+}
+"""SegformerConfig of a model that trains in milliseconds a step."""
+
+TINY_VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 16}
+"""timm options likewise."""
+
+
+@pytest.fixture
+def make_recipe(shapes: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """A small complete recipe; sections given as keyword arguments are merged over it."""
+
+    def make(**sections: Mapping[str, Any]) -> Recipe:
+        content: dict[str, dict[str, Any]] = {
+            "data": {"root": str(shapes), "crop_px": 64, "workers": 0},
+            "model": {"backbone": "transformers/segformer-b0", "backbone_options": TINY_SEGFORMER},
+            "method": {"scales": [1.0], "threshold": 0.3},
+            "engine": {"micro_batch": 2, "threads": 1},
+            "run": {"dir": str(tmp_path / "run"), "steps": 3, "log_every": 1},
+        }
+        for name, section in sections.items():
+            content.setdefault(name, {}).update(section)
+        return parse_recipe(content)
+
+    return make

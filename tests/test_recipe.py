@@ -1,0 +1,84 @@
+"""Every mistake in a recipe is one error that names the key, the value and the nearest valid key."""
+
+import pytest
+
+from maskmatch_scale.recipe import RecipeError, load_recipe
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("data: {root: d, crop_px: 160}\nmodel: {backbone: timm/x}\nrun: {dir: r, steps: 10}\n")
+    return file
+
+
+def test_overrides_and_types(path):
+    recipe = load_recipe(path, ["optim.lr=1e-3", "method.mask.keep=null", "method.scales=[0.5,1]", "data.crop_px=[96,64]"])
+    assert recipe.optim.lr == 1e-3
+    assert recipe.method.mask.keep is None
+    assert recipe.method.scales == (0.5, 1.0)
+    assert recipe.data.crop_px == (96, 64)
+    assert load_recipe(path).data.crop_px == (160, 160)
+
+
+def test_what_is_written_is_read_again(path, tmp_path):
+    recipe = load_recipe(path, ["method.base=supervised", "model.backbone_options.patch_size=8"])
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("optim.leanring_rate=3", ["optim.leanring_rate=3", "did you mean optim.lr?"]),
+        ("method.treshold=0.9", ["method.treshold=0.9", "did you mean method.threshold?"]),
+        ("method.mask.kep=1", ["did you mean method.mask.keep?"]),
+        ("mask.keep=0.5", ["unknown key mask", "did you mean method.mask?"]),
+        ("data.rot=x", ["data.rot", "did you mean data.root?"]),
+        ("optim.lr=abc", ['optim.lr="abc"']),
+        ("run.steps=2.5", ["run.steps=2.5"]),
+        ("run.steps=true", ["run.steps=true"]),
+        ("method.scales=[a]", ["method.scales"]),
+        ("method.mask.mode=paint", ["method.mask.mode", "drop", "zero"]),
+        ("method.mask.keep=0", ["method.mask.keep=0"]),
+        ("data.labelled_count=0", ["data.labelled_count=0"]),
+        ("data.crop_px=[1,2,3]", ["data.crop_px"]),
+        ("engine.zero_stage=4", ["engine.zero_stage=4"]),
+        ("optim=3", ["optim=3"]),
+        ("run.dir=null", ["run.dir=null"]),
+        ("nonsense", ["nonsense", "section.key=value"]),
+    ],
+)
+def test_one_line_that_names_the_key(path, override, parts):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["engine.zero_stage=0", "engine.precision=bf16"], ["engine.zero_stage", "engine.precision"]),
+        (["model.head=segformer", "engine.precision=bf16"], ["model.head", "engine.precision"]),
+        (["run.max_nonfinite_steps=1", "engine.accumulation=2"], ["run.max_nonfinite_steps", "engine.accumulation"]),
+    ],
+)
+def test_combinations_that_train_wrongly_are_refused(path, overrides, parts):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    assert all(part in str(caught.value) for part in parts)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "data: {root: [\n", "run: {dir: r, steps: 1}\n"])
+def test_files_that_are_no_recipes(tmp_path, text):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=r"bad\.yaml"):
+        load_recipe(file)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RecipeError, match="no such file"):
+        load_recipe(tmp_path / "none.yaml")
