@@ -25,8 +25,8 @@ from typing import BinaryIO
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 INDEX_NAME = "index.json"
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Member extensions read as the image; a ``.png`` beside a ``.jpg`` is the label map."""
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "webp", "png")
+"""Member extensions read as the image, the first that is there; a ``.png`` beside another is the label map."""
 
 
 class DataError(ValueError):
