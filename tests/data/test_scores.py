@@ -17,7 +17,7 @@ from maskmatch_scale.data.shards import DataError, ShardStream, verify
 from maskmatch_scale.data.sources import scores_corpus
 from maskmatch_scale.data.sources.ageing import MARGIN, bend
 from maskmatch_scale.data.sources.scores import FONTS, HELD_OUT_FONT, Page, ScoresSource, render_page
-from maskmatch_scale.data.sources.scores_corpus import find_pieces
+from maskmatch_scale.data.sources.scores_corpus import cut_measures, find_pieces
 from maskmatch_scale.data.sources.scores_engraving import CLASSES, INK_THRESHOLD, OVERSAMPLING, downsample
 from maskmatch_scale.data.write import write_shards
 
@@ -185,3 +185,26 @@ def test_a_missing_extra_is_one_clear_error(missing: str, tmp_path: Path, monkey
 def test_more_pages_than_the_corpus_has() -> None:
     with pytest.raises(DataError, match="unlabelled=100000: the corpus has only"):
         _ = ScoresSource(unlabelled=100_000).streams
+
+
+def test_a_cut_score_states_what_is_in_force() -> None:
+    clef = '<clef number="2"><sign>F</sign><line>4</line></clef>'
+    score = (
+        '<score-partwise><part id="P1">'
+        "<measure number='1'><attributes><divisions>4</divisions><key><fifths>2</fifths></key><time><beats>3</beats>"
+        f'</time><staves>2</staves><clef number="1"><sign>G</sign></clef>{clef}</attributes><note>a</note></measure>'
+        "<measure number='2'><attributes><key><fifths>-1</fifths></key></attributes><note>b</note></measure>"
+        "<measure number='3'><attributes><time><beats>4</beats></time></attributes><note>c</note>"
+        "<attributes><clef><sign>C</sign></clef></attributes></measure>"
+        "<measure number='4'><note>d</note></measure>"
+        "</part></score-partwise>"
+    )
+    cut = cut_measures(score, 3, 3)
+    assert cut == (
+        "<score-partwise><part id=\"P1\"><measure number='3'><attributes><divisions>4</divisions>"
+        "<key><fifths>-1</fifths></key><time><beats>4</beats></time><staves>2</staves>"
+        f'<clef number="1"><sign>G</sign></clef>{clef}</attributes><note>c</note>'
+        "<attributes><clef><sign>C</sign></clef></attributes></measure></part></score-partwise>"
+    )
+    fourth = cut_measures(score, 4, 9)
+    assert f"<clef><sign>C</sign></clef>{clef}</attributes><note>d</note>" in fourth
