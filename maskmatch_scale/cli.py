@@ -90,7 +90,9 @@ def evaluate(
         console.print(_iou_table(records))
 
 
-@app.command(epilog="Example: maskmatch report runs/quickstart/segformer-supervised runs/quickstart/segformer-maskmatch")
+@app.command(
+    epilog="Example: maskmatch report runs/quickstart/segformer-supervised runs/quickstart/segformer-maskmatch"
+)
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
     out: Annotated[Path | None, typer.Option(help="Where to; default: beside the runs.")] = None,

@@ -232,11 +232,6 @@ class Recipe(Section):
                 "engine.zero_stage=0 with engine.precision=bf16: DeepSpeed takes a hidden optimizer step there; "
                 "use engine.zero_stage=1 or engine.precision=autocast-bf16"
             )
-        if self.engine.precision == "bf16" and (self.model.head or "") == "segformer":
-            raise ValueError(
-                "engine.precision=bf16 with model.head=segformer: its BatchNorm buffers stay fp32 and the forward "
-                "fails; use engine.precision=autocast-bf16"
-            )
         if self.run.max_nonfinite_steps and self.engine.accumulation > 1:
             raise ValueError(
                 f"run.max_nonfinite_steps={self.run.max_nonfinite_steps} with engine.accumulation="
@@ -251,7 +246,8 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, readable by :func:`load_recipe` again."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+        text: str = OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+        return text
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

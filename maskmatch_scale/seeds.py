@@ -1,6 +1,6 @@
 """Random numbers that depend on what they are for, not on who drew before.
 
-Every draw of the package comes from a generator made from (seed, purpose, position): the same sample gets the same crop,
+Every draw of the package comes from a generator made from (seed, purpose, position): a sample gets the same crop,
 colours, box and mask whatever the number of ranks, workers and restarts, and a run's only random state is its step.
 """
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskmatch_scale import __version__
 from maskmatch_scale.data.shards import ShardIndex
@@ -29,6 +30,7 @@ from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.method.maskmatch import PARTS, MaskMatch, class_weights, uses_unlabelled
 from maskmatch_scale.method.teacher import ema_decay
 from maskmatch_scale.models import Segmenter
+from maskmatch_scale.models.units import visible_count
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.record.metrics import MetricsLog
 from maskmatch_scale.record.progress import TrainingProgress
@@ -39,7 +41,7 @@ from maskmatch_scale.trained import build_student, window_of
 log = logging.getLogger("maskmatch_scale")
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(RuntimeError):  # noqa: N818 - not an error of the program
     """The run stopped itself; the message says at which step, why, and what it can be continued from."""
 
 
@@ -61,37 +63,39 @@ def train(recipe: Recipe, resume: str | None = None) -> Path:
     place = Place.from_environment()
     index = ShardIndex.load(recipe.data.root)
     student = build_student(recipe, index)
-    check_sizes(recipe, student)
+    check_model(recipe, student)
     unlabelled = uses_unlabelled(recipe.method)
     stream = TrainingStream(recipe, student.num_classes, place.rank, place.world_size, unlabelled=unlabelled)
     if unlabelled or recipe.data.rare_class_crops or recipe.method.class_weights != "none":
         stream.class_pixels()
+    run = Path(recipe.run.dir)
+    checkpoint = _checkpoint_to_resume(run, resume)
     runtime = setup.start(place, recipe.engine.threads)
-    try:
-        run = Path(recipe.run.dir)
-        checkpoint = _checkpoint_to_resume(run, resume)
-        if runtime.rank == 0:
-            _open_run_directory(run, recipe, fresh=checkpoint is None)
-        runtime.barrier()
-        with _rank_log(run, runtime):
-            _Run(recipe, index, stream, student, runtime, run).train(checkpoint)
-    finally:
-        setup.stop()
+    if runtime.rank == 0:
+        _open_run_directory(run, recipe, fresh=checkpoint is None)
+    runtime.barrier()
+    with _rank_log(run, runtime):
+        _Run(recipe, index, stream, student, runtime, run).train(checkpoint)
     return run
 
 
-def check_sizes(recipe: Recipe, student: Segmenter) -> None:
-    """Refuse crops that the model cannot take.
+def check_model(recipe: Recipe, student: Segmenter) -> None:
+    """Refuse what this model cannot do.
 
     Raises:
-        ValueError: names data.crop_px and what fits.
+        ValueError: names the key and what fits.
     """
     try:
         if recipe.method.mask.keep is not None:
-            student.unit_grid(*recipe.data.crop_px)
+            visible_count(student.unit_grid(*recipe.data.crop_px), recipe.method.mask.keep)
         student.check_size(*recipe.data.crop_px)
     except ValueError as error:
         raise ValueError(f"data.crop_px={list(recipe.data.crop_px)}: {error}") from None
+    if recipe.engine.precision == "bf16" and any(isinstance(m, _BatchNorm) for m in student.modules()):
+        raise ValueError(
+            f"engine.precision=bf16: the head {recipe.model.head or 'segformer'!r} has a BatchNorm, whose "
+            "buffers DeepSpeed leaves in fp32; use engine.precision=autocast-bf16, or a head without one"
+        )
 
 
 @dataclass
@@ -241,7 +245,9 @@ class _Run:
     def _nonfinite(self, step: int, losses: dict[str, float]) -> str:
         shown = ", ".join(f"{name}={losses[name]}" for name in PARTS if losses.get(name) is not None)
         if self.last_checkpoint:
-            remedy = f"the last good checkpoint is {self.last_checkpoint}: continue with --resume {self.last_checkpoint}"
+            remedy = (
+                f"the last good checkpoint is {self.last_checkpoint}: continue with --resume {self.last_checkpoint}"
+            )
         else:
             remedy = "there is no checkpoint before it"
         return f"step {step}: the loss is not finite ({shown}); {remedy}. Lower optim.lr or set optim.clip_norm"
@@ -263,7 +269,9 @@ class _Run:
         )
         figures = {"miou": matrix.miou(), "pixel_accuracy": matrix.pixel_accuracy()}
         self.metrics.write({"step": done, "kind": "eval", "split": "dev", "weights": weights, **figures})
-        line = f"step {done}: dev mIoU {figures['miou']:.4f}, pixel accuracy {figures['pixel_accuracy']:.4f} ({weights})"
+        line = (
+            f"step {done}: dev mIoU {figures['miou']:.4f}, pixel accuracy {figures['pixel_accuracy']:.4f} ({weights})"
+        )
         self.progress.say(line)
         log.info(line)
 

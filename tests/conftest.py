@@ -96,6 +96,11 @@ TINY_VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 16}
 @pytest.fixture
 def make_recipe(shapes: Path, tmp_path: Path) -> Callable[..., Recipe]:
     """A small complete recipe; sections given as keyword arguments are merged over it."""
+    return recipe_maker(shapes, tmp_path)
+
+
+def recipe_maker(shapes: Path, folder: Path) -> Callable[..., Recipe]:
+    """What `make_recipe` is, for fixtures of another scope."""
 
     def make(**sections: Mapping[str, Any]) -> Recipe:
         content: dict[str, dict[str, Any]] = {
@@ -103,10 +108,11 @@ def make_recipe(shapes: Path, tmp_path: Path) -> Callable[..., Recipe]:
             "model": {"backbone": "transformers/segformer-b0", "backbone_options": TINY_SEGFORMER},
             "method": {"scales": [1.0], "threshold": 0.3},
             "engine": {"micro_batch": 2, "threads": 1},
-            "run": {"dir": str(tmp_path / "run"), "steps": 3, "log_every": 1},
+            "run": {"dir": str(folder / "run"), "steps": 3, "log_every": 1},
         }
         for name, section in sections.items():
-            content.setdefault(name, {}).update(section)
+            # Options of one backbone mean nothing to another.
+            content[name] = dict(section) if "backbone" in section else content.get(name, {}) | dict(section)
         return parse_recipe(content)
 
     return make

@@ -13,7 +13,9 @@ def path(tmp_path):
 
 
 def test_overrides_and_types(path):
-    recipe = load_recipe(path, ["optim.lr=1e-3", "method.mask.keep=null", "method.scales=[0.5,1]", "data.crop_px=[96,64]"])
+    recipe = load_recipe(
+        path, ["optim.lr=1e-3", "method.mask.keep=null", "method.scales=[0.5,1]", "data.crop_px=[96,64]"]
+    )
     assert recipe.optim.lr == 1e-3
     assert recipe.method.mask.keep is None
     assert recipe.method.scales == (0.5, 1.0)
@@ -61,7 +63,6 @@ def test_one_line_that_names_the_key(path, override, parts):
     ("overrides", "parts"),
     [
         (["engine.zero_stage=0", "engine.precision=bf16"], ["engine.zero_stage", "engine.precision"]),
-        (["model.head=segformer", "engine.precision=bf16"], ["model.head", "engine.precision"]),
         (["run.max_nonfinite_steps=1", "engine.accumulation=2"], ["run.max_nonfinite_steps", "engine.accumulation"]),
     ],
 )

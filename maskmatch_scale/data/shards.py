@@ -86,7 +86,9 @@ class ShardIndex(_Frozen):
         if not root.is_dir():
             raise DataError(f"data.root={root}: no such folder; write shards first (`maskmatch shards write --help`)")
         if not path.is_file():
-            raise DataError(f"{path}: no index; an interrupted `maskmatch shards write` is finished by running it again")
+            raise DataError(
+                f"{path}: no index; an interrupted `maskmatch shards write` is finished by running it again"
+            )
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:

@@ -99,7 +99,8 @@ def find_checkpoint(where: Path) -> Path:
 
 def load_weights(folder: Path, weights: str) -> dict[str, Tensor]:
     """Whole fp32 weights of a checkpoint; ``weights`` is `ema` or `student`."""
-    return load_file(folder / f"{weights}.safetensors")
+    state: dict[str, Tensor] = load_file(folder / f"{weights}.safetensors")
+    return state
 
 
 def _persistent(engine: ZeroEngine) -> set[str]:

@@ -56,7 +56,7 @@ class ReplicatedTeacher:
         self.student = student
         self.patch_px = int(getattr(teacher, "patch_px", 1))
         self._bf16 = bf16
-        self._averages = list(teacher.parameters())
+        self._averages: list[Tensor] = list(teacher.parameters())
         self._masters = list(student.parameters())
 
     @torch.no_grad()

@@ -45,7 +45,7 @@ def lr_factor(step: int, steps: int, recipe: OptimRecipe) -> float:
         return (step + 1) / recipe.warmup_steps
     done = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
     if recipe.schedule == "poly":
-        return (1 - done) ** recipe.poly_power
+        return math.pow(1 - done, recipe.poly_power)
     if recipe.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
     return 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Place:
 
     @classmethod
     def from_environment(cls) -> Place:
-        """Read RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE (torchrun) or LOCAL_SIZE (deepspeed); 1 rank if unset."""
+        """Read RANK, LOCAL_RANK, WORLD_SIZE, and LOCAL_WORLD_SIZE (torchrun) or LOCAL_SIZE (deepspeed)."""
         env = os.environ
         world_size = int(env.get("WORLD_SIZE", "1"))
         local = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or str(world_size)
@@ -61,7 +62,7 @@ class Runtime:
 
 
 def start(place: Place, threads: int | None) -> Runtime:
-    """Set threads, choose the device and join the process group.
+    """Set threads, choose the device and join the process group; a second run in one process finds it there.
 
     Args:
         place: of this rank.
@@ -77,7 +78,9 @@ def start(place: Place, threads: int | None) -> Runtime:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "MASTER_ADDR" not in os.environ:
         # Alone, without a launcher: DeepSpeed would look for MPI.
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
     _init_process_group(device)
     runtime = Runtime(place, device, threads)
     if dist.get_world_size() != place.world_size:
@@ -85,8 +88,7 @@ def start(place: Place, threads: int | None) -> Runtime:
     return runtime
 
 
-def stop() -> None:
-    """Leave the process group."""
+def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -101,6 +103,9 @@ def _init_process_group(device: torch.device) -> None:
         if compatible is not None:
             compatible["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
+        # Left at exit, not at the end of a run: DeepSpeed keeps groups of its own for the life of the process, and a
+        # second run in it would find them gone.
+        atexit.register(_leave)
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
 IGNORED = -100
 """torch's own mark for a pixel that does not count."""
 

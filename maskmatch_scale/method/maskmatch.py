@@ -1,9 +1,9 @@
 """One step of MaskMatch: its views, its losses, in the order in which they happen.
 
-    step = maskmatch.prepare(batch)                  views and visible units are drawn
-    pixels = maskmatch.denominators(step)            summed over ranks and micro-batches by the caller
-    pseudo = maskmatch.pseudo_label(step, teacher)   the teacher labels the whole weak view
-    loss, sums = maskmatch(step, pseudo, scale)      the student, all views in one call (DeepSpeed needs it so)
+step = maskmatch.prepare(batch)                  views and visible units are drawn
+pixels = maskmatch.denominators(step)            summed over ranks and micro-batches by the caller
+pseudo = maskmatch.pseudo_label(step, teacher)   the teacher labels the whole weak view
+loss, sums = maskmatch(step, pseudo, scale)      the student, all views in one call (DeepSpeed needs it so)
 """
 
 from __future__ import annotations
@@ -106,12 +106,13 @@ class MaskMatch(nn.Module):
         return self
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Values 0–1 to what the backbone expects."""
-        return (images - self.mean) / self.std
+        """Values 0–1 to what the backbone expects, in the dtype of its weights (bf16 under a bf16 engine)."""
+        return ((images - self.mean) / self.std).to(next(self.segmenter.parameters()).dtype)
 
     def prepare(self, batch: Batch) -> Step:
         """Draw every view of a micro-batch on its device; one without unlabelled images (burn-in) gets no views."""
-        unlabelled, views, masked = None, (), None
+        unlabelled, masked = None, None
+        views: tuple[View, ...] = ()
         if uses_unlabelled(self.recipe) and batch.unlabelled_positions:
             weak = View(batch.unlabelled_images / 255, batch.unlabelled_valid, None)
             unlabelled = Unlabelled(weak, batch.unlabelled_positions, self.recipe.strong_view, self.seed)

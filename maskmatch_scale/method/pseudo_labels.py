@@ -12,7 +12,9 @@ from maskmatch_scale.method.losses import at_least_float32, upsample
 
 
 @torch.no_grad()
-def multi_scale_pseudo_labels(segmenter: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float]) -> tuple[Tensor, Tensor]:
+def multi_scale_pseudo_labels(
+    segmenter: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     """ŷ and c of the method: argmax and max of p = mean over q of softmax(up(T(resize(u_w, q)))).
 
     Args:

@@ -1,0 +1,109 @@
+"""Strong views depend on (seed, position) alone, and CutMix keeps images, labels and validity together."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.transforms.v2 import functional as TF
+
+from maskmatch_scale.method.views import Unlabelled, View, draw_cutmix, photometric
+from maskmatch_scale.recipe import StrongViewRecipe
+
+OFF = {
+    "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "jitter_probability": 1.0,
+    "grey_probability": 0.0, "blur_probability": 0.0, "noise": 0.0, "cutmix_probability": 0.0,
+}  # fmt: skip
+
+
+def recipe(**changes):
+    return StrongViewRecipe(**(OFF | changes))
+
+
+def images(count=4, size=(24, 32)):
+    return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def test_everything_off_is_the_image():
+    torch.testing.assert_close(photometric(images(), recipe(), 0, range(4)), images(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue", "noise"])
+def test_each_strength_changes_images_within_bounds(name):
+    out = photometric(images(), recipe(**{name: 0.4}), 0, range(4))
+    assert 0 <= out.min() <= out.max() <= 1
+    assert all((o - i).abs().max() > 1e-3 for o, i in zip(out, images()))
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("brightness", TF.adjust_brightness),
+        ("contrast", TF.adjust_contrast),
+        ("saturation", TF.adjust_saturation),
+    ],
+)
+def test_factors_act_as_in_torchvision(name, reference):
+    image = images(1)
+    out = photometric(image, recipe(**{name: 0.5}), 3, [17])
+    # The factor itself is drawn inside: find it among torchvision's results.
+    best = min((reference(image, f) - out).abs().max().item() for f in torch.linspace(0.5, 1.5, 2001).tolist())
+    assert best < 2e-3
+
+
+def test_grey_and_blur_as_in_torchvision():
+    image = images(1)
+    grey = photometric(image, recipe(grey_probability=1.0), 0, [0])
+    torch.testing.assert_close(grey, TF.rgb_to_grayscale(image, 3), rtol=0, atol=2e-4)
+    blurred = photometric(image, recipe(blur_probability=1.0, blur_sigma_px=(1.5, 1.5)), 0, [0])
+    torch.testing.assert_close(blurred, TF.gaussian_blur(image, [11, 11], [1.5, 1.5]), rtol=0, atol=2e-3)
+
+
+def test_hue_leaves_grey_pixels_alone():
+    grey = images(2).mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    torch.testing.assert_close(photometric(grey, recipe(hue=0.5), 0, [3, 4]), grey, rtol=0, atol=5e-3)
+
+
+def test_a_view_depends_on_seed_and_position_not_on_the_batch():
+    full = StrongViewRecipe(noise=0.1)
+    whole = photometric(images(), full, 5, [10, 11, 12, 13])
+    part = photometric(images()[2:], full, 5, [12, 13])
+    torch.testing.assert_close(whole[2:], part, rtol=0, atol=1e-5)
+    assert not photometric(images()[2:], full, 6, [12, 13]).allclose(part)
+
+
+@given(count=st.integers(1, 7), seed=st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_cutmix_takes_boxes_of_the_partner(count, seed):
+    always = recipe(cutmix_probability=1.0)
+    cutmix = draw_cutmix(always, seed, range(seed, seed + count), (20, 30), torch.device("cpu"))
+    own = torch.arange(count)[:, None, None].expand(-1, 20, 30)
+    mixed = cutmix(own)
+    for number in range(count):
+        partner = int(cutmix.partner[number])
+        assert set(mixed[number].unique().tolist()) <= {number, partner}
+        box = cutmix.inside[number].nonzero()
+        (top, left), (bottom, right) = box.min(0).values.tolist(), box.max(0).values.tolist()
+        assert cutmix.inside[number, top : bottom + 1, left : right + 1].all()
+        assert 0.01 <= cutmix.inside[number].float().mean() <= 0.45
+        assert (mixed[number] == partner).equal(cutmix.inside[number] | (own[number] == partner))
+    four_dimensional = cutmix(own[:, None].expand(-1, 3, -1, -1))
+    assert four_dimensional[:, 1].equal(mixed)
+
+
+def test_pairs_stay_together_when_the_batch_is_shared_out():
+    always = recipe(cutmix_probability=1.0)
+    device = torch.device("cpu")
+    values = torch.arange(8.0)[:, None, None].expand(-1, 16, 16)
+    whole = draw_cutmix(always, 1, range(8), (16, 16), device)(values)
+    halves = [draw_cutmix(always, 1, range(at, at + 4), (16, 16), device)(values[at : at + 4]) for at in (0, 4)]
+    assert whole.equal(torch.cat(halves))
+
+
+def test_strong_view_mixes_validity_with_the_pixels():
+    valid = torch.ones(2, 16, 16, dtype=torch.bool)
+    valid[1] = False
+    weak = View(images(2, (16, 16)), valid, None)
+    strong = Unlabelled(weak, [0, 1], recipe(cutmix_probability=1.0), 0).strong
+    assert strong.cutmix is not None
+    assert strong.valid[0].equal(~strong.cutmix.inside[0])
+    assert strong.images[0][:, strong.cutmix.inside[0]].allclose(weak.images[1][:, strong.cutmix.inside[0]], atol=1e-6)
