@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +98,8 @@ def _init_process_group(device: torch.device) -> None:
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed calls collectives by names that torch has renamed: nothing that a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if device.type == "cpu":
         # DeepSpeed compiles a shared-memory communicator at first use (a minute, and needs a compiler); gloo serves.
         compatible = getattr(deepspeed.ops, "__compatible_ops__", None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from maskmatch_scale.data.shards import ShardIndex
 from maskmatch_scale.data.stream import evaluation_samples
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.evaluation.sliding import forwards_of, sliding_probabilities
@@ -37,29 +39,6 @@ class Window:
         return scores.argmax(0).cpu()
 
 
-def evaluate(
-    segmenter: Callable[[Tensor], Tensor],
-    samples: Iterator[tuple[int, str, Tensor, Tensor]],
-    window: Window,
-    matrix: ConfusionMatrix,
-    progress: Callable[[], None] = lambda: None,
-) -> None:
-    """Add the predictions of this rank's samples to ``matrix``.
-
-    Args:
-        segmenter: normalised images to logits, in eval mode.
-        samples: (number, key, uint8 image (3, H, W), uint8 label (H, W)).
-        window: how images are cut.
-        matrix: counts are added to it; the caller sums it over ranks.
-        progress: called after every image.
-    """
-    for _, key, image, label in samples:
-        if image.shape[-2:] != label.shape:
-            raise ValueError(f"{key}: image {tuple(image.shape[-2:])} px, label map {tuple(label.shape)}")
-        matrix.update(window.predict(segmenter, image), label)
-        progress()
-
-
 def evaluate_split(
     segmenter: Callable[[Tensor], Tensor],
     root: str,
@@ -72,36 +51,53 @@ def evaluate_split(
 ) -> int:
     """Evaluate a split over all ranks; the matrix then holds the global counts on every rank.
 
-    Ranks that have fewer windows to run than another run empty ones: at ZeRO-3 a forward is a collective.
+    At ZeRO-3 a forward is a collective, so ranks go image by image in lock-step, and one that has fewer windows to run
+    than another runs empty ones.
 
     Args:
-        segmenter: normalised images to logits.
+        segmenter: normalised images to logits, in eval mode.
         root: shard folder.
         split: stream name, for example `dev`.
         window: how images are cut.
         matrix: filled.
         place: (rank, world size).
         sum_over_ranks: all-reduces a tensor.
-        progress: called after every image of this rank.
+        progress: called after every round of one image a rank.
 
     Returns:
         The number of images over all ranks.
     """
     rank, world_size = place
-    done = torch.zeros(world_size, dtype=torch.int64)
-
-    def counted() -> Iterator[tuple[int, str, Tensor, Tensor]]:
-        for sample in evaluation_samples(root, split, rank, world_size):
+    images = ShardIndex.load(root).stream(split).samples
+    samples = evaluation_samples(root, split, rank, world_size)
+    for _ in range(math.ceil(images / world_size)):
+        sample = next(samples, None)
+        forwards = 0
+        if sample is not None:
             size = (sample[2].shape[-2], sample[2].shape[-1])
-            done[rank] += forwards_of(size, window.size_px, window.recipe.overlap, window.recipe.window_batch)
-            images[0] += 1
-            yield sample
-
-    images = torch.zeros(1, dtype=torch.int64)
-    evaluate(segmenter, counted(), window, matrix, progress)
-    everyone = sum_over_ranks(done.to(window.device))
-    with torch.no_grad():
-        for _ in range(int(everyone.max()) - int(everyone[rank])):
-            segmenter(torch.zeros(1, 3, *window.size_px, device=window.device))
+            forwards = forwards_of(size, window.size_px, window.recipe.overlap, window.recipe.window_batch)
+        most = _largest(forwards, rank, world_size, sum_over_ranks, window.device)
+        if sample is not None:
+            _, key, image, label = sample
+            if image.shape[-2:] != label.shape:
+                raise ValueError(f"{key}: image {tuple(image.shape[-2:])} px, label map {tuple(label.shape)}")
+            matrix.update(window.predict(segmenter, image), label)
+        _run_empty(segmenter, most - forwards, window)
+        progress()
     matrix.counts = sum_over_ranks(matrix.counts.to(window.device)).cpu()
-    return int(sum_over_ranks(images.to(window.device)))
+    return images
+
+
+def _largest(
+    own: int, rank: int, world_size: int, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device
+) -> int:
+    """The largest of every rank's number."""
+    everyone = torch.zeros(world_size, dtype=torch.int64, device=device)
+    everyone[rank] = own
+    return int(sum_over_ranks(everyone).max())
+
+
+@torch.no_grad()
+def _run_empty(segmenter: Callable[[Tensor], Tensor], forwards: int, window: Window) -> None:
+    for _ in range(forwards):
+        segmenter(torch.zeros(1, 3, *window.size_px, device=window.device))
