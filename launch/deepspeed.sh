@@ -13,8 +13,10 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / ranks > 0 ? cores / ranks :
 # Two jobs on one machine need two ports.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
+devices=()
 if ((gpus > 0)); then
-    devices=(--num_gpus "$ranks")
+    # No device option unless asked: with one, the launcher would overlook CUDA_VISIBLE_DEVICES.
+    [[ -z ${RANKS:-} ]] || devices=(--num_gpus "$ranks")
 else
     devices=(--num_accelerators "$ranks")
     export DS_ACCELERATOR=cpu

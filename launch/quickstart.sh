@@ -21,13 +21,12 @@ runs=()
 for backbone in segformer vit; do
     for method in supervised fixmatch maskmatch; do
         run=$OUT/$backbone-$method
-        rm -rf "$run"
         echo "== $backbone, $method"
         # shellcheck disable=SC2086  # a method is several words
         launch/deepspeed.sh "configs/quickstart-$backbone.yaml" ${methods[$method]} \
             "run.dir=$run" "run.seed=$SEED" ${STEPS:+"run.steps=$STEPS"}
         for split in val val_font; do
-            maskmatch evaluate "$run" --split "$split" --quiet
+            maskmatch evaluate "$run" --split "$split" --json >/dev/null
         done
         runs+=("$run")
     done

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from maskmatch_scale.errors import TrainingStopped, UserError
+
 app = typer.Typer(
     help="Semi-supervised segmentation with MaskMatch: train, evaluate, report.",
     no_args_is_help=True,
@@ -20,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-shards_app = typer.Typer(help="Write, check and look at shard folders.", no_args_is_help=True)
+shards_app = typer.Typer(help="Write and check shard folders.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards")
 
 MISTAKE = 2
@@ -31,20 +33,24 @@ def main() -> None:
     """Run the command; a user's mistake is one line on stderr (of rank 0 alone) and exit code 2."""
     try:
         app()
-    except ValueError as error:
-        _fail(str(error), MISTAKE)
-    except RuntimeError as error:
-        from maskmatch_scale.train import TrainingStopped
-
-        if not isinstance(error, TrainingStopped):
-            raise
-        _fail(str(error), 1)
+    except UserError as error:
+        # Before the run every rank finds the same mistake; a bad sample later is met by one rank alone.
+        _fail(str(error), MISTAKE, from_any_rank=_run_has_started())
+    except TrainingStopped as error:
+        _fail(str(error), 1, from_any_rank=False)
 
 
-def _fail(message: str, code: int) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"maskmatch: error: {' '.join(message.split())}", file=sys.stderr, flush=True)  # noqa: T201
+def _fail(message: str, code: int, *, from_any_rank: bool) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or from_any_rank:
+        where = f"rank {rank}: " if from_any_rank and rank != "0" else ""
+        print(f"maskmatch: error: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)  # noqa: T201
     sys.exit(code)
+
+
+def _run_has_started() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.distributed.is_initialized())
 
 
 @app.command(
@@ -57,7 +63,7 @@ def train(
     resume: Annotated[str | None, typer.Option(help="auto, or a run or checkpoint folder to continue from.")] = None,
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> None:
-    """Train a recipe: alone, or as one rank of deepspeed, torchrun or accelerate launch."""
+    """Train a recipe: alone, or as one rank of deepspeed or torchrun."""
     from maskmatch_scale.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
@@ -76,7 +82,7 @@ def evaluate(
     """Per-class IoU of a run's newest checkpoint; figures and pictures are kept for the report."""
     kinds = ("ema", "student") if weights == "both" else (weights,)
     if not set(kinds) <= {"ema", "student"}:
-        raise ValueError(f"--weights {weights}: it must be ema, student or both")
+        raise UserError(f"--weights {weights}: it must be ema, student or both")
     from maskmatch_scale.trained import evaluate_run, held_out_images
 
     console = Console(stderr=as_json)
@@ -116,7 +122,7 @@ def shards_write(
 ) -> None:
     """Write a data set as shards: deterministic, restartable after a kill, at once if they are there already."""
     if source != "scores":
-        raise ValueError(f"source {source!r} is unknown; there is: scores")
+        raise UserError(f"source {source!r} is unknown; there is: scores")
     from maskmatch_scale.data.sources.scores import ScoresSource
     from maskmatch_scale.data.write import write_shards
 
@@ -132,7 +138,7 @@ def shards_verify(root: Annotated[Path, typer.Argument(help="Shard folder.")]) -
     for fault in faults:
         print(fault, file=sys.stderr)  # noqa: T201
     if faults:
-        raise ValueError(f"{root}: {len(faults)} faults, named above")
+        raise UserError(f"{root}: {len(faults)} faults, named above")
     _print_index(ShardIndex.load(root), root)
 
 

@@ -18,8 +18,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
+from maskmatch_scale.errors import UserError
 
-class RecipeError(ValueError):
+
+class RecipeError(UserError):
     """A recipe that cannot be run: the message names the key, its value and what to do."""
 
 
@@ -76,7 +78,7 @@ class ModelRecipe(Section):
     """`timm/<name>`, `transformers/segformer-b0` … `-b5`, or `transformers/<folder with a config.json>`."""
     head: Literal["segformer", "linear", "pixel_shuffle"] | None = None
     """null = the family's usual one (segformer for SegFormer, linear for ViT)."""
-    num_classes: Annotated[int, Field(ge=2)] | None = None
+    num_classes: Annotated[int, Field(ge=2, le=255)] | None = None
     """null = as many as the index of the data names."""
     unit_px: Annotated[int, Field(ge=1)] | None = None
     """Side of a masking unit in px; null = the family's usual one."""
@@ -85,7 +87,7 @@ class ModelRecipe(Section):
     backbone_options: dict[str, Any] = {}
     """Keyword arguments for timm.create_model, or keys of SegformerConfig, that replace the library's."""
     batchnorm: Literal["per_rank", "frozen"] = "per_rank"
-    """BatchNorm in the segformer head: statistics of each rank's own batch, or the running ones, never changed."""
+    """BatchNorm in a SegFormer's head: statistics of each rank's own batch, or the running ones, never changed."""
 
 
 class MaskRecipe(Section):
@@ -235,7 +237,7 @@ class Recipe(Section):
         if self.run.max_nonfinite_steps and self.engine.accumulation > 1:
             raise ValueError(
                 f"run.max_nonfinite_steps={self.run.max_nonfinite_steps} with engine.accumulation="
-                f"{self.engine.accumulation}: a step cannot be left out half way; set one of them to 0 and 1"
+                f"{self.engine.accumulation}: a step cannot be left out half way; set the first to 0 or the second to 1"
             )
         return self
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ from maskmatch_scale.data.shards import ShardIndex
 from maskmatch_scale.data.stream import Batch, TrainingStream, batches
 from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from maskmatch_scale.engine.ema import StoredTeacher, build_teacher
+from maskmatch_scale.engine.ema import StoredTeacher, autocast, build_teacher
 from maskmatch_scale.engine.setup import Place, Runtime
 from maskmatch_scale.engine.zero import ZeroEngine
+from maskmatch_scale.errors import TrainingStopped, UserError
 from maskmatch_scale.evaluation.evaluate import evaluate_split
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.method.maskmatch import PARTS, MaskMatch, class_weights, uses_unlabelled
@@ -41,10 +43,6 @@ from maskmatch_scale.trained import build_student, window_of
 log = logging.getLogger("maskmatch_scale")
 
 
-class TrainingStopped(RuntimeError):  # noqa: N818 - not an error of the program
-    """The run stopped itself; the message says at which step, why, and what it can be continued from."""
-
-
 def train(recipe: Recipe, resume: str | None = None) -> Path:
     """Train a recipe in this process: one rank of a launcher's job, or the only one.
 
@@ -57,7 +55,7 @@ def train(recipe: Recipe, resume: str | None = None) -> Path:
         The run directory.
 
     Raises:
-        ValueError: something the user can mend, found before anything is written (bad data: when it is met).
+        UserError: something the user can mend, found before anything is written (a bad sample: when it is met).
         TrainingStopped: a non-finite loss.
     """
     place = Place.from_environment()
@@ -66,13 +64,15 @@ def train(recipe: Recipe, resume: str | None = None) -> Path:
     check_model(recipe, student)
     unlabelled = uses_unlabelled(recipe.method)
     stream = TrainingStream(recipe, student.num_classes, place.rank, place.world_size, unlabelled=unlabelled)
-    if unlabelled or recipe.data.rare_class_crops or recipe.method.class_weights != "none":
-        stream.class_pixels()
+    if recipe.data.rare_class_crops or recipe.method.class_weights != "none":
+        stream.class_pixels()  # now, once: loader processes inherit it
     run = Path(recipe.run.dir)
     checkpoint = _checkpoint_to_resume(run, resume)
     runtime = setup.start(place, recipe.engine.threads)
     if runtime.rank == 0:
-        _open_run_directory(run, recipe, fresh=checkpoint is None)
+        _open_run_directory(
+            run, recipe, continued=checkpoint is not None and run.resolve() in checkpoint.resolve().parents
+        )
     runtime.barrier()
     with _rank_log(run, runtime):
         _Run(recipe, index, stream, student, runtime, run).train(checkpoint)
@@ -83,18 +83,18 @@ def check_model(recipe: Recipe, student: Segmenter) -> None:
     """Refuse what this model cannot do.
 
     Raises:
-        ValueError: names the key and what fits.
+        UserError: names the key and what fits.
     """
     try:
         if recipe.method.mask.keep is not None:
             visible_count(student.unit_grid(*recipe.data.crop_px), recipe.method.mask.keep)
         student.check_size(*recipe.data.crop_px)
     except ValueError as error:
-        raise ValueError(f"data.crop_px={list(recipe.data.crop_px)}: {error}") from None
+        raise UserError(f"data.crop_px={list(recipe.data.crop_px)}: {error}") from None
     if recipe.engine.precision == "bf16" and any(isinstance(m, _BatchNorm) for m in student.modules()):
-        raise ValueError(
-            f"engine.precision=bf16: the head {recipe.model.head or 'segformer'!r} has a BatchNorm, whose "
-            "buffers DeepSpeed leaves in fp32; use engine.precision=autocast-bf16, or a head without one"
+        raise UserError(
+            "engine.precision=bf16: this model has a BatchNorm, whose buffers DeepSpeed leaves in fp32; use "
+            "engine.precision=autocast-bf16, or a head without one (model.head=linear)"
         )
 
 
@@ -130,24 +130,26 @@ class _Run:
         self.metrics = MetricsLog(self.folder / "metrics.jsonl" if runtime.rank == 0 else None)
         self.left_out = 0
         self.last_checkpoint: Path | None = checkpoint
-        start = load_checkpoint(checkpoint, self.engine, self.teacher, runtime) if checkpoint else 0
+        state = load_checkpoint(checkpoint, self.engine, self.teacher, runtime) if checkpoint else {}
+        start = int(state.get("step", 0))
         self._log_start(start)
 
-        began, cpu_began = time.monotonic(), _cpu_s()
+        self.spent_before = {name: float(state.get(name, 0.0)) for name in ("seconds", "cpu_s")}
+        self.began, self.cpu_began = time.monotonic(), _cpu_s()
         accumulation, steps = recipe.engine.accumulation, recipe.run.steps
         loader = batches(
             self.stream, start * accumulation, steps * accumulation, pin_memory=runtime.device.type == "cuda"
         )
         with TrainingProgress(steps, start, shown=runtime.rank == 0) as self.progress:
             for step in range(start, steps):
-                self.progress.phase("burn-in" if step < recipe.burn_in_steps else "all losses")
+                self.progress.phase(cheap=step < recipe.burn_in_steps)
                 self._step(step, loader)
                 self.progress.step(step + 1)
                 self._after(step + 1)
-        seconds, cpu_s = time.monotonic() - began, _cpu_s() - cpu_began
-        cpu_total = float(runtime.sum_over_ranks(torch.tensor([cpu_s], dtype=torch.float64, device=runtime.device)))
+        loader.close()  # ends the loader processes, whose CPU time counts only then
+        spent = self._spent()
         if runtime.rank == 0:
-            self._close(seconds, cpu_total)
+            self._close(spent)
 
     def _step(self, step: int, loader: Iterator[Batch]) -> None:
         """One optimizer step: all views of all micro-batches, losses over the global batch, teacher last."""
@@ -176,26 +178,32 @@ class _Run:
             if pseudo is not None and micro.unlabelled is not None:
                 valid = micro.unlabelled.weak.valid
                 sums[3:] += torch.stack([(pseudo.confident & valid).sum(), valid.sum()])
-            if recipe.run.max_nonfinite_steps and self._leave_out(step, parts):
-                return
-            self.engine.backward(loss)
-        self.engine.step(step)
-        self.teacher.update(ema_decay(step + 1, recipe.method.ema_decay))
-        self._record(step, prepared[0].unlabelled is not None, self.runtime.sum_over_ranks(sums), pixels, began, waited)
+            left_out = bool(recipe.run.max_nonfinite_steps) and self._not_finite(sums)
+            if not left_out:
+                self.engine.backward(loss)
+        if not left_out:
+            self.engine.step(step)
+            self.teacher.update(ema_decay(step + 1, recipe.method.ema_decay))
+        sums = self.runtime.sum_over_ranks(sums)
+        self._record(step, prepared[0].unlabelled is not None, sums, pixels, began, waited, left_out=left_out)
+        if left_out:
+            self._count_left_out()
 
-    def _record(self, step: int, unlabelled: bool, sums: Tensor, pixels: Tensor, began: float, waited: float) -> None:
+    def _record(
+        self, step: int, unlabelled: bool, sums: Tensor, pixels: Tensor, began: float, waited: float, *, left_out: bool
+    ) -> None:
         """Keep the step's figures; nothing here waits for the device."""
         method, engine = self.recipe.method, self.recipe.engine
         losses = sums[:3] / pixels.clamp(min=1)
         total = losses[0] + method.unlabelled_weight * losses[1] + method.mask.weight * losses[2]
-        figures: dict[str, float | None] = dict.fromkeys(("loss", *PARTS))
+        figures: dict[str, float | bool | None] = dict.fromkeys(("loss", *PARTS))
         on_device = {"loss": total, "loss_x": losses[0]}
         if unlabelled and method.base != "supervised":
             on_device["loss_u"] = losses[1]
         if unlabelled and method.mask.keep is not None:
             on_device["loss_m"] = losses[2]
         figures["lr"] = self.engine.lr(step)
-        norm = self.engine.grad_norm
+        norm = None if left_out else self.engine.grad_norm
         figures["grad_norm"] = norm if isinstance(norm, float) else None
         if isinstance(norm, Tensor):
             on_device["grad_norm"] = norm.detach()
@@ -207,6 +215,8 @@ class _Run:
         figures["images_per_s"] = a_rank * engine.accumulation * self.runtime.world_size / step_s
         figures["data_wait_s"] = waited
         figures["step_s"] = step_s
+        if left_out:
+            figures["left_out"] = True
         self.metrics.train(step + 1, figures, on_device)
 
     def _after(self, done: int) -> None:
@@ -216,31 +226,35 @@ class _Run:
         checkpoint_due = last or (run.checkpoint_every and done % run.checkpoint_every == 0)
         if done % run.log_every == 0 or evaluation_due or checkpoint_due:
             self._flush()
+        if checkpoint_due:
+            spent = self._spent()
+            self.last_checkpoint = save_checkpoint(self.folder, done, spent, self.engine, self.teacher, self.runtime)
         if evaluation_due:
             for weights in ("ema", "student") if last else ("ema",):
                 self._evaluate(done, weights)
-        if checkpoint_due:
-            self.last_checkpoint = save_checkpoint(self.folder, done, self.engine, self.teacher, self.runtime)
 
-    def _flush(self) -> None:
+    def _flush(self) -> list[dict[str, Any]]:
+        """Write what waits, show the newest, and stop the run if a step that counted was not finite."""
         records = self.metrics.flush()
         for record in records:
-            if not math.isfinite(record["loss"]):
+            # A gradient can overflow where the loss did not: the weights are gone all the same.
+            if not math.isfinite(record["loss"] + (record["grad_norm"] or 0.0)) and not record.get("left_out"):
                 raise TrainingStopped(self._nonfinite(record["step"], record))
         if records:
             self.progress.figures(records[-1])
             log.info("%s", json.dumps(records[-1]))
+        return records
 
-    def _leave_out(self, step: int, parts: Tensor) -> bool:
-        """Whether this step's loss is non-finite on any rank and is left out; costs a device sync."""
-        parts = self.runtime.sum_over_ranks(parts.double())
-        if bool(parts.isfinite().all()):
-            return False
+    def _not_finite(self, sums: Tensor) -> bool:
+        """Whether this step's loss is not finite on any rank; costs a device sync."""
+        return not bool(self.runtime.sum_over_ranks(sums).isfinite().all())
+
+    def _count_left_out(self) -> None:
         self.left_out += 1
+        record = self._flush()[-1]
         if self.left_out > self.recipe.run.max_nonfinite_steps:
-            raise TrainingStopped(self._nonfinite(step + 1, dict(zip(PARTS, parts.tolist(), strict=True))))
-        log.warning("step %d left out: non-finite loss %s", step + 1, parts.tolist())
-        return True
+            raise TrainingStopped(self._nonfinite(record["step"], record))
+        log.warning("step %d left out: the loss is not finite", record["step"])
 
     def _nonfinite(self, step: int, losses: dict[str, float]) -> str:
         shown = ", ".join(f"{name}={losses[name]}" for name in PARTS if losses.get(name) is not None)
@@ -258,15 +272,16 @@ class _Run:
             return
         matrix = ConfusionMatrix(self.student.num_classes, self.index.ignore_index)
         self.student.eval()
-        evaluate_split(
-            self.teacher if weights == "ema" else self.student,
-            self.recipe.data.root,
-            "dev",
-            window_of(self.recipe, self.student, self.runtime.device),
-            matrix,
-            (self.runtime.rank, self.runtime.world_size),
-            self.runtime.sum_over_ranks,
-        )
+        with autocast(self.runtime.device, self.recipe.engine.precision == "autocast-bf16"):
+            evaluate_split(
+                self.teacher if weights == "ema" else self.student,
+                self.recipe.data.root,
+                "dev",
+                window_of(self.recipe, self.student, self.runtime.device),
+                matrix,
+                (self.runtime.rank, self.runtime.world_size),
+                self.runtime.sum_over_ranks,
+            )
         figures = {"miou": matrix.miou(), "pixel_accuracy": matrix.pixel_accuracy()}
         self.metrics.write({"step": done, "kind": "eval", "split": "dev", "weights": weights, **figures})
         line = (
@@ -291,10 +306,17 @@ class _Run:
         if place.rank == 0:
             print("\n".join(lines), flush=True)  # noqa: T201
 
-    def _close(self, seconds: float, cpu_s: float) -> None:
+    def _spent(self) -> dict[str, float]:
+        """Wall seconds, and CPU seconds of all ranks, since the run's first start; all ranks call it together."""
+        cpu_s = torch.tensor([_cpu_s() - self.cpu_began], dtype=torch.float64, device=self.runtime.device)
+        return {
+            "seconds": self.spent_before["seconds"] + time.monotonic() - self.began,
+            "cpu_s": self.spent_before["cpu_s"] + float(self.runtime.sum_over_ranks(cpu_s)),
+        }
+
+    def _close(self, spent: dict[str, float]) -> None:
         summary = {
-            "seconds": seconds,
-            "cpu_s": cpu_s,
+            **spent,
             "world_size": self.runtime.world_size,
             "device": str(self.runtime.device),
             "versions": {"maskmatch_scale": __version__, "torch": torch.__version__},
@@ -312,9 +334,9 @@ def _checkpoint_to_resume(run: Path, resume: str | None) -> Path | None:
     return find_checkpoint(Path(resume))
 
 
-def _open_run_directory(run: Path, recipe: Recipe, *, fresh: bool) -> None:
-    """Make the run directory; an older run in its place is moved aside, never overwritten."""
-    if fresh and (run / "recipe.yaml").exists():
+def _open_run_directory(run: Path, recipe: Recipe, *, continued: bool) -> None:
+    """Make the run directory; another run in its place is moved aside, never overwritten."""
+    if not continued and (run / "recipe.yaml").exists():
         number = next(n for n in range(1, 10_000) if not run.with_name(f"{run.name}.previous-{n}").exists())
         aside = run.with_name(f"{run.name}.previous-{number}")
         run.rename(aside)

@@ -12,6 +12,7 @@ import torch
 
 from maskmatch_scale.data.shards import ShardIndex
 from maskmatch_scale.engine.checkpoint import CheckpointError, find_checkpoint, load_weights
+from maskmatch_scale.errors import UserError
 from maskmatch_scale.evaluation.evaluate import Window, evaluate_split
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.evaluation.pictures import save_masked_pictures, save_pictures
@@ -25,31 +26,35 @@ def build_student(recipe: Recipe, index: ShardIndex, *, pretrained: bool = True)
     """The segmenter of a recipe, its random weights drawn from the run's seed; ``pretrained=False`` reads no others.
 
     Raises:
-        ValueError: the data have more classes than the recipe, or the model cannot be built so.
+        UserError: the data have more classes than the recipe, or the model cannot be built so.
     """
     model = recipe.model
     num_classes = model.num_classes or len(index.classes)
     if len(index.classes) > num_classes:
-        raise ValueError(
+        raise UserError(
             f"model.num_classes={num_classes}: the labels of {recipe.data.root} have {len(index.classes)} classes; "
             "raise it, or leave it out to take theirs"
         )
     torch.manual_seed(recipe.run.seed)
-    return build_segmenter(
-        model.backbone,
-        num_classes,
-        head=model.head,
-        pretrained=model.pretrained if pretrained else None,
-        image_size=recipe.data.crop_px,
-        unit_px=model.unit_px,
-        context=recipe.method.mask.keep is not None and recipe.method.mask.mode == "drop",
-        backbone_options=model.backbone_options,
-    )
+    try:
+        return build_segmenter(
+            model.backbone,
+            num_classes,
+            head=model.head,
+            pretrained=model.pretrained if pretrained else None,
+            image_size=recipe.data.crop_px,
+            unit_px=model.unit_px,
+            context=recipe.method.mask.keep is not None and recipe.method.mask.mode == "drop",
+            backbone_options=model.backbone_options,
+        )
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
 
 
 def window_of(recipe: Recipe, segmenter: Segmenter, device: torch.device) -> Window:
     """How held-out images are cut for this run."""
-    return Window(recipe.data.crop_px, recipe.evaluation, segmenter.mean, segmenter.std, device)
+    dtype = next(segmenter.parameters()).dtype
+    return Window(recipe.data.crop_px, recipe.evaluation, segmenter.mean, segmenter.std, device, dtype)
 
 
 def open_run(run: Path, weights: str) -> tuple[Recipe, Segmenter, int]:

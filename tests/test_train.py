@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskmatch_scale.train import TrainingStopped, train
+from maskmatch_scale.errors import TrainingStopped
+from maskmatch_scale.train import train
 from maskmatch_scale.trained import evaluate_run, open_run
 
 

@@ -22,14 +22,16 @@ from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from maskmatch_scale.errors import UserError
 
 INDEX_NAME = "index.json"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "webp", "png")
 """Member extensions read as the image, the first that is there; a ``.png`` beside another is the label map."""
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Something is wrong with the data a user gave; the message names folder, shard or sample and what to do."""
 
 
@@ -73,6 +75,12 @@ class ShardIndex(_Frozen):
     ignore_index: int = 255
     """Label value of pixels that count for nothing."""
     streams: dict[str, StreamEntry]
+
+    @model_validator(mode="after")
+    def _ignore_index_is_no_class(self) -> ShardIndex:
+        if self.ignore_index < len(self.classes):
+            raise ValueError(f"ignore_index {self.ignore_index} is also class {self.classes[self.ignore_index]!r}")
+        return self
 
     @classmethod
     def load(cls, root: str | Path) -> ShardIndex:

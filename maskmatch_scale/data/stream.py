@@ -11,7 +11,7 @@ each rank its slice of them, so that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -43,12 +43,13 @@ class Order:
     def __getitem__(self, position: int) -> int:
         """Sample number at ``position`` ≥ 0."""
         epoch, place = divmod(position, len(self.samples))
-        return self.samples[_permutation(derive_seed(self.seed, "order", self.stream, epoch), len(self.samples))[place]]
+        shuffled = _permutation(derive_seed(self.seed, "order", self.stream, epoch), len(self.samples))
+        return self.samples[int(shuffled[place])]
 
 
 @lru_cache(maxsize=4)
-def _permutation(seed: int, length: int) -> tuple[int, ...]:
-    return tuple(torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist())
+def _permutation(seed: int, length: int) -> Tensor:
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
 
 
 def draw_labelled(stream: ShardStream, count: int | None, split_seed: int) -> list[int]:
@@ -218,7 +219,7 @@ class _Fetched(Dataset["Batch | DataError"]):
             return error
 
 
-def batches(stream: TrainingStream, start: int, stop: int, *, pin_memory: bool = False) -> Iterator[Batch]:
+def batches(stream: TrainingStream, start: int, stop: int, *, pin_memory: bool = False) -> Generator[Batch, None, None]:
     """Micro-batches ``start`` … ``stop`` - 1 in order, loaded ahead by ``data.workers`` processes.
 
     Raises:

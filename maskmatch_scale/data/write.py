@@ -39,12 +39,12 @@ from maskmatch_scale.data.shards import (
     StreamEntry,
     sha256,
 )
+from maskmatch_scale.errors import UserError
 
 SAMPLES_PER_SHARD = 256
 """Default upper limit of samples in a shard."""
 
-MIN_SHARDS_LABELLED = 2
-MIN_SHARDS_UNLABELLED = 8
+MIN_SHARDS = 8
 """A stream is spread over at least so many shards (or one a sample), so that ranks have shards of their own."""
 
 _PLAN_NAME = ".writing.json"
@@ -137,10 +137,10 @@ def write_shards(
     Raises:
         DataError: the folder was begun or finished with other settings, somebody else is writing to it, or a sample
             could not be rendered.
-        ValueError: `workers` or `samples_per_shard` is less than 1.
+        UserError: `workers` or `samples_per_shard` is less than 1.
     """
     if samples_per_shard < 1 or (workers is not None and workers < 1):
-        raise ValueError(f"workers={workers}, samples_per_shard={samples_per_shard}: both must be at least 1")
+        raise UserError(f"workers={workers}, samples_per_shard={samples_per_shard}: both must be at least 1")
     out = Path(out)
     identity = {"source": source.name, **source.settings, "samples_per_shard": samples_per_shard}
     identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
@@ -190,8 +190,7 @@ class _Shard:
 def _cut(name: str, stream: Stream, samples_per_shard: int) -> list[_Shard]:
     """Consecutive items in shards whose sizes differ by one at most."""
     total = len(stream.items)
-    least = MIN_SHARDS_LABELLED if stream.labelled else MIN_SHARDS_UNLABELLED
-    count = max(min(least, total), -(-total // samples_per_shard))
+    count = max(min(MIN_SHARDS, total), -(-total // samples_per_shard))
     edges = [total * number // count for number in range(count + 1)] if count else [0]
     return [
         _Shard(f"{name}-{number:06d}.tar", stream.labelled, stream.items[start:end])

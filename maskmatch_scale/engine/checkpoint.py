@@ -6,11 +6,12 @@
         engine/                 DeepSpeed's own files: masters and optimizer state, each rank its shard
         student.safetensors     whole fp32 weights, for evaluation and export
         ema.safetensors         whole fp32 teacher
-        state.json              step, world size, versions
+        state.json              step, ranks, ZeRO stage, precision, seconds spent so far
 
-Everything is written into `.step-00000400.writing`, flushed, and renamed when every rank has finished, so that a crash
-leaves the checkpoint before it in place. The stream's state is the step (data/stream.py), every generator is made from
-the seed and a position: there is no random state to save.
+Everything is written into `.step-00000400.writing` and renamed when every rank has finished, so that a crash leaves the
+checkpoint before it in place; our own files are flushed to the disk before the rename, DeepSpeed's are not. The
+stream's state is the step (data/stream.py), and every generator is made from the seed and a position: there is no
+random state to save.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,14 +29,26 @@ from torch import Tensor
 from maskmatch_scale.engine.ema import StoredTeacher
 from maskmatch_scale.engine.setup import Runtime
 from maskmatch_scale.engine.zero import ZeroEngine
+from maskmatch_scale.errors import UserError
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """No checkpoint to continue from, or one that does not fit; the message says what to do."""
 
 
-def save_checkpoint(run: Path, step: int, engine: ZeroEngine, teacher: StoredTeacher, runtime: Runtime) -> Path:
-    """Write `checkpoints/step-XXXXXXXX` after optimizer step ``step``; all ranks call it together."""
+def save_checkpoint(
+    run: Path, step: int, spent: dict[str, float], engine: ZeroEngine, teacher: StoredTeacher, runtime: Runtime
+) -> Path:
+    """Write `checkpoints/step-XXXXXXXX` after optimizer step ``step``; all ranks call it together.
+
+    Args:
+        run: run directory.
+        step: optimizer steps taken.
+        spent: `seconds` and `cpu_s` that the run has cost so far.
+        engine: of this rank.
+        teacher: of this rank.
+        runtime: this rank.
+    """
     folder = run / "checkpoints" / f"step-{step:08d}"
     writing = folder.with_name(f".{folder.name}.writing")
     if runtime.rank == 0:
@@ -49,13 +63,15 @@ def save_checkpoint(run: Path, step: int, engine: ZeroEngine, teacher: StoredTea
     if runtime.rank == 0:
         _save(student, writing / "student.safetensors")
         _save(average, writing / "ema.safetensors")
-        state = {"step": step, "world_size": runtime.world_size, "torch": torch.__version__}
+        state = {"step": step, **_shape(engine, runtime), **spent, "torch": torch.__version__}
         _write_flushed(writing / "state.json", json.dumps(state, indent=1))
     runtime.barrier()
     if runtime.rank == 0:
+        replaced = folder.with_name(f".{folder.name}.replaced")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(replaced)
         writing.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         beside = folder.parent / ".latest"
         _write_flushed(beside, folder.name)
         beside.rename(folder.parent / "latest")
@@ -63,24 +79,32 @@ def save_checkpoint(run: Path, step: int, engine: ZeroEngine, teacher: StoredTea
     return folder
 
 
-def load_checkpoint(folder: Path, engine: ZeroEngine, teacher: StoredTeacher, runtime: Runtime) -> int:
+def load_checkpoint(folder: Path, engine: ZeroEngine, teacher: StoredTeacher, runtime: Runtime) -> dict[str, Any]:
     """Restore student, optimizer and teacher bit for bit; all ranks call it together.
 
     Returns:
-        The number of optimizer steps taken.
+        Its state: `step`, `seconds`, `cpu_s` and what it was written with.
 
     Raises:
-        CheckpointError: written by another number of ranks.
+        CheckpointError: written by another number of ranks, ZeRO stage or precision, or not whole.
     """
-    state = json.loads((folder / "state.json").read_text())
-    if state["world_size"] != runtime.world_size:
-        raise CheckpointError(
-            f"{folder}: written by {state['world_size']} ranks, this run has {runtime.world_size}; "
-            f"launch it with {state['world_size']}"
-        )
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    for name, now in _shape(engine, runtime).items():
+        if state.get(name) != now:
+            raise CheckpointError(
+                f"{folder}: written with {name}={state.get(name)}, this run has {now}; make them equal"
+            )
+    if not (folder / "engine").is_dir():
+        raise CheckpointError(f"{folder}: its folder engine/ is missing; continue from another checkpoint")
     engine.deepspeed.load_checkpoint(str(folder), tag="engine")
     teacher.load_full_state(load_file(folder / "ema.safetensors"))
-    return int(state["step"])
+    return state
+
+
+def _shape(engine: ZeroEngine, runtime: Runtime) -> dict[str, object]:
+    """What a checkpoint and the run that continues it must have in common."""
+    recipe = engine.recipe.engine
+    return {"world_size": runtime.world_size, "zero_stage": recipe.zero_stage, "precision": recipe.precision}
 
 
 def find_checkpoint(where: Path) -> Path:
@@ -93,7 +117,10 @@ def find_checkpoint(where: Path) -> Path:
         return where
     for folder in (where / "checkpoints", where):
         if (folder / "latest").is_file():
-            return folder / (folder / "latest").read_text().strip()
+            newest = folder / (folder / "latest").read_text().strip()
+            if not (newest / "state.json").is_file():
+                raise CheckpointError(f"{folder / 'latest'} names {newest.name}, which is not there; name another one")
+            return newest
     raise CheckpointError(f"{where}: no complete checkpoint here (a `latest` file or a step-XXXXXXXX folder)")
 
 

@@ -62,7 +62,7 @@ class ReplicatedTeacher:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Forward in the student's precision."""
-        with _autocast(images.device, self._bf16):
+        with autocast(images.device, self._bf16):
             logits: Tensor = self.module(images)
         return logits
 
@@ -105,7 +105,7 @@ class ShardedTeacher:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Forward, gathering layer by layer: all ranks must call it equally often."""
-        with _autocast(images.device, self._bf16):
+        with autocast(images.device, self._bf16):
             logits: Tensor = self._engine(images)
         return logits
 
@@ -164,5 +164,6 @@ def _whole(parameter: nn.Parameter, modifier_rank: int | None = None) -> Iterato
         yield
 
 
-def _autocast(device: torch.device, bf16: bool) -> Any:
+def autocast(device: torch.device, bf16: bool) -> Any:
+    """bf16 arithmetic on fp32 weights, or nothing."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

@@ -1,7 +1,7 @@
 """DeepSpeed, driven directly: one call for all views, one backward, one step.
 
-Any other order of forwards and backwards is silently wrong at some ZeRO stage (docs/zero.md), so the engine offers no
-other: :meth:`ZeroEngine.train_step` takes the micro-batches of one optimizer step and does it all.
+Any other order of forwards and backwards is silently wrong at some ZeRO stage (docs/zero.md). For each micro-batch call
+:meth:`ZeroEngine.forward` and then :meth:`ZeroEngine.backward`, once each, and :meth:`ZeroEngine.step` after the last.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ class ZeroEngine:
         self.device = runtime.device
         self.student = student
         self.module = module
-        self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=build_optimizer(student, recipe.optim), config=deepspeed_config(recipe)
-        )
+        optimizer = build_optimizer(student, recipe.optim)
+        # Kept here: a loaded checkpoint brings its own groups, but the recipe decides the learning rate.
+        self._peak_lrs = [group["peak_lr"] for group in optimizer.param_groups]
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(recipe))
         self._grad_norm: Tensor | float | None = None
 
     @property
@@ -74,8 +75,8 @@ class ZeroEngine:
     def step(self, number: int) -> None:
         """Set the learning rate of optimizer step ``number`` (from 0) and take it."""
         factor = lr_factor(number, self.recipe.run.steps, self.recipe.optim)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+        for group, peak in zip(self._engine.optimizer.param_groups, self._peak_lrs, strict=True):
+            group["lr"] = peak * factor
         self._grad_norm = self._plain_grad_norm()
         self._engine.step()
         if self._grad_norm is None:

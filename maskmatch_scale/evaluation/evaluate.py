@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskmatch_scale.data.shards import ShardIndex
 from maskmatch_scale.data.stream import evaluation_samples
+from maskmatch_scale.errors import UserError
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.evaluation.sliding import forwards_of, sliding_probabilities
 from maskmatch_scale.recipe import EvaluationRecipe
@@ -25,11 +26,12 @@ class Window:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     device: torch.device
+    dtype: torch.dtype = torch.float32
 
     def normalise(self, image: Tensor) -> Tensor:
-        """uint8 (3, H, W) to float on the device."""
+        """uint8 (3, H, W) to ``dtype`` on the device."""
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
-        return (image.to(self.device) / 255 - mean) / std
+        return ((image.to(self.device) / 255 - mean) / std).to(self.dtype)
 
     def predict(self, segmenter: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
         """Class of every pixel of a uint8 image (3, H, W): int64 (H, W), on the CPU."""
@@ -80,7 +82,7 @@ def evaluate_split(
         if sample is not None:
             _, key, image, label = sample
             if image.shape[-2:] != label.shape:
-                raise ValueError(f"{key}: image {tuple(image.shape[-2:])} px, label map {tuple(label.shape)}")
+                raise UserError(f"{key}: image {tuple(image.shape[-2:])} px, label map {tuple(label.shape)}")
             matrix.update(window.predict(segmenter, image), label)
         _run_empty(segmenter, most - forwards, window)
         progress()
@@ -100,4 +102,4 @@ def _largest(
 @torch.no_grad()
 def _run_empty(segmenter: Callable[[Tensor], Tensor], forwards: int, window: Window) -> None:
     for _ in range(forwards):
-        segmenter(torch.zeros(1, 3, *window.size_px, device=window.device))
+        segmenter(torch.zeros(1, 3, *window.size_px, device=window.device, dtype=window.dtype))

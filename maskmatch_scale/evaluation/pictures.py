@@ -60,7 +60,7 @@ def save_masked_pictures(
 ) -> None:
     """Beside the pictures of :func:`save_pictures`: the visible units, and the prediction made from them alone.
 
-    One training crop from the middle of the page is masked as in training; the rest of the picture is left grey.
+    The middle of the picture, as large as a training crop and not augmented, is masked with the recipe's keep ratio.
     """
     assert recipe.keep is not None
     grid = segmenter.unit_grid(*window.size_px)

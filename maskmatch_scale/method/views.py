@@ -81,7 +81,8 @@ def photometric(images: Tensor, recipe: StrongViewRecipe, seed: int, positions: 
     out = torch.lerp(out, _grey(out).expand_as(out), grey)
     sigmas = [d.blur_sigma_px for d in drawn]
     if any(sigmas):
-        out = _blur(out, sigmas)
+        # The kernel is as wide as the recipe's widest, so that an image's blur does not depend on its batch.
+        out = _blur(out, sigmas, widest_px=recipe.blur_sigma_px[1])
     if any(d.noise for d in drawn):
         out = (out + torch.stack([_noise(d, out) for d in drawn])).clamp(0, 1)
     return out
@@ -103,10 +104,10 @@ def _turn_hue(images: Tensor, turns: Tensor) -> Tensor:
     return torch.einsum("bij,bjhw->bihw", matrix, images).clamp(0, 1)
 
 
-def _blur(images: Tensor, sigmas_px: list[float]) -> Tensor:
+def _blur(images: Tensor, sigmas_px: list[float], widest_px: float) -> Tensor:
     """Separable Gaussian blur, one standard deviation an image (0 leaves it), reflected borders."""
     batch, channels, height, width = images.shape
-    radius = min(math.ceil(3 * max(sigmas_px)), height - 1, width - 1)
+    radius = min(math.ceil(3 * widest_px), height - 1, width - 1)
     offsets = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
     sigma = images.new_tensor(sigmas_px).clamp(min=1e-3).view(-1, 1)
     kernel = torch.softmax(-(offsets**2) / (2 * sigma**2), dim=1).repeat_interleave(channels, 0)

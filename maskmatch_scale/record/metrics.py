@@ -23,7 +23,7 @@ class MetricsLog:
         self._path = path
         self._waiting: list[tuple[dict[str, Any], Tensor]] = []
 
-    def train(self, step: int, figures: Mapping[str, float | None], on_device: Mapping[str, Tensor]) -> None:
+    def train(self, step: int, figures: Mapping[str, float | bool | None], on_device: Mapping[str, Tensor]) -> None:
         """Keep one step's record; its device tensors (scalars) are read at the next :meth:`flush`."""
         record = {"step": step, "kind": "train", **figures, **dict.fromkeys(on_device)}
         self._waiting.append((record, torch.stack([value.double() for value in on_device.values()])))

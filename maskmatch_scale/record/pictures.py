@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from maskmatch_scale.errors import UserError
 from maskmatch_scale.record.run_files import split_rank
 
 LONGEST_SIDE_PX = 768
@@ -209,5 +210,5 @@ def _legend(runs: Sequence[PictureRun], split: str) -> tuple[tuple[str, str], ..
                 colours = [(int(red), int(green), int(blue)) for red, green, blue in content["palette"]]
                 return tuple((str(name), f"rgb({r} {g} {b})") for name, (r, g, b) in zip(content["classes"], colours))
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}: not readable as classes and palette: {error}") from None
+                raise UserError(f"{path}: not readable as classes and palette: {error}") from None
     return ()

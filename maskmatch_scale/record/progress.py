@@ -35,7 +35,7 @@ class TrainingProgress:
         self._task = self._bar.add_task("train", total=steps, completed=start, figures="")
         self._counted_from: tuple[int, float] | None = None
         self._warm_from = start + WARM_UP_STEPS
-        self._phase = ""
+        self._cheap = False
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
@@ -46,10 +46,10 @@ class TrainingProgress:
     ) -> None:
         self._bar.stop()
 
-    def phase(self, name: str) -> None:
-        """A new phase (burn-in, all losses): its steps cost something else, so the time per step is counted anew."""
-        if name != self._phase:
-            self._phase, self._counted_from = name, None
+    def phase(self, *, cheap: bool) -> None:
+        """Whether the steps from here on are the burn-in's: where that changes, the time per step is counted anew."""
+        if cheap != self._cheap:
+            self._cheap, self._counted_from = cheap, None
 
     def step(self, done: int) -> None:
         """``done`` steps have been taken."""
@@ -59,7 +59,7 @@ class TrainingProgress:
 
     def figures(self, record: Mapping[str, Any]) -> None:
         """Show a train record."""
-        text = _figures(record, self._remaining(record["step"]))
+        text = _figures(record, self._remaining(record["step"]), at_least=self._cheap)
         self._bar.update(self._task, figures=text)
         if not self._live:
             self._console.print(f"step {record['step']}/{self.steps}  {text}", highlight=False, soft_wrap=True)
@@ -76,7 +76,7 @@ class TrainingProgress:
         return (time.monotonic() - since) / (done - first) * (self.steps - done)
 
 
-def _figures(record: Mapping[str, Any], remaining_s: float | None) -> str:
+def _figures(record: Mapping[str, Any], remaining_s: float | None, *, at_least: bool) -> str:
     parts = [
         f"{label} {record[key]:{form}}{unit}"
         for key, label, form, unit in (
@@ -87,5 +87,7 @@ def _figures(record: Mapping[str, Any], remaining_s: float | None) -> str:
         if record.get(key) is not None
     ]  # fmt: skip
     if remaining_s is not None:
-        parts.append(f"ETA {int(remaining_s) // 60}:{int(remaining_s) % 60:02d}")
+        # In the burn-in the steps are cheaper than those to come.
+        sign = ">" if at_least else ""
+        parts.append(f"ETA {sign}{int(remaining_s) // 60}:{int(remaining_s) % 60:02d}")
     return "  ".join(part.strip() for part in parts)

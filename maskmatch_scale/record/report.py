@@ -18,6 +18,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from maskmatch_scale.errors import UserError
 from maskmatch_scale.record.curves import COLOURS, Curve, chart
 from maskmatch_scale.record.pictures import PictureRun, held_out_pictures
 from maskmatch_scale.record.run_files import RunFiles, read_run, split_rank
@@ -75,15 +76,15 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         The file, complete: it is written beside and renamed.
 
     Raises:
-        ValueError: no run given, a folder that is no run directory, a file of a run that cannot be read (named), or
+        UserError: no run given, a folder that is no run directory, a file of a run that cannot be read (named), or
             ``out`` is a folder.
     """
     paths = list({path.resolve(): path for path in runs})
     if not paths:
-        raise ValueError("no run directory given")
+        raise UserError("no run directory given")
     out = out or (paths[0] if len(paths) == 1 else _common_parent(paths)) / "report.html"
     if out.is_dir():
-        raise ValueError(f"{out}: is a folder; name the HTML file to write")
+        raise UserError(f"{out}: is a folder; name the HTML file to write")
     _write_beside(out, _render([read_run(path) for path in paths]))
     return out
 

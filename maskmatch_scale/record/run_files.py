@@ -20,6 +20,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from maskmatch_scale.errors import UserError
+
 CURVES = ("loss", "loss_x", "loss_u", "loss_m", "lr", "coverage", "images_per_s")
 """Figures of a train record that the record room shows."""
 
@@ -69,11 +71,11 @@ def read_run(path: Path) -> RunFiles:
     """Read a run directory.
 
     Raises:
-        ValueError: the folder is no run directory, or one of its files cannot be read; the message names it.
+        UserError: the folder is no run directory, or one of its files cannot be read; the message names it.
     """
     recipe = path / "recipe.yaml"
     if not recipe.is_file():
-        raise ValueError(f"{path}: not a run directory (it has no recipe.yaml); give a folder that run.dir named")
+        raise UserError(f"{path}: not a run directory (it has no recipe.yaml); give a folder that run.dir named")
     recipe_text = recipe.read_text(encoding="utf-8", errors="replace")
     train, progress = _read_metrics(path / "metrics.jsonl")
     closing = path / "summary.json"
@@ -104,9 +106,9 @@ def _read_settings(path: Path, text: str) -> dict[str, object]:
     try:
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a mapping of sections")
+        raise UserError(f"{path}: not a mapping of sections")
     return dict(_flat(content))
 
 
@@ -177,9 +179,9 @@ def _read_object(path: Path) -> dict[str, object]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from None
+        raise UserError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object")
+        raise UserError(f"{path}: not a JSON object")
     return content
 
 

@@ -34,8 +34,8 @@ def test_unlabelled_shards_hold_no_label(shapes):
 def test_webdataset_reads_the_shards(shapes):
     import webdataset
 
-    file = shapes / ShardIndex.load(shapes).streams["labelled"].shards[0].file
-    samples = list(webdataset.WebDataset(str(file), shardshuffle=False))
+    files = [str(shapes / shard.file) for shard in ShardIndex.load(shapes).streams["labelled"].shards]
+    samples = list(webdataset.WebDataset(files, shardshuffle=False))
     assert [sample["__key__"] for sample in samples][:2] == ["labelled-0000", "labelled-0001"]
     assert {"webp", "png"} <= samples[0].keys()
 

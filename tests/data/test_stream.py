@@ -85,8 +85,8 @@ def test_only_drawn_samples_are_ever_shown(make_recipe):
 
 
 def test_more_ranks_than_shards(make_recipe):
-    with pytest.raises(DataError, match="'labelled' has 2 shards for 3 ranks"):
-        stream(make_recipe, 0, 3)
+    with pytest.raises(DataError, match="'labelled' has 8 shards for 9 ranks"):
+        stream(make_recipe, 0, 9)
 
 
 def test_class_pixels_count_the_drawn_samples_alone(make_recipe, shapes):
@@ -113,19 +113,19 @@ def test_a_bad_sample_is_one_line_also_from_a_worker(make_recipe, shapes, tmp_pa
     bad = stream(make_recipe, data={"root": str(root), "workers": workers})
     with pytest.raises(DataError) as caught:
         list(batches(bad, 0, 8))
-    assert str(caught.value).startswith(f"{entry.file}: labelled-0001: the image is")
+    assert str(caught.value).startswith(f"{entry.file}: labelled-0000: the image is")
     assert "\n" not in str(caught.value)
 
 
 def _spoil(root, file):
-    """Give the second sample a label map of another size, and the index the new bytes."""
+    """Give the first sample a label map of another size, and the index the new bytes."""
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(buffer, "PNG")
     with tarfile.open(root / file) as tar:
         members = [(m.name, tar.extractfile(m).read()) for m in tar]
     with tarfile.open(root / file, "w") as tar:
         for name, data in members:
-            data = buffer.getvalue() if name == "labelled-0001.png" else data
+            data = buffer.getvalue() if name == "labelled-0000.png" else data
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))

@@ -1,0 +1,13 @@
+"""What ends a command with one line instead of a traceback."""
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong: one line that names key, file, shard or sample, and what to do.
+
+    The command line prints it without a traceback and exits with code 2. Any other exception is a bug of ours, or of a
+    library's, and keeps its traceback.
+    """
+
+
+class TrainingStopped(RuntimeError):  # noqa: N818 - not an error of the program
+    """The run stopped itself; the message says at which step, why, and what it can be continued from."""
