@@ -71,6 +71,9 @@ class ZeroEngine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of one micro-batch; reduced over ranks after the last one of a step."""
         self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            # DeepSpeed counts micro-batches in its step(): without this call the real step would do nothing.
+            self._engine.step()
 
     def step(self, number: int) -> None:
         """Set the learning rate of optimizer step ``number`` (from 0) and take it."""

@@ -22,7 +22,7 @@ CONFIGURATIONS = {
     "segformer": {"model": FROZEN},
     "vit": {"model": VIT},
     "vit-scales": {"model": VIT, "method": {"scales": [0.5, 1.0, 1.5], "mask": {"view": "strong", "pixels": "masked"}}},
-    "vit-accumulation": {"model": VIT, "engine": {"accumulation": 2, "micro_batch": 1}},
+    "vit-accumulation": {"model": VIT, "engine": {"accumulation": 2}},
     "zero-0": {"model": VIT, "engine": {"zero_stage": 0}},
     "zero-2": {"model": VIT, "engine": {"zero_stage": 2}},
     "zero-3": {"model": VIT, "engine": {"zero_stage": 3}},
@@ -31,9 +31,10 @@ CONFIGURATIONS = {
 STEPS = 5
 
 
-def recipe_of(make_recipe, name, folder, micro_batch):
+def recipe_of(make_recipe, name, folder):
     sections = {key: dict(value) for key, value in CONFIGURATIONS[name].items()}
-    engine = {"micro_batch": micro_batch} | sections.pop("engine", {})
+    # Two images of each kind: CutMix's pairs stay on one rank.
+    engine = {"micro_batch": 2} | sections.pop("engine", {})
     run = {"dir": str(folder / name), "steps": STEPS, "checkpoint_every": 3}
     return make_recipe(engine=engine, run=run, optim={"lr": 1e-3, "clip_norm": 0.5, "warmup_steps": 2}, **sections)
 
@@ -62,9 +63,9 @@ def two_ranks(request, tmp_path_factory, shapes):
 
     folder = tmp_path_factory.mktemp("two-ranks")
     make = recipe_maker(shapes, folder)
-    jobs = [{"recipe": recipe_of(make, name, folder, 2).model_dump(mode="json")} for name in CONFIGURATIONS]
+    jobs = [{"recipe": recipe_of(make, name, folder).model_dump(mode="json")} for name in CONFIGURATIONS]
     for name in ("vit", "zero-3"):
-        again = recipe_of(make, name, folder / "continued", 2).model_dump(mode="json")
+        again = recipe_of(make, name, folder / "continued").model_dump(mode="json")
         jobs.append({"recipe": again, "resume": str(folder / name / "checkpoints" / "step-00000003")})
     done = launch(jobs, folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -77,9 +78,10 @@ def records(run, kind="train"):
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_two_ranks_equal_one(two_ranks, make_recipe, tmp_path, name):
-    # The reference: one process, no accumulation, ZeRO-1, the same global batch of 4 + 4 images.
-    reference = recipe_of(make_recipe, name, tmp_path, 4)
-    engine = reference.engine.model_copy(update={"zero_stage": 1, "accumulation": 1, "micro_batch": 4})
+    # The reference: one process, no accumulation, ZeRO-1, the same global batch.
+    reference = recipe_of(make_recipe, name, tmp_path)
+    images = 2 * reference.engine.micro_batch * reference.engine.accumulation
+    engine = reference.engine.model_copy(update={"zero_stage": 1, "accumulation": 1, "micro_batch": images})
     alone = train(reference.model_copy(update={"engine": engine}))
     for one, two in zip(records(alone), records(two_ranks / name), strict=True):
         for key in ("loss", "loss_x", "loss_u", "loss_m", "coverage", "grad_norm"):
