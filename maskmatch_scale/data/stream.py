@@ -125,7 +125,9 @@ class TrainingStream(Dataset[Batch]):
         self.drawn = draw_labelled(self.labelled, recipe.data.labelled_count, recipe.data.split_seed)
         self.labelled_order = Order(self.drawn, seed, "labelled")
         self.unlabelled = ShardStream(root, "unlabelled") if unlabelled else None
-        for stream in filter(None, (self.labelled, self.unlabelled)):
+        for stream in (self.labelled, self.unlabelled):
+            if stream is None:
+                continue
             if len(stream) == 0:
                 raise DataError(f"{stream.root}: stream {stream.name!r} has no samples; training needs at least one")
             if len(stream.entry.shards) < world_size:
