@@ -31,4 +31,4 @@ for backbone in segformer vit; do
         runs+=("$run")
     done
 done
-maskmatch report "${runs[@]}" --out "$OUT/report.html"
+maskmatch report "${runs[@]}" --out "$OUT/report.html" --json "$OUT/table.json"

@@ -102,14 +102,18 @@ def evaluate(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
     out: Annotated[Path | None, typer.Option(help="Where to; default: beside the runs.")] = None,
+    rows: Annotated[Path | None, typer.Option("--json", help="Write the table's rows there, too.")] = None,
 ) -> None:
     """One self-contained HTML report over runs, and the same table here."""
     from maskmatch_scale.record.report import write_report
-    from maskmatch_scale.record.summary import summarise, summary_table
+    from maskmatch_scale.record.summary import as_rows, summarise, summary_table
 
     path = write_report(runs, out)
     console = Console()
-    console.print(summary_table([summarise(run) for run in runs]))
+    summaries = [summarise(run) for run in runs]
+    console.print(summary_table(summaries))
+    if rows is not None:
+        rows.write_text(json.dumps(as_rows(summaries), indent=1))
     console.print(f"report: {path}", soft_wrap=True, highlight=False)
 
 

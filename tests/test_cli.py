@@ -108,8 +108,9 @@ def test_evaluate_and_report_a_run(capsys, monkeypatch, make_recipe):
     code, out, _ = run(capsys, monkeypatch, "evaluate", folder, "--weights", "ema")
     assert code == 0
     assert all(word in out for word in ("square", "mIoU", "pixel accuracy"))
-    code, out, _ = run(capsys, monkeypatch, "report", folder)
+    code, out, _ = run(capsys, monkeypatch, "report", folder, "--json", folder / "table.json")
     assert code == 0
+    assert {row["method"] for row in json.loads((folder / "table.json").read_text())} == {"MaskMatch"}
     assert "MaskMatch" in out
     assert (folder / "report.html").is_file()
 
