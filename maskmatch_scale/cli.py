@@ -122,7 +122,13 @@ def shards_write(
     source: Annotated[str, typer.Argument(help="Source: scores.")],
     out: Annotated[Path, typer.Argument(help="Shard folder to write.")],
     seed: Annotated[int, typer.Option(help="Of the split and the ageing.")] = 0,
-    workers: Annotated[int | None, typer.Option(help="Processes; default: the cores.")] = None,
+    labelled: Annotated[int, typer.Option(min=0, help="Pages with labels, in one font.")] = 16,
+    unlabelled: Annotated[int, typer.Option(min=0, help="Pages without, in four fonts.")] = 290,
+    dev: Annotated[int, typer.Option(min=0, help="Pages for choosing hyper-parameters, in four fonts.")] = 16,
+    val: Annotated[int, typer.Option(min=0, help="Held-out pages, in four fonts.")] = 32,
+    val_font: Annotated[int, typer.Option(min=0, help="Held-out pages in a fifth font.")] = 16,
+    size: Annotated[int, typer.Option(min=64, help="Side of a page, px.")] = 512,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: the cores.")] = None,
 ) -> None:
     """Write a data set as shards: deterministic, restartable after a kill, at once if they are there already."""
     if source != "scores":
@@ -130,7 +136,10 @@ def shards_write(
     from maskmatch_scale.data.sources.scores import ScoresSource
     from maskmatch_scale.data.write import write_shards
 
-    _print_index(write_shards(ScoresSource(seed=seed), out, workers=workers), out)
+    pages = ScoresSource(
+        seed=seed, labelled=labelled, unlabelled=unlabelled, dev=dev, val=val, val_font=val_font, size=size
+    )
+    _print_index(write_shards(pages, out, workers=workers), out)
 
 
 @shards_app.command("verify", epilog="Example: maskmatch shards verify data/scores")
