@@ -21,24 +21,21 @@ class MetricsLog:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._waiting: list[tuple[dict[str, Any], Tensor]] = []
+        self._waiting: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
 
     def train(self, step: int, figures: Mapping[str, float | bool | None], on_device: Mapping[str, Tensor]) -> None:
         """Keep one step's record; its device tensors (scalars) are read at the next :meth:`flush`."""
-        record = {"step": step, "kind": "train", **figures, **dict.fromkeys(on_device)}
-        self._waiting.append((record, torch.stack([value.double() for value in on_device.values()])))
-        record["_names"] = list(on_device)
+        record = {"step": step, "kind": "train", **figures}
+        self._waiting.append((record, {name: value.double() for name, value in on_device.items()}))
 
     def flush(self) -> list[dict[str, Any]]:
         """Read what waits on the device (one transfer), write it, and return the records."""
         if not self._waiting:
             return []
-        records = [record for record, _ in self._waiting]
-        rows = torch.stack([values for _, values in self._waiting]).tolist()
+        # Steps differ in what they have: in the burn-in there is no unlabelled loss.
+        values = iter(torch.stack([value for _, waiting in self._waiting for value in waiting.values()]).tolist())
+        records = [record | {name: next(values) for name in waiting} for record, waiting in self._waiting]
         self._waiting.clear()
-        for record, row in zip(records, rows, strict=True):
-            for name, value in zip(record.pop("_names"), row, strict=True):
-                record[name] = value
         self._write(records)
         return records
 
