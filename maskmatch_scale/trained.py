@@ -19,8 +19,6 @@ from maskmatch_scale.evaluation.pictures import save_masked_pictures, save_pictu
 from maskmatch_scale.models import Segmenter, build_segmenter
 from maskmatch_scale.recipe import Recipe, load_recipe
 
-WEIGHTS = ("ema", "student")
-
 
 def build_student(recipe: Recipe, index: ShardIndex, *, pretrained: bool = True) -> Segmenter:
     """The segmenter of a recipe, its random weights drawn from the run's seed; ``pretrained=False`` reads no others.
