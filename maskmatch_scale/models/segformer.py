@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import SegformerConfig, SegformerModel
 
-from maskmatch_scale.models.units import Grid, Halo, zero_masked_pixels
+from maskmatch_scale.models.units import Grid, Halo, UnitPlan, zero_masked_pixels
 
 # Table 6 of the paper: hidden sizes, depths, and the width of the MLP head.
 OFFICIAL: dict[str, tuple[list[int], list[int], int]] = {
@@ -106,7 +107,11 @@ class SegformerEncoder:
     def build(cls, config: Any) -> SegformerEncoder:
         """Build the encoder with transformers' own initialisation."""
         strides = tuple(math.prod(config.strides[: stage + 1]) for stage in range(config.num_encoder_blocks))
-        return cls(SegformerModel(config), check_geometry(config), tuple(config.hidden_sizes), strides)
+        model = SegformerModel(config)
+        for module in model.modules():
+            if type(module) is nn.Conv2d:  # the same parameters under the same names
+                module.__class__ = PatchConv2d if module.groups == 1 else HaloConv2d
+        return cls(model, check_geometry(config), tuple(config.hidden_sizes), strides)
 
     def check_size(self, height: int, width: int) -> None:
         """Any size is encoded whole (convolutions pad); masked calls check whole units themselves."""
@@ -127,60 +132,154 @@ class SegformerEncoder:
     def visible(self, images: Tensor, visible: Tensor, grid: Grid) -> list[Tensor]:
         """Encode visible units alone: [(B, k, r, r, C)], unit tokens of every stage; r = unit_px / stride."""
         batch, k = visible.shape
-        images = zero_masked_pixels(images, visible, grid, self.unit_px)  # only its halo pixels need this
+        plan = UnitPlan(visible, grid)
         features: list[Tensor] = []
-        tokens, before_r = None, self.unit_px
+        tokens = None
         for stage, stride in zip(self.model.stages, self.strides):
             r = self.unit_px // stride
             conv = stage.patch_embeddings.proj
-            step, before = conv.stride[0], conv.padding[0]
-            # The last window starts one stride before the unit's end, so less halo is needed there than before.
-            after = max(0, conv.kernel_size[0] - before - step)
             if tokens is None:
-                windows = _pixel_windows(images, visible, grid, self.unit_px, before, after)
+                embedded = _embed_pixels(conv, images, plan, self.unit_px)
             else:
-                windows = Halo.build(visible, grid, before_r, before, after).windows(tokens)
-            embedded = F.conv2d(windows, conv.weight, conv.bias, stride=step)  # (B · k, C, r, r)
-            tokens = stage.patch_embeddings.layer_norm(_tokens(embedded, batch))
-            halo = Halo.build(visible, grid, r, 1, 1)
+                cut = plan.halo(r * conv.stride[0], *_margins(conv)).patches(tokens, conv.kernel_size[0], conv.stride[0])
+                embedded = conv(cut, cut=True)
+            tokens = stage.patch_embeddings.layer_norm(embedded.view(batch, k * r * r, -1))
+            halo = plan.halo(r, 1, 1)
             for block in stage.blocks:
-                tokens = _block(block, tokens, r, halo)
+                tokens = _block(block, tokens, halo)
             tokens = stage.layer_norm(tokens)
             features.append(tokens.view(batch, k, r, r, -1))
-            before_r = r
         return features
 
 
-def _tokens(windows: Tensor, batch: int) -> Tensor:
-    """(B · k, C, r, r) to (B, k · r², C); free in channels-last memory."""
-    return windows.permute(0, 2, 3, 1).reshape(batch, -1, windows.shape[1])
+class PatchConv2d(nn.Conv2d):
+    """A convolution that also takes what its kernel sees, cut out already: then a matrix product.
+
+    Called as a module, so that hooks run: ZeRO-3 gathers the weight by them, also when a checkpointed block is run
+    again in backward.
+    """
+
+    def forward(self, x: Tensor, cut: bool = False) -> Tensor:
+        """Convolve maps (B, C, h, w) as ever; or, if it is `cut`,
+
+        windows (n, C, side, side) that bring their own padding, to (n, C_out, r, r); or
+        patches (n, kernel² · C), taps row-major and channels last, to (n, C_out): several times faster than a
+        convolution whose output is a pixel or four.
+        """
+        if not cut:
+            return super().forward(_with_batch_stride(x))
+        if x.ndim == 2:
+            return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+        return F.conv2d(x, self.weight, self.bias, self.stride)
 
 
-def _pixel_windows(images: Tensor, visible: Tensor, grid: Grid, unit_px: int, before: int, after: int) -> Tensor:
-    """Visible units of zero-masked images with their halo of pixels: (B · k, 3, side, side)."""
+class HaloConv2d(nn.Conv2d):
+    """A depthwise convolution that also runs on unit tokens alone; a module for the reason that `PatchConv2d` gives."""
+
+    def forward(self, x: Tensor, halo: Halo | None = None) -> Tensor:
+        """Convolve maps (B, C, h, w), or unit tokens (B, k · r², C) with their neighbours by `halo`."""
+        if halo is None:
+            return super().forward(_with_batch_stride(x))
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        mixed: Tensor = _HaloDepthwise.apply(x.flatten(0, 1), weight, bias, halo)
+        return mixed.view(x.shape)
+
+
+class _HaloDepthwise(torch.autograd.Function):
+    """Depthwise convolution of unit tokens (B · k · r², C), masked neighbours and the outside read as zero.
+
+    With stride 1 and an odd kernel the gradient of the input is the same convolution of the gradient, kernel turned
+    round: backward gathers with the same plan instead of scattering, sums in a fixed order, and nothing but the tokens
+    is kept for it (windows are up to nine times larger).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor | None, halo: Halo) -> Tensor:
+        ctx.save_for_backward(tokens, weight, bias)
+        ctx.halo = halo
+        return _token_rows(F.conv2d(halo.windows(tokens), weight, bias, groups=len(weight)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        tokens, weight, bias = ctx.saved_tensors
+        grad_tokens = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            turned = F.conv2d(ctx.halo.windows(gradient), weight.flip(2, 3), groups=len(weight))
+            grad_tokens = _token_rows(turned)
+        if ctx.needs_input_grad[1]:
+            windows = ctx.halo.windows(tokens)
+            side = windows.shape[2] - weight.shape[2] + 1
+            outputs = gradient.view(len(windows), side, side, -1).permute(0, 3, 1, 2)
+            _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+                outputs, windows, weight, None if bias is None else [len(weight)], [1, 1], [0, 0], [1, 1],
+                False, [0, 0], len(weight), [False, True, bias is not None],
+            )  # fmt: skip
+        return grad_tokens, grad_weight, grad_bias, None
+
+
+def _token_rows(windows: Tensor) -> Tensor:
+    """(n, C, r, r) to (n · r², C); free in channels-last memory."""
+    return windows.permute(0, 2, 3, 1).reshape(-1, windows.shape[1])
+
+
+def _with_batch_stride(x: Tensor) -> Tensor:
+    """The same maps; a batch of one in channels-last memory gets the batch stride that this layout has.
+
+    transformers makes these maps by transposing tokens, which leaves a batch of one with a stride of C. It is never
+    used, but oneDNN then takes the layout for none that it knows: depthwise convolutions become 3 to 15 times slower.
+    """
+    if len(x) > 1 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    _, channels, height, width = x.shape
+    return x.permute(0, 2, 3, 1).flatten().view(1, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _margins(conv: nn.Conv2d) -> tuple[int, int]:
+    """How far a convolution reads before and after a unit; the last window starts one stride before the unit's end."""
+    before = conv.padding[0]
+    assert not isinstance(before, str)
+    return before, max(0, conv.kernel_size[0] - before - conv.stride[0])
+
+
+def _embed_pixels(conv: nn.Conv2d, images: Tensor, plan: UnitPlan, unit_px: int) -> Tensor:
+    """First patch embedding of the visible units of images (B, 3, H, W), masked pixels in their halo read as zero."""
+    images = zero_masked_pixels(images, plan.visible, plan.grid, unit_px)  # only the halo needs this
+    before, after = _margins(conv)
     side = before + unit_px + after
     padded = F.pad(images, (before, after, before, after))
     tiles = padded.unfold(2, side, unit_px).unfold(3, side, unit_px).permute(0, 2, 3, 1, 4, 5)
-    image = torch.arange(len(images), device=visible.device)[:, None]
-    return tiles[image, visible // grid[1], visible % grid[1]].flatten(0, 1)
+    embedded: Tensor = conv(tiles[plan.image, plan.row, plan.col].flatten(0, 1), cut=True)
+    return _token_rows(embedded)
 
 
-def _block(block: Any, tokens: Tensor, r: int, halo: Halo) -> Tensor:
+def _block(block: Any, tokens: Tensor, halo: Halo) -> Tensor:
     """`SegformerLayer.forward` on unit tokens (B, k · r², C), dropout and stochastic depth included."""
-    attended = _attention(block.attention, block.layernorm_before(tokens), r)
-    tokens = block.drop_path(block.hidden_dropout(attended)) + tokens
-    mixed: Tensor = block.drop_path(_mix_mlp(block.mlp, block.layernorm_after(tokens), halo))
-    return mixed + tokens
+    attended = _attention(block.attention, block.layernorm_before(tokens))
+    tokens = _add_branch(tokens, block.hidden_dropout(attended), block.drop_path)
+    return _add_branch(tokens, _mix_mlp(block.mlp, block.layernorm_after(tokens), halo), block.drop_path)
 
 
-def _attention(attention: Any, tokens: Tensor, r: int) -> Tensor:
+def _add_branch(tokens: Tensor, branch: Tensor, drop_path: Any) -> Tensor:
+    """tokens + `SegformerDropPath.forward(branch)`, from the same draws, in one pass over memory instead of three."""
+    if not drop_path.training or not getattr(drop_path, "drop_prob", 0.0):
+        return tokens + branch
+    keep = 1 - drop_path.drop_prob
+    draw = torch.rand(len(tokens), 1, 1, dtype=branch.dtype, device=branch.device)
+    return torch.addcmul(tokens, branch, draw.add_(keep).floor_().div_(keep))
+
+
+def _attention(attention: Any, tokens: Tensor) -> Tensor:
     """`SegformerAttention.forward`: every visible token asks the visible units, one key and value a unit."""
     batch, count, channels = tokens.shape
     cells = tokens
     if attention.sequence_reduction_ratio > 1:
         reduction = attention.sequence_reduction
-        units = tokens.view(-1, r, r, channels).permute(0, 3, 1, 2)
-        cells = reduction.layer_norm(_tokens(reduction.sequence_reduction(units), batch))
+        # Kernel and stride are the unit, whose tokens lie side by side: a matrix product, and nothing to gather.
+        units = tokens.reshape(-1, attention.sequence_reduction_ratio**2 * channels)
+        cells = reduction.layer_norm(reduction.sequence_reduction(units, cut=True).view(batch, -1, channels))
 
     def heads(projected: Tensor) -> Tensor:
         return projected.view(batch, -1, attention.num_attention_heads, attention.head_dim).transpose(1, 2)
@@ -197,8 +296,6 @@ def _attention(attention: Any, tokens: Tensor, r: int) -> Tensor:
 
 def _mix_mlp(mlp: Any, tokens: Tensor, halo: Halo) -> Tensor:
     """`SegformerMixMLP.forward`, the depthwise convolution running on windows that bring their own padding."""
-    conv = mlp.dwconv.dwconv
-    windows = halo.windows(mlp.fc1(tokens))
-    mixed = F.conv2d(windows, conv.weight, conv.bias, groups=conv.groups)
-    hidden = mlp.dropout(mlp.activation_fn(_tokens(mixed, len(tokens))))
+    mixed = mlp.dwconv.dwconv(mlp.fc1(tokens), halo)
+    hidden = mlp.dropout(mlp.activation_fn(mixed))
     return mlp.dropout(mlp.fc2(hidden))  # type: ignore[no-any-return]

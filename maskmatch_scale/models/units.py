@@ -156,41 +156,73 @@ def unit_slots(visible: Tensor, grid: Grid, fill: int) -> Tensor:
     return slots.scatter_(1, visible, torch.arange(k, device=visible.device).expand(batch, k)).view(batch, *grid)
 
 
+class UnitPlan:
+    """The index arithmetic of one mask, done once and used by every layer of every stage.
+
+    Attributes:
+        visible: int64 (B, k).
+        grid: (rows, cols) of units.
+        image: int64 (B, 1), number of the image.
+        row: int64 (B, k), row of every visible unit on the grid.
+        col: int64 (B, k), column.
+    """
+
+    def __init__(self, visible: Tensor, grid: Grid) -> None:
+        self.visible = visible
+        self.grid = grid
+        self.image = torch.arange(visible.shape[0], device=visible.device)[:, None]
+        self.row, self.col = visible // grid[1], visible % grid[1]
+        self._slots = unit_slots(visible, grid, fill=-1)
+        self._halos: dict[tuple[int, int, int], Halo] = {}
+
+    def halo(self, r: int, before: int, after: int) -> Halo:
+        """Windows of visible units of r × r tokens with margins of `before` (top, left) and `after` tokens."""
+        key = (r, before, after)
+        if key not in self._halos:
+            self._halos[key] = self._plan_halo(*key)
+        return self._halos[key]
+
+    def _plan_halo(self, r: int, before: int, after: int) -> Halo:
+        batch, k = self.visible.shape
+        offset = torch.arange(-before, r + after, device=self.visible.device)
+        reach = max(-(-before // r), -(-after // r), 0)  # how many units away a margin reads
+        neighbour, within = offset.div(r, rounding_mode="floor") + reach, offset.remainder(r)
+        slots = F.pad(self._slots, (reach,) * 4, value=-1)
+        row = self.row[..., None, None] + neighbour[:, None]
+        col = self.col[..., None, None] + neighbour
+        slot = slots[self.image[..., None, None], row, col]  # (B, k, side, side)
+        token = (self.image[..., None, None] * k + slot) * (r * r) + within[:, None] * r + within
+        return Halo(torch.where(slot >= 0, token, batch * k * r * r).flatten(0, 1))
+
+
 @dataclass(frozen=True)
 class Halo:
     """Where the tokens of every visible unit's window lie: the unit itself and a margin of its neighbours' tokens.
 
-    Computed once a mask and used by every convolution of a stage that has this window. Tokens of masked units, and
-    those outside the image, read as zero, which is how the image border already is for a zero-padded convolution.
+    Tokens of masked units, and those outside the image, read as zero, which is how the image border already is for a
+    zero-padded convolution.
 
     Attributes:
-        index: int64 (B · k · side²), rows of the flattened unit tokens; B · k · r² stands for zero.
-        side: tokens a side of the window, before + r + after.
+        index: int64 (B · k, side, side), rows of the flattened unit tokens; B · k · r² stands for zero.
     """
 
     index: Tensor
-    side: int
-
-    @classmethod
-    def build(cls, visible: Tensor, grid: Grid, r: int, before: int, after: int) -> Halo:
-        """Plan windows over units of r × r tokens with margins of `before` (top, left) and `after` tokens."""
-        batch, k = visible.shape
-        device = visible.device
-        offset = torch.arange(-before, r + after, device=device)
-        reach = max(-(-before // r), -(-after // r), 0)  # how many units away a margin reads
-        neighbour, within = offset.div(r, rounding_mode="floor") + reach, offset.remainder(r)
-
-        slots = F.pad(unit_slots(visible, grid, fill=-1), (reach,) * 4, value=-1)
-        row = (visible // grid[1])[..., None, None] + neighbour[:, None]
-        col = (visible % grid[1])[..., None, None] + neighbour
-        image = torch.arange(batch, device=device).view(batch, 1, 1, 1)
-        slot = slots[image, row, col]  # (B, k, side, side)
-        token = (image * k + slot) * (r * r) + within[:, None] * r + within
-        index = torch.where(slot >= 0, token, batch * k * r * r)
-        return cls(index.flatten(), len(offset))
 
     def windows(self, tokens: Tensor) -> Tensor:
-        """Gather (B, k · r², C) unit tokens into windows (B · k, C, side, side), channels last in memory."""
+        """Gather unit tokens (…, C), B · k · r² in all, into windows (B · k, C, side, side), channels last in memory."""
+        return self._gather(tokens, self.index).permute(0, 3, 1, 2)
+
+    def patches(self, tokens: Tensor, kernel: int, stride: int) -> Tensor:
+        """Gather (B, k · r², C) unit tokens into what a convolution's kernel sees at each place of the windows.
+
+        (B · k · places², kernel² · C), taps row-major, channels last.
+        """
+        index = self.index.unfold(1, kernel, stride).unfold(2, kernel, stride)  # (B · k, places, places, kernel, kernel)
+        return self._gather(tokens, index).view(-1, kernel * kernel * tokens.shape[-1])
+
+    @staticmethod
+    def _gather(tokens: Tensor, index: Tensor) -> Tensor:
         channels = tokens.shape[-1]
-        rows = F.pad(tokens.reshape(-1, channels), (0, 0, 0, 1))
-        return rows.index_select(0, self.index).view(-1, self.side, self.side, channels).permute(0, 3, 1, 2)
+        rows = tokens.reshape(-1, channels)
+        rows = torch.cat([rows, rows.new_zeros(1, channels)])
+        return rows.index_select(0, index.flatten()).view(*index.shape, channels)

@@ -86,14 +86,14 @@ def test_halo_reads_what_padding_and_masking_would(grid, r, before, after, seed)
     visible = units.sample_visible(2, grid, (total + 1) // 2, generator)
     maps = torch.randn(2, 3, grid[0] * r, grid[1] * r, generator=generator)
     tokens = units.gather_units(maps, visible, grid).reshape(2, -1, 3)
-    halo = units.Halo.build(visible, grid, r, before, after)
-    assert halo.side == before + r + after
-    windows = halo.windows(tokens).view(2, visible.shape[1], 3, halo.side, halo.side)
+    halo = units.UnitPlan(visible, grid).halo(r, before, after)
+    side = before + r + after
+    windows = halo.windows(tokens).view(2, visible.shape[1], 3, side, side)
     padded = F.pad(maps * units.visible_pixel_mask(visible, grid, r)[:, None], (before, after, before, after))
     for b in range(2):
         for j, unit in enumerate(visible[b].tolist()):
             y, x = unit // grid[1] * r, unit % grid[1] * r
-            assert windows[b, j].equal(padded[b, :, y : y + halo.side, x : x + halo.side])
+            assert windows[b, j].equal(padded[b, :, y : y + side, x : x + side])
 
 
 @pytest.mark.parametrize(
