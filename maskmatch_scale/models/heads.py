@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskmatch_scale.models.classify import norm_relu_classify
+from maskmatch_scale.models.resample import upsampled_sum
+
 
 def build_head(
     name: str, channels: Sequence[int], strides: Sequence[int], num_classes: int, hidden_size: int, dropout: float
@@ -44,21 +47,22 @@ def build_head(
     return build[name]()
 
 
-def _upsampled_sum(levels: Sequence[Tensor]) -> Tensor:
-    """Sum of (B, C, h, w) levels, each bilinearly upsampled to the first one's size. Overwrites the first."""
-    total = levels[0]
-    for level in levels[1:]:
-        # In place: these are the largest tensors of the model, and no gradient needs the old values.
-        total += F.interpolate(level, size=total.shape[2:], mode="bilinear", align_corners=False)
-    return total
-
-
 def _pointwise(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """1×1 convolution of (B, C, h, w) by weight (out, C): a matrix product, free of copies in channels-last memory.
+    """1×1 convolution of (B, C, h, w) by weight (out, C), to (B · h · w, out).
 
-    Here so because CPU convolutions of one thread are slow for it, and answer in another memory format.
+    A matrix product, free of copies in channels-last memory; CPU convolutions of one thread are slow for it.
     """
-    return F.linear(features.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+    return F.linear(features.permute(0, 2, 3, 1).flatten(0, 2), weight, bias)
+
+
+def _as_maps(rows: Tensor, like: Tensor, shuffle: int) -> Tensor:
+    """Rows (B · h · w, classes · shuffle²) to maps (B, classes, h · shuffle, w · shuffle), h × w the size of `like`."""
+    maps = rows.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
+    return F.pixel_shuffle(maps, shuffle)
+
+
+def _sizes(features: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(level.shape[2], level.shape[3]) for level in features]
 
 
 def _init(module: nn.Module) -> None:
@@ -86,8 +90,8 @@ class LinearHead(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Logits (B, classes, h · shuffle, w · shuffle), h × w the finest level's size."""
         classifiers: list[nn.Linear] = list(self.classifiers)  # type: ignore[arg-type]
-        logits = _upsampled_sum([_pointwise(level, c.weight, c.bias) for c, level in zip(classifiers, features)])
-        return F.pixel_shuffle(logits, self.shuffle)
+        levels = [_pointwise(level, c.weight, c.bias) for c, level in zip(classifiers, features)]
+        return _as_maps(upsampled_sum(levels, _sizes(features)), features[0], self.shuffle)
 
 
 class _Projection(nn.Module):
@@ -125,9 +129,9 @@ class SegformerHead(nn.Module):
         # One bias for the sum: upsampling leaves a constant alone.
         biases = [bias, *[None] * (len(weights) - 1)]
         levels = [_pointwise(level, weight, b) for level, weight, b in zip(features, weights, biases)]
-        hidden = self.dropout(F.relu(self.batch_norm(_upsampled_sum(levels)), inplace=True))
-        logits = _pointwise(hidden, self.classifier.weight.flatten(1), self.classifier.bias)
-        return F.pixel_shuffle(logits, self.shuffle)
+        hidden = upsampled_sum(levels, _sizes(features))
+        logits = norm_relu_classify(hidden, self.batch_norm, self.dropout, self.classifier)
+        return _as_maps(logits, features[0], self.shuffle)
 
     def fused_projections(self) -> tuple[list[Tensor], Tensor]:
         """Weight (E, C) of every level, and the bias (E,) of their sum, in the parameters' own dtype."""

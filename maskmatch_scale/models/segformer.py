@@ -13,6 +13,7 @@ Paper: Xie et al., SegFormer, NeurIPS 2021, arXiv 2105.15203. Modules and names:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import SegformerConfig, SegformerModel
+from transformers.models.segformer.modeling_segformer import SegformerMixMLP
 
 from maskmatch_scale.models.units import Grid, Halo, UnitPlan, zero_masked_pixels
 
@@ -111,6 +114,8 @@ class SegformerEncoder:
         for module in model.modules():
             if type(module) is nn.Conv2d:  # the same parameters under the same names
                 module.__class__ = PatchConv2d if module.groups == 1 else HaloConv2d
+            elif type(module) is SegformerMixMLP:
+                module.__class__ = UnitMixMLP
         return cls(model, check_geometry(config), tuple(config.hidden_sizes), strides)
 
     def check_size(self, height: int, width: int) -> None:
@@ -135,14 +140,15 @@ class SegformerEncoder:
         plan = UnitPlan(visible, grid)
         features: list[Tensor] = []
         tokens = None
-        for stage, stride in zip(self.model.stages, self.strides):
-            r = self.unit_px // stride
+        for stage, stage_stride in zip(self.model.stages, self.strides):
+            r = self.unit_px // stage_stride
             conv = stage.patch_embeddings.proj
             if tokens is None:
                 embedded = _embed_pixels(conv, images, plan, self.unit_px)
             else:
-                cut = plan.halo(r * conv.stride[0], *_margins(conv)).patches(tokens, conv.kernel_size[0], conv.stride[0])
-                embedded = conv(cut, cut=True)
+                stride = conv.stride[0]
+                halo = plan.halo(r * stride, *_margins(conv))
+                embedded = conv(halo.patches(tokens, conv.kernel_size[0], stride), cut=True)
             tokens = stage.patch_embeddings.layer_norm(embedded.view(batch, k * r * r, -1))
             halo = plan.halo(r, 1, 1)
             for block in stage.blocks:
@@ -160,11 +166,13 @@ class PatchConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor, cut: bool = False) -> Tensor:
-        """Convolve maps (B, C, h, w) as ever; or, if it is `cut`,
+        """Convolve maps (B, C, h, w) as ever, or what was cut out of them.
 
-        windows (n, C, side, side) that bring their own padding, to (n, C_out, r, r); or
-        patches (n, kernel² · C), taps row-major and channels last, to (n, C_out): several times faster than a
-        convolution whose output is a pixel or four.
+        Args:
+            x: maps; or, if `cut`, windows (n, C, side, side) that bring their own padding, to (n, C_out, r, r), or
+                patches (n, kernel² · C), taps row-major and channels last, to (n, C_out): several times faster than a
+                convolution whose output is a pixel or four.
+            cut: whether x was cut out.
         """
         if not cut:
             return super().forward(_with_batch_stride(x))
@@ -220,6 +228,35 @@ class _HaloDepthwise(torch.autograd.Function):
         return grad_tokens, grad_weight, grad_bias, None
 
 
+class UnitMixMLP(SegformerMixMLP):  # type: ignore[misc]  # transformers ships no types
+    """The Mix-FFN, also on unit tokens alone; one of its three wide activations is computed again in backward."""
+
+    def forward(
+        self, hidden_states: Tensor, height: int | None = None, width: int | None = None, halo: Halo | None = None
+    ) -> Tensor:
+        """Tokens (B, n, C) of maps of height × width, or unit tokens with their neighbours by `halo`: same shape."""
+        wide = self.fc1(hidden_states)
+        wide = self.dwconv(wide, height, width) if halo is None else self.dwconv.dwconv(wide, halo)
+        activated = self.activation_fn(wide)
+        if (self.dropout.training and self.dropout.p) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.dropout(self.fc2(self.dropout(activated)))  # type: ignore[no-any-return]
+        with _recomputed(activated, lambda: self.activation_fn(wide)):
+            return self.fc2(activated)  # type: ignore[no-any-return]
+
+
+def _recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> saved_tensors_hooks:
+    """While this is entered, autograd keeps no copy of `tensor` but makes it `again` in backward."""
+    own = tensor.data_ptr(), tensor.numel()  # not the tensor itself: autograd keeps the functions below
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        return saved.shape if (saved.data_ptr(), saved.numel()) == own else saved
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        return packed if isinstance(packed, Tensor) else again().view(packed)
+
+    return saved_tensors_hooks(pack, unpack)
+
+
 def _token_rows(windows: Tensor) -> Tensor:
     """(n, C, r, r) to (n · r², C); free in channels-last memory."""
     return windows.permute(0, 2, 3, 1).reshape(-1, windows.shape[1])
@@ -259,11 +296,11 @@ def _block(block: Any, tokens: Tensor, halo: Halo) -> Tensor:
     """`SegformerLayer.forward` on unit tokens (B, k · r², C), dropout and stochastic depth included."""
     attended = _attention(block.attention, block.layernorm_before(tokens))
     tokens = _add_branch(tokens, block.hidden_dropout(attended), block.drop_path)
-    return _add_branch(tokens, _mix_mlp(block.mlp, block.layernorm_after(tokens), halo), block.drop_path)
+    return _add_branch(tokens, block.mlp(block.layernorm_after(tokens), halo=halo), block.drop_path)
 
 
 def _add_branch(tokens: Tensor, branch: Tensor, drop_path: Any) -> Tensor:
-    """tokens + `SegformerDropPath.forward(branch)`, from the same draws, in one pass over memory instead of three."""
+    """Add `SegformerDropPath.forward(branch)`, from the same draws, in one pass over memory instead of three."""
     if not drop_path.training or not getattr(drop_path, "drop_prob", 0.0):
         return tokens + branch
     keep = 1 - drop_path.drop_prob
@@ -292,10 +329,3 @@ def _attention(attention: Any, tokens: Tensor) -> Tensor:
         scale=attention.scaling,
     )
     return attention.o_proj(mixed.transpose(1, 2).reshape(batch, count, -1))  # type: ignore[no-any-return]
-
-
-def _mix_mlp(mlp: Any, tokens: Tensor, halo: Halo) -> Tensor:
-    """`SegformerMixMLP.forward`, the depthwise convolution running on windows that bring their own padding."""
-    mixed = mlp.dwconv.dwconv(mlp.fc1(tokens), halo)
-    hidden = mlp.dropout(mlp.activation_fn(mixed))
-    return mlp.dropout(mlp.fc2(hidden))  # type: ignore[no-any-return]

@@ -209,7 +209,7 @@ class Halo:
     index: Tensor
 
     def windows(self, tokens: Tensor) -> Tensor:
-        """Gather unit tokens (…, C), B · k · r² in all, into windows (B · k, C, side, side), channels last in memory."""
+        """Gather unit tokens (…, C), B · k · r² of them, into windows (B · k, C, side, side), channels last."""
         return self._gather(tokens, self.index).permute(0, 3, 1, 2)
 
     def patches(self, tokens: Tensor, kernel: int, stride: int) -> Tensor:
@@ -217,7 +217,7 @@ class Halo:
 
         (B · k · places², kernel² · C), taps row-major, channels last.
         """
-        index = self.index.unfold(1, kernel, stride).unfold(2, kernel, stride)  # (B · k, places, places, kernel, kernel)
+        index = self.index.unfold(1, kernel, stride).unfold(2, kernel, stride)  # (B · k, places, places, taps, taps)
         return self._gather(tokens, index).view(-1, kernel * kernel * tokens.shape[-1])
 
     @staticmethod

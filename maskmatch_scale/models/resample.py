@@ -1,0 +1,164 @@
+"""Bilinear upsampling in bands of rows, so that what is upsampled never exists whole.
+
+A band of output rows depends on a few source rows: it is a small matrix times these rows. The matrix is that of
+`F.interpolate(mode="bilinear", align_corners=False)`; going backward is its transpose, a matrix product too, which sums
+in a fixed order on every device (torch's own backward adds atomically on GPUs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_CHUNK_ELEMENTS = {"cpu": 2**18}
+"""A CPU works through a chunk in several passes, so it should stay in the cache: 1 MB in float32."""
+_CHUNK_ELEMENTS_ELSEWHERE = 2**26
+"""An accelerator wants work for all its units; 256 MB in float32 is little of its memory."""
+
+
+_BAND_ROWS = {"cpu": 8}
+"""Few rows keep the matrix of a band small and its rows in the cache."""
+_BAND_ROWS_ELSEWHERE = 64
+
+
+def chunk_length(elements: int, device: torch.device) -> int:
+    """How many items of `elements` numbers make a chunk on a device; at least 1."""
+    return max(1, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ELSEWHERE) // elements)
+
+
+@dataclass(frozen=True)
+class Band:
+    """Some neighbouring output rows and what they are made of: `output = weight @ source`."""
+
+    output: slice
+    source: slice
+    weight: Tensor
+    """(output rows, source rows)."""
+
+
+@lru_cache(maxsize=256)
+def upsampling_bands(source: int, output: int, rows: int, dtype: torch.dtype, device: torch.device) -> list[Band]:
+    """Cut `output` rows, interpolated from `source` rows, into bands of at most `rows`."""
+    place = ((torch.arange(output, dtype=torch.float64) + 0.5) * (source / output) - 0.5).clamp_(min=0)
+    first = place.floor().long()
+    second = (first + 1).clamp(max=source - 1)
+    share = place - first
+    bands = []
+    for start in range(0, output, rows):
+        own = slice(start, min(start + rows, output))
+        low, high = int(first[own][0]), int(second[own][-1]) + 1
+        weight = torch.zeros(own.stop - own.start, high - low, dtype=torch.float64)
+        row = torch.arange(len(weight))
+        weight[row, first[own] - low] = 1 - share[own]
+        weight[row, second[own] - low] += share[own]
+        bands.append(Band(own, slice(low, high), weight.to(device, dtype)))
+    return bands
+
+
+def upsample_rows(band: Band, maps: Tensor, width: int) -> Tensor:
+    """A band of rows (B, C, rows, width) of bilinearly upsampled maps (B, C, h, w)."""
+    rows = band.weight @ maps[:, :, band.source]
+    if rows.shape[3] == width:
+        return rows
+    return F.interpolate(rows, size=(rows.shape[2], width), mode="bilinear", align_corners=False)
+
+
+def upsample_rows_backward(band: Band, gradient: Tensor, into: Tensor) -> None:
+    """Add the gradient (B, C, rows, width) of `upsample_rows` to that of the maps, `into` (B, C, h, w)."""
+    if gradient.shape[3] != into.shape[3]:
+        batch, channels, rows, width = gradient.shape
+        gradient = torch.ops.aten.upsample_bilinear2d_backward(
+            gradient, [rows, width], [batch, channels, rows, into.shape[3]], False, None, None
+        )
+    into[:, :, band.source] += band.weight.T @ gradient
+
+
+def upsampled_sum(levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Σ of maps, each bilinearly upsampled to the first one's size.
+
+    Args:
+        levels: (B · h · w, C) of every level, positions row-major. The first is overwritten: these are the largest
+            tensors of a model, and no gradient needs the old values.
+        sizes: (h, w) of every level.
+
+    Returns:
+        (B · h · w, C), h × w the first level's size.
+    """
+    if len(levels) == 1:
+        return levels[0]
+    with torch.autocast(levels[0].device.type, enabled=False):
+        total: Tensor = _UpsampledSum.apply(tuple(sizes), *levels)
+    return total
+
+
+class _UpsampledSum(torch.autograd.Function):
+    """`upsampled_sum`: linear, so that nothing is kept for backward. Sums are at least float32."""
+
+    @staticmethod
+    def forward(ctx: Any, sizes: Sequence[tuple[int, int]], *levels: Tensor) -> Tensor:
+        ctx.sizes = sizes
+        ctx.mark_dirty(levels[0])
+        height, width = sizes[0]
+        total, *others = (level.view(-1, *size, level.shape[1]) for level, size in zip(levels, sizes))
+        dtype = torch.promote_types(total.dtype, torch.float32)
+        for bands in zip(*(_bands(level.shape[1], height, dtype, level.device) for level in others)):
+            for index, image in enumerate(total):
+                rows = image[bands[0].output].flatten(1)
+                summed = rows.to(dtype)  # a copy in half precision, `rows` itself otherwise
+                for band, level in zip(bands, others):
+                    wide = _widened(level[index, band.source].to(dtype), width)
+                    torch.addmm(summed, band.weight, wide.flatten(1), out=summed)
+                if summed is not rows:
+                    rows.copy_(summed)
+        return levels[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (height, width), channels = ctx.sizes[0], gradient.shape[1]
+        images = gradient.reshape(-1, height, width, channels)
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        narrow = [gradient.new_zeros(len(images), *size, channels, dtype=dtype) for size in ctx.sizes[1:]]
+        for bands in zip(*(_bands(level.shape[1], height, dtype, level.device) for level in narrow)):
+            for index, image in enumerate(images):
+                rows = image[bands[0].output].flatten(1).to(dtype)
+                for band, level in zip(bands, narrow):
+                    wide = (band.weight.T @ rows).view(-1, width, channels)
+                    level[index, band.source] += _narrowed(wide, level.shape[2])
+        return None, gradient, *(level.flatten(0, 2).to(gradient.dtype) for level in narrow)
+
+
+def _widened(maps: Tensor, width: int) -> Tensor:
+    """Upsample the columns of (rows, columns, C)."""
+    if maps.shape[1] == width:
+        return maps
+    wide = maps.new_empty(len(maps), width, maps.shape[2])
+    for band in _bands(maps.shape[1], width, maps.dtype, maps.device):
+        wide[:, band.output] = band.weight @ maps[:, band.source]
+    return wide
+
+
+def _narrowed(gradient: Tensor, columns: int) -> Tensor:
+    """Gradient (rows, columns, C) of what `_widened` widened."""
+    if gradient.shape[1] == columns:
+        return gradient
+    narrow = gradient.new_zeros(len(gradient), columns, gradient.shape[2])
+    for band in _bands(columns, gradient.shape[1], gradient.dtype, gradient.device):
+        narrow[:, band.source] += band.weight.T @ gradient[:, band.output]
+    return narrow
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """bfloat16 and float16 to float32; float32 and float64 as they are."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def _bands(source: int, output: int, dtype: torch.dtype, device: torch.device) -> list[Band]:
+    return upsampling_bands(source, output, _BAND_ROWS.get(device.type, _BAND_ROWS_ELSEWHERE), dtype, device)
