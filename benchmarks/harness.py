@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
@@ -32,6 +33,9 @@ class Timing:
     """Seconds of one variant, one entry a repeat."""
 
     seconds: tuple[float, ...]
+    """By the clock that counts: the process's CPU time on a CPU, wall time on a GPU."""
+    wall: tuple[float, ...] = ()
+    """By the clock on the wall; on a GPU the same as `seconds`."""
 
     @property
     def minimum(self) -> float:
@@ -43,8 +47,20 @@ class Timing:
         """Far above the minimum: the machine was disturbed, trust the run less."""
         return median(self.seconds)
 
+    @property
+    def wall_minimum(self) -> float:
+        """The least on the wall."""
+        return min(self.wall)
 
-def time_interleaved(variants: Mapping[str, Run], repeats: int, device: torch.device) -> dict[str, Timing]:
+    @property
+    def wall_median(self) -> float:
+        """Far above `median`: other processes had the processor meanwhile."""
+        return median(self.wall)
+
+
+def time_interleaved(
+    variants: Mapping[str, Run], repeats: int, device: torch.device, *, warmed_up: bool = False
+) -> dict[str, Timing]:
     """Time variants in turn: one round of warm-up, then `repeats` rounds of every variant once.
 
     A slow minute of a shared machine then falls on all variants alike. The order is drawn anew every round (the same
@@ -54,26 +70,29 @@ def time_interleaved(variants: Mapping[str, Run], repeats: int, device: torch.de
         variants: what to time; each leaves nothing behind for the next.
         repeats: rounds that count.
         device: decides the clock. CPU: the process's CPU time, which other processes cannot use up. CUDA: wall time
-            between synchronisations.
+            between synchronisations. Both clocks are kept.
+        warmed_up: every variant has run already, so no round of warm-up is needed.
     """
     order = random.Random(0)
     names = list(variants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(repeats + 1):
+    elapsed: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for round_ in range(int(warmed_up), repeats + 1):
         for name in order.sample(names, len(names)):
-            started = _now(device)
+            counts, wall = _now(device)
             variants[name]()
-            elapsed = _now(device) - started
+            counts_after, wall_after = _now(device)
             if round_ > 0:
-                seconds[name].append(elapsed)
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+                elapsed[name].append((counts_after - counts, wall_after - wall))
+    return {name: Timing(*map(tuple, zip(*pairs))) for name, pairs in elapsed.items()}
 
 
-def _now(device: torch.device) -> float:
+def _now(device: torch.device) -> tuple[float, float]:
+    """(the clock that counts, the clock on the wall), seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()
+        wall = time.perf_counter()
+        return wall, wall
+    return time.process_time(), time.perf_counter()
 
 
 def count_gmacs(run: Run) -> float:
@@ -139,6 +158,80 @@ def peak_mb(run: Run, held: Sequence[torch.Tensor], device: torch.device) -> flo
     return (most + sum(tensor.nbytes for tensor in held)) / 1e6
 
 
+GATHERS = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("index_select", "index", "gather", "cat", "scatter", "scatter_", "scatter_add", "scatter_add_"),
+        *("_index_put_impl_", "index_put", "index_put_", "index_add", "index_add_"),
+    )
+)
+"""Operators that move tokens by index, and the concatenations that append a row of zeros for them to point at."""
+
+
+def gather_share(run: Run, device: torch.device) -> float | None:
+    """Share of one pass's time, 0–1, that goes into `GATHERS`; None if the profiler sees no time at all.
+
+    By torch's profiler, each operator without those it calls. CPU: CPU time. CUDA: time of the kernels. Every `cat` is
+    counted, also those of the library (a ViT's class token). The index arithmetic before a gather and the memory that
+    it leaves cold are not.
+
+    Args:
+        run: the pass.
+        device: where it runs.
+    """
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+        run()
+        if cuda:
+            torch.cuda.synchronize(device)
+    gathers = total = 0.0
+    for event in profiler.key_averages():
+        if event.device_type != DeviceType.CPU:  # the kernels, whose time their operators have already
+            continue
+        spent = float(event.self_device_time_total if cuda else event.self_cpu_time_total)
+        total += spent
+        gathers += spent if event.key in GATHERS else 0.0
+    return gathers / total if total else None
+
+
+PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    "B200": {"half": 2250, "tf32": 1125},
+    "H200 NVL": {"half": 835, "tf32": 418},
+    "H200": {"half": 989, "tf32": 495},
+    "H100 NVL": {"half": 835, "tf32": 418},
+    "H100 PCIe": {"half": 756, "tf32": 378},
+    "H100": {"half": 989, "tf32": 495},
+    "A100": {"half": 312, "tf32": 156},
+    "A30": {"half": 165, "tf32": 82},
+    "A10": {"half": 125, "tf32": 62.5},
+    "L40S": {"half": 362, "tf32": 183},
+    "L4": {"half": 121, "tf32": 60},
+}
+"""10¹² FLOP/s of a GPU, dense (half of what data sheets print "with sparsity"): bfloat16 and float16 alike, and TF32.
+
+From NVIDIA's data sheets. A name stands in `torch.cuda.get_device_name` as whole words; the first that does counts, so
+longer names come first.
+"""
+
+
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """10¹² FLOP/s that the device can reach with this dtype; None for a CPU and for a GPU that is not in the table.
+
+    float32 is measured against TF32, the fastest that a GPU multiplies it, whether or not torch is allowed to.
+    """
+    return _peak_by_name(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+
+
+def _peak_by_name(name: str, dtype: torch.dtype) -> float | None:
+    words = f" {name.replace('-', ' ')} "
+    if " MIG " in words:  # a slice of the GPU
+        return None
+    for known, peaks in PEAK_TFLOPS.items():
+        if f" {known} " in words:
+            return peaks["tf32" if dtype == torch.float32 else "half"]
+    return None
+
+
 def describe_machine(device: torch.device, sources: Sequence[str]) -> dict[str, Any]:
     """The machine, the versions and the commit of a run; no host name and no path.
 
@@ -198,22 +291,31 @@ def check_out(out: Path) -> None:
         raise ValueError(f"--out: {out} cannot be written; it is a folder, or you lack the right")
 
 
-def write_json(out: Path, machine: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `{"machine": …, "rows": […]}`, one row a line."""
-    lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    head = json.dumps(machine, ensure_ascii=False, indent=1).replace("\n", "\n ")
-    out.write_text(f'{{\n "machine": {head},\n "rows": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
+def write_json(
+    out: Path, machine: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], **more: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write `{"machine": …, "rows": […]}`, one row a line; further lists of rows go after it under their own names."""
+    parts = ['"machine": ' + json.dumps(machine, ensure_ascii=False, indent=1).replace("\n", "\n ")]
+    for name, entries in {"rows": rows, **more}.items():
+        lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in entries)
+        parts.append(f'"{name}": [\n  {lines}\n ]' if entries else f'"{name}": []')
+    out.write_text("{\n " + ",\n ".join(parts) + "\n}\n", encoding="utf-8")
 
 
 def markdown(title: str, machine: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """A page with the machine in a line and the rows in a table."""
     facts = " · ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine.items() if value is not None)
-    table = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in rows)]
-    return "\n".join([f"# {title}", "", facts, "", *(f"| {' | '.join(line)} |" for line in table), ""])
+    return "\n".join([f"# {title}", "", facts, "", markdown_table(rows, columns)])
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """The rows' `columns` as a table."""
+    lines = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in rows)]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
 def _cell(value: object) -> str:
-    """Three significant figures, but no power of ten."""
+    """Three significant figures, but a power of ten only where there is no other way; a dash for what is not known."""
     if not isinstance(value, float):
-        return str(value)
+        return "–" if value is None else str(value)
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
