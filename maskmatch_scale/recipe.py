@@ -76,7 +76,7 @@ class ModelRecipe(Section):
 
     backbone: str
     """`timm/<name>`, `transformers/segformer-b0` … `-b5`, or `transformers/<folder with a config.json>`."""
-    head: Literal["segformer", "linear", "pixel_shuffle"] | None = None
+    head: Literal["segformer", "linear", "pixel_shuffle", "dpt"] | None = None
     """null = the family's usual one (segformer for SegFormer, linear for ViT)."""
     num_classes: Annotated[int, Field(ge=2, le=255)] | None = None
     """null = as many as the index of the data names."""

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskmatch_scale.models import dpt
 from maskmatch_scale.models.classify import norm_relu_classify
+from maskmatch_scale.models.dpt import DptHead, dpt_width
 from maskmatch_scale.models.resample import upsampled_sum
 
 
@@ -22,15 +24,15 @@ def build_head(
     """Build a head.
 
     Args:
-        name: `segformer`, `linear` or `pixel_shuffle`.
+        name: `segformer`, `linear`, `pixel_shuffle` or `dpt`.
         channels: C of every level, finest first.
         strides: pixels a cell of every level.
         num_classes: number of classes.
-        hidden_size: width of the fused features of the `segformer` head.
-        dropout: before the classifier of the `segformer` head.
+        hidden_size: width of the fused features of the `segformer` head; `dpt` derives its own (`dpt.dpt_width`).
+        dropout: before the classifier of the `segformer` and `dpt` heads.
 
     Raises:
-        ValueError: no such head.
+        ValueError: no such head, or one that needs another number of levels (`head_levels`).
     """
     build: dict[str, Callable[[], nn.Module]] = {
         "segformer": lambda: SegformerHead(channels, num_classes, hidden_size, dropout),
@@ -41,10 +43,16 @@ def build_head(
             if len(channels) > 1
             else LinearHead(channels, num_classes, strides[0])
         ),
+        "dpt": lambda: DptHead(channels, strides, num_classes, dpt_width(channels[-1]), dropout),
     }
     if name not in build:
         raise ValueError(f"head: {name!r} is not one of {', '.join(build)}")
     return build[name]()
+
+
+def head_levels(name: str) -> int:
+    """How many depths of a ViT a head takes features of."""
+    return dpt.LEVELS if name == "dpt" else 1
 
 
 def _pointwise(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from maskmatch_scale.models import weights
 from maskmatch_scale.models.context import ContextDecoder
-from maskmatch_scale.models.heads import build_head
+from maskmatch_scale.models.heads import build_head, head_levels
 from maskmatch_scale.models.segformer import SegformerEncoder, segformer_config
 from maskmatch_scale.models.units import Grid, check_visible, merge_units, zero_masked_pixels
 from maskmatch_scale.models.vit import VitEncoder, build_vit
@@ -197,8 +197,9 @@ def build_segmenter(
         backbone: `timm/<model name>` (VisionTransformer and Eva models), `transformers/segformer-b0` … `-b5`, or
             `transformers/<folder>` with a SegFormer `config.json`.
         num_classes: number of classes, at least 2.
-        head: `segformer` (transformers' all-MLP head), `linear`, or `pixel_shuffle` (classes × r² values a cell, logits
-            a pixel); None: `segformer` for SegFormer, `linear` for a ViT.
+        head: `segformer` (transformers' all-MLP head), `linear`, `pixel_shuffle` (classes × r² values a cell, logits
+            a pixel), or `dpt` (convolutional fusion of four levels; of a ViT, features of four depths, logits at a
+            quarter of the patch); None: `segformer` for SegFormer, `linear` for a ViT.
         pretrained: None or False (random), True (the library's own weights; for a folder, those in it), or a local
             file or folder: safetensors, .pth (tensors only), or a folder of transformers.
         image_size: side or (height, width) in pixels for which a ViT's position embedding is laid out; None: the
@@ -223,9 +224,9 @@ def build_segmenter(
     if library == "timm" and name:
         library_weights = weights.find_weights(source) if isinstance(source, Path) else source
         model = build_vit(name, image_size, False if own else library_weights, options)
-        encoder = VitEncoder.build(model, unit_px)
-        mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
         head_name, hidden_size, dropout = head or "linear", 256, 0.1
+        encoder = VitEncoder.build(model, unit_px, head_levels(head_name))
+        mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     elif library == "transformers" and name:
         config = segformer_config(name, num_classes, options)
         encoder = SegformerEncoder.build(config)

@@ -101,9 +101,9 @@ class VisibleUnits:
 class KeepVisible(nn.Module):
     """Takes the place of timm's `PatchDropout`, and hooks into the patch embedding: only visible units are computed.
 
-    timm adds position embeddings to tokens on their whole grid. So the patch embedding is given the visible units alone,
-    what it makes of them is laid out on a grid of zeros, and behind the position embedding the visible places are
-    picked again. Masked pixels are not read.
+    timm adds position embeddings to tokens on their whole grid. So the patch embedding is given the visible units
+    alone, what it makes of them is laid out on a grid of zeros, and behind the position embedding the visible places
+    are picked again.
 
     It holds no parameters, so the model's state dict stays timm's. Without a mask it changes nothing. A deep copy of
     the model is hooked to its own copy of this: hooks are bound methods, which are copied with what they are bound to.
@@ -131,7 +131,7 @@ class KeepVisible(nn.Module):
         """Embedded units (B · k, r, r, C) to (B, h, w, C), zero where masked."""
         if self.mask is None:
             return None
-        tokens = embedded.unflatten(0, self.mask.units.shape)
+        tokens = embedded.view(*self.mask.units.shape, *embedded.shape[1:])
         return merge_units(tokens, self.mask.units, None, self.mask.grid).permute(0, 2, 3, 1)
 
     def forward(self, tokens: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
@@ -188,7 +188,8 @@ class VitEncoder:
             model: what `build_vit` gives.
             unit_px: side of a unit in pixels; None: the largest multiple of the patch that is at most 32 px.
             levels: of evenly spaced depths, the last block always among them: blocks 3, 6, 9 and 12 of 12 for 4.
-                All pass the model's final norm, as in timm's `forward_intermediates(norm=True)`.
+                All pass the model's final norm, as in timm's `forward_intermediates(norm=True)`, and for models that
+                pool their tokens the norm behind the pooling, which is their only one.
 
         Raises:
             ValueError: `unit_px` is no multiple of the patch, or the model has fewer blocks than `levels`.
@@ -249,7 +250,7 @@ class VitEncoder:
         try:
             # The call, not forward_features: hooks (ZeRO-3 gathers parameters by them) run on calls only.
             last: Tensor = self.model(images)
-            # What the call makes of the last block's tokens: the final norm, for models that pool in `forward_head`.
+            # What the call makes of the last block's tokens; models that pool have their norm in forward_head.
             levels = [self.model.forward_head(self.model.norm(tap.tokens)) for tap in self.taps]
         finally:
             self.model.patch_drop.mask = None

@@ -55,6 +55,8 @@ def build(segformer_folder: Callable[..., Path]) -> Callable[..., Segmenter]:
             segmenter = build_segmenter(f"transformers/{folder}", classes, **arguments)
         else:
             name, options = VITS[family]
+            if arguments.get("head") == "dpt":
+                options = {**options, "depth": 5}
             segmenter = build_segmenter(name, classes, backbone_options=options, **arguments)
         segmenter = segmenter.double()
         with torch.no_grad():
