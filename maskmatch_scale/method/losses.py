@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from maskmatch_scale.models.resample import upsampling_rows
 
 IGNORED = -100
 """torch's own mark for a pixel that does not count."""
@@ -13,25 +18,58 @@ IGNORED = -100
 def cross_entropy_sum(logits: Tensor, target: Tensor, pixels: Tensor, class_weight: Tensor | None = None) -> Tensor:
     """Σ over pixels of CE(up(logits), target), L_x, L_u and L_m of docs/method.md before their division.
 
+    Upsampled and taken in bands of rows, so that memory does not grow with classes × H × W. The gradient is that of the
+    plain formula; it is made beside the value, while a band lies in the cache, and kept at the logits' own resolution
+    (as in Liger Kernel's fused losses, arXiv 2410.10989).
+
     Args:
-        logits: float (B, classes, h, w), upsampled bilinearly to the target's size.
+        logits: float (B, classes, h, w), upsampled bilinearly (align_corners=False) to the target's size.
         target: int64 (B, H, W); its value does not matter where ``pixels`` is False.
         pixels: bool (B, H, W): the pixels that count.
         class_weight: float (classes,), or None.
 
     Returns:
-        float32 scalar.
+        Scalar, float32 (float64 for float64 logits). Differentiable once, in logits.
     """
-    logits = at_least_float32(upsample(logits, (target.shape[-2], target.shape[-1])))
-    target = target.masked_fill(~pixels, IGNORED)
-    return F.cross_entropy(logits, target, class_weight, ignore_index=IGNORED, reduction="sum")
+    with torch.autocast(logits.device.type, enabled=False):
+        total: Tensor = _CrossEntropySum.apply(logits, target.masked_fill(~pixels, IGNORED), class_weight)
+    return total
 
 
-def upsample(logits: Tensor, size_px: tuple[int, int]) -> Tensor:
-    """Bilinear, align_corners=False, as mmsegmentation and transformers; nothing if the size is right already."""
-    if logits.shape[-2:] == size_px:
-        return logits
-    return F.interpolate(logits, size=size_px, mode="bilinear", align_corners=False)
+class _CrossEntropySum(torch.autograd.Function):
+    """`cross_entropy_sum` with the pixels that do not count marked in the target."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, class_weight: Tensor | None) -> Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        class_weight = None if class_weight is None else class_weight.to(dtype)
+        total = torch.zeros((), dtype=dtype, device=logits.device)
+        gradient = torch.zeros_like(logits, dtype=dtype) if ctx.needs_input_grad[0] else None
+        for band in upsampling_rows(logits, target.shape[1], target.shape[2]):
+            wanted = target[:, band.output]
+            log_p = band.upsample(logits).log_softmax(1)
+            total += F.nll_loss(log_p, wanted, class_weight, ignore_index=IGNORED, reduction="sum")
+            if gradient is not None:
+                band.add_gradient(_logit_gradient(log_p, wanted, class_weight), gradient)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * scale).to(ctx.dtype), None, None
+
+
+def _logit_gradient(log_p: Tensor, target: Tensor, class_weight: Tensor | None) -> Tensor:
+    """weight · (softmax − one-hot), zero where the target is ignored; overwrites log_p (B, classes, rows, W)."""
+    counts = target != IGNORED
+    target = target.masked_fill(~counts, 0)[:, None]
+    weight = counts[:, None].to(log_p.dtype)
+    if class_weight is not None:
+        weight = weight * class_weight[target]
+    return log_p.exp_().mul_(weight).scatter_add_(1, target, -weight)
 
 
 def denominator(target: Tensor, pixels: Tensor, class_weight: Tensor | None = None) -> Tensor:
@@ -39,8 +77,3 @@ def denominator(target: Tensor, pixels: Tensor, class_weight: Tensor | None = No
     if class_weight is None:
         return pixels.sum().double()
     return class_weight.double()[target.masked_fill(~pixels, 0)].mul(pixels).sum()
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """bfloat16 and float16 to float32; float32 and float64 as they are."""
-    return values if values.dtype in (torch.float32, torch.float64) else values.float()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskmatch_scale.method.losses import at_least_float32, upsample
+from maskmatch_scale.models.resample import upsampling_rows
 
 
 @torch.no_grad()
@@ -26,15 +26,18 @@ def multi_scale_pseudo_labels(
     Returns:
         labels int64 (B, H, W), confidence float32 (B, H, W) in 0–1.
     """
-    size = (images.shape[-2], images.shape[-1])
+    batch, _, height, width = images.shape
     patch_px = int(getattr(segmenter, "patch_px", 1))
-    total: Tensor | None = None
-    for scale in scales:
-        probability = upsample(segmenter(_resize(images, scale, patch_px)), size)
-        probability = at_least_float32(probability).softmax(1)
-        total = probability if total is None else total.add_(probability)
-    assert total is not None
-    confidence, labels = total.div_(len(scales)).max(dim=1)
+    logits = [segmenter(_resize(images, scale, patch_px)) for scale in scales]
+    labels = torch.empty(batch, height, width, dtype=torch.int64, device=images.device)
+    confidence = torch.empty_like(labels, dtype=torch.promote_types(logits[0].dtype, torch.float32))
+    # In bands of rows: what is kept of a scale are its logits, at their own resolution.
+    for bands in zip(*(upsampling_rows(own, height, width) for own in logits), strict=True):
+        total = bands[0].upsample(logits[0]).softmax(1)
+        for band, own in zip(bands[1:], logits[1:], strict=True):
+            total += band.upsample(own).softmax(1)
+        rows = bands[0].output
+        torch.max(total.div_(len(scales)), dim=1, out=(confidence[:, rows], labels[:, rows]))
     return labels, confidence
 
 

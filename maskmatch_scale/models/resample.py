@@ -62,22 +62,47 @@ def upsampling_bands(source: int, output: int, rows: int, dtype: torch.dtype, de
     return bands
 
 
-def upsample_rows(band: Band, maps: Tensor, width: int) -> Tensor:
-    """A band of rows (B, C, rows, width) of bilinearly upsampled maps (B, C, h, w)."""
-    rows = band.weight @ maps[:, :, band.source]
-    if rows.shape[3] == width:
-        return rows
-    return F.interpolate(rows, size=(rows.shape[2], width), mode="bilinear", align_corners=False)
+@dataclass(frozen=True)
+class RowBand:
+    """Some neighbouring rows of maps (B, C, h, w) upsampled to (B, C, H, W)."""
 
+    output: slice
+    source: slice
+    weight: Tensor | None
+    """(output rows, source rows); None: the rows are not upsampled."""
+    width: int
 
-def upsample_rows_backward(band: Band, gradient: Tensor, into: Tensor) -> None:
-    """Add the gradient (B, C, rows, width) of `upsample_rows` to that of the maps, `into` (B, C, h, w)."""
-    if gradient.shape[3] != into.shape[3]:
+    def upsample(self, maps: Tensor) -> Tensor:
+        """Of maps (B, C, h, w) make these rows, (B, C, rows, W), at least float32."""
+        rows = at_least_float32(maps[:, :, self.source])
+        if self.weight is not None:
+            rows = self.weight @ rows
+        if rows.shape[3] == self.width:
+            return rows
+        return F.interpolate(rows, size=(rows.shape[2], self.width), mode="bilinear", align_corners=False)
+
+    def add_gradient(self, gradient: Tensor, into: Tensor) -> None:
+        """Add what the gradient (B, C, rows, W) of `upsample` is for the maps, to `into` (B, C, h, w)."""
         batch, channels, rows, width = gradient.shape
-        gradient = torch.ops.aten.upsample_bilinear2d_backward(
-            gradient, [rows, width], [batch, channels, rows, into.shape[3]], False, None, None
-        )
-    into[:, :, band.source] += band.weight.T @ gradient
+        if width != into.shape[3]:
+            size = [batch, channels, rows, into.shape[3]]
+            gradient = torch.ops.aten.upsample_bilinear2d_backward(gradient, [rows, width], size, False, None, None)
+        into[:, :, self.source] += gradient if self.weight is None else self.weight.T @ gradient
+
+
+def upsampling_rows(maps: Tensor, height: int, width: int) -> list[RowBand]:
+    """Bands that upsample maps (B, C, h, w) to height × width, each as large as a chunk should be on their device.
+
+    Maps of the same B and C are cut into the same output rows, whatever their h and w.
+    """
+    batch, channels, own_height, _ = maps.shape
+    length = chunk_length(batch * channels * width, maps.device)
+    if own_height == height:
+        parts = [slice(start, min(start + length, height)) for start in range(0, height, length)]
+        return [RowBand(part, part, None, width) for part in parts]
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    bands = upsampling_bands(own_height, height, length, dtype, maps.device)
+    return [RowBand(band.output, band.source, band.weight, width) for band in bands]
 
 
 def upsampled_sum(levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:

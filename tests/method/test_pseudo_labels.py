@@ -41,7 +41,7 @@ def test_one_scale_is_a_plain_prediction():
     labels, confidence = multi_scale_pseudo_labels(segmenter, images, [1.0])
     plain = F.interpolate(segmenter(images), size=(16, 16), mode="bilinear", align_corners=False).softmax(1)
     assert labels.equal(plain.argmax(1))
-    assert confidence.equal(plain.max(1).values)
+    torch.testing.assert_close(confidence, plain.max(1).values, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("patch", [7, 8, 16])
@@ -49,6 +49,15 @@ def test_sides_are_whole_patches(patch):
     segmenter = Convolution(patch)
     multi_scale_pseudo_labels(segmenter, torch.zeros(1, 3, 6 * patch, 4 * patch, dtype=torch.float64), (0.1, 0.7, 1.3))
     assert segmenter.sizes == [(patch, patch), (4 * patch, 3 * patch), (8 * patch, 5 * patch)]
+
+
+@pytest.mark.parametrize("size", [(512, 40), (512, 512)])  # logits at a quarter, and at full resolution
+def test_many_bands_equal_one(size):
+    logits = torch.randn(2, 7, size[0] // 4 if size[1] == 40 else size[0], size[1], dtype=torch.float64)
+    labels, confidence = multi_scale_pseudo_labels(lambda _: logits, torch.zeros(2, 3, *size), [1.0])
+    whole = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).softmax(1).max(1)
+    assert labels.equal(whole.indices)
+    torch.testing.assert_close(confidence, whole.values, rtol=0, atol=1e-15)
 
 
 def test_halves_are_computed_in_float32():
