@@ -182,6 +182,9 @@ class EngineRecipe(Section):
     """Labelled images a rank in one forward and backward."""
     accumulation: Annotated[int, Field(ge=1)] = 1
     """Micro-batches a rank in one step."""
+    activation_checkpointing: bool = False
+    """Run the backbone's blocks again in backward instead of keeping what they computed: the same gradients, less
+    memory, about a third more time."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads a rank; null = cores shared out among the ranks of a machine."""
 

@@ -43,6 +43,7 @@ def build_student(recipe: Recipe, index: ShardIndex, *, pretrained: bool = True)
             image_size=recipe.data.crop_px,
             unit_px=model.unit_px,
             context=recipe.method.mask.keep is not None and recipe.method.mask.mode == "drop",
+            checkpoint_activations=recipe.engine.activation_checkpointing,
             backbone_options=model.backbone_options,
         )
     except ValueError as error:

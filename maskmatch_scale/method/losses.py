@@ -63,7 +63,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def _logit_gradient(log_p: Tensor, target: Tensor, class_weight: Tensor | None) -> Tensor:
-    """weight · (softmax − one-hot), zero where the target is ignored; overwrites log_p (B, classes, rows, W)."""
+    """Weight · (softmax − one-hot), zero where the target is ignored; overwrites log_p (B, classes, rows, W)."""
     counts = target != IGNORED
     target = target.masked_fill(~counts, 0)[:, None]
     weight = counts[:, None].to(log_p.dtype)

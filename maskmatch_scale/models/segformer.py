@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 from transformers import SegformerConfig, SegformerModel
 from transformers.models.segformer.modeling_segformer import SegformerMixMLP
 
@@ -99,12 +100,14 @@ class SegformerEncoder:
         unit_px: side of a unit, pixels.
         channels: C of every stage.
         strides: pixels a token of every stage.
+        checkpointing: see `checkpoint_blocks`.
     """
 
     model: Any
     unit_px: int
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    checkpointing: bool = False
 
     @classmethod
     def build(cls, config: Any) -> SegformerEncoder:
@@ -118,6 +121,19 @@ class SegformerEncoder:
                 module.__class__ = UnitMixMLP
         return cls(model, check_geometry(config), tuple(config.hidden_sizes), strides)
 
+    def checkpoint_blocks(self) -> None:
+        """Keep only the inputs of blocks for backward, which runs every block again: less memory, more time.
+
+        Outputs and gradients stay the same, with and without a mask (Chen et al., arXiv 1604.06174).
+        """
+        self.checkpointing = True
+
+    def _run(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return block(*arguments)
+        tokens: Tensor = checkpoint(block, *arguments, use_reentrant=False)
+        return tokens
+
     def check_size(self, height: int, width: int) -> None:
         """Any size is encoded whole (convolutions pad); masked calls check whole units themselves."""
 
@@ -127,7 +143,7 @@ class SegformerEncoder:
         for stage in self.model.stages:
             tokens, height, width = stage.patch_embeddings(hidden)
             for block in stage.blocks:
-                tokens = block(tokens, height, width)
+                tokens = self._run(block, tokens, height, width)
             tokens = stage.layer_norm(tokens)
             # A view in channels-last memory: transformers copies to channels-first here, and the head back again.
             hidden = tokens.view(len(tokens), height, width, -1).permute(0, 3, 1, 2)
@@ -152,7 +168,7 @@ class SegformerEncoder:
             tokens = stage.patch_embeddings.layer_norm(embedded.view(batch, k * r * r, -1))
             halo = plan.halo(r, 1, 1)
             for block in stage.blocks:
-                tokens = _block(block, tokens, halo)
+                tokens = self._run(_block, block, tokens, halo)
             tokens = stage.layer_norm(tokens)
             features.append(tokens.view(batch, k, r, r, -1))
         return features

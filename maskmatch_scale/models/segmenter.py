@@ -16,7 +16,7 @@ from maskmatch_scale.models import weights
 from maskmatch_scale.models.context import ContextDecoder
 from maskmatch_scale.models.heads import build_head, head_levels
 from maskmatch_scale.models.segformer import SegformerEncoder, segformer_config
-from maskmatch_scale.models.units import Grid, check_visible, merge_units, zero_masked_pixels
+from maskmatch_scale.models.units import Grid, check_visible, merge_units, visible_pixel_mask, zero_masked_pixels
 from maskmatch_scale.models.vit import VitEncoder, build_vit
 
 MaskMode = Literal["drop", "zero"]
@@ -33,6 +33,9 @@ class Encoder(Protocol):
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError for images that the encoder cannot take whole."""
+
+    def checkpoint_blocks(self) -> None:
+        """From now on keep only the inputs of blocks for backward."""
 
     def full(self, images: Tensor) -> list[Tensor]:
         """Maps (B, C, h, w) of every level."""
@@ -127,12 +130,28 @@ class Segmenter(nn.Module):
             raise ValueError(f"images: {images.dtype} {tuple(images.shape)}; it must be float (B, 3, H, W), normalised")
         if visible is None:
             self._encoder.check_size(*images.shape[2:])
+            self._check_finite(images)
             return self._encoder.full(images)
         grid = self.unit_grid(*images.shape[2:])
         check_visible(visible, len(images), grid, images.device)
+        self._check_finite(images, visible)
         if mode == "zero":
             return self._encoder.full(zero_masked_pixels(images, visible, grid, self.unit_px))
         return self._encoder.visible(images, visible, grid)
+
+    def _check_finite(self, images: Tensor, visible: Tensor | None = None) -> None:
+        """Refuse NaN and infinity where they would be computed with; on the CPU only, elsewhere it would stall."""
+        if images.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if bool(images.detach().sum(dtype=torch.promote_types(images.dtype, torch.float32)).isfinite()):
+            return
+        bad = ~images.detach().isfinite()
+        if visible is not None:  # nothing of a masked unit is ever read
+            bad &= visible_pixel_mask(visible, self.unit_grid(*images.shape[2:]), self.unit_px)[:, None]
+        if bool(bad.any()):
+            value, image = float(images.detach()[bad][0]), int(bad.nonzero()[0, 0])
+            count = int(bad.sum())
+            raise ValueError(f"images: {count} values are not finite, e.g. {value} in image {image} of {len(images)}")
 
     def forward(self, images: Tensor, visible: Tensor | None = None, mode: MaskMode = "drop") -> Tensor:
         """Predict logits, float32 (float64 for float64 weights), at the head's own resolution.
@@ -189,6 +208,7 @@ def build_segmenter(
     image_size: int | tuple[int, int] | None = None,
     unit_px: int | None = None,
     context: bool = True,
+    checkpoint_activations: bool = False,
     backbone_options: dict[str, Any] | None = None,
 ) -> Segmenter:
     """Build a segmenter; the same weights for the same `torch.manual_seed` before the call.
@@ -207,6 +227,8 @@ def build_segmenter(
         unit_px: side of a maskable unit in pixels. ViT: a multiple of the patch, by default the largest that is at most
             32. SegFormer: fixed by its strides, 32 for b0–b5.
         context: whether to build the context decoder that masked passes in training predict masked positions with.
+        checkpoint_activations: whether the backbone's blocks are run again in backward instead of keeping what lies
+            between their inputs and outputs; the same gradients for less memory and about a third more time.
         backbone_options: further keyword arguments of `timm.create_model` (`patch_size`, `embed_dim`, `depth`,
             `drop_path_rate` …), or keys of `SegformerConfig`.
 
@@ -243,6 +265,8 @@ def build_segmenter(
             "transformers/<folder with a config.json>"
         )
 
+    if checkpoint_activations:
+        encoder.checkpoint_blocks()
     cells = [encoder.unit_px // stride for stride in encoder.strides]
     segmenter = Segmenter(
         encoder,

@@ -1,0 +1,63 @@
+"""Activation checkpointing, compilation, and images that cannot be computed with."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from maskmatch_scale.models import units
+
+from .test_masked_forward import FAMILIES, batch
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_checkpointed_blocks_give_the_same_gradients_and_run_twice(build, family, masked):
+    # Stochastic depth, so that the second run must also draw what the first one drew.
+    options = {"backbone_options": {"drop_path_rate": 0.3}} if family.startswith("segformer") else {}
+    gradients, products = [], []
+    for checkpoint in (False, True):
+        segmenter = build(family, checkpoint_activations=checkpoint, **options).train()
+        images, visible = batch(segmenter)
+        torch.manual_seed(3)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            segmenter(images, visible if masked else None).square().sum().backward()
+        products.append(sum(e.count for e in profiler.key_averages() if e.key == "aten::gelu"))
+        gradients.append([p.grad for n, p in segmenter.named_parameters() if masked or "context." not in n])
+    for plain, again in zip(*gradients):
+        torch.testing.assert_close(again, plain, rtol=1e-9, atol=1e-9)
+    if family != "eva02":  # its gate is no GELU
+        assert products[1] > products[0]
+
+
+@pytest.mark.parametrize("family", ["segformer", "vit"])
+def test_another_mask_needs_no_other_graph(build, family):
+    """No shape depends on data: one compiled graph serves every mask of k units."""
+    segmenter = build(family, context=False).eval()
+    images, visible = batch(segmenter)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, v: segmenter.encode(x, v), backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for seed in range(3):
+            draw = torch.Generator().manual_seed(seed)
+            visible = units.sample_visible(len(images), (3, 4), visible.shape[1], draw)
+            for level, expected in zip(compiled(images, visible), segmenter.encode(images, visible)):
+                torch.testing.assert_close(level, expected, rtol=0, atol=1e-12)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("family", ["segformer", "vit"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_are_named(build, family, value):
+    segmenter = build(family).eval()
+    images, visible = batch(segmenter)
+    row, col = divmod(int(visible[1, 0]), 4)
+    images[1, 2, row * segmenter.unit_px, col * segmenter.unit_px] = value
+    for mask in (None, visible):
+        with pytest.raises(ValueError, match=rf"images: 1 values are not finite, e\.g\. {value} in image 1 of 2"):
+            segmenter(images, mask)
