@@ -375,7 +375,7 @@ def draw(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -> Fig
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))
     figure = Figure(figsize=(9, 0.8 + 1.6 * len(backbones)), layout="constrained")
     colours = {
-        "teacher, three scales": "#0072b2", "labelled and strong view": "#009e73", "labelled view": "#009e73",
+        "teacher, three scales": "#0072b2", "labelled and strong view": "#117733", "labelled view": "#009e73",
         "strong view": "#56b4e9", "masked view": "#d55e00", "optimizer and EMA": "0.6",
     }  # fmt: skip
     for panel, backbone in zip(figure.subplots(len(backbones), 1, squeeze=False).flat, backbones):
@@ -387,7 +387,7 @@ def draw(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -> Fig
                 panel.barh(place, part["seconds_min"], left=left, color=colours[part["part"]], label=part["part"])
                 left += part["seconds_min"]
             row = next(r for r in rows if (r["backbone"], r["step"]) == (backbone, step))
-            panel.text(left, place, f"  {row['seconds_min']:.1f} s, {row['speedup']:.2f}×", va="center", fontsize=9)
+            panel.text(left, place, f"  {row['seconds_min']:.3g} s, {row['speedup']:.2f}×", va="center", fontsize=9)
         limit = next(r["limit"] for r in rows if r["backbone"] == backbone and r["step"] == "ours")
         panel.set_yticks([0, 1], ["ours", "straightforward"])
         panel.invert_yaxis()
