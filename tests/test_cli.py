@@ -40,7 +40,7 @@ def recipe_file(make_recipe, tmp_path):
         (["method.mask.keep=0.01"], ["data.crop_px", "keep"]),
         (["model.backbone=timm/nonsense"], ["model:", "nonsense"]),
         (["model.backbone=transformers/nowhere"], ["model:", "nowhere"]),
-        (["model.head=dpt"], ["model.head"]),
+        (["model.head=unet"], ["model.head"]),
         (["engine.precision=bf16"], ["engine.precision=bf16", "BatchNorm"]),
     ],
 )
