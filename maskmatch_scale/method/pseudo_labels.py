@@ -32,12 +32,13 @@ def multi_scale_pseudo_labels(
     labels = torch.empty(batch, height, width, dtype=torch.int64, device=images.device)
     confidence = torch.empty_like(labels, dtype=torch.promote_types(logits[0].dtype, torch.float32))
     # In bands of rows: what is kept of a scale are its logits, at their own resolution.
-    for bands in zip(*(upsampling_rows(own, height, width) for own in logits), strict=True):
-        total = bands[0].upsample(logits[0]).softmax(1)
-        for band, own in zip(bands[1:], logits[1:], strict=True):
-            total += band.upsample(own).softmax(1)
-        rows = bands[0].output
-        torch.max(total.div_(len(scales)), dim=1, out=(confidence[:, rows], labels[:, rows]))
+    with torch.autocast(images.device.type, enabled=False):
+        for bands in zip(*(upsampling_rows(own, height, width) for own in logits), strict=True):
+            total = bands[0].upsample(logits[0]).softmax(1)
+            for band, own in zip(bands[1:], logits[1:], strict=True):
+                total += band.upsample(own).softmax(1)
+            rows = bands[0].output
+            torch.max(total.div_(len(scales)), dim=1, out=(confidence[:, rows], labels[:, rows]))
     return labels, confidence
 
 

@@ -90,7 +90,7 @@ class _Statistics:
 def _running_statistics(norm: nn.BatchNorm2d) -> _Statistics:
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    mean, variance = norm.running_mean, norm.running_var
+    mean, variance = norm.running_mean.clone(), norm.running_var
     return _Statistics(mean, (variance + norm.eps).rsqrt(), of_batch=False)
 
 

@@ -1,8 +1,9 @@
 """Bilinear upsampling in bands of rows, so that what is upsampled never exists whole.
 
 A band of output rows depends on a few source rows: it is a small matrix times these rows. The matrix is that of
-`F.interpolate(mode="bilinear", align_corners=False)`; going backward is its transpose, a matrix product too, which sums
-in a fixed order on every device (torch's own backward adds atomically on GPUs).
+`F.interpolate(mode="bilinear", align_corners=False)`; going backward is its transpose, a matrix product too. So
+`upsampled_sum` adds in a fixed order on every device; the bands of logits leave columns to torch, whose backward adds
+atomically on GPUs.
 """
 
 from __future__ import annotations

@@ -127,6 +127,9 @@ class SegformerEncoder:
         Outputs and gradients stay the same, with and without a mask (Chen et al., arXiv 1604.06174).
         """
         self.checkpointing = True
+        for module in self.model.modules():
+            if isinstance(module, UnitMixMLP):
+                module.recompute = False  # its hooks would go before the checkpoint's own, and keep what that drops
 
     def _run(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if not (self.checkpointing and torch.is_grad_enabled()):
@@ -233,7 +236,7 @@ class _HaloDepthwise(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             turned = F.conv2d(ctx.halo.windows(gradient), weight.flip(2, 3), groups=len(weight))
             grad_tokens = _token_rows(turned)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             windows = ctx.halo.windows(tokens)
             side = windows.shape[2] - weight.shape[2] + 1
             outputs = gradient.view(len(windows), side, side, -1).permute(0, 3, 1, 2)
@@ -247,6 +250,8 @@ class _HaloDepthwise(torch.autograd.Function):
 class UnitMixMLP(SegformerMixMLP):  # type: ignore[misc]  # transformers ships no types
     """The Mix-FFN, also on unit tokens alone; one of its three wide activations is computed again in backward."""
 
+    recompute = True
+
     def forward(
         self, hidden_states: Tensor, height: int | None = None, width: int | None = None, halo: Halo | None = None
     ) -> Tensor:
@@ -254,7 +259,8 @@ class UnitMixMLP(SegformerMixMLP):  # type: ignore[misc]  # transformers ships n
         wide = self.fc1(hidden_states)
         wide = self.dwconv(wide, height, width) if halo is None else self.dwconv.dwconv(wide, halo)
         activated = self.activation_fn(wide)
-        if (self.dropout.training and self.dropout.p) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        dropped = self.dropout.training and self.dropout.p
+        if dropped or not self.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.dropout(self.fc2(self.dropout(activated)))  # type: ignore[no-any-return]
         with _recomputed(activated, lambda: self.activation_fn(wide)):
             return self.fc2(activated)  # type: ignore[no-any-return]

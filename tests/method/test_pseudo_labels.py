@@ -64,3 +64,11 @@ def test_halves_are_computed_in_float32():
     segmenter = torch.nn.Conv2d(3, 4, 1).bfloat16()
     _, confidence = multi_scale_pseudo_labels(segmenter, torch.randn(1, 3, 8, 8).bfloat16(), [1.0])
     assert confidence.dtype == torch.float32
+
+
+def test_autocast_around_it_rounds_nothing_but_the_segmenter():
+    segmenter, images = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1), torch.randn(1, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        labels, confidence = multi_scale_pseudo_labels(segmenter, images, (1.0, 2.0))
+    assert confidence.dtype == torch.float32
+    assert labels.shape == (1, 8, 8)
