@@ -184,7 +184,7 @@ class EngineRecipe(Section):
     """Micro-batches a rank in one step."""
     activation_checkpointing: bool = False
     """Run the backbone's blocks again in backward instead of keeping what they computed: the same gradients, less
-    memory, about a third more time."""
+    memory, one more forward pass of the blocks."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads a rank; null = cores shared out among the ranks of a machine."""
 

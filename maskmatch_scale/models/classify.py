@@ -46,8 +46,8 @@ def norm_relu_classify(rows: Tensor, norm: nn.BatchNorm2d, dropout: nn.Dropout, 
 class _DropoutDraws:
     """Which features dropout keeps, drawn again whenever asked instead of stored.
 
-    Four features share one 64-bit number, so their probability is rounded to 1/65536: an eighth of the time that one
-    draw a feature takes. `keep` is the rounded one.
+    Four features share one 64-bit number, so their probability is rounded to 1/65536: far quicker than one
+    draw a feature. `keep` is the rounded one.
     """
 
     seed: int

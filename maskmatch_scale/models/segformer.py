@@ -189,7 +189,7 @@ class PatchConv2d(nn.Conv2d):
 
         Args:
             x: maps; or, if `cut`, windows (n, C, side, side) that bring their own padding, to (n, C_out, r, r), or
-                patches (n, kernel² · C), taps row-major and channels last, to (n, C_out): several times faster than a
+                patches (n, kernel² · C), taps row-major and channels last, to (n, C_out): much faster than a
                 convolution whose output is a pixel or four.
             cut: whether x was cut out.
         """
@@ -288,7 +288,7 @@ def _with_batch_stride(x: Tensor) -> Tensor:
     """The same maps; a batch of one in channels-last memory gets the batch stride that this layout has.
 
     transformers makes these maps by transposing tokens, which leaves a batch of one with a stride of C. It is never
-    used, but oneDNN then takes the layout for none that it knows: depthwise convolutions become 3 to 15 times slower.
+    used, but oneDNN then takes the layout for none that it knows: depthwise convolutions become far slower.
     """
     if len(x) > 1 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return x
