@@ -228,7 +228,7 @@ def build_segmenter(
             32. SegFormer: fixed by its strides, 32 for b0–b5.
         context: whether to build the context decoder that masked passes in training predict masked positions with.
         checkpoint_activations: whether the backbone's blocks are run again in backward instead of keeping what lies
-            between their inputs and outputs; the same gradients for less memory and one more forward pass of the blocks.
+            between their inputs and outputs; the same gradients for less memory and one more forward pass.
         backbone_options: further keyword arguments of `timm.create_model` (`patch_size`, `embed_dim`, `depth`,
             `drop_path_rate` …), or keys of `SegformerConfig`.
 
