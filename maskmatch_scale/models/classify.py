@@ -2,7 +2,8 @@
 
 BatchNorm, ReLU, dropout and the 1×1 classifier act on each position by itself, but for the two sums over all positions
 in BatchNorm. So only the features before them are kept; all that comes after, dropout's draws among it, is computed
-again in backward, a chunk at a time, while it lies in the cache.
+again in backward, a chunk at a time, while it lies in the cache. A `SynchronisedBatchNorm2d` takes its sums over the
+positions of all ranks: a few vectors of E numbers are all that ranks exchange.
 """
 
 from __future__ import annotations
@@ -18,6 +19,23 @@ from torch.autograd.function import once_differentiable
 from maskmatch_scale.models.resample import chunk_length
 
 
+class SynchronisedBatchNorm2d(nn.BatchNorm2d):
+    """A BatchNorm whose batch is that of all ranks, in `norm_relu_classify` (`batchnorm.synchronise_batchnorm`).
+
+    Attributes:
+        sum_over_ranks: from a float vector or matrix its sum over ranks, in the same dtype. Called in training alone,
+            twice in forward and once in backward, so all ranks must call the norm equally often, in the same order.
+    """
+
+    sum_over_ranks: Callable[[Tensor], Tensor]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ever in eval mode; in training, where the batch would be this rank's own, refused with RuntimeError."""
+        if self.training:
+            raise RuntimeError("a synchronised BatchNorm was called by itself; norm_relu_classify normalises for it")
+        return super().forward(input)
+
+
 def norm_relu_classify(rows: Tensor, norm: nn.BatchNorm2d, dropout: nn.Dropout, classifier: nn.Conv2d) -> Tensor:
     """`classifier(dropout(relu(norm(rows))))`: the same value, gradients and running statistics.
 
@@ -29,6 +47,9 @@ def norm_relu_classify(rows: Tensor, norm: nn.BatchNorm2d, dropout: nn.Dropout, 
 
     Returns:
         (n, K), in the dtype of `rows`.
+
+    Raises:
+        ValueError: fewer than two positions to take statistics of, over all ranks if `norm` is synchronised.
     """
     with torch.autocast(rows.device.type, enabled=False):
         statistics = _batch_statistics(rows.detach(), norm) if norm.training else _running_statistics(norm)
@@ -78,41 +99,72 @@ class _DropoutDraws:
 
 @dataclass(frozen=True)
 class _Statistics:
-    """What BatchNorm normalises by, (E,) each, in the dtype of its own parameters."""
+    """What BatchNorm normalises by, (E,) each, at least float32."""
 
     mean: Tensor
     inverse_deviation: Tensor
     """1 / √(variance + eps)."""
-    of_batch: bool
-    """Whether they depend on the features, so that gradients go through them."""
+    count: int | Tensor | None = None
+    """How many rows they are of, on all ranks that share them; None: they do not depend on the rows."""
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+    """None: they are of this rank's rows alone."""
+
+    def gradient(self, scale: Tensor, total: Tensor, along: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Slope and level (E,) of the line in x that dx gets because statistics depend on x; None if they do not.
+
+        dx = scale · (dy − Σ dy / n − (x − mean) · Σ dy (x − mean) / (n · variance)), the sums over all n rows.
+
+        Args:
+            scale: (E,), of normalised features.
+            total: (E,), Σ dy of this rank.
+            along: (E,), Σ dy · (x − mean) of this rank.
+        """
+        if self.count is None:
+            return None
+        if self.sum_over_ranks is not None:
+            total, along = self.sum_over_ranks(torch.stack([total, along]))
+        slope = -scale * self.inverse_deviation.square() * along / self.count
+        return slope, -scale * total / self.count - slope * self.mean
 
 
 def _running_statistics(norm: nn.BatchNorm2d) -> _Statistics:
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    mean, variance = norm.running_mean.clone(), norm.running_var
-    return _Statistics(mean, (variance + norm.eps).rsqrt(), of_batch=False)
+    dtype = torch.promote_types(norm.running_mean.dtype, torch.float32)
+    mean = norm.running_mean.to(dtype, copy=True)  # a later batch must not change what backward reads
+    return _Statistics(mean, (norm.running_var.to(dtype) + norm.eps).rsqrt())
 
 
 def _batch_statistics(rows: Tensor, norm: nn.BatchNorm2d) -> _Statistics:
     """Mean and variance over rows (n, E), and the step that running statistics take towards them."""
-    count = len(rows)
-    if count < 2:
-        raise ValueError(f"images: {count} position to normalise in training; BatchNorm needs at least 2")
-    mean = torch.zeros(rows.shape[1], dtype=norm.weight.dtype, device=rows.device)
-    for part, _ in _chunks(rows, mean.dtype):
-        mean += rows[part].sum(0, dtype=mean.dtype)
+    sum_over_ranks = norm.sum_over_ranks if isinstance(norm, SynchronisedBatchNorm2d) else None
+    count: int | Tensor = len(rows)
+    # A sum in half precision stands still as soon as it is some hundred times a summand.
+    dtype = torch.promote_types(norm.weight.dtype, torch.float32)
+    mean = torch.zeros(rows.shape[1], dtype=dtype, device=rows.device)
+    for part, _ in _chunks(rows, dtype):
+        mean += rows[part].sum(0, dtype=dtype)
+    if sum_over_ranks is not None:
+        # Ranks may have different numbers of rows.
+        summed = sum_over_ranks(torch.cat([mean, mean.new_full((1,), len(rows))]))
+        mean, count = summed[:-1], summed[-1]
+    # A rank with two rows knows that there are enough, and need not wait for the device; with fewer it looks. If there
+    # are too few, every rank does: none is left waiting for the others.
+    if len(rows) < 2 and count < 2:
+        raise ValueError(f"images: {int(count)} position to normalise in training; BatchNorm needs at least 2")
     mean /= count
     squares = torch.zeros_like(mean)
-    for part, (centred,) in _chunks(rows, mean.dtype, buffers=1):
+    for part, (centred,) in _chunks(rows, dtype, buffers=1):
         squares += torch.sub(rows[part], mean, out=centred).square_().sum(0)
+    if sum_over_ranks is not None:
+        squares = sum_over_ranks(squares)
     if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
         assert norm.num_batches_tracked is not None
         norm.num_batches_tracked.add_(1)
         share = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
         for running, value in ((norm.running_mean, mean), (norm.running_var, squares / (count - 1))):
             running.lerp_(value.to(running.dtype), share)
-    return _Statistics(mean, (squares / count + norm.eps).rsqrt(), of_batch=True)
+    return _Statistics(mean, (squares / count + norm.eps).rsqrt(), count, sum_over_ranks)
 
 
 class _NormReluClassify(torch.autograd.Function):
@@ -162,16 +214,15 @@ class _NormReluClassify(torch.autograd.Function):
             grad_rows[part] = passed
             total += passed.sum(0)
             along += passed.mul_(torch.sub(rows[part], statistics.mean, out=active)).sum(0)
-        # dx = scale · (dy − Σ dy / n − (x − mean) · Σ dy (x − mean) / (n · variance)), the sums for a batch's own mean.
-        slope = -scale * statistics.inverse_deviation.square() * along / len(rows)
-        level = -scale * total / len(rows) - slope * statistics.mean
+        line = statistics.gradient(scale, total, along)
         for part, (own,) in _chunks(rows, scale.dtype, buffers=1):
             torch.mul(grad_rows[part], scale, out=own)
-            if statistics.of_batch:
-                own.addcmul_(rows[part], slope).add_(level)
+            if line is not None:
+                own.addcmul_(rows[part], line[0]).add_(line[1])
             grad_rows[part] = own
-        grad_gain = along * statistics.inverse_deviation
-        return grad_rows, grad_gain, total, grad_weight.to(weight.dtype), gradient.sum(0), None, None
+        # Gradients of parameters are this rank's own sums, as torch's SyncBatchNorm has it: the engine adds them up.
+        grad_gain, grad_shift = (along * statistics.inverse_deviation).to(gain.dtype), total.to(shift.dtype)
+        return grad_rows, grad_gain, grad_shift, grad_weight.to(weight.dtype), gradient.sum(0), None, None
 
 
 def _affine(gain: Tensor, shift: Tensor, statistics: _Statistics) -> tuple[Tensor, Tensor]:
