@@ -86,8 +86,9 @@ class ModelRecipe(Section):
     """null or false = random, true = the library's own weights, or a local file or folder."""
     backbone_options: dict[str, Any] = {}
     """Keyword arguments for timm.create_model, or keys of SegformerConfig, that replace the library's."""
-    batchnorm: Literal["per_rank", "frozen"] = "per_rank"
-    """BatchNorm in a SegFormer's head: statistics of each rank's own batch, or the running ones, never changed."""
+    batchnorm: Literal["synchronised", "per_rank", "frozen"] = "synchronised"
+    """BatchNorm in a SegFormer's head: statistics of a micro-batch over all ranks, of each rank's own, or the running
+    ones, never changed."""
 
 
 class MaskRecipe(Section):
@@ -148,6 +149,8 @@ class MethodRecipe(Section):
     """Share of the run at its start with the labelled loss alone; nothing unlabelled is read or computed in it."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.996
     """α: largest decay of the teacher's average; the decay at step t is min(1 - 1/(t+1), α)."""
+    ema_buffers: Literal["average", "copy"] = "average"
+    """Floating buffers of the teacher (BatchNorm's running statistics): averaged like weights, or the student's own."""
     class_weights: Literal["none", "inverse_sqrt"] = "none"
     """Weights of the labelled loss; inverse_sqrt: (share of the drawn labelled pixels)^-1/2, mean 1 over pixels."""
     strong_view: StrongViewRecipe = StrongViewRecipe()
@@ -158,8 +161,13 @@ class OptimRecipe(Section):
 
     lr: Positive = 1e-4
     """Peak learning rate."""
+    lr_reference_batch: Annotated[int, Field(ge=1)] | None = None
+    """Labelled images a step for which `lr` was chosen: `lr` is multiplied by (those of this run) / (this number), the
+    linear scaling rule. null = `lr` as it stands, whatever the batch."""
     head_lr_multiplier: Positive = 1.0
     """Factor on it for the head and the context decoder."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """ViT: every block learns at this factor of the rate of the next deeper one (BEiT: 0.65 to 0.9); 1 = all alike."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -174,17 +182,30 @@ class OptimRecipe(Section):
 class EngineRecipe(Section):
     """How the step runs on the hardware."""
 
+    library: Literal["deepspeed", "accelerate"] = "deepspeed"
+    """deepspeed: ZeRO on any number of ranks. accelerate: one process or plain data parallelism (zero_stage 0)."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO stage."""
-    precision: Literal["fp32", "bf16", "autocast-bf16"] = "fp32"
-    """bf16: bf16 weights with fp32 masters. autocast-bf16: fp32 weights, bf16 arithmetic."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "autocast-bf16"] = "fp32"
+    """bf16, fp16: such weights with fp32 masters. autocast-bf16: fp32 weights, bf16 arithmetic. auto: the fastest of
+    fp32, bf16 and autocast-bf16 that is right for this model on this machine."""
     micro_batch: Annotated[int, Field(ge=1)] = 2
     """Labelled images a rank in one forward and backward."""
     accumulation: Annotated[int, Field(ge=1)] = 1
     """Micro-batches a rank in one step."""
+    offload_optimizer: bool = False
+    """Keep optimizer state and fp32 masters in host memory and take the step there (ZeRO-1 to 3)."""
+    offload_parameters: bool = False
+    """Keep the shards of the weights in host memory, too (ZeRO-3)."""
     activation_checkpointing: bool = False
     """Run the backbone's blocks again in backward instead of keeping what they computed: the same gradients, less
     memory, one more forward pass of the blocks."""
+    compile: bool = False
+    """torch.compile the blocks of a ViT, the student's and the teacher's (ZeRO-0 to 2)."""
+    deepspeed_json: str | None = None
+    """File with further DeepSpeed settings: ZeRO++, buckets, communication. What the recipe says too must agree."""
+    collective_timeout_s: Annotated[int, Field(ge=1)] = 1800
+    """Seconds that a rank waits for the others in one collective before the job ends with an error."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads a rank; null = cores shared out among the ranks of a machine."""
 
@@ -232,17 +253,70 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sound_together(self) -> Recipe:
-        if self.engine.zero_stage == 0 and self.engine.precision == "bf16":
-            raise ValueError(
-                "engine.zero_stage=0 with engine.precision=bf16: DeepSpeed takes a hidden optimizer step there; "
-                "use engine.zero_stage=1 or engine.precision=autocast-bf16"
-            )
-        if self.run.max_nonfinite_steps and self.engine.accumulation > 1:
-            raise ValueError(
-                f"run.max_nonfinite_steps={self.run.max_nonfinite_steps} with engine.accumulation="
-                f"{self.engine.accumulation}: a step cannot be left out half way; set the first to 0 or the second to 1"
-            )
+        for refused, why in self._unsound():
+            if refused:
+                raise ValueError(why)
         return self
+
+    def _unsound(self) -> Iterator[tuple[bool, str]]:
+        """Combinations that train wrongly or not at all: whether the recipe has one, the reason and what to do."""
+        engine, accelerate = self.engine, self.engine.library == "accelerate"
+        stage, precision = f"engine.zero_stage={engine.zero_stage}", f"engine.precision={engine.precision}"
+        yield (
+            accelerate and engine.zero_stage > 0,
+            f"{stage} with engine.library=accelerate, which shards nothing: set engine.zero_stage=0",
+        )
+        yield (
+            accelerate and engine.precision == "bf16",
+            f"{precision} with engine.library=accelerate, which keeps no fp32 masters: use autocast-bf16",
+        )
+        for key in ("offload_optimizer", "offload_parameters", "deepspeed_json"):
+            yield (
+                accelerate and bool(getattr(engine, key)),
+                f"engine.{key} with engine.library=accelerate: that is DeepSpeed's; use engine.library=deepspeed",
+            )
+        yield (
+            engine.zero_stage == 0 and engine.precision == "bf16",
+            f"{stage} with {precision}: DeepSpeed takes a hidden optimizer step there; use engine.zero_stage=1 or "
+            "engine.precision=autocast-bf16",
+        )
+        yield (
+            engine.zero_stage == 0 and engine.precision == "fp16" and not accelerate,
+            f"{stage} with {precision}: DeepSpeed's wrapper for it has other rules for its master weights and no test "
+            "here; use engine.zero_stage=1",
+        )
+        yield (
+            engine.offload_optimizer and engine.zero_stage == 0,
+            f"{stage} with engine.offload_optimizer=true: offloading is a part of ZeRO; use engine.zero_stage=1",
+        )
+        yield (
+            engine.offload_parameters and engine.zero_stage < 3,
+            f"{stage} with engine.offload_parameters=true: only ZeRO-3 shards the weights; use engine.zero_stage=3",
+        )
+        yield (
+            engine.compile and engine.zero_stage == 3,
+            f"{stage} with engine.compile=true: ZeRO-3 gathers weights in hooks that a compiled block does not run; "
+            "use engine.zero_stage=2 or engine.compile=false",
+        )
+        yield (
+            engine.compile and not self.model.backbone.startswith("timm/"),
+            f"model.backbone={self.model.backbone} with engine.compile=true: only the blocks of a ViT are compiled; "
+            "set engine.compile=false",
+        )
+        yield (
+            engine.compile and engine.activation_checkpointing,
+            "engine.compile=true with engine.activation_checkpointing=true: not proven right together; switch one off",
+        )
+        yield (
+            self.optim.layer_decay < 1 and not self.model.backbone.startswith("timm/"),
+            f"optim.layer_decay={self.optim.layer_decay} with model.backbone={self.model.backbone}: it is defined for "
+            "a ViT's blocks; set optim.layer_decay=1",
+        )
+        yield (
+            bool(self.run.max_nonfinite_steps) and engine.accumulation > 1,
+            f"run.max_nonfinite_steps={self.run.max_nonfinite_steps} with engine.accumulation={engine.accumulation}: "
+            "a step cannot be left out half way; set the first to 0 or the second to 1",
+        )
 
     @property
     def burn_in_steps(self) -> int:

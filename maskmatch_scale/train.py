@@ -9,7 +9,7 @@ import math
 import platform
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,19 @@ from maskmatch_scale import __version__
 from maskmatch_scale.data.shards import ShardIndex
 from maskmatch_scale.data.stream import Batch, TrainingStream, batches
 from maskmatch_scale.engine import setup
+from maskmatch_scale.engine.build import build_engine
 from maskmatch_scale.engine.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from maskmatch_scale.engine.ema import StoredTeacher, autocast, build_teacher
+from maskmatch_scale.engine.ema import StoredTeacher, autocast, autocast_dtype, build_teacher
+from maskmatch_scale.engine.optim import base_lr
 from maskmatch_scale.engine.setup import Place, Runtime
-from maskmatch_scale.engine.zero import ZeroEngine
+from maskmatch_scale.engine.zero import deepspeed_config
 from maskmatch_scale.errors import TrainingStopped, UserError
 from maskmatch_scale.evaluation.evaluate import evaluate_split
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.method.maskmatch import PARTS, MaskMatch, class_weights, uses_unlabelled
 from maskmatch_scale.method.teacher import ema_decay
 from maskmatch_scale.models import Segmenter
+from maskmatch_scale.models.batchnorm import synchronise_batchnorm
 from maskmatch_scale.models.units import visible_count
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.record.metrics import MetricsLog
@@ -62,20 +65,25 @@ def train(recipe: Recipe, resume: str | None = None) -> Path:
     index = ShardIndex.load(recipe.data.root)
     student = build_student(recipe, index)
     check_model(recipe, student)
+    has_batchnorm = any(isinstance(module, _BatchNorm) for module in student.modules())
+    precision, reason = setup.choose_precision(recipe, batchnorm=has_batchnorm)
+    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": precision})})
+    if recipe.engine.deepspeed_json:
+        deepspeed_config(recipe, place.world_size)  # its mistakes, before anything is written
     unlabelled = uses_unlabelled(recipe.method)
     stream = TrainingStream(recipe, student.num_classes, place.rank, place.world_size, unlabelled=unlabelled)
     if recipe.data.rare_class_crops or recipe.method.class_weights != "none":
         stream.class_pixels()  # now, once: loader processes inherit it
     run = Path(recipe.run.dir)
     checkpoint = _checkpoint_to_resume(run, resume)
-    runtime = setup.start(place, recipe.engine.threads)
+    runtime = setup.start(place, recipe.engine)
     if runtime.rank == 0:
         _open_run_directory(
             run, recipe, continued=checkpoint is not None and run.resolve() in checkpoint.resolve().parents
         )
     runtime.barrier()
     with _rank_log(run, runtime):
-        _Run(recipe, index, stream, student, runtime, run).train(checkpoint)
+        _Run(recipe, index, stream, student, runtime, run, reason).train(checkpoint)
     return run
 
 
@@ -91,11 +99,6 @@ def check_model(recipe: Recipe, student: Segmenter) -> None:
         student.check_size(*recipe.data.crop_px)
     except ValueError as error:
         raise UserError(f"data.crop_px={list(recipe.data.crop_px)}: {error}") from None
-    if recipe.engine.precision == "bf16" and any(isinstance(m, _BatchNorm) for m in student.modules()):
-        raise UserError(
-            "engine.precision=bf16: this model has a BatchNorm, whose buffers DeepSpeed leaves in fp32; use "
-            "engine.precision=autocast-bf16, or a head without one (model.head=linear)"
-        )
 
 
 @dataclass
@@ -108,12 +111,15 @@ class _Run:
     student: Segmenter
     runtime: Runtime
     folder: Path
+    precision_reason: str
 
     def train(self, checkpoint: Path | None) -> None:
         """Build the engine and the teacher, loop over the steps, close."""
         recipe, runtime = self.recipe, self.runtime
         self.student.to(runtime.device)
         average = copy.deepcopy(self.student)
+        if recipe.model.batchnorm == "synchronised" and runtime.world_size > 1:
+            synchronise_batchnorm(self.student, runtime.sum_over_ranks)
         weights = class_weights(self.stream.class_pixels()) if recipe.method.class_weights != "none" else None
         if weights is not None:
             weights = weights.to(runtime.device)
@@ -125,8 +131,8 @@ class _Run:
             weights,
             batchnorm_frozen=recipe.model.batchnorm == "frozen",
         )
-        self.engine = ZeroEngine(self.maskmatch, self.student, recipe, runtime)
-        self.teacher: StoredTeacher = build_teacher(average, self.student, recipe.engine)
+        self.engine = build_engine(self.maskmatch, self.student, recipe, runtime)
+        self.teacher: StoredTeacher = build_teacher(average, self.student, recipe)
         self.metrics = MetricsLog(self.folder / "metrics.jsonl" if runtime.rank == 0 else None)
         self.left_out = 0
         self.last_checkpoint: Path | None = checkpoint
@@ -171,26 +177,43 @@ class _Run:
         # DeepSpeed averages gradients over ranks and micro-batches; the losses are means over all their pixels.
         scale = self.runtime.world_size * recipe.engine.accumulation / pixels.clamp(min=1)
         sums = torch.zeros(5, dtype=torch.float64, device=device)
+        teacher_times = []
         for micro in prepared:
+            stop = self.runtime.stopwatch()
             pseudo = self.maskmatch.pseudo_label(micro, self.teacher)
+            teacher_times.append(stop())
             loss, parts = self.engine.forward(micro, pseudo, scale)
             sums[:3] += parts
             if pseudo is not None and micro.unlabelled is not None:
                 valid = micro.unlabelled.weak.valid
                 sums[3:] += torch.stack([(pseudo.confident & valid).sum(), valid.sum()])
             left_out = bool(recipe.run.max_nonfinite_steps) and self._not_finite(sums)
-            if not left_out:
+            if left_out:
+                self.engine.leave_out()
+            else:
                 self.engine.backward(loss)
         if not left_out:
             self.engine.step(step)
+        stop = self.runtime.stopwatch()
+        if not left_out and not self.engine.skipped:
             self.teacher.update(ema_decay(step + 1, recipe.method.ema_decay))
+        times = {"teacher_s": lambda: sum(time_s() for time_s in teacher_times), "ema_s": stop()}
         sums = self.runtime.sum_over_ranks(sums)
-        self._record(step, prepared[0].unlabelled is not None, sums, pixels, began, waited, left_out=left_out)
+        self._record(step, prepared[0].unlabelled is not None, sums, pixels, began, waited, times, left_out=left_out)
         if left_out:
             self._count_left_out()
 
     def _record(
-        self, step: int, unlabelled: bool, sums: Tensor, pixels: Tensor, began: float, waited: float, *, left_out: bool
+        self,
+        step: int,
+        unlabelled: bool,
+        sums: Tensor,
+        pixels: Tensor,
+        began: float,
+        waited: float,
+        times: dict[str, Callable[[], float]],
+        *,
+        left_out: bool,
     ) -> None:
         """Keep the step's figures; nothing here waits for the device."""
         method, engine = self.recipe.method, self.recipe.engine
@@ -217,7 +240,9 @@ class _Run:
         figures["step_s"] = step_s
         if left_out:
             figures["left_out"] = True
-        self.metrics.train(step + 1, figures, on_device)
+        elif self.engine.skipped:
+            figures["overflow"] = True
+        self.metrics.train(step + 1, figures, on_device, times)
 
     def _after(self, done: int) -> None:
         """What is due after ``done`` steps: a line of progress, an evaluation, a checkpoint."""
@@ -238,7 +263,9 @@ class _Run:
         records = self.metrics.flush()
         for record in records:
             # A gradient can overflow where the loss did not: the weights are gone all the same.
-            if not math.isfinite(record["loss"] + (record["grad_norm"] or 0.0)) and not record.get("left_out"):
+            # fp16 gradients may: the loss scale then falls, and the step was not taken.
+            allowed = record.get("left_out") or record.get("overflow")
+            if not math.isfinite(record["loss"] + (record["grad_norm"] or 0.0)) and not allowed:
                 raise TrainingStopped(self._nonfinite(record["step"], record))
         if records:
             self.progress.figures(records[-1])
@@ -272,7 +299,8 @@ class _Run:
             return
         matrix = ConfusionMatrix(self.student.num_classes, self.index.ignore_index)
         self.student.eval()
-        with autocast(self.runtime.device, self.recipe.engine.precision == "autocast-bf16"):
+        # A 16-bit student has 16-bit weights, which take no autocast; the teacher sees to its own.
+        with autocast(self.runtime.device, None if _has_masters(self.recipe) else autocast_dtype(self.recipe)):
             evaluate_split(
                 self.teacher if weights == "ema" else self.student,
                 self.recipe.data.root,
@@ -293,14 +321,21 @@ class _Run:
     def _log_start(self, start: int) -> None:
         engine, place = self.recipe.engine, self.runtime.place
         parameters = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in self.student.parameters())
-        lines = (
+        kind = f"ZeRO-{engine.zero_stage}" if engine.library == "deepspeed" else "accelerate"
+        lines = [
             f"maskmatch_scale {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
             f"rank {place.rank} of {place.world_size} on {self.runtime.device}, {self.runtime.threads} CPU threads",
-            f"{self.recipe.model.backbone}: {parameters / 1e6:.2f} M parameters, ZeRO-{engine.zero_stage}, "
-            f"{engine.precision} (the recipe's engine.precision)",
+            f"{self.recipe.model.backbone}: {parameters / 1e6:.2f} M parameters, {kind}, "
+            f"{engine.precision} ({self.precision_reason})",
             f"{len(self.stream.drawn)} labelled samples, "
             f"{len(self.stream.unlabelled) if self.stream.unlabelled else 0} unlabelled, from step {start}",
-        )
+        ]
+        if self.recipe.optim.lr_reference_batch:
+            lines.append(
+                f"peak learning rate {base_lr(self.recipe, place.world_size):.3g}: optim.lr={self.recipe.optim.lr:g}, "
+                f"scaled from {self.recipe.optim.lr_reference_batch} to "
+                f"{engine.micro_batch * engine.accumulation * place.world_size} labelled images a step"
+            )
         for line in lines:
             log.info(line)
         if place.rank == 0:
@@ -324,6 +359,11 @@ class _Run:
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         print(f"report: {write_report([self.folder])}", flush=True)  # noqa: T201
+
+
+def _has_masters(recipe: Recipe) -> bool:
+    """Whether the student's weights are 16-bit copies of fp32 masters."""
+    return recipe.engine.library == "deepspeed" and recipe.engine.precision in ("bf16", "fp16")
 
 
 def _checkpoint_to_resume(run: Path, resume: str | None) -> Path | None:

@@ -3,13 +3,13 @@
     checkpoints/
       latest                    name of the newest complete checkpoint
       step-00000400/
-        engine/                 DeepSpeed's own files: masters and optimizer state, each rank its shard
+        engine/                 the engine's own files: masters and optimizer state, under ZeRO each rank its shard
         student.safetensors     whole fp32 weights, for evaluation and export
         ema.safetensors         whole fp32 teacher
-        state.json              step, ranks, ZeRO stage, precision, seconds spent so far
+        state.json              step, ranks, engine, ZeRO stage, precision, seconds spent so far
 
 Everything is written into `.step-00000400.writing` and renamed when every rank has finished, so that a crash leaves the
-checkpoint before it in place; our own files are flushed to the disk before the rename, DeepSpeed's are not. The
+checkpoint before it in place; our own files are flushed to the disk before the rename, the engine's are not. The
 stream's state is the step (data/stream.py), and every generator is made from the seed and a position: there is no
 random state to save.
 """
@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maskmatch_scale.engine.ema import StoredTeacher
+from maskmatch_scale.engine.protocol import Engine
 from maskmatch_scale.engine.setup import Runtime
-from maskmatch_scale.engine.zero import ZeroEngine
 from maskmatch_scale.errors import UserError
 
 
@@ -37,7 +37,7 @@ class CheckpointError(UserError):
 
 
 def save_checkpoint(
-    run: Path, step: int, spent: dict[str, float], engine: ZeroEngine, teacher: StoredTeacher, runtime: Runtime
+    run: Path, step: int, spent: dict[str, float], engine: Engine, teacher: StoredTeacher, runtime: Runtime
 ) -> Path:
     """Write `checkpoints/step-XXXXXXXX` after optimizer step ``step``; all ranks call it together.
 
@@ -55,13 +55,18 @@ def save_checkpoint(
         for leftover in folder.parent.glob(".step-*.writing"):
             shutil.rmtree(leftover)
         writing.mkdir(parents=True)
+        (writing / "engine").mkdir()
     runtime.barrier()
-    engine.deepspeed.save_checkpoint(str(writing), tag="engine", save_latest=False)
-    student = engine.full_fp32_parameters()
-    student |= {name: buffer.cpu() for name, buffer in engine.student.named_buffers() if name in _persistent(engine)}
-    average = teacher.full_state()
+    engine.save(writing / "engine")
+    # Rank 0 alone keeps what is gathered, and one of the two at a time.
+    student = engine.full_fp32_parameters(keep=runtime.rank == 0)
     if runtime.rank == 0:
+        persistent = set(engine.student.state_dict())
+        student |= {name: buffer.cpu() for name, buffer in engine.student.named_buffers() if name in persistent}
         _save(student, writing / "student.safetensors")
+    del student
+    average = teacher.full_state(keep=runtime.rank == 0)
+    if runtime.rank == 0:
         _save(average, writing / "ema.safetensors")
         state = {"step": step, **_shape(engine, runtime), **spent, "torch": torch.__version__}
         _write_flushed(writing / "state.json", json.dumps(state, indent=1))
@@ -79,14 +84,14 @@ def save_checkpoint(
     return folder
 
 
-def load_checkpoint(folder: Path, engine: ZeroEngine, teacher: StoredTeacher, runtime: Runtime) -> dict[str, Any]:
+def load_checkpoint(folder: Path, engine: Engine, teacher: StoredTeacher, runtime: Runtime) -> dict[str, Any]:
     """Restore student, optimizer and teacher bit for bit; all ranks call it together.
 
     Returns:
         Its state: `step`, `seconds`, `cpu_s` and what it was written with.
 
     Raises:
-        CheckpointError: written by another number of ranks, ZeRO stage or precision, or not whole.
+        CheckpointError: written by another number of ranks, engine, ZeRO stage or precision, or not whole.
     """
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     for name, now in _shape(engine, runtime).items():
@@ -96,15 +101,20 @@ def load_checkpoint(folder: Path, engine: ZeroEngine, teacher: StoredTeacher, ru
             )
     if not (folder / "engine").is_dir():
         raise CheckpointError(f"{folder}: its folder engine/ is missing; continue from another checkpoint")
-    engine.deepspeed.load_checkpoint(str(folder), tag="engine")
+    engine.load(folder / "engine")
     teacher.load_full_state(load_file(folder / "ema.safetensors"))
     return state
 
 
-def _shape(engine: ZeroEngine, runtime: Runtime) -> dict[str, object]:
+def _shape(engine: Engine, runtime: Runtime) -> dict[str, object]:
     """What a checkpoint and the run that continues it must have in common."""
     recipe = engine.recipe.engine
-    return {"world_size": runtime.world_size, "zero_stage": recipe.zero_stage, "precision": recipe.precision}
+    return {
+        "world_size": runtime.world_size,
+        "library": recipe.library,
+        "zero_stage": recipe.zero_stage,
+        "precision": recipe.precision,
+    }
 
 
 def find_checkpoint(where: Path) -> Path:
@@ -128,10 +138,6 @@ def load_weights(folder: Path, weights: str) -> dict[str, Tensor]:
     """Whole fp32 weights of a checkpoint; ``weights`` is `ema` or `student`."""
     state: dict[str, Tensor] = load_file(folder / f"{weights}.safetensors")
     return state
-
-
-def _persistent(engine: ZeroEngine) -> set[str]:
-    return set(engine.student.state_dict())
 
 
 def _save(state: dict[str, Tensor], path: Path) -> None:

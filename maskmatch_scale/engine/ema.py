@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from maskmatch_scale.engine.setup import import_deepspeed
 from maskmatch_scale.engine.zero import full_fp32
-from maskmatch_scale.recipe import EngineRecipe
+from maskmatch_scale.recipe import Recipe
 
 
 class StoredTeacher(Protocol):
@@ -28,116 +29,139 @@ class StoredTeacher(Protocol):
     def update(self, decay: float) -> None:
         """T ← decay · T + (1 - decay) · S."""
 
-    def full_state(self) -> dict[str, Tensor]:
-        """Whole fp32 state on the CPU; all ranks call it together."""
+    def full_state(self, *, keep: bool) -> dict[str, Tensor]:
+        """Whole fp32 state on the CPU; all ranks call it together, those with ``keep=False`` get an empty dict."""
 
     def load_full_state(self, state: dict[str, Tensor]) -> None:
         """Put :meth:`full_state` back; all ranks call it together."""
 
 
-def build_teacher(teacher: nn.Module, student: nn.Module, engine: EngineRecipe) -> StoredTeacher:
+def build_teacher(teacher: nn.Module, student: nn.Module, recipe: Recipe) -> StoredTeacher:
     """Wrap a copy of the student made before DeepSpeed took the student over.
 
     Args:
         teacher: Segmenter, fp32, on the device.
-        student: the one that DeepSpeed trains, already wrapped.
-        engine: zero_stage and precision decide the storage and the arithmetic of the teacher's forward.
+        student: the one that the engine trains, already wrapped.
+        recipe: zero_stage, precision and offload_parameters decide the storage and the arithmetic of the teacher's
+            forward, ema_buffers what happens to buffers.
     """
     teacher.eval().requires_grad_(False)
-    kind = ShardedTeacher if engine.zero_stage == 3 else ReplicatedTeacher
-    return kind(teacher, student, bf16=engine.precision != "fp32")
+    kind = ShardedTeacher if recipe.engine.zero_stage == 3 else ReplicatedTeacher
+    return kind(teacher, student, recipe)
 
 
-class ReplicatedTeacher:
-    """The whole average on every rank."""
+class _Teacher:
+    """What both kinds share: the forward in the student's arithmetic, and buffers."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, *, bf16: bool) -> None:
+    def __init__(self, teacher: nn.Module, student: nn.Module, recipe: Recipe) -> None:
         self.module = teacher
         self.student = student
         self.patch_px = int(getattr(teacher, "patch_px", 1))
-        self._bf16 = bf16
+        self._copies_buffers = recipe.method.ema_buffers == "copy"
+        self._dtype = autocast_dtype(recipe)
+
+    def _update_buffers(self, decay: float) -> None:
+        average_buffers(self.module, self.student, 0.0 if self._copies_buffers else decay)
+
+
+class ReplicatedTeacher(_Teacher):
+    """The whole average on every rank."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, recipe: Recipe) -> None:
+        super().__init__(teacher, student, recipe)
         self._averages: list[Tensor] = list(teacher.parameters())
         self._masters = list(student.parameters())
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Forward in the student's precision."""
-        with autocast(images.device, self._bf16):
+        with autocast(images.device, self._dtype):
             logits: Tensor = self.module(images)
         return logits
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        """One multi-tensor lerp; where masters are partitioned (bf16) they are gathered one by one."""
+        """One multi-tensor lerp; where masters are partitioned (16-bit weights) they are gathered one by one."""
         masters = [full_fp32(parameter) for parameter in self._masters]
         torch._foreach_lerp_(self._averages, masters, 1 - decay)
-        average_buffers(self.module, self.student, decay)
+        self._update_buffers(decay)
 
-    def full_state(self) -> dict[str, Tensor]:
+    def full_state(self, *, keep: bool) -> dict[str, Tensor]:
         """Parameters and buffers."""
-        return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
+        return {name: value.detach().cpu() for name, value in self.module.state_dict().items() if keep}
 
     def load_full_state(self, state: dict[str, Tensor]) -> None:
         """Strict."""
         self.module.load_state_dict(state)
 
 
-class ShardedTeacher:
+class ShardedTeacher(_Teacher):
     """A second ZeRO-3 engine without an optimizer, whose shards line up with the student's."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, *, bf16: bool) -> None:
-        import deepspeed
-
-        self.module = teacher
-        self.student = student
-        self.patch_px = int(getattr(teacher, "patch_px", 1))
-        self._bf16 = bf16
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            # With the default threshold small parameters are kept whole, and ignore what is written to their shards.
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        }
+    def __init__(self, teacher: nn.Module, student: nn.Module, recipe: Recipe) -> None:
+        super().__init__(teacher, student, recipe)
+        # With the default threshold small parameters are kept whole, and ignore what is written to their shards.
+        zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        if recipe.engine.offload_parameters:
+            zero["offload_param"] = {"device": "cpu"}
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
         self._engine: Any
-        self._engine, *_ = deepspeed.initialize(model=teacher, config=config)
+        self._engine, *_ = import_deepspeed().initialize(model=_Autocast(teacher, self._dtype), config=config)
         self._pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
-        self._shards = [_shard(average).detach().clone().float() for average, _ in self._pairs]
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Forward, gathering layer by layer: all ranks must call it equally often."""
-        with autocast(images.device, self._bf16):
-            logits: Tensor = self._engine(images)
+        logits: Tensor = self._engine(images)
         return logits
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        """Each rank its own shard, no byte sent."""
+        """One multi-tensor lerp of this rank's shards, no byte sent."""
         from deepspeed.utils import safe_get_local_fp32_param
 
-        for shard, (average, parameter) in zip(self._shards, self._pairs, strict=True):
-            master: Tensor = safe_get_local_fp32_param(parameter)
-            shard[: master.numel()].lerp_(master.flatten(), 1 - decay)
-            _shard(average).copy_(shard)
-        average_buffers(self.module, self.student, decay)
+        shards, masters = [], []
+        for average, parameter in self._pairs:
+            shard = _shard(average)
+            master: Tensor = safe_get_local_fp32_param(parameter).flatten()
+            shards.append(shard[: master.numel()])
+            masters.append(master.to(shard.device))
+        torch._foreach_lerp_(shards, masters, 1 - decay)
+        self._update_buffers(decay)
 
-    def full_state(self) -> dict[str, Tensor]:
+    def full_state(self, *, keep: bool) -> dict[str, Tensor]:
         """Gathered one parameter at a time."""
         state = {name: buffer.detach().cpu().clone() for name, buffer in self.module.named_buffers()}
         for name, parameter in self.module.named_parameters():
             with _whole(parameter):
-                state[name] = parameter.detach().float().cpu().clone()
-        return {name: state[name] for name in self.module.state_dict() if name in state}
+                if keep:
+                    state[name] = parameter.detach().cpu().clone()
+        return {name: state[name] for name in self.module.state_dict() if name in state and keep}
 
     @torch.no_grad()
     def load_full_state(self, state: dict[str, Tensor]) -> None:
         """Scattered one parameter at a time."""
         for name, buffer in self.module.named_buffers():
-            buffer.copy_(state[name])
+            if name in state:
+                buffer.copy_(state[name])
         for name, parameter in self.module.named_parameters():
             with _whole(parameter, modifier_rank=0):
                 parameter.copy_(state[name])
-        for shard, (average, _) in zip(self._shards, self._pairs, strict=True):
-            shard.copy_(_shard(average))
+
+
+class _Autocast(nn.Module):
+    """Autocast within the module: around an engine DeepSpeed switches it off on a GPU, with a single warning."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.module = module
+        self.dtype = dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As the module's."""
+        with autocast(images.device, self.dtype):
+            logits: Tensor = self.module(images)
+        return logits
 
 
 @torch.no_grad()
@@ -164,6 +188,12 @@ def _whole(parameter: nn.Parameter, modifier_rank: int | None = None) -> Iterato
         yield
 
 
-def autocast(device: torch.device, bf16: bool) -> Any:
-    """bf16 arithmetic on fp32 weights, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+def autocast_dtype(recipe: Recipe) -> torch.dtype | None:
+    """What fp32 weights (the teacher's, and the student's under an autocast precision) are multiplied in."""
+    precision = recipe.engine.precision
+    return None if precision == "fp32" else torch.float16 if precision == "fp16" else torch.bfloat16
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
+    """16-bit arithmetic on fp32 weights, or nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

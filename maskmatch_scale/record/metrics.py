@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,36 @@ class MetricsLog:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._waiting: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        self._waiting: list[tuple[dict[str, Any], dict[str, Tensor], dict[str, Callable[[], float]]]] = []
 
-    def train(self, step: int, figures: Mapping[str, float | bool | None], on_device: Mapping[str, Tensor]) -> None:
-        """Keep one step's record; its device tensors (scalars) are read at the next :meth:`flush`."""
+    def train(
+        self,
+        step: int,
+        figures: Mapping[str, float | bool | None],
+        on_device: Mapping[str, Tensor],
+        later: Mapping[str, Callable[[], float]] = {},
+    ) -> None:
+        """Keep one step's record until the next :meth:`flush`.
+
+        Args:
+            step: its number.
+            figures: known already.
+            on_device: scalars that are read at the flush.
+            later: figures that can be asked for when the device has done the step, such as its times.
+        """
         record = {"step": step, "kind": "train", **figures}
-        self._waiting.append((record, {name: value.double() for name, value in on_device.items()}))
+        self._waiting.append((record, {name: value.double() for name, value in on_device.items()}, dict(later)))
 
     def flush(self) -> list[dict[str, Any]]:
         """Read what waits on the device (one transfer), write it, and return the records."""
         if not self._waiting:
             return []
         # Steps differ in what they have: in the burn-in there is no unlabelled loss.
-        values = iter(torch.stack([value for _, waiting in self._waiting for value in waiting.values()]).tolist())
-        records = [record | {name: next(values) for name in waiting} for record, waiting in self._waiting]
+        values = iter(torch.stack([value for _, waiting, _ in self._waiting for value in waiting.values()]).tolist())
+        records = [
+            record | {name: next(values) for name in waiting} | {name: ask() for name, ask in later.items()}
+            for record, waiting, later in self._waiting
+        ]
         self._waiting.clear()
         self._write(records)
         return records

@@ -1,0 +1,133 @@
+"""The user's DeepSpeed JSON beside the recipe: what it may add, and that it contradicts nothing.
+
+DeepSpeed takes most unknown keys without a word, and a few known ones change what is trained. So only keys that tune
+memory, communication and logging pass; what the recipe decides may stand in the file too, but must agree.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from maskmatch_scale.engine.setup import import_deepspeed
+from maskmatch_scale.errors import UserError
+from maskmatch_scale.recipe import Recipe
+
+_DECIDED = {
+    "train_batch_size": "engine.micro_batch",
+    "train_micro_batch_size_per_gpu": "engine.micro_batch",
+    "gradient_accumulation_steps": "engine.accumulation",
+    "gradient_clipping": "optim.clip_norm",
+    "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.offload_optimizer.device": "engine.offload_optimizer",
+    "zero_optimization.offload_param.device": "engine.offload_parameters",
+    "zero_optimization.cpu_offload": "engine.offload_optimizer",
+    "zero_optimization.cpu_offload_param": "engine.offload_parameters",
+    "bf16.enabled": "engine.precision",
+    "fp16.enabled": "engine.precision",
+    "torch_autocast.enabled": "engine.precision",
+    "torch_autocast.dtype": "engine.precision",
+}
+"""Keys of DeepSpeed that the recipe decides, and by which of its own."""
+
+_RECIPES_OWN = {"optimizer": "the section optim", "scheduler": "optim.schedule"}
+"""Sections of DeepSpeed that have no place in the file at all."""
+
+_PASSED = frozenset(
+    {
+        *("zero_optimization", "bf16", "fp16", "torch_autocast", "aio", "checkpoint"),
+        *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "comms_logger"),
+        *("wall_clock_breakdown", "memory_breakdown", "flops_profiler"),
+    }
+)
+"""Top-level keys that are handed on, apart from those above."""
+
+
+def merged(config: dict[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """The recipe's DeepSpeed config with what `engine.deepspeed_json` adds.
+
+    Args:
+        config: made of the recipe alone.
+        recipe: of the run.
+        world_size: number of ranks.
+
+    Raises:
+        UserError: names the file, its key and the recipe's.
+    """
+    assert recipe.engine.deepspeed_json is not None
+    path = Path(recipe.engine.deepspeed_json)
+    given = _read(path)
+    for key in given:
+        if key in _RECIPES_OWN:
+            raise UserError(f"{path}: {key!r} belongs to the recipe ({_RECIPES_OWN[key]}); take it out of the file")
+        if key not in _PASSED and key not in _DECIDED:
+            near = difflib.get_close_matches(key, sorted(_PASSED | set(_DECIDED)), 1, 0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{path}: {key!r} is no setting that is handed on to DeepSpeed{hint}")
+    decided = dict(_leaves(config))
+    decided["train_batch_size"] = recipe.engine.micro_batch * recipe.engine.accumulation * world_size
+    for key, value in _leaves(given):
+        if key not in _DECIDED or value == "auto":
+            continue
+        of_recipe = decided.get(key, _absent(key))
+        if value != of_recipe:
+            raise UserError(
+                f"{path}: {key}={json.dumps(value)}, but the recipe's {_DECIDED[key]} makes it "
+                f"{json.dumps(of_recipe)}; change one of the two, or leave {key} out of the file"
+            )
+    whole = _over(given, config)
+    _check_zero(path, whole["zero_optimization"])
+    return whole
+
+
+def _absent(key: str) -> object:
+    """What a key that the recipe's config does not have stands at."""
+    return "none" if key.endswith(".device") else "bfloat16" if key.endswith(".dtype") else False
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"engine.deepspeed_json={path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"engine.deepspeed_json={path}: no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"engine.deepspeed_json={path}: it must be an object of DeepSpeed settings")
+    return content
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested settings by its dotted key."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _over(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``under``, section by section."""
+    both = dict(under)
+    for key, value in over.items():
+        below = under.get(key)
+        both[key] = _over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    # train_batch_size follows from the others, and "auto" is for DeepSpeed's other hosts.
+    return {key: value for key, value in both.items() if key != "train_batch_size" and value != "auto"}
+
+
+def _check_zero(path: Path, zero: dict[str, Any]) -> None:
+    """DeepSpeed's own check of its section on ZeRO, made before anything is built."""
+    import_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: zero_optimization.{key}: {first['msg']}") from None

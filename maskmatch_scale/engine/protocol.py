@@ -1,0 +1,100 @@
+"""What the loop needs of an engine, and the one order of calls that is right at every ZeRO stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from maskmatch_scale.recipe import Recipe
+
+
+class Engine(Protocol):
+    """A module and its optimizer on every rank.
+
+    For each micro-batch of a step call :meth:`forward` and then :meth:`backward`, once each; :meth:`step` after the
+    last. Any other order raises.
+    """
+
+    recipe: Recipe
+    student: nn.Module
+    grad_norm: Tensor | float | None
+    """Norm of the whole gradient of the last step, before clipping."""
+    skipped: bool
+    """Whether the last step was not taken, because fp16 gradients overflowed."""
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """The module's (loss, sums) for one micro-batch."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch, divided by the number of micro-batches; averaged over ranks after the last."""
+
+    def leave_out(self) -> None:
+        """Forget the forward that waits for its backward: this step is not taken."""
+
+    def step(self, number: int) -> None:
+        """Set the learning rate of optimizer step ``number`` (from 0) and take it."""
+
+    def lr(self, number: int) -> float:
+        """Learning rate of the backbone (of its deepest layer) at optimizer step ``number``."""
+
+    def full_fp32_parameters(self, *, keep: bool) -> dict[str, Tensor]:
+        """Every parameter of the student, whole, in fp32 (the master, never a 16-bit copy), on the CPU.
+
+        May be a collective: all ranks call it, one parameter is gathered at a time.
+
+        Args:
+            keep: whether this rank wants them; False: it helps to gather, and gets an empty dict.
+        """
+
+    def save(self, folder: Path) -> None:
+        """Write what it needs to go on exactly into ``folder``, which exists; all ranks call it together."""
+
+    def load(self, folder: Path) -> None:
+        """Read what :meth:`save` wrote, bit for bit; all ranks call it together."""
+
+
+class StepOrder:
+    """Counts the calls of a step and raises on an order that some ZeRO stage would take without a word.
+
+    Several backwards before one step are wrong at stages 1 and 2, several forwards before their backwards at stage 3
+    (docs/zero.md).
+
+    Args:
+        micro_batches: of one step.
+    """
+
+    def __init__(self, micro_batches: int) -> None:
+        self._micro_batches = micro_batches
+        self._gone_back = 0
+        self._waiting = False
+
+    def forward(self) -> None:
+        """One forward begins."""
+        if self._waiting:
+            raise RuntimeError("two forwards without a backward between them: silently wrong at ZeRO-3")
+        if self._gone_back == self._micro_batches:
+            raise RuntimeError(f"more than engine.accumulation={self._micro_batches} micro-batches before a step")
+        self._waiting = True
+
+    def backward(self) -> bool:
+        """One backward begins; returns whether it is the step's last."""
+        if not self._waiting:
+            raise RuntimeError("a backward without a forward of its own: silently wrong at ZeRO-1 and 2")
+        self._waiting = False
+        self._gone_back += 1
+        return self._gone_back == self._micro_batches
+
+    def step(self) -> None:
+        """The step begins."""
+        if self._waiting or self._gone_back < self._micro_batches:
+            raise RuntimeError(
+                f"a step after {self._gone_back} of {self._micro_batches} backwards: DeepSpeed would not take it"
+            )
+        self._gone_back = 0
+
+    def leave_out(self) -> None:
+        """The step is not taken."""
+        self._waiting = False
+        self._gone_back = 0
