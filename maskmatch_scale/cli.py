@@ -117,6 +117,23 @@ def report(
     console.print(f"report: {path}", soft_wrap=True, highlight=False)
 
 
+@app.command(epilog="Example: maskmatch export runs/quickstart/segformer-maskmatch exports/scores-segformer")
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory, or a checkpoint folder of one.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist, or be empty.")],
+    weights: Annotated[str, typer.Option(help="ema or student.")] = "ema",
+) -> None:
+    """The newest checkpoint as a folder that transformers or timm loads, with a model card."""
+    if weights not in ("ema", "student"):
+        raise UserError(f"--weights {weights}: it must be ema or student")
+    from maskmatch_scale.export.write import export_run
+
+    call = export_run(run, out, weights)
+    console = Console()
+    console.print(str(out), soft_wrap=True, highlight=False, markup=False)
+    console.print(f"load it: {call}", soft_wrap=True, highlight=False, markup=False)
+
+
 @app.command(epilog="Example: maskmatch doctor --backbone timm/vit_large_patch16_224 --image-size 768 --keep 0.3")
 def doctor(
     backbone: Annotated[str | None, typer.Option(help="Look at this backbone instead of the machine.")] = None,

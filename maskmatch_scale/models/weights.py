@@ -15,7 +15,11 @@ from maskmatch_scale.models.segformer import OFFICIAL
 
 _log = logging.getLogger(__name__)
 
-_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
+SEGMENTER_FILE = "segmenter.json"
+"""Lies in every folder that `maskmatch export` writes, and in no other."""
+
+# The last: where an export keeps a backbone that is no whole model of its library.
+_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "backbone/model.safetensors")
 
 
 def find_weights(pretrained: str | Path) -> Path:
@@ -50,11 +54,24 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_own(path: Path) -> dict[str, Tensor] | None:
-    """State dict of a file that was saved from a segmenter; None for a folder or a file in a library's own names."""
+    """State dict of an export or of a file that was saved from a segmenter; None for what has a library's own names."""
     if path.is_dir():
-        return None
+        return read_export(path) if (path / SEGMENTER_FILE).is_file() else None
     state = read_weights(find_weights(path))
     return state if any(name.startswith("backbone.") for name in state) else None
+
+
+def read_export(folder: Path) -> dict[str, Tensor]:
+    """State dict of a folder that `maskmatch export` wrote, in a segmenter's own names.
+
+    Raises:
+        ValueError: a file of it is missing or cannot be read.
+    """
+    whole = folder / "model.safetensors"  # a SegFormer with its own head, in transformers' names
+    if whole.is_file():
+        return {to_own_name(name): value for name, value in read_weights(whole).items()}
+    parts = {"backbone": folder / "backbone" / "model.safetensors", "head": folder / "head.safetensors"}
+    return {f"{part}.{name}": value for part, path in parts.items() for name, value in read_weights(path).items()}
 
 
 def load_own(segmenter: nn.Module, state: dict[str, Tensor], source: object) -> None:

@@ -1,0 +1,5 @@
+"""Trained models without their runs: `load_export` here; writing, which needs the engine, in `export.write`."""
+
+from maskmatch_scale.export.load import load_export
+
+__all__ = ["load_export"]

@@ -1,0 +1,227 @@
+"""The model card of an export: what it is, how it was trained, what it scored, how to load it, what is not known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from maskmatch_scale.data.shards import ShardIndex
+from maskmatch_scale.export.load import Description
+from maskmatch_scale.method.maskmatch import uses_unlabelled
+from maskmatch_scale.models import Segmenter
+from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.record.run_files import Score, read_run
+from maskmatch_scale.record.summary import summarise_files
+
+
+def model_card(
+    name: str, run: Path, recipe: Recipe, index: ShardIndex, description: Description, segmenter: Segmenter, ranks: int
+) -> str:
+    """Markdown, with the front matter that model hubs read.
+
+    Args:
+        name: of the export's folder.
+        run: run directory, for its figures.
+        recipe: of the run.
+        index: of its data.
+        description: of the export.
+        segmenter: the run's, on any device; its parameters are counted.
+        ranks: that the run was trained on.
+
+    Raises:
+        UserError: a file of the run cannot be read.
+    """
+    files = read_run(run)
+    method = summarise_files(files).method
+    scores = newest_scores((*files.progress, *files.scores), description)
+    library = "timm" if description.backbone.startswith("timm/") else "transformers"
+    parts = [
+        f"---\nlibrary_name: {library}\npipeline_tag: image-segmentation\n---",
+        f"# {name}",
+        f"Semantic segmentation of images into {len(description.classes)} classes: {', '.join(description.classes)}. "
+        f"Written by `maskmatch export`, maskmatch_scale {description.versions['maskmatch_scale']}.",
+        _facts(recipe, description, segmenter),
+        "## Training",
+        _training(method, recipe, index, ranks),
+        "## Figures",
+        _figures(scores, recipe, index, description),
+        "## Input",
+        _input(description, segmenter),
+        "## Loading",
+        _loading(name, description),
+        "## Not known",
+        _limits(recipe),
+        "## Licence",
+        "To be filled in by whoever passes this model on. It depends on the images and labels it was trained with, and "
+        "on the weights it started from.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def newest_scores(scores: tuple[Score, ...], description: Description) -> list[Score]:
+    """One score a split for the exported weights, of the exported step if there is one, else the last given."""
+    kept: dict[str, Score] = {}
+    for score in scores:
+        if score.weights == description.weights and score.miou is not None:
+            before = kept.get(score.split)
+            if before is None or score.step == description.step or before.step != description.step:
+                kept[score.split] = score
+    return list(kept.values())
+
+
+def _facts(recipe: Recipe, description: Description, segmenter: Segmenter) -> str:
+    parameters = sum(p.numel() for n, p in segmenter.named_parameters() if not n.startswith("context."))
+    kind = "teacher (running average of the student)" if description.weights == "ema" else "student"
+    pretrained = recipe.model.pretrained
+    start = "random weights"
+    if isinstance(pretrained, str):
+        start = f"weights of `{Path(pretrained).name}`"
+    elif pretrained:
+        start = "the backbone's published weights"
+    rows = {
+        "backbone": f"`{description.backbone}`",
+        "head": f"`{description.head}`",
+        "parameters": f"{parameters / 1e6:.2f} M",
+        "weights": f"{kind}, step {description.step} of {recipe.run.steps}",
+        "started from": start,
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+
+
+def _training(method: str, recipe: Recipe, index: ShardIndex, ranks: int) -> str:
+    unlabelled = uses_unlabelled(recipe.method)
+    labelled_images = recipe.data.labelled_count or index.stream("labelled").samples
+    batch = recipe.engine.micro_batch * recipe.engine.accumulation * ranks
+    images, a_step = f"{labelled_images} labelled images", f"{batch} labelled images"
+    if unlabelled:
+        images += f" and {index.stream('unlabelled').samples} unlabelled ones"
+        a_step += f" and {batch * recipe.data.unlabelled_per_labelled} unlabelled ones"
+    height, width = recipe.data.crop_px
+    mask = recipe.method.mask
+    lines = [
+        f"- Method: {method} ([maskmatch_scale](https://arxiv.org/abs/2312.08631) is written from the abstract of its "
+        "paper)." if mask.keep is not None else f"- Method: {method}.",
+        f"- Data: {images} of the source `{index.source}`; crops of {height}×{width} px, resized by factors of "
+        f"{recipe.data.scale_range[0]:g} to {recipe.data.scale_range[1]:g}.",
+        f"- {a_step} a step, {ranks} rank{'s' if ranks > 1 else ''}, precision {recipe.engine.precision}, "
+        f"learning rate {recipe.optim.lr:g}, seed {recipe.run.seed}.",
+    ]  # fmt: skip
+    if mask.keep is not None:
+        lines.append(f"- Masked view: {mask.keep:.0%} of the units visible, mode `{mask.mode}`.")
+    return "\n".join(lines)
+
+
+def _figures(scores: list[Score], recipe: Recipe, index: ShardIndex, description: Description) -> str:
+    if not scores:
+        return "None: this run has no evaluation of these weights."
+    rows = ["| split | images | step | mIoU | pixel accuracy |", "|---|---|---|---|---|"]
+    for score in scores:
+        images = index.streams[score.split].samples if score.split in index.streams else None
+        figures = f"{_share(score.miou)} | {_share(score.pixel_accuracy)}"
+        rows.append(f"| {score.split} | {_or_dash(images)} | {_or_dash(score.step)} | {figures} |")
+    height, width = recipe.data.crop_px
+    notes = [
+        f"Sliding windows of {height}×{width} px overlapping by at least {recipe.evaluation.overlap:.0%}, at the "
+        "labels' own resolution; one matrix over all pixels."
+    ]
+    if any(score.split == "dev" for score in scores):
+        notes.append("`dev` may have served the choice of settings.")
+    if any(score.step != description.step for score in scores):
+        notes.append(f"Figures of another step than {description.step} are of other weights than these.")
+    by_class = [score for score in scores if score.iou]
+    blocks = ["\n".join(rows), " ".join(notes)]
+    if by_class:
+        names = list(dict.fromkeys(name for score in by_class for name in score.iou))
+        table = [
+            "| IoU | " + " | ".join(score.split for score in by_class) + " |",
+            "|---" * (len(by_class) + 1) + "|",
+            *(f"| {name} | " + " | ".join(_share(score.iou.get(name)) for score in by_class) + " |" for name in names),
+        ]
+        blocks.append("\n".join(table))
+    return "\n\n".join(blocks)
+
+
+def _input(description: Description, segmenter: Segmenter) -> str:
+    height, width = description.image_size
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (description.mean, description.std))
+    patch = segmenter.patch_px
+    sizes = "any size" if patch == 1 else f"sides that are multiples of {patch} px"
+    return (
+        f"RGB in 0–1, minus the mean ({mean}), divided by the standard deviation ({std}). Trained on crops of "
+        f"{height}×{width} px; it takes {sizes}, but how good it is at others was not looked at: `maskmatch evaluate` "
+        f"cuts windows of {height}×{width} px. Logits may be coarser than the image: upsample them bilinearly."
+    )
+
+
+def _loading(name: str, description: Description) -> str:
+    ours = f"""With maskmatch_scale:
+
+```python
+import torch
+from maskmatch_scale.export import load_export
+
+segmenter = load_export("{name}")
+logits = segmenter(images)  # images: float (B, 3, H, W), normalised as above
+scores = torch.nn.functional.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
+labels = scores.argmax(1)
+```
+
+`segmenter.json` has the classes and their colours."""
+    if description.in_transformers:
+        theirs = f"""With transformers:
+
+```python
+from transformers import SegformerForSemanticSegmentation, SegformerImageProcessor
+
+model = SegformerForSemanticSegmentation.from_pretrained("{name}")
+processor = SegformerImageProcessor.from_pretrained("{name}")  # normalises, does not resize
+# image: PIL, RGB
+outputs = model(**processor(image, return_tensors="pt"))
+labels = processor.post_process_semantic_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]
+```"""
+    elif description.backbone.startswith("timm/"):
+        theirs = f"""The backbone alone with timm:
+
+```python
+import timm
+
+backbone = timm.create_model("local-dir:{name}/backbone", pretrained=True)
+tokens = backbone(images)  # (B, prefix + h · w, C), normalised
+```
+
+or by the arguments in `backbone/config.json`, and a head of your own:
+
+```python
+import json, timm
+
+arguments = json.load(open("{name}/backbone/config.json"))["model_args"]
+path = "{name}/backbone/model.safetensors"
+backbone = timm.create_model("{description.backbone.removeprefix("timm/")}", checkpoint_path=path, **arguments)
+```"""
+    else:
+        theirs = f"""The backbone alone with transformers:
+
+```python
+from transformers import SegformerModel
+
+backbone = SegformerModel.from_pretrained("{name}/backbone")
+features = backbone(images, output_hidden_states=True).hidden_states  # four maps (B, C, h, w)
+```"""
+    return f"{theirs}\n\n{ours}"
+
+
+def _limits(recipe: Recipe) -> str:
+    return "\n".join(
+        [
+            f"- How far the figures move with another seed: this is one run, seed {recipe.run.seed}.",
+            "- How it does on images unlike those of its data, and whether its probabilities are calibrated.",
+            "- Whether it treats groups of people or places alike.",
+        ]
+    )
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _or_dash(value: int | None) -> str:
+    return "–" if value is None else str(value)
