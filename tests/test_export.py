@@ -201,7 +201,7 @@ def untrained_run(recipe):
     checkpoint.mkdir(parents=True)
     (run / "recipe.yaml").write_text(recipe.to_yaml())
     (run / "checkpoints" / "latest").write_text(checkpoint.name)
-    (checkpoint / "state.json").write_text(json.dumps({"step": 1, "world_size": 1}))
+    (checkpoint / "state.json").write_text(json.dumps({"step": 1, "world_size": 1, "precision": "fp32"}))
     save_file(
         {name: value.contiguous() for name, value in segmenter.state_dict().items()}, checkpoint / "ema.safetensors"
     )
@@ -276,7 +276,8 @@ def test_the_card_says_what_is_known_and_what_is_not(runs, tmp_path):
     before, after = ((tmp_path / name / "README.md").read_text() for name in ("before", "after"))
     for part in (
         "ground, square, disc", "MaskMatch", "`transformers/segformer-b0`", "step 2 of 2", "random weights",
-        "8 labelled images and 24 unlabelled ones", "`shapes`", "64×64 px", "0.485, 0.456, 0.406", "seed 0",
+        "8 labelled images and 24 unlabelled ones", "`shapes`", "64×64 px", "1 rank, precision fp32", "seed 0",
+        "0.485, 0.456, 0.406",
         'SegformerForSemanticSegmentation.from_pretrained("before")', 'load_export("before")', "To be filled in",
         "| dev | 5 | 2 |",
     ):  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from maskmatch_scale.data.shards import ShardIndex
 from maskmatch_scale.export.load import Description
@@ -14,7 +16,13 @@ from maskmatch_scale.record.summary import summarise_files
 
 
 def model_card(
-    name: str, run: Path, recipe: Recipe, index: ShardIndex, description: Description, segmenter: Segmenter, ranks: int
+    name: str,
+    run: Path,
+    recipe: Recipe,
+    index: ShardIndex,
+    description: Description,
+    segmenter: Segmenter,
+    state: Mapping[str, Any],
 ) -> str:
     """Markdown, with the front matter that model hubs read.
 
@@ -25,7 +33,7 @@ def model_card(
         index: of its data.
         description: of the export.
         segmenter: the run's, on any device; its parameters are counted.
-        ranks: that the run was trained on.
+        state: of the checkpoint (`state.json`): ranks, and the precision that `auto` came to.
 
     Raises:
         UserError: a file of the run cannot be read.
@@ -41,7 +49,7 @@ def model_card(
         f"Written by `maskmatch export`, maskmatch_scale {description.versions['maskmatch_scale']}.",
         _facts(recipe, description, segmenter),
         "## Training",
-        _training(method, recipe, index, ranks),
+        _training(method, recipe, index, state),
         "## Figures",
         _figures(scores, recipe, index, description),
         "## Input",
@@ -87,7 +95,8 @@ def _facts(recipe: Recipe, description: Description, segmenter: Segmenter) -> st
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
 
 
-def _training(method: str, recipe: Recipe, index: ShardIndex, ranks: int) -> str:
+def _training(method: str, recipe: Recipe, index: ShardIndex, state: Mapping[str, Any]) -> str:
+    ranks = state["world_size"]
     unlabelled = uses_unlabelled(recipe.method)
     labelled_images = recipe.data.labelled_count or index.stream("labelled").samples
     batch = recipe.engine.micro_batch * recipe.engine.accumulation * ranks
@@ -102,8 +111,8 @@ def _training(method: str, recipe: Recipe, index: ShardIndex, ranks: int) -> str
         "paper)." if mask.keep is not None else f"- Method: {method}.",
         f"- Data: {images} of the source `{index.source}`; crops of {height}×{width} px, resized by factors of "
         f"{recipe.data.scale_range[0]:g} to {recipe.data.scale_range[1]:g}.",
-        f"- {a_step} a step, {ranks} rank{'s' if ranks > 1 else ''}, precision {recipe.engine.precision}, "
-        f"learning rate {recipe.optim.lr:g}, seed {recipe.run.seed}.",
+        f"- {a_step} a step, {ranks} rank{'s' if ranks > 1 else ''}, precision {state['precision']}, "
+        f"`optim.lr` {recipe.optim.lr:g}, seed {recipe.run.seed}.",
     ]  # fmt: skip
     if mask.keep is not None:
         lines.append(f"- Masked view: {mask.keep:.0%} of the units visible, mode `{mask.mode}`.")

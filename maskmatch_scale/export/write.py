@@ -86,7 +86,7 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
         else:
             _write_parts(tensors, segmenter, recipe, description, writing)
     (writing / SEGMENTER_FILE).write_text(description.model_dump_json(indent=1))
-    card = model_card(target.name, run, recipe, index, description, segmenter, ranks=int(state["world_size"]))
+    card = model_card(target.name, run, recipe, index, description, segmenter, state)
     (writing / "README.md").write_text(card)
     writing.rename(target)
     if description.in_transformers:
