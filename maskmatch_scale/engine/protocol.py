@@ -70,13 +70,14 @@ class StepOrder:
         self._gone_back = 0
         self._waiting = False
 
-    def forward(self) -> None:
-        """One forward begins."""
+    def forward(self) -> bool:
+        """One forward begins; returns whether it is the step's last."""
         if self._waiting:
             raise RuntimeError("two forwards without a backward between them: silently wrong at ZeRO-3")
         if self._gone_back == self._micro_batches:
             raise RuntimeError(f"more than engine.accumulation={self._micro_batches} micro-batches before a step")
         self._waiting = True
+        return self._gone_back + 1 == self._micro_batches
 
     def backward(self) -> bool:
         """One backward begins; returns whether it is the step's last."""

@@ -157,6 +157,9 @@ def start(place: Place, recipe: EngineRecipe) -> Runtime:
         place: of this rank.
         recipe: keys library, collective_timeout_s, and threads (None = the cores that this process may use, shared out
             among the ranks of the machine).
+
+    Raises:
+        UserError: a launcher that names no rank.
     """
     threads = recipe.threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     torch.set_num_threads(threads)
@@ -168,6 +171,12 @@ def start(place: Place, recipe: EngineRecipe) -> Runtime:
         # Alone, without a launcher: DeepSpeed would look for MPI.
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
+    elif "RANK" not in os.environ:
+        # What `accelerate launch --cpu --num_processes 2` does without MPI: one process, and no rank in sight.
+        raise UserError(
+            "MASTER_ADDR is set, but RANK is not: the launcher started one process, or counts ranks in its own "
+            "variables; use RANKS=2 launch/accelerate.sh, torchrun or deepspeed (launch/README.md)"
         )
     _init_process_group(device, recipe)
     runtime = Runtime(place, device, threads)

@@ -1,0 +1,198 @@
+"""accelerate: one process, or every rank with the whole model and gradients averaged by torch's DDP.
+
+accelerate finds the process group, wraps the module, scales fp16 losses and writes checkpoints. What it keeps for the
+life of a process (`AcceleratorState`, `GradientState`) is set to the same values by every run, so that a second run in
+a process may have another precision or accumulation: autocast, the division by micro-batches and the choice of the
+micro-batch whose backward communicates are done here.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, patch_environment
+from torch import Tensor, nn
+
+from maskmatch_scale.engine.ema import autocast, autocast_dtype
+from maskmatch_scale.engine.optim import base_lr, lr_factor, parameter_groups
+from maskmatch_scale.engine.protocol import StepOrder
+from maskmatch_scale.engine.setup import Runtime
+from maskmatch_scale.errors import UserError
+from maskmatch_scale.models.segmenter import Segmenter
+from maskmatch_scale.models.units import visible_count
+from maskmatch_scale.recipe import Recipe
+
+
+class DdpEngine:
+    """A module under accelerate (`protocol.Engine`).
+
+    Args:
+        module: called once a micro-batch; its ``segmenter`` is the student whose parameters are optimised.
+        student: that segmenter.
+        recipe: sections engine, optim and run are read.
+        runtime: this rank.
+
+    Raises:
+        UserError: accelerate sees other ranks or another device than this run, or was set up otherwise before.
+    """
+
+    def __init__(self, module: nn.Module, student: nn.Module, recipe: Recipe, runtime: Runtime) -> None:
+        self.recipe = recipe
+        self.student = student
+        self.grad_norm: Tensor | float | None = None
+        self.skipped = False
+        self._device = runtime.device
+        self._dtype = autocast_dtype(recipe)
+        self._base_lr = base_lr(recipe, runtime.world_size)
+        self._order = StepOrder(recipe.engine.accumulation)
+        groups = parameter_groups(student, recipe.optim)
+        # Kept here: a loaded checkpoint brings its own groups, but the recipe decides the learning rate.
+        self._lr_scales = [group["lr_scale"] for group in groups]
+        self._trained: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+        optimizer = torch.optim.AdamW(groups, lr=self._base_lr, betas=recipe.optim.betas)
+        self._accelerator = accelerator_of(runtime, find_unused=_leaves_unused(student, recipe))
+        if recipe.engine.precision == "fp16":
+            # By itself accelerate scales losses only under a mixed precision of its own (see `accelerator_of`).
+            self._accelerator.scaler = torch.amp.GradScaler(runtime.device.type)
+        # Of SegFormer's depthwise weights (C, 1, 3, 3): the strides that differ are of the side of length 1.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        with warnings.catch_warnings():
+            # torch has renamed `broadcast_buffers`, accelerate has not: nothing that a user could mend.
+            warnings.simplefilter("ignore", FutureWarning)
+            self._module = self._accelerator.prepare_model(module)
+        self._optimizer = self._accelerator.prepare_optimizer(optimizer)
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """See `Engine`."""
+        last = self._order.forward()
+        # DDP decides in the forward whether its backward averages over ranks.
+        local = nullcontext() if last else self._accelerator.no_sync(self._module)
+        with local, autocast(self._device, self._dtype):
+            result: tuple[Tensor, Tensor] = self._module(*arguments)
+        return result
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine`."""
+        self._order.backward()
+        self._accelerator.backward(loss / self.recipe.engine.accumulation)
+
+    def leave_out(self) -> None:
+        """See `Engine`."""
+        self._order.leave_out()
+        self._optimizer.zero_grad()
+
+    def step(self, number: int) -> None:
+        """See `Engine`."""
+        self._order.step()
+        for group, scale in zip(self._optimizer.param_groups, self._lr_scales, strict=True):
+            group["lr"] = scale * self.lr(number)
+        for parameter in self._trained:
+            if parameter.grad is None:
+                # Not used in this step (the context decoder in burn-in). Without a gradient AdamW would pass it over;
+                # DeepSpeed decays it and counts the step, and a recipe means the same under both.
+                parameter.grad = torch.zeros_like(parameter)
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.unscale_(self._optimizer.optimizer)
+        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+        if self.recipe.optim.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self._trained, self.recipe.optim.clip_norm, self.grad_norm)
+        self._optimizer.step()
+        self.skipped = self._accelerator.optimizer_step_was_skipped
+        self._optimizer.zero_grad()
+
+    def lr(self, number: int) -> float:
+        """See `Engine`."""
+        return self._base_lr * lr_factor(number, self.recipe.run.steps, self.recipe.optim)
+
+    def full_fp32_parameters(self, *, keep: bool) -> dict[str, Tensor]:
+        """See `Engine`; no collective: every rank has them all."""
+        return {name: parameter.detach().cpu() for name, parameter in self.student.named_parameters() if keep}
+
+    def save(self, folder: Path) -> None:
+        """See `Engine`: rank 0 writes weights and optimizer. accelerate adds a small file of random state a rank."""
+        self._accelerator.save_state(str(folder))
+
+    def load(self, folder: Path) -> None:
+        """See `Engine`; also sets the generators of Python, numpy and torch, on which no step depends."""
+        self._accelerator.load_state(str(folder))
+
+
+def _leaves_unused(student: nn.Module, recipe: Recipe) -> bool:
+    """Whether some step leaves parameters without gradients: those of the context decoder, where nothing is masked."""
+    if getattr(student, "context", None) is None:
+        return False
+    if recipe.burn_in_steps > 0 or recipe.method.mask.keep is None:
+        return True
+    assert isinstance(student, Segmenter)
+    rows, cols = student.unit_grid(*recipe.data.crop_px)
+    return visible_count((rows, cols), recipe.method.mask.keep) == rows * cols
+
+
+def accelerator_of(runtime: Runtime, *, find_unused: bool = False) -> Accelerator:
+    """An `Accelerator` on the process group of :func:`maskmatch_scale.engine.setup.start`.
+
+    What it would read from its environment or a config file is given: a launcher's variables may say otherwise, or
+    nothing at all. Its mixed precision is never used, because the first one of a process holds for all that follow.
+
+    Args:
+        runtime: this rank.
+        find_unused: whether DDP has to look for parameters that a step does not use. Costs a walk through the graph
+            and a sum over ranks of one number a parameter in every step; without it DDP raises in the step after
+            such a one.
+
+    Raises:
+        UserError: it sees other ranks or another device than ``runtime``, its launcher asks for another engine, or
+            this process has an `Accelerator` of another kind.
+    """
+    other = [name for name in _OTHER_ENGINES if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"]
+    if other:
+        raise UserError(f"engine.library=accelerate: its launcher asks for {other[0]}; {_REMEDY}")
+    place, device, alone = runtime.place, runtime.device, runtime.world_size == 1
+    # accelerate writes what it makes of these back, and sets the number of threads where OMP_NUM_THREADS is missing.
+    environment = {
+        "RANK": place.rank,
+        "LOCAL_RANK": -1 if alone else place.local_rank,  # -1: no launcher, and no DDP around a single rank
+        "WORLD_SIZE": place.world_size,
+        "LOCAL_WORLD_SIZE": place.local_world_size,
+        "OMP_NUM_THREADS": runtime.threads,
+    }
+    ddp = DistributedDataParallelKwargs(
+        # BatchNorm's statistics are each rank's own, or synchronised already: not rank 0's for all.
+        broadcast_buffers=False,
+        find_unused_parameters=find_unused,
+        gradient_as_bucket_view=True,
+    )
+    with patch_environment(**environment):
+        try:
+            accelerator = Accelerator(
+                cpu=device.type == "cpu",
+                mixed_precision="no",
+                dynamo_backend="no",
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                kwargs_handlers=[ddp],
+            )
+        except ValueError as error:
+            raise UserError(f"engine.library=accelerate: {error} To mend it: {_REMEDY}") from None
+    kind = DistributedType.MULTI_GPU if device.type == "cuda" else DistributedType.MULTI_CPU
+    kinds = (kind, DistributedType.NO) if alone else (kind,)
+    seen = (accelerator.num_processes, accelerator.process_index, accelerator.device.type)
+    if seen != (runtime.world_size, runtime.rank, device.type) or accelerator.distributed_type not in kinds:
+        raise UserError(
+            f"engine.library=accelerate: it sees rank {seen[1]} of {seen[0]} on {seen[2]} "
+            f"({accelerator.distributed_type.value}), this run is rank {runtime.rank} of {runtime.world_size} on "
+            f"{device.type} ({' or '.join(k.value for k in kinds)}); {_REMEDY}"
+        )
+    return accelerator
+
+
+_OTHER_ENGINES = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
+_REMEDY = (
+    "start it with launch/accelerate.sh or torchrun (launch/README.md), without DeepSpeed or FSDP in accelerate's own "
+    "configuration, and make no Accelerator of your own in this process before"
+)
