@@ -134,6 +134,10 @@ class SegformerHead(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Logits (B, classes, h · shuffle, w · shuffle), h × w the finest level's size."""
         weights, bias = self.fused_projections()
+        if self.batch_norm.training:
+            # A batch's own mean takes every constant away again, so this bias has no gradient. What arithmetic leaves
+            # of one is rounding, which AdamW would turn into whole steps, different ones on every number of ranks.
+            bias = bias.detach() + 0 * bias
         # One bias for the sum: upsampling leaves a constant alone.
         biases = [bias, *[None] * (len(weights) - 1)]
         levels = [_pointwise(level, weight, b) for level, weight, b in zip(features, weights, biases)]

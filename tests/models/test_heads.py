@@ -36,6 +36,18 @@ def test_same_logits_and_gradients_in_float32(heads, training):
     assert all(torch.allclose(b, buffers[n], atol=1e-6) for n, b in ours.named_buffers())
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_constant_before_a_batchs_own_normalisation_has_no_gradient(heads, frozen):
+    ours, published, features = heads
+    for head in (ours.train(), published.train()):
+        head.batch_norm.train(not frozen)
+        head(features).square().sum().backward()
+    for one, other in zip(ours.linear_projections, published.linear_projections):
+        # The published head leaves rounding there, which AdamW would turn into whole steps.
+        assert bool(one.proj.bias.grad.any()) == frozen
+        assert other.proj.bias.grad.any()
+
+
 def test_rounds_no_more_than_the_published_head_under_autocast(heads):
     ours, published, features = heads
     exact = published.eval()(features)
