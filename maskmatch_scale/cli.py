@@ -38,14 +38,40 @@ def main() -> None:
         _fail(str(error), MISTAKE, from_any_rank=_run_has_started())
     except TrainingStopped as error:
         _fail(str(error), 1, from_any_rank=False)
+    except Exception as error:
+        if not _has_other_ranks():
+            raise
+        # Tracebacks of many ranks bury each other; each stands in its rank's log.
+        _fail(f"{_explained(error)} (traceback: log/rank-N.txt of the run directory)", 1, from_any_rank=True)
 
 
 def _fail(message: str, code: int, *, from_any_rank: bool) -> None:
     rank = os.environ.get("RANK", "0")
     if rank == "0" or from_any_rank:
-        where = f"rank {rank}: " if from_any_rank and rank != "0" else ""
+        where = f"rank {rank}: " if from_any_rank and _has_other_ranks() else ""
         print(f"maskmatch: error: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)  # noqa: T201
+    if _has_other_ranks():
+        # An orderly exit leaves the process group, and waits for ranks that may never come.
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
+
+
+def _explained(error: Exception) -> str:
+    """What an unexpected error means to who launched the job."""
+    text = str(error)
+    if "imed out" in text or "imeout" in text:
+        return (
+            f"another rank did not come within the time limit of a collective (engine.collective_timeout_s); "
+            f"its own message or its log says why: {text}"
+        )
+    if "Connection closed by peer" in text or "Connection reset by peer" in text:
+        return f"another rank has died; its own message or its log says why: {text}"
+    return f"{type(error).__name__}: {text}"
+
+
+def _has_other_ranks() -> bool:
+    return _run_has_started() and sys.modules["torch"].distributed.get_world_size() > 1
 
 
 def _run_has_started() -> bool:

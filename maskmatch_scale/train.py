@@ -116,10 +116,13 @@ class _Run:
     def train(self, checkpoint: Path | None) -> None:
         """Build the engine and the teacher, loop over the steps, close."""
         recipe, runtime = self.recipe, self.runtime
+        average = copy.deepcopy(self.student)  # in host memory: a GPU never holds the two of them whole at once
         self.student.to(runtime.device)
-        average = copy.deepcopy(self.student)
         if recipe.model.batchnorm == "synchronised" and runtime.world_size > 1:
             synchronise_batchnorm(self.student, runtime.sum_over_ranks)
+        if recipe.engine.compile:
+            self.student.compile_blocks()
+            average.compile_blocks()
         weights = class_weights(self.stream.class_pixels()) if recipe.method.class_weights != "none" else None
         if weights is not None:
             weights = weights.to(runtime.device)

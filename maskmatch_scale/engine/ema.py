@@ -40,7 +40,7 @@ def build_teacher(teacher: nn.Module, student: nn.Module, recipe: Recipe) -> Sto
     """Wrap a copy of the student made before DeepSpeed took the student over.
 
     Args:
-        teacher: Segmenter, fp32, on the device.
+        teacher: Segmenter, fp32, in host memory.
         student: the one that the engine trains, already wrapped.
         recipe: zero_stage, precision and offload_parameters decide the storage and the arithmetic of the teacher's
             forward, ema_buffers what happens to buffers.
@@ -69,6 +69,7 @@ class ReplicatedTeacher(_Teacher):
 
     def __init__(self, teacher: nn.Module, student: nn.Module, recipe: Recipe) -> None:
         super().__init__(teacher, student, recipe)
+        teacher.to(next(student.parameters()).device)
         self._averages: list[Tensor] = list(teacher.parameters())
         self._masters = list(student.parameters())
 

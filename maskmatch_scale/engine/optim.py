@@ -18,9 +18,9 @@ def parameter_groups(student: nn.Module, recipe: OptimRecipe) -> list[dict[str, 
     """The trainable parameters in torch's groups, by weight decay and learning rate.
 
     Biases, norms, class and mask tokens and position embeddings are not decayed; the head and the context decoder
-    take ``head_lr_multiplier``. With ``layer_decay`` a parameter of a ViT of L blocks takes layer_decay^(L + 1 - l),
-    l = 0 for the embeddings, 1 … L for the blocks, L + 1 for the final norm (BEiT, arXiv 2106.08254; layers as timm
-    numbers them). Every group has its share of the base learning rate in ``lr_scale``.
+    take ``head_lr_multiplier``. With ``layer_decay`` a parameter of a ViT of L blocks takes layer_decay^(L - l), l = 0
+    for the embeddings, 1 … L for the blocks, L for the final norm, too (BEiT, arXiv 2106.08254; layers as timm numbers
+    them). Every group has its share of the base learning rate in ``lr_scale``.
 
     Args:
         student: a Segmenter (parameters under `backbone.`, `head.`, `context.`).

@@ -83,6 +83,16 @@ class Segmenter(nn.Module):
         self.mean, self.std = mean, std
         self._encoder = encoder  # no module itself: it reads `backbone`, and is copied with it by deepcopy
 
+    def compile_blocks(self) -> None:
+        """torch.compile a ViT's blocks, in place; copy the segmenter before, not after.
+
+        Raises:
+            ValueError: a SegFormer, whose blocks compute gradients of their own.
+        """
+        if not isinstance(self._encoder, VitEncoder):
+            raise ValueError("compile: only the blocks of a ViT are compiled; leave a SegFormer as it is")
+        self._encoder.compile_blocks()
+
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError, naming sizes that fit, if a whole image of height × width px cannot be taken."""
         self._encoder.check_size(height, width)

@@ -216,6 +216,14 @@ class VitEncoder:
         """
         self.model.set_grad_checkpointing(True)
 
+    def compile_blocks(self) -> None:
+        """Run every block through torch.compile from now on; copy the model before, not after.
+
+        The blocks' forwards are compiled and not the blocks: hooks, by which levels are tapped, stay outside.
+        """
+        for block in self.model.blocks:
+            block.forward = torch.compile(block.forward)
+
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError unless height and width are whole patches."""
         patch = self.strides[0]

@@ -1,39 +1,25 @@
-"""Two CPU ranks under the real deepspeed launcher against one process with the same global batch."""
+"""Two CPU ranks under the real deepspeed launcher against one process with the same global batch.
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+Every stage and precision against plain PyTorch: test_matrix.py. Here: what one rank of ours gives, two give.
+"""
 
 import pytest
 
-from maskmatch_scale.engine.setup import _free_port
 from maskmatch_scale.train import train
 from maskmatch_scale.trained import open_run
-from tests.conftest import TINY_VIT
+from tests.conftest import TINY_VIT, recipe_maker
+from tests.distributed.launching import deepspeed, launch, records
 
 pytestmark = pytest.mark.distributed
 
 VIT = {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT, "head": "pixel_shuffle"}
-FROZEN = {"batchnorm": "frozen"}
 CONFIGURATIONS = {
-    # Frozen BatchNorm: per-rank statistics are the one thing in which two ranks differ from one by design.
-    "segformer": {"model": FROZEN},
-    "vit": {"model": VIT},
+    "segformer": {},  # synchronised BatchNorm, the default
     "vit-scales": {"model": VIT, "method": {"scales": [0.5, 1.0, 1.5], "mask": {"view": "strong", "pixels": "masked"}}},
     "vit-accumulation": {"model": VIT, "engine": {"accumulation": 2}},
-    "zero-0": {"model": VIT, "engine": {"zero_stage": 0}},
-    "zero-2": {"model": VIT, "engine": {"zero_stage": 2}},
     "zero-3": {"model": VIT, "engine": {"zero_stage": 3}},
-    "zero-3-segformer": {"model": FROZEN, "engine": {"zero_stage": 3}},
-    # Blocks run again in backward, where ZeRO-3 must gather their weights again; the reference keeps activations.
-    "zero-3-checkpointing": {"model": VIT, "engine": {"zero_stage": 3, "activation_checkpointing": True}},
-    "zero-3-segformer-checkpointing": {
-        "model": FROZEN,
-        "engine": {"zero_stage": 3, "activation_checkpointing": True},
-    },
 }
+RESUMED = ("vit-scales", "zero-3")
 STEPS = 5
 
 
@@ -45,41 +31,18 @@ def recipe_of(make_recipe, name, folder):
     return make_recipe(engine=engine, run=run, optim={"lr": 1e-3, "clip_norm": 0.5, "warmup_steps": 2}, **sections)
 
 
-def launch(jobs, folder):
-    """Train recipes on two ranks; returns the finished process."""
-    file = folder / "jobs.json"
-    file.write_text(json.dumps(jobs))
-    bin_folder = Path(sys.executable).parent
-    command = [
-        str(bin_folder / "deepspeed"), "--num_accelerators", "2", "--no_local_rank", "--master_port", str(_free_port()),
-        str(Path(__file__).with_name("train_recipes.py")), str(file),
-    ]  # fmt: skip
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-    }
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-
-
 @pytest.fixture(scope="module")
 def two_ranks(request, tmp_path_factory, shapes):
     """Run directories of every configuration on two ranks, and of one that continues from its third step."""
-    from tests.conftest import recipe_maker
-
     folder = tmp_path_factory.mktemp("two-ranks")
     make = recipe_maker(shapes, folder)
     jobs = [{"recipe": recipe_of(make, name, folder).model_dump(mode="json")} for name in CONFIGURATIONS]
-    for name in ("vit", "zero-3"):
+    for name in RESUMED:
         again = recipe_of(make, name, folder / "continued").model_dump(mode="json")
         jobs.append({"recipe": again, "resume": str(folder / name / "checkpoints" / "step-00000003")})
     done = launch(jobs, folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
-
-
-def records(run, kind="train"):
-    return [r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -105,7 +68,7 @@ def test_two_ranks_equal_one(two_ranks, make_recipe, tmp_path, name):
             assert (expected[key].float() - found[key].float()).abs().max() < 2e-5, (name, weights, key)
 
 
-@pytest.mark.parametrize("name", ["vit", "zero-3"])
+@pytest.mark.parametrize("name", RESUMED)
 def test_two_ranks_continue_exactly(two_ranks, name):
     whole, continued = records(two_ranks / name), records(two_ranks / "continued" / name)
     assert [r["loss"] for r in continued] == [r["loss"] for r in whole][3:]
@@ -114,14 +77,7 @@ def test_two_ranks_continue_exactly(two_ranks, name):
 def test_a_mistake_is_one_message_and_exit_code_2(make_recipe, tmp_path):
     recipe = make_recipe(data={"root": str(tmp_path / "nowhere")}).to_yaml()
     (tmp_path / "recipe.yaml").write_text(recipe)
-    bin_folder = Path(sys.executable).parent
-    command = [
-        str(bin_folder / "deepspeed"), "--num_accelerators", "2", "--no_local_rank", "--master_port", str(_free_port()),
-        "--module", "maskmatch_scale", "train", str(tmp_path / "recipe.yaml"),
-    ]  # fmt: skip
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = deepspeed("--module", "maskmatch_scale", "train", tmp_path / "recipe.yaml", timeout_s=300)
     assert done.returncode == 2
     assert (done.stdout + done.stderr).count("maskmatch: error:") == 1
     assert "nowhere: no such folder" in done.stderr

@@ -1,0 +1,114 @@
+"""Guards against silent traps, each with a way to take it away for one run.
+
+Every entry leaves a run that ends without an error, and wrong: the test of it demands that the result differs from the
+reference by far more than a sound run does. One that passes without its guard shows that the guard is not needed.
+"""
+
+import contextlib
+from unittest import mock
+
+import torch
+
+from maskmatch_scale.engine import ema, zero
+
+
+def _clipping_default():
+    """DeepSpeed clips to norm 1 where its JSON does not say otherwise."""
+    plain = zero.deepspeed_config
+
+    def config(recipe, world_size):
+        made = plain(recipe, world_size)
+        del made["gradient_clipping"]
+        return made
+
+    return mock.patch.object(zero, "deepspeed_config", config)
+
+
+def _step_after_each_backward():
+    """DeepSpeed counts micro-batches in step(): without the calls between, the real one does nothing."""
+
+    def backward(self, loss):
+        self._order.backward()
+        self._engine.backward(loss)
+
+    return mock.patch.object(zero.ZeroEngine, "backward", backward)
+
+
+def _teacher_threshold():
+    """Small parameters of a teacher under ZeRO-3 are kept whole and ignore what is written to their shards."""
+    deepspeed = zero.import_deepspeed()
+    plain = deepspeed.initialize
+
+    def initialize(**arguments):
+        arguments["config"]["zero_optimization"].pop("stage3_param_persistence_threshold", None)
+        return plain(**arguments)
+
+    return mock.patch.object(ema, "import_deepspeed", return_value=mock.Mock(initialize=initialize))
+
+
+def _average_of_masters():
+    """The average must be taken of fp32 masters: bf16 copies have lost what a step changes."""
+    return mock.patch.object(ema, "full_fp32", lambda parameter: parameter.detach().float())
+
+
+def _average_in_fp32():
+    """And in fp32: a bf16 average stands still at a decay near 1."""
+
+    @torch.no_grad()
+    def update(self, decay):
+        masters = [zero.full_fp32(parameter) for parameter in self._masters]
+        for average, master in zip(self._averages, masters, strict=True):
+            average.copy_(average.bfloat16().lerp(master.bfloat16(), 1 - decay))
+        self._update_buffers(decay)
+
+    return mock.patch.object(ema.ReplicatedTeacher, "update", update)
+
+
+@contextlib.contextmanager
+def _refusal():
+    """ZeRO-0 with bf16 weights, which the recipe refuses: DeepSpeed takes a hidden optimizer step.
+
+    The average's own search for fp32 masters finds none there, and must look the other way.
+    """
+    from maskmatch_scale.recipe import Recipe
+
+    def weights(parameter):
+        return parameter.detach().float()
+
+    with (
+        mock.patch.object(Recipe, "_unsound", return_value=iter(())),
+        mock.patch.object(ema, "full_fp32", weights),
+        mock.patch.object(zero, "full_fp32", weights),
+    ):
+        yield
+
+
+def _one_backward():
+    """One summed loss and one backward for all views; here one backward a part, then one step."""
+
+    def backward(self, loss):
+        last = self._order.backward()
+        for part in (0.5, 0.25, 0.25):
+            self._engine.backward(loss * part, retain_graph=True)
+        if not last:
+            self._engine.step()
+
+    return mock.patch.object(zero.ZeroEngine, "backward", backward)
+
+
+GUARDS = {
+    "clipping-default": _clipping_default,
+    "step-after-each-backward": _step_after_each_backward,
+    "teacher-threshold": _teacher_threshold,
+    "average-of-masters": _average_of_masters,
+    "average-in-fp32": _average_in_fp32,
+    "refusal": _refusal,
+    "one-backward": _one_backward,
+}
+
+
+@contextlib.contextmanager
+def without(name):
+    """Take one guard away."""
+    with GUARDS[name]():
+        yield

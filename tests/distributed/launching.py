@@ -1,0 +1,38 @@
+"""Starting a real launcher, and reading what its runs leave."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from maskmatch_scale.engine.setup import _free_port
+
+BIN = Path(sys.executable).parent
+
+
+def environment(**more):
+    """Of a launched process: the environment's own commands first, one thread a rank."""
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path} | more
+
+
+def deepspeed(*arguments, timeout_s=900):
+    """Run `deepspeed` on two CPU ranks; returns the finished process."""
+    command = [
+        str(BIN / "deepspeed"), "--num_accelerators", "2", "--no_local_rank", "--master_port", str(_free_port()),
+        *map(str, arguments),
+    ]  # fmt: skip
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def launch(jobs, folder):
+    """Train recipes on two ranks, one after the other (`train_recipes.py`); returns the finished process."""
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    return deepspeed(Path(__file__).with_name("train_recipes.py"), file)
+
+
+def records(run, kind="train"):
+    """A run's records of one kind."""
+    return [r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]

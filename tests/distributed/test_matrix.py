@@ -1,0 +1,214 @@
+"""Every ZeRO stage × precision × accumulation × offloading × family against plain PyTorch in one process.
+
+Six steps of all three views with a moving learning rate, an evaluation every two steps whose images and windows do not
+divide among the ranks, clipping, then weights, losses, and the teacher's *forward*.
+
+At ZeRO-3 every parameter is sharded and none is fetched ahead (`stage3_param_persistence_threshold: 0` in the DeepSpeed
+JSON): by default all parameters of so small a model would be kept whole, and nothing would be shown.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from maskmatch_scale.recipe import parse_recipe
+from tests.conftest import TINY_VIT, recipe_maker
+from tests.distributed.guards import without
+from tests.distributed.launching import launch, records
+from tests.distributed.reference import train_plainly
+
+pytestmark = pytest.mark.distributed
+
+FAMILIES = {
+    "vit": {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT, "head": "pixel_shuffle"},
+    "segformer": {},
+}
+NO_BATCHNORM = {"head": "linear"}
+"""bf16 weights do not go with BatchNorm."""
+STEPS = 6
+TOLERANCE = {"fp32": 1e-4, "autocast-bf16": 0.06, "bf16": 0.1}
+"""Largest distance of the weights from the reference's, as a share of the way that they have gone.
+
+fp32: sums in another order, over six steps of AdamW. bf16: rounding of 2^-9 in every product, which AdamW's division
+by the gradient's own size carries into whole steps wherever a gradient is small. (autocast-bf16 on a SegFormer at
+ZeRO-3 is the largest of its kind: there DeepSpeed gathers weights in bf16, so the products of two weights in the head
+are rounded, too.)
+"""
+
+
+def _matrix():
+    """Name → (family, sections of the recipe)."""
+    found = {}
+    for family in FAMILIES:
+        for precision in TOLERANCE:
+            model = NO_BATCHNORM if (family, precision) == ("segformer", "bf16") else {}
+            for stage in range(4):
+                if stage == 0 and precision == "bf16":
+                    continue  # refused
+                for accumulation in (1, 2):
+                    engine = {"zero_stage": stage, "precision": precision, "accumulation": accumulation}
+                    found[f"{family}-{stage}-{precision}-{accumulation}"] = family, {"engine": engine, "model": model}
+    for family in FAMILIES:
+        for stage in (1, 2, 3):
+            engine = {"zero_stage": stage, "offload_optimizer": True}
+            found[f"{family}-{stage}-offload"] = family, {"engine": engine}
+        engine = engine | {"offload_parameters": True, "accumulation": 2}
+        found[f"{family}-3-offload-parameters"] = family, {"engine": engine}
+    for stage in (2, 3):
+        engine = {"zero_stage": stage, "offload_optimizer": True, "precision": "bf16"}
+        found[f"vit-{stage}-offload-bf16"] = "vit", {"engine": engine}
+    checkpointing = {"zero_stage": 3, "activation_checkpointing": True}
+    found["vit-3-checkpointing"] = "vit", {"engine": checkpointing}
+    found["segformer-3-checkpointing"] = "segformer", {"engine": checkpointing}
+    # Gradients of a norm above 1, DeepSpeed's own limit.
+    loud = {"unlabelled_weight": 50.0}
+    found["vit-1-unclipped"] = "vit", {"engine": {"zero_stage": 1}, "optim": {"clip_norm": None}, "method": loud}
+    # A teacher without memory is the student.
+    for stage, precision in ((2, "bf16"), (3, "bf16"), (3, "fp32")):
+        engine = {"zero_stage": stage, "precision": precision}
+        found[f"vit-{stage}-{precision}-no-memory"] = "vit", {"engine": engine, "method": {"ema_decay": 0.0}}
+    found["vit-3-layer-decay"] = "vit", {"engine": {"zero_stage": 3}, "optim": {"layer_decay": 0.5}}
+    found["segformer-2-copied-buffers"] = (
+        "segformer",
+        {"engine": {"zero_stage": 2}, "method": {"ema_buffers": "copy"}},
+    )
+    found["segformer-3-frozen"] = "segformer", {"engine": {"zero_stage": 3}, "model": {"batchnorm": "frozen"}}
+    return found
+
+
+MATRIX = _matrix()
+WITHOUT = {
+    # Guard → the run of the matrix that it is taken away from.
+    "clipping-default": "vit-1-unclipped",
+    "step-after-each-backward": "vit-1-fp32-2",
+    "teacher-threshold": "vit-3-fp32-1",
+    "average-of-masters": "vit-2-bf16-no-memory",
+    "average-in-fp32": "vit-1-fp32-1",
+    "one-backward": "vit-1-fp32-1",
+    "refusal": "vit-0-bf16-1",
+}
+
+
+REFUSED = {"vit-0-bf16-1": ("vit", {"engine": {"zero_stage": 0, "precision": "bf16"}})}
+
+
+def recipe_of(make, name, folder, stage3_json):
+    family, sections = (MATRIX | REFUSED)[name]
+    model = FAMILIES[family] | sections.get("model", {})
+    engine = {"micro_batch": 2} | sections["engine"]
+    if engine["zero_stage"] == 3:
+        engine["deepspeed_json"] = str(stage3_json)
+    return make(
+        model=model,
+        engine=engine,
+        optim={"lr": 1e-3, "clip_norm": 0.5, "warmup_steps": 2} | sections.get("optim", {}),
+        method={"scales": [1.0], "threshold": 0.3, "ema_decay": 0.7} | sections.get("method", {}),
+        evaluation={"window_batch": 4},
+        run={"dir": str(folder / name), "steps": STEPS, "evaluate_every": 2, "checkpoint_every": 0},
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, shapes):
+    """The folder with every run of the matrix on two ranks, and the recipes."""
+    folder = tmp_path_factory.mktemp("matrix")
+    stage3_json = folder / "stage3.json"
+    zero = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "reduce_bucket_size": 20000}
+    stage3_json.write_text(json.dumps({"zero_optimization": zero}))
+    make = recipe_maker(shapes, folder)
+    recipes = {name: recipe_of(make, name, folder, stage3_json) for name in MATRIX}
+    jobs = [
+        {"recipe": recipe.model_dump(mode="json"), "probe": str(folder / f"{name}.pt")}
+        for name, recipe in recipes.items()
+    ]
+    for guard, name in WITHOUT.items():
+        with without(guard):
+            recipe = recipe_of(make, name, folder / guard, stage3_json)
+        recipes.setdefault(name, recipe)
+        probe = str(folder / guard / f"{name}.pt")
+        jobs.append({"recipe": recipe.model_dump(mode="json"), "probe": probe, "without": guard})
+    done = launch(jobs, folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder, recipes
+
+
+_references = {}
+
+
+def reference_of(recipe):
+    """The plain run; stage, offloading and checkpointing mean nothing to it."""
+    engine = recipe.engine.model_dump(mode="json") | {
+        "zero_stage": 1,  # any: it is not looked at
+        "offload_optimizer": False,
+        "offload_parameters": False,
+        "activation_checkpointing": False,
+        "deepspeed_json": None,
+    }
+    content = recipe.model_dump(mode="json") | {"engine": engine}
+    content["run"]["dir"] = "reference"
+    key = json.dumps(content, sort_keys=True)
+    if key not in _references:
+        torch.set_num_threads(1)
+        _references[key] = train_plainly(parse_recipe(content), world_size=2)
+    return _references[key]
+
+
+def found_state(run, weights):
+    return load_file(run / "checkpoints" / f"step-{STEPS:08d}" / f"{weights}.safetensors")
+
+
+def distance(found, reference, start):
+    """‖found - reference‖ / ‖reference - start‖ over all floating tensors."""
+    names = [k for k, value in start.items() if value.is_floating_point()]
+    apart = sum((found[k].double() - reference[k]).square().sum() for k in names)
+    gone = sum((reference[k].double() - start[k]).square().sum() for k in names)
+    return float((apart / gone).sqrt())
+
+
+def distances(run, logits_file, reference):
+    """How far a run on two ranks is from the plain one: student, teacher, and the teacher's forward."""
+    return {
+        "student": distance(found_state(run, "student"), reference.student, reference.start),
+        "teacher": distance(found_state(run, "ema"), reference.teacher, reference.start),
+        "forward": float((torch.load(logits_file) - reference.teacher_logits).norm() / reference.teacher_logits.norm()),
+    }
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_it_trains_as_plain_pytorch_does(runs, name):
+    folder, recipes = runs
+    recipe = recipes[name]
+    reference = reference_of(recipe)
+    tolerance = TOLERANCE[recipe.engine.precision]
+    found = distances(folder / name, folder / f"{name}.pt", reference)
+    assert all(value < tolerance for value in found.values()), found
+    steps = records(folder / name)
+    assert [r["loss"] for r in steps] == pytest.approx(reference.losses, rel=tolerance)
+    assert [r["grad_norm"] for r in steps] == pytest.approx(reference.grad_norms, rel=tolerance)
+    evaluated = [(r["step"], r["weights"]) for r in records(folder / name, "eval")]
+    assert evaluated == [(2, "ema"), (4, "ema"), (6, "ema"), (6, "student")]
+
+
+@pytest.mark.parametrize("name", [name for name in MATRIX if name.endswith("no-memory")])
+def test_a_teacher_without_memory_is_the_students_masters(runs, name):
+    folder, _ = runs
+    assert follows(folder / name)
+
+
+def follows(run):
+    """Whether the teacher is the student bit for bit."""
+    student, teacher = found_state(run, "student"), found_state(run, "ema")
+    return all(teacher[key].equal(student[key]) for key in student)
+
+
+@pytest.mark.parametrize("guard", WITHOUT)
+def test_without_its_guard_a_run_goes_wrong(runs, guard):
+    folder, recipes = runs
+    name = WITHOUT[guard]
+    if name.endswith("no-memory"):
+        assert not follows(folder / guard / name)
+        return
+    found = distances(folder / guard / name, folder / guard / f"{name}.pt", reference_of(recipes[name]))
+    assert max(found.values()) > 1.5 * TOLERANCE[recipes[name].engine.precision], found

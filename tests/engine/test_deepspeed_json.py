@@ -1,0 +1,97 @@
+"""What a user's DeepSpeed JSON may add to a recipe, and what it may not contradict."""
+
+import json
+
+import pytest
+
+from maskmatch_scale.engine.zero import deepspeed_config
+from maskmatch_scale.errors import UserError
+
+
+@pytest.fixture
+def config_of(make_recipe, tmp_path):
+    """DeepSpeed's config for a file's content and overrides of the recipe's sections."""
+
+    def make(content, world_size=2, **sections):
+        file = tmp_path / "ds.json"
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        engine = {"deepspeed_json": str(file)} | sections.pop("engine", {})
+        return deepspeed_config(make_recipe(engine=engine, **sections), world_size)
+
+    return make
+
+
+def test_without_a_file_the_recipe_decides_everything(make_recipe):
+    recipe = make_recipe(engine={"micro_batch": 3, "accumulation": 2, "zero_stage": 2})
+    config = deepspeed_config(recipe, 2)
+    assert config["train_micro_batch_size_per_gpu"] == 3
+    assert config["gradient_accumulation_steps"] == 2
+    assert config["zero_optimization"] == {"stage": 2}
+    assert config["gradient_clipping"] == 0.0  # DeepSpeed's own default is 1
+
+
+def test_it_adds_what_tunes(config_of):
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "zero_quantized_weights": True, "overlap_comm": True}
+    content = {"zero_optimization": zero, "communication_data_type": "fp32", "comms_logger": {"enabled": True}}
+    config = config_of(content, engine={"zero_stage": 3})
+    assert config["zero_optimization"] == zero
+    assert config["communication_data_type"] == "fp32"
+    assert config["gradient_clipping"] == 0.0
+
+
+def test_what_agrees_or_is_auto_may_stand_there(config_of):
+    content = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": False},
+        "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}},
+    }
+    config = config_of(content, engine={"micro_batch": 2, "accumulation": 2}, optim={"clip_norm": 1.0})
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert "train_batch_size" not in config
+
+
+def test_details_of_offloading(config_of):
+    content = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}}
+    config = config_of(content, engine={"offload_optimizer": True})
+    assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert config["optimizer"]["params"]["torch_adam"] is True
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ({"train_micro_batch_size_per_gpu": 4}, ["=4", "engine.micro_batch", "2"]),
+        ({"train_batch_size": 16}, ["train_batch_size=16", "engine.micro_batch", "4"]),
+        ({"gradient_clipping": 1.0}, ["gradient_clipping=1.0", "optim.clip_norm", "0.0"]),
+        ({"zero_optimization": {"stage": 2}}, ["zero_optimization.stage=2", "engine.zero_stage", "1"]),
+        ({"bf16": {"enabled": True}}, ["bf16.enabled=true", "engine.precision", "false"]),
+        ({"torch_autocast": {"enabled": True}}, ["torch_autocast.enabled=true", "engine.precision"]),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            ["offload_optimizer.device", "engine.offload_optimizer"],
+        ),
+        ({"zero_optimization": {"cpu_offload": True}}, ["cpu_offload", "engine.offload_optimizer"]),
+        ({"optimizer": {"type": "AdamW"}}, ["'optimizer'", "section optim"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["'scheduler'", "optim.schedule"]),
+        ({"comm_logger": {}}, ["'comm_logger'", "did you mean 'comms_logger'"]),
+        ({"zero_optimization": {"overlap_com": True}}, ["zero_optimization.overlap_com"]),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, ["zero_optimization.reduce_bucket_size"]),
+        ("{", ["no JSON"]),
+        ("[1]", ["an object"]),
+    ],
+)
+def test_a_conflict_names_both(config_of, content, parts):
+    with pytest.raises(UserError) as caught:
+        config_of(content)
+    message = str(caught.value)
+    assert "ds.json" in message
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+def test_a_file_that_is_not_there(make_recipe):
+    with pytest.raises(UserError, match=r"engine\.deepspeed_json=nowhere\.json: No such file"):
+        deepspeed_config(make_recipe(engine={"deepspeed_json": "nowhere.json"}), 2)
