@@ -48,7 +48,7 @@ def main() -> None:
 def _fail(message: str, code: int, *, from_any_rank: bool) -> None:
     rank = os.environ.get("RANK", "0")
     if rank == "0" or from_any_rank:
-        where = f"rank {rank}: " if from_any_rank and _has_other_ranks() else ""
+        where = f"rank {rank}: " if from_any_rank and (rank != "0" or _has_other_ranks()) else ""
         print(f"maskmatch: error: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)  # noqa: T201
     if _has_other_ranks():
         # An orderly exit leaves the process group, and waits for ranks that may never come.
@@ -70,13 +70,14 @@ def _explained(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _has_other_ranks() -> bool:
-    return _run_has_started() and sys.modules["torch"].distributed.get_world_size() > 1
-
-
 def _run_has_started() -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and bool(torch.distributed.is_initialized())
+
+
+def _has_other_ranks() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 @app.command(

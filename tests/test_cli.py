@@ -41,7 +41,11 @@ def recipe_file(make_recipe, tmp_path):
         (["model.backbone=timm/nonsense"], ["model:", "nonsense"]),
         (["model.backbone=transformers/nowhere"], ["model:", "nowhere"]),
         (["model.head=unet"], ["model.head"]),
-        (["engine.precision=bf16"], ["engine.precision=bf16", "BatchNorm"]),
+        (["engine.precision=bf16"], ["engine.precision=bf16", "BatchNorm", "autocast-bf16"]),
+        (["engine.precision=fp16", "model.head=linear"], ["engine.precision=fp16", "needs a GPU"]),
+        (["engine.zero_stage=0", "engine.precision=bf16", "model.head=linear"], ["hidden optimizer step"]),
+        (["engine.library=accelerate"], ["engine.zero_stage=1", "set engine.zero_stage=0"]),
+        (["engine.deepspeed_json=nowhere.json"], ["engine.deepspeed_json=nowhere.json", "No such file"]),
     ],
 )
 def test_mistakes_in_a_recipe(capsys, monkeypatch, recipe_file, tmp_path, overrides, parts):

@@ -1,6 +1,7 @@
 """What a user's DeepSpeed JSON may add to a recipe, and what it may not contradict."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -95,3 +96,10 @@ def test_a_conflict_names_both(config_of, content, parts):
 def test_a_file_that_is_not_there(make_recipe):
     with pytest.raises(UserError, match=r"engine\.deepspeed_json=nowhere\.json: No such file"):
         deepspeed_config(make_recipe(engine={"deepspeed_json": "nowhere.json"}), 2)
+
+
+@pytest.mark.parametrize("name", ["zero3-memory", "zeropp"])
+def test_the_files_that_we_ship(make_recipe, name):
+    file = Path(__file__).parents[2] / "configs" / "deepspeed" / f"{name}.json"
+    config = deepspeed_config(make_recipe(engine={"zero_stage": 3, "deepspeed_json": str(file)}), 2)
+    assert config["zero_optimization"].items() > json.loads(file.read_text())["zero_optimization"].items()
