@@ -83,7 +83,7 @@ class ModelRecipe(Section):
     unit_px: Annotated[int, Field(ge=1)] | None = None
     """Side of a masking unit in px; null = the family's usual one."""
     pretrained: bool | str | None = None
-    """null or false = random, true = the library's own weights, or a local file or folder (`maskmatch export`'s too)."""
+    """null or false = random, true = the library's own weights, or a local file or folder, also an export of ours."""
     backbone_options: dict[str, Any] = {}
     """Keyword arguments for timm.create_model, or keys of SegformerConfig, that replace the library's."""
     batchnorm: Literal["synchronised", "per_rank", "frozen"] = "synchronised"

@@ -33,6 +33,7 @@ from maskmatch_scale.evaluation.evaluate import evaluate_split
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.method.maskmatch import PARTS, MaskMatch, class_weights, uses_unlabelled
 from maskmatch_scale.method.teacher import ema_decay
+from maskmatch_scale.method.views import Neighbour
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.batchnorm import synchronise_batchnorm
 from maskmatch_scale.models.units import visible_count
@@ -133,6 +134,7 @@ class _Run:
             self.index.ignore_index,
             weights,
             batchnorm_frozen=recipe.model.batchnorm == "frozen",
+            neighbour=Neighbour(runtime.rank % 2 == 0, runtime.of_neighbour) if runtime.world_size > 1 else None,
         )
         self.engine = build_engine(self.maskmatch, self.student, recipe, runtime)
         self.teacher: StoredTeacher = build_teacher(average, self.student, recipe)

@@ -67,6 +67,28 @@ class Runtime:
             dist.all_reduce(total)
         return total
 
+    def of_neighbour(self, first: Tensor, last: Tensor) -> Tensor:
+        """What the rank beside this one has: ranks 0 ↔ 1, 2 ↔ 3, … swap, an even rank its last, an odd one its first.
+
+        With an odd number of ranks the last one gets rank 0's first. All ranks call it together.
+
+        Args:
+            first: of this rank's maps the first.
+            last: and the last, of the same shape and dtype on every rank.
+        """
+        odd, alone = self.rank % 2 == 1, self.rank % 2 == 0 and self.rank == self.world_size - 1
+        own = (first if odd else last).contiguous()
+        got = torch.empty_like(own)
+        peer = 0 if alone else self.rank - 1 if odd else self.rank + 1
+        transfers = [dist.P2POp(dist.irecv, got, peer)]
+        if not alone:
+            transfers.append(dist.P2POp(dist.isend, own, peer))
+        if self.rank == 0 and self.world_size % 2 == 1:
+            transfers.append(dist.P2POp(dist.isend, first.contiguous(), self.world_size - 1))
+        for work in dist.batch_isend_irecv(transfers):
+            work.wait()
+        return got
+
     def stopwatch(self) -> Callable[[], Callable[[], float]]:
         """Start timing what this rank's device does; call the result to stop.
 

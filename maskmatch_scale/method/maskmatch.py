@@ -21,7 +21,7 @@ from maskmatch_scale.method.bases.fixmatch import FixMatch
 from maskmatch_scale.method.bases.supervised import Supervised
 from maskmatch_scale.method.losses import cross_entropy_sum, denominator
 from maskmatch_scale.method.pseudo_labels import multi_scale_pseudo_labels
-from maskmatch_scale.method.views import Unlabelled, View
+from maskmatch_scale.method.views import Neighbour, Unlabelled, View
 from maskmatch_scale.models.segmenter import Segmenter
 from maskmatch_scale.models.units import sample_visible, visible_count, visible_pixel_mask
 from maskmatch_scale.recipe import MaskRecipe, MethodRecipe
@@ -69,6 +69,7 @@ class MaskMatch(nn.Module):
         ignore_index: label value of pixels that do not count.
         class_weight: float (classes,) weights of the labelled loss, or None.
         batchnorm_frozen: BatchNorm keeps to its running statistics in training too.
+        neighbour: the rank beside this one, which CutMix asks for the partner of an odd image; None if there is none.
     """
 
     mean: Tensor
@@ -84,6 +85,7 @@ class MaskMatch(nn.Module):
         class_weight: Tensor | None = None,
         *,
         batchnorm_frozen: bool = False,
+        neighbour: Neighbour | None = None,
     ) -> None:
         super().__init__()
         self.segmenter = segmenter
@@ -91,6 +93,7 @@ class MaskMatch(nn.Module):
         self.seed = seed
         self.ignore_index = ignore_index
         self.batchnorm_frozen = batchnorm_frozen
+        self.neighbour = neighbour
         self.base = BASES[recipe.base]()
         self.register_buffer("mean", torch.tensor(segmenter.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(segmenter.std).view(1, 3, 1, 1), persistent=False)
@@ -115,7 +118,9 @@ class MaskMatch(nn.Module):
         views: tuple[View, ...] = ()
         if uses_unlabelled(self.recipe) and batch.unlabelled_positions:
             weak = View(batch.unlabelled_images / 255, batch.unlabelled_valid, None)
-            unlabelled = Unlabelled(weak, batch.unlabelled_positions, self.recipe.strong_view, self.seed)
+            unlabelled = Unlabelled(
+                weak, batch.unlabelled_positions, self.recipe.strong_view, self.seed, self.neighbour
+            )
             views = self.base.views(unlabelled)
             if self.recipe.mask.keep is not None:
                 masked = self._masked_view(unlabelled, self.recipe.mask, self.recipe.mask.keep)
@@ -153,7 +158,10 @@ class MaskMatch(nn.Module):
             return None
         images = self.normalise(step.unlabelled.weak.images)
         labels, confidence = multi_scale_pseudo_labels(teacher, images, self.recipe.scales)
-        return PseudoLabels(labels, confidence >= self.recipe.threshold)
+        pseudo = PseudoLabels(labels, confidence >= self.recipe.threshold)
+        for view in (*step.views, *([step.masked.view] if step.masked else [])):
+            pseudo.mixed(view.cutmix)  # now: it may ask another rank, which has no place within an engine's forward
+        return pseudo
 
     def forward(self, step: Step, pseudo: PseudoLabels | None, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The student on every view.

@@ -8,7 +8,7 @@ does, and that is the image beside it in the global batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -126,26 +126,50 @@ def _noise(drawn: _Photometric, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Neighbour:
+    """The rank beside this one (0 ↔ 1, 2 ↔ 3, …), which has the partner of this rank's odd image."""
+
+    even: bool
+    """Whether this rank's number is even: then the partner of its last image is there, else that of its first."""
+    fetch: Callable[[Tensor, Tensor], Tensor]
+    """From this rank's first and last map the partner's map. All ranks must call it together."""
+
+
+@dataclass(frozen=True)
 class CutMix:
     """Boxes in which each image shows its partner instead (CutMix between unlabelled images, as in UniMatch)."""
 
     inside: Tensor
     """bool (U, h, w): where the partner shows."""
     partner: Tensor
-    """int64 (U,): the image beside it in the batch."""
+    """int64 (U,): the image beside it in the global batch; U stands for the neighbour's."""
+    neighbour: Neighbour | None = None
+    """The rank that has a partner, if one has."""
 
     def __call__(self, maps: Tensor) -> Tensor:
-        """Mix images (U, C, h, w), or per-pixel maps (U, h, w) such as labels, confidence and validity."""
+        """Mix images (U, C, h, w), or per-pixel maps (U, h, w) such as labels, confidence and validity.
+
+        With a neighbour all ranks must call it together.
+        """
         inside = self.inside[:, None] if maps.dim() == 4 else self.inside
-        return torch.where(inside, maps[self.partner], maps)
+        others = maps
+        if self.neighbour is not None:
+            others = torch.cat([maps, self.neighbour.fetch(maps[0], maps[-1])[None]])
+        return torch.where(inside, others[self.partner], maps)
 
 
 def draw_cutmix(
-    recipe: StrongViewRecipe, seed: int, positions: Sequence[int], size_px: tuple[int, int], device: torch.device
+    recipe: StrongViewRecipe,
+    seed: int,
+    positions: Sequence[int],
+    size_px: tuple[int, int],
+    device: torch.device,
+    neighbour: Neighbour | None = None,
 ) -> CutMix:
-    """One box an image (or none), its partner the neighbour: 0 ↔ 1, 2 ↔ 3, …; in an odd batch the last takes the first.
+    """One box an image (or none), its partner the neighbour (0 ↔ 1, 2 ↔ 3, …) in the global batch.
 
-    Neighbours stay together however the global batch is shared out among ranks with even batches.
+    So pairs are the same however the global batch is shared out among ranks; with an odd number of images a rank some
+    reach over to the rank beside. In an odd global batch the last image takes its box from the first.
 
     Args:
         recipe: cutmix_probability, cutmix_area.
@@ -153,6 +177,7 @@ def draw_cutmix(
         positions: U positions in the unlabelled stream.
         size_px: (h, w).
         device: of the result.
+        neighbour: the rank beside this one; None if there is only one.
     """
     height, width = size_px
     inside = torch.zeros(len(positions), height, width, dtype=torch.bool)
@@ -168,8 +193,15 @@ def draw_cutmix(
         left = int(torch.randint(width - columns + 1, (), generator=source))
         mask[top : top + rows, left : left + columns] = True
     count = len(positions)
-    partner = torch.tensor([i ^ 1 if i ^ 1 < count else 0 for i in range(count)], dtype=torch.int64)
-    return CutMix(inside.to(device, non_blocking=True), partner.to(device, non_blocking=True))
+    if count % 2 == 0 or not recipe.cutmix_probability:
+        neighbour = None
+    partners = [i ^ 1 if i ^ 1 < count else 0 for i in range(count)]
+    if neighbour is not None:
+        # An odd rank's images begin with the second of a pair.
+        partners = [i ^ 1 for i in range(count - 1)] if neighbour.even else [((i - 1) ^ 1) + 1 for i in range(1, count)]
+        partners.insert(count - 1 if neighbour.even else 0, count)
+    partner = torch.tensor(partners, dtype=torch.int64)
+    return CutMix(inside.to(device, non_blocking=True), partner.to(device, non_blocking=True), neighbour)
 
 
 @dataclass(frozen=True)
@@ -193,11 +225,13 @@ class Unlabelled:
     """Place of each image in the endless unlabelled stream."""
     recipe: StrongViewRecipe
     seed: int
+    neighbour: Neighbour | None = None
+    """The rank beside this one."""
 
     @cached_property
     def strong(self) -> View:
         """u_s = CutMix(photometric(u_w))."""
         images, valid = self.weak.images, self.weak.valid
         size = (images.shape[-2], images.shape[-1])
-        cutmix = draw_cutmix(self.recipe, self.seed, self.positions, size, images.device)
+        cutmix = draw_cutmix(self.recipe, self.seed, self.positions, size, images.device, self.neighbour)
         return View(cutmix(photometric(images, self.recipe, self.seed, self.positions)), cutmix(valid), cutmix)

@@ -18,6 +18,12 @@ CONFIGURATIONS = {
     "vit-scales": {"model": VIT, "method": {"scales": [0.5, 1.0, 1.5], "mask": {"view": "strong", "pixels": "masked"}}},
     "vit-accumulation": {"model": VIT, "engine": {"accumulation": 2}},
     "zero-3": {"model": VIT, "engine": {"zero_stage": 3}},
+    # CutMix's pairs lie on two ranks.
+    "one-image": {"model": VIT, "engine": {"micro_batch": 1}},
+    "one-image-zero-3": {
+        "engine": {"micro_batch": 1, "zero_stage": 3},
+        "method": {"mask": {"view": "strong"}, "strong_view": {"cutmix_probability": 1.0}},
+    },
 }
 RESUMED = ("vit-scales", "zero-3")
 STEPS = 5
@@ -25,7 +31,6 @@ STEPS = 5
 
 def recipe_of(make_recipe, name, folder):
     sections = {key: dict(value) for key, value in CONFIGURATIONS[name].items()}
-    # Two images of each kind: CutMix's pairs stay on one rank.
     engine = {"micro_batch": 2} | sections.pop("engine", {})
     run = {"dir": str(folder / name), "steps": STEPS, "checkpoint_every": 3}
     return make_recipe(engine=engine, run=run, optim={"lr": 1e-3, "clip_norm": 0.5, "warmup_steps": 2}, **sections)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as TF
 
-from maskmatch_scale.method.views import Unlabelled, View, draw_cutmix, photometric
+from maskmatch_scale.method.views import Neighbour, Unlabelled, View, draw_cutmix, photometric
 from maskmatch_scale.recipe import StrongViewRecipe
 
 OFF = {
@@ -90,13 +90,23 @@ def test_cutmix_takes_boxes_of_the_partner(count, seed):
     assert four_dimensional[:, 1].equal(mixed)
 
 
-def test_pairs_stay_together_when_the_batch_is_shared_out():
+@given(ranks=st.integers(1, 5), each=st.integers(1, 5), seed=st.integers(0, 100))
+@settings(max_examples=60, deadline=None)
+def test_pairs_are_the_same_however_the_batch_is_shared_out(ranks, each, seed):
     always = recipe(cutmix_probability=1.0)
     device = torch.device("cpu")
-    values = torch.arange(8.0)[:, None, None].expand(-1, 16, 16)
-    whole = draw_cutmix(always, 1, range(8), (16, 16), device)(values)
-    halves = [draw_cutmix(always, 1, range(at, at + 4), (16, 16), device)(values[at : at + 4]) for at in (0, 4)]
-    assert whole.equal(torch.cat(halves))
+    values = torch.arange(float(ranks * each))[:, None, None].expand(-1, 16, 16)
+    whole = draw_cutmix(always, seed, range(ranks * each), (16, 16), device)(values)
+
+    def part_of(rank):
+        own = slice(rank * each, (rank + 1) * each)
+        # What `Runtime.of_neighbour` brings: of an odd rank the first, of an even one the last, for the lone last rank
+        # that of rank 0.
+        number = rank * each - 1 if rank % 2 == 1 else (rank + 1) * each if rank + 1 < ranks else 0
+        neighbour = Neighbour(rank % 2 == 0, lambda first, last: values[number]) if ranks > 1 else None
+        return draw_cutmix(always, seed, range(own.start, own.stop), (16, 16), device, neighbour)(values[own])
+
+    assert whole.equal(torch.cat([part_of(rank) for rank in range(ranks)]))
 
 
 def test_strong_view_mixes_validity_with_the_pixels():

@@ -6,7 +6,7 @@ A base knows its views of the unlabelled images and the loss on them; the mask a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -22,10 +22,15 @@ class PseudoLabels:
     """int64 (U, h, w): ŷ."""
     confident: Tensor
     """bool (U, h, w): c ≥ τ."""
+    _mixed: dict[int, PseudoLabels] = field(default_factory=dict, repr=False, compare=False)
 
     def mixed(self, cutmix: CutMix | None) -> PseudoLabels:
-        """CutMixed like the images they belong to."""
-        return self if cutmix is None else PseudoLabels(cutmix(self.labels), cutmix(self.confident))
+        """CutMixed like the images they belong to, once for every user of the same boxes."""
+        if cutmix is None:
+            return self
+        if id(cutmix) not in self._mixed:
+            self._mixed[id(cutmix)] = PseudoLabels(cutmix(self.labels), cutmix(self.confident))
+        return self._mixed[id(cutmix)]
 
 
 class Base(Protocol):
