@@ -341,6 +341,9 @@ class _Run:
                 f"scaled from {self.recipe.optim.lr_reference_batch} to "
                 f"{engine.micro_batch * engine.accumulation * place.world_size} labelled images a step"
             )
+        unlabelled = engine.micro_batch * self.recipe.data.unlabelled_per_labelled
+        if place.world_size == unlabelled == 1 and self.recipe.method.strong_view.cutmix_probability:
+            lines.append("no CutMix: one process with one unlabelled image has no other; raise engine.micro_batch")
         for line in lines:
             log.info(line)
         if place.rank == 0:
