@@ -137,7 +137,7 @@ class _Run:
             neighbour=Neighbour(runtime.rank % 2 == 0, runtime.of_neighbour) if runtime.world_size > 1 else None,
         )
         self.engine = build_engine(self.maskmatch, self.student, recipe, runtime)
-        self.teacher: StoredTeacher = build_teacher(average, self.student, recipe)
+        self.teacher: StoredTeacher = build_teacher(average, self.engine)
         self.metrics = MetricsLog(self.folder / "metrics.jsonl" if runtime.rank == 0 else None)
         self.left_out = 0
         self.last_checkpoint: Path | None = checkpoint

@@ -20,6 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from torch import Tensor, nn
 
 from maskmatch_scale.engine.ema import autocast, autocast_dtype
+from maskmatch_scale.engine.masters import FlatMasters
 from maskmatch_scale.engine.optim import base_lr, lr_factor, parameter_groups
 from maskmatch_scale.engine.protocol import StepOrder
 from maskmatch_scale.engine.setup import Runtime
@@ -113,6 +114,10 @@ class DdpEngine:
     def full_fp32_parameters(self, *, keep: bool) -> dict[str, Tensor]:
         """See `Engine`; no collective: every rank has them all."""
         return {name: parameter.detach().cpu() for name, parameter in self.student.named_parameters() if keep}
+
+    def flat_masters(self) -> list[FlatMasters]:
+        """See `Engine`: none, every rank has them whole."""
+        return []
 
     def save(self, folder: Path) -> None:
         """See `Engine`: rank 0 writes weights and optimizer. accelerate adds a small file of random state a rank."""

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from maskmatch_scale.engine.masters import FlatAverage
+from maskmatch_scale.engine.protocol import Engine
 from maskmatch_scale.engine.setup import import_deepspeed
 from maskmatch_scale.engine.zero import full_fp32
 from maskmatch_scale.recipe import Recipe
@@ -36,26 +38,26 @@ class StoredTeacher(Protocol):
         """Put :meth:`full_state` back; all ranks call it together."""
 
 
-def build_teacher(teacher: nn.Module, student: nn.Module, recipe: Recipe) -> StoredTeacher:
-    """Wrap a copy of the student made before DeepSpeed took the student over.
+def build_teacher(teacher: nn.Module, engine: Engine) -> StoredTeacher:
+    """Wrap a copy of the student made before the engine took the student over.
 
     Args:
         teacher: Segmenter, fp32, in host memory.
-        student: the one that the engine trains, already wrapped.
-        recipe: zero_stage, precision and offload_parameters decide the storage and the arithmetic of the teacher's
-            forward, ema_buffers what happens to buffers.
+        engine: of the student. Of its recipe zero_stage, precision and offload_parameters decide the storage and the
+            arithmetic of the teacher's forward, ema_buffers what happens to buffers.
     """
     teacher.eval().requires_grad_(False)
-    kind = ShardedTeacher if recipe.engine.zero_stage == 3 else ReplicatedTeacher
-    return kind(teacher, student, recipe)
+    kind = ShardedTeacher if engine.recipe.engine.zero_stage == 3 else ReplicatedTeacher
+    return kind(teacher, engine)
 
 
 class _Teacher:
     """What both kinds share: the forward in the student's arithmetic, and buffers."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, teacher: nn.Module, engine: Engine) -> None:
+        recipe = engine.recipe
         self.module = teacher
-        self.student = student
+        self.student = engine.student
         self.patch_px = int(getattr(teacher, "patch_px", 1))
         self._copies_buffers = recipe.method.ema_buffers == "copy"
         self._dtype = autocast_dtype(recipe)
@@ -67,11 +69,14 @@ class _Teacher:
 class ReplicatedTeacher(_Teacher):
     """The whole average on every rank."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, recipe: Recipe) -> None:
-        super().__init__(teacher, student, recipe)
-        teacher.to(next(student.parameters()).device)
-        self._averages: list[Tensor] = list(teacher.parameters())
-        self._masters = list(student.parameters())
+    def __init__(self, teacher: nn.Module, engine: Engine) -> None:
+        super().__init__(teacher, engine)
+        teacher.to(next(self.student.parameters()).device)
+        pairs = list(zip(teacher.parameters(), self.student.parameters(), strict=True))
+        self._averages: list[Tensor] = [average for average, _ in pairs]
+        self._masters = [parameter for _, parameter in pairs]
+        self._flat = [FlatAverage(masters, pairs) for masters in engine.flat_masters()]
+        assert not self._flat or sum(flat.taken for flat in self._flat) == len(pairs), "a weight in no group"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -82,9 +87,11 @@ class ReplicatedTeacher(_Teacher):
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        """One multi-tensor lerp; where masters are partitioned (16-bit weights) they are gathered one by one."""
-        masters = [full_fp32(parameter) for parameter in self._masters]
-        torch._foreach_lerp_(self._averages, masters, 1 - decay)
+        """One multi-tensor lerp; where masters are partitioned (16-bit weights) they are gathered piece by piece."""
+        for flat in self._flat:
+            flat.update(decay)
+        if not self._flat:
+            torch._foreach_lerp_(self._averages, [full_fp32(p) for p in self._masters], 1 - decay)
         self._update_buffers(decay)
 
     def full_state(self, *, keep: bool) -> dict[str, Tensor]:
@@ -99,16 +106,16 @@ class ReplicatedTeacher(_Teacher):
 class ShardedTeacher(_Teacher):
     """A second ZeRO-3 engine without an optimizer, whose shards line up with the student's."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, recipe: Recipe) -> None:
-        super().__init__(teacher, student, recipe)
+    def __init__(self, teacher: nn.Module, engine: Engine) -> None:
+        super().__init__(teacher, engine)
         # With the default threshold small parameters are kept whole, and ignore what is written to their shards.
         zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
-        if recipe.engine.offload_parameters:
+        if engine.recipe.engine.offload_parameters:
             zero["offload_param"] = {"device": "cpu"}
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
         self._engine: Any
         self._engine, *_ = import_deepspeed().initialize(model=_Autocast(teacher, self._dtype), config=config)
-        self._pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
+        self._pairs = list(zip(teacher.parameters(), self.student.parameters(), strict=True))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from maskmatch_scale.engine.masters import FlatMasters
 from maskmatch_scale.recipe import Recipe
 
 
@@ -47,6 +48,9 @@ class Engine(Protocol):
         Args:
             keep: whether this rank wants them; False: it helps to gather, and gets an empty dict.
         """
+
+    def flat_masters(self) -> list[FlatMasters]:
+        """Where the masters lie if ranks share them out among themselves and weights are whole; else nothing."""
 
     def save(self, folder: Path) -> None:
         """Write what it needs to go on exactly into ``folder``, which exists; all ranks call it together."""

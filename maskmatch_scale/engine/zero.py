@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maskmatch_scale.engine.deepspeed_json import merged
+from maskmatch_scale.engine.masters import FlatMasters
 from maskmatch_scale.engine.optim import base_lr, lr_factor, parameter_groups
 from maskmatch_scale.engine.protocol import StepOrder
 from maskmatch_scale.engine.setup import Runtime, import_deepspeed
@@ -132,6 +133,12 @@ class ZeroEngine:
             if keep:
                 state[name] = value.cpu()
         return state
+
+    def flat_masters(self) -> list[FlatMasters]:
+        """See `Engine`; with 16-bit weights at stages 1 and 2."""
+        engine = self.recipe.engine
+        shared = engine.precision in ("bf16", "fp16") and engine.zero_stage in (1, 2)
+        return FlatMasters.of(self._engine.optimizer) if shared else []
 
     def save(self, folder: Path) -> None:
         """See `Engine`: masters and optimizer state, each rank its shard."""

@@ -48,7 +48,14 @@ def _teacher_threshold():
 
 def _average_of_masters():
     """The average must be taken of fp32 masters: bf16 copies have lost what a step changes."""
-    return mock.patch.object(ema, "full_fp32", lambda parameter: parameter.detach().float())
+
+    @torch.no_grad()
+    def update(self, decay):
+        for average, parameter in zip(self._averages, self._masters, strict=True):
+            average.lerp_(parameter.float(), 1 - decay)
+        self._update_buffers(decay)
+
+    return mock.patch.object(ema.ReplicatedTeacher, "update", update)
 
 
 def _average_in_fp32():
