@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,8 +42,11 @@ def main() -> None:
     except Exception as error:
         if not _has_other_ranks():
             raise
-        # Tracebacks of many ranks bury each other; each stands in its rank's log.
-        _fail(f"{_explained(error)} (traceback: log/rank-N.txt of the run directory)", 1, from_any_rank=True)
+        # Tracebacks of many ranks bury each other; each stands in its rank's log, if there was one yet.
+        log = getattr(error, "logged_in", None)
+        if log is None:
+            traceback.print_exc()
+        _fail(f"{_explained(error)}{f' (traceback: {log})' if log else ''}", 1, from_any_rank=True)
 
 
 def _fail(message: str, code: int, *, from_any_rank: bool) -> None:
@@ -60,12 +64,13 @@ def _fail(message: str, code: int, *, from_any_rank: bool) -> None:
 def _explained(error: Exception) -> str:
     """What an unexpected error means to who launched the job."""
     text = str(error)
-    if "imed out" in text or "imeout" in text:
+    from_torch = isinstance(error, RuntimeError)
+    if from_torch and ("imed out" in text or "imeout" in text):
         return (
             f"another rank did not come within the time limit of a collective (engine.collective_timeout_s); "
             f"its own message or its log says why: {text}"
         )
-    if "Connection closed by peer" in text or "Connection reset by peer" in text:
+    if from_torch and ("Connection closed by peer" in text or "Connection reset by peer" in text):
         return f"another rank has died; its own message or its log says why: {text}"
     return f"{type(error).__name__}: {text}"
 

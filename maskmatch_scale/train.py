@@ -8,6 +8,7 @@ import logging
 import math
 import platform
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from maskmatch_scale.data.shards import ShardIndex
 from maskmatch_scale.data.stream import Batch, TrainingStream, batches
 from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.build import build_engine
-from maskmatch_scale.engine.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from maskmatch_scale.engine.checkpoint import check_checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from maskmatch_scale.engine.ema import StoredTeacher, autocast, autocast_dtype, build_teacher
 from maskmatch_scale.engine.optim import base_lr
 from maskmatch_scale.engine.setup import Place, Runtime
@@ -77,6 +78,8 @@ def train(recipe: Recipe, resume: str | None = None) -> Path:
         stream.class_pixels()  # now, once: loader processes inherit it
     run = Path(recipe.run.dir)
     checkpoint = _checkpoint_to_resume(run, resume)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, recipe, place.world_size)
     runtime = setup.start(place, recipe.engine)
     if runtime.rank == 0:
         _open_run_directory(
@@ -267,10 +270,12 @@ class _Run:
         """Write what waits, show the newest, and stop the run if a step that counted was not finite."""
         records = self.metrics.flush()
         for record in records:
-            # A gradient can overflow where the loss did not: the weights are gone all the same.
-            # fp16 gradients may: the loss scale then falls, and the step was not taken.
-            allowed = record.get("left_out") or record.get("overflow")
-            if not math.isfinite(record["loss"] + (record["grad_norm"] or 0.0)) and not allowed:
+            if record.get("left_out"):
+                continue
+            # A gradient can overflow where the loss did not: the weights are gone all the same, but for fp16, where
+            # such a step is not taken and the loss scale falls.
+            norm = 0.0 if record.get("overflow") else record["grad_norm"] or 0.0
+            if not math.isfinite(record["loss"] + norm):
                 raise TrainingStopped(self._nonfinite(record["step"], record))
         if records:
             self.progress.figures(records[-1])
@@ -288,15 +293,16 @@ class _Run:
             raise TrainingStopped(self._nonfinite(record["step"], record))
         log.warning("step %d left out: the loss is not finite", record["step"])
 
-    def _nonfinite(self, step: int, losses: dict[str, float]) -> str:
-        shown = ", ".join(f"{name}={losses[name]}" for name in PARTS if losses.get(name) is not None)
+    def _nonfinite(self, step: int, record: dict[str, Any]) -> str:
+        what = "gradient" if math.isfinite(record["loss"]) else "loss"
+        shown = ", ".join(f"{name}={record[name]}" for name in (*PARTS, "grad_norm") if record.get(name) is not None)
         if self.last_checkpoint:
             remedy = (
                 f"the last good checkpoint is {self.last_checkpoint}: continue with --resume {self.last_checkpoint}"
             )
         else:
             remedy = "there is no checkpoint before it"
-        return f"step {step}: the loss is not finite ({shown}); {remedy}. Lower optim.lr or set optim.clip_norm"
+        return f"step {step}: the {what} is not finite ({shown}); {remedy}. Lower optim.lr or set optim.clip_norm"
 
     def _evaluate(self, done: int, weights: str) -> None:
         """Evaluate on `dev`, which serves the choice of hyper-parameters; `val` is left to `maskmatch evaluate`."""
@@ -391,6 +397,8 @@ def _open_run_directory(run: Path, recipe: Recipe, *, continued: bool) -> None:
         print(f"{run} held an older run: moved to {aside}", flush=True)  # noqa: T201
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(recipe.to_yaml())
+    if recipe.engine.deepspeed_json:
+        shutil.copyfile(recipe.engine.deepspeed_json, run / "deepspeed.json")
 
 
 class _rank_log:  # noqa: N801
@@ -409,6 +417,7 @@ class _rank_log:  # noqa: N801
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
             log.error("the run ended with an error", exc_info=error)
+            error.logged_in = str(self.path)  # type: ignore[attr-defined]
         log.removeHandler(self.handler)
         self.handler.close()
 

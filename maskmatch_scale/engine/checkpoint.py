@@ -6,6 +6,7 @@
         engine/                 the engine's own files: masters and optimizer state, under ZeRO each rank its shard
         student.safetensors     whole fp32 weights, for evaluation and export
         ema.safetensors         whole fp32 teacher
+        buffers/                with `model.batchnorm: per_rank`: each rank's own running statistics
         state.json              step, ranks, engine, ZeRO stage, precision, seconds spent so far
 
 Everything is written into `.step-00000400.writing` and renamed when every rank has finished, so that a crash leaves the
@@ -30,6 +31,7 @@ from maskmatch_scale.engine.ema import StoredTeacher
 from maskmatch_scale.engine.protocol import Engine
 from maskmatch_scale.engine.setup import Runtime
 from maskmatch_scale.errors import UserError
+from maskmatch_scale.recipe import Recipe
 
 
 class CheckpointError(UserError):
@@ -58,6 +60,9 @@ def save_checkpoint(
         (writing / "engine").mkdir()
     runtime.barrier()
     engine.save(writing / "engine")
+    if _own_buffers(engine, runtime):
+        (writing / "buffers").mkdir(exist_ok=True)
+        _save(_buffers(engine, teacher), writing / "buffers" / f"rank-{runtime.rank}.safetensors")
     # Rank 0 alone keeps what is gathered, and one of the two at a time.
     student = engine.full_fp32_parameters(keep=runtime.rank == 0)
     if runtime.rank == 0:
@@ -68,7 +73,7 @@ def save_checkpoint(
     average = teacher.full_state(keep=runtime.rank == 0)
     if runtime.rank == 0:
         _save(average, writing / "ema.safetensors")
-        state = {"step": step, **_shape(engine, runtime), **spent, "torch": torch.__version__}
+        state = {"step": step, **_shape(engine.recipe, runtime.world_size), **spent, "torch": torch.__version__}
         _write_flushed(writing / "state.json", json.dumps(state, indent=1))
     runtime.barrier()
     if runtime.rank == 0:
@@ -93,28 +98,58 @@ def load_checkpoint(folder: Path, engine: Engine, teacher: StoredTeacher, runtim
     Raises:
         CheckpointError: written by another number of ranks, engine, ZeRO stage or precision, or not whole.
     """
+    check_checkpoint(folder, engine.recipe, runtime.world_size)
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    for name, now in _shape(engine, runtime).items():
+    try:
+        engine.load(folder / "engine")
+    except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: its optimizer state does not fit this run ({type(error).__name__}: {error}); model, "
+            "optim.head_lr_multiplier and optim.layer_decay must be as they were, and every file of it there"
+        ) from error
+    teacher.load_full_state(load_file(folder / "ema.safetensors"))
+    if _own_buffers(engine, runtime):
+        for name, value in load_file(folder / "buffers" / f"rank-{runtime.rank}.safetensors").items():
+            _buffers(engine, teacher)[name].copy_(value)
+    return state
+
+
+def check_checkpoint(folder: Path, recipe: Recipe, world_size: int) -> None:
+    """Refuse a checkpoint that this run cannot continue; reads only a small file, before anything is built.
+
+    Raises:
+        CheckpointError: written by another number of ranks, engine, ZeRO stage or precision, or not whole.
+    """
+    state = json.loads((folder / "state.json").read_text())
+    for name, now in _shape(recipe, world_size).items():
         if state.get(name) != now:
             raise CheckpointError(
                 f"{folder}: written with {name}={state.get(name)}, this run has {now}; make them equal"
             )
     if not (folder / "engine").is_dir():
         raise CheckpointError(f"{folder}: its folder engine/ is missing; continue from another checkpoint")
-    engine.load(folder / "engine")
-    teacher.load_full_state(load_file(folder / "ema.safetensors"))
-    return state
 
 
-def _shape(engine: Engine, runtime: Runtime) -> dict[str, object]:
+def _shape(recipe: Recipe, world_size: int) -> dict[str, object]:
     """What a checkpoint and the run that continues it must have in common."""
-    recipe = engine.recipe.engine
+    engine = recipe.engine
     return {
-        "world_size": runtime.world_size,
-        "library": recipe.library,
-        "zero_stage": recipe.zero_stage,
-        "precision": recipe.precision,
+        "world_size": world_size,
+        "library": engine.library,
+        "zero_stage": engine.zero_stage,
+        "precision": engine.precision,
     }
+
+
+def _own_buffers(engine: Engine, runtime: Runtime) -> bool:
+    """Whether ranks have running statistics that differ."""
+    return engine.recipe.model.batchnorm == "per_rank" and runtime.world_size > 1
+
+
+def _buffers(engine: Engine, teacher: StoredTeacher) -> dict[str, Tensor]:
+    """This rank's buffers of student and teacher."""
+    both = {"student": engine.student, "teacher": teacher.module}
+    return {f"{who}.{name}": buffer for who, module in both.items() for name, buffer in module.named_buffers()}
 
 
 def find_checkpoint(where: Path) -> Path:

@@ -53,8 +53,8 @@ class DdpEngine:
         self._base_lr = base_lr(recipe, runtime.world_size)
         self._order = StepOrder(recipe.engine.accumulation)
         groups = parameter_groups(student, recipe.optim)
-        # Kept here: a loaded checkpoint brings its own groups, but the recipe decides the learning rate.
-        self._lr_scales = [group["lr_scale"] for group in groups]
+        # Kept here: a loaded checkpoint brings its own groups, but the recipe decides.
+        self._groups = [{key: group[key] for key in ("lr_scale", "weight_decay")} for group in groups]
         self._trained: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=self._base_lr, betas=recipe.optim.betas)
         self._accelerator = accelerator_of(runtime, find_unused=_leaves_unused(student, recipe))
@@ -91,8 +91,8 @@ class DdpEngine:
     def step(self, number: int) -> None:
         """See `Engine`."""
         self._order.step()
-        for group, scale in zip(self._optimizer.param_groups, self._lr_scales, strict=True):
-            group["lr"] = scale * self.lr(number)
+        for group, own in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group["lr"] = own["lr_scale"] * self.lr(number)
         for parameter in self._trained:
             if parameter.grad is None:
                 # Not used in this step (the context decoder in burn-in). Without a gradient AdamW would pass it over;
@@ -126,6 +126,8 @@ class DdpEngine:
     def load(self, folder: Path) -> None:
         """See `Engine`; also sets the generators of Python, numpy and torch, on which no step depends."""
         self._accelerator.load_state(str(folder))
+        for group, own in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group.update(own, betas=self.recipe.optim.betas)
 
 
 def _leaves_unused(student: nn.Module, recipe: Recipe) -> bool:

@@ -38,12 +38,30 @@ _RECIPES_OWN = {"optimizer": "the section optim", "scheduler": "optim.schedule"}
 
 _PASSED = frozenset(
     {
-        *("zero_optimization", "bf16", "fp16", "torch_autocast", "aio", "checkpoint"),
+        *("zero_optimization", "bf16", "fp16", "torch_autocast"),
         *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "comms_logger"),
         *("wall_clock_breakdown", "memory_breakdown", "flops_profiler"),
     }
 )
 """Top-level keys that are handed on, apart from those above."""
+
+_WITHIN = {
+    "bf16": {"enabled", "immediate_grad_update", "check_grad_overflow"},
+    "fp16": {
+        *("enabled", "loss_scale", "initial_scale_power", "loss_scale_window"),
+        *("hysteresis", "consecutive_hysteresis", "min_loss_scale"),
+    },
+    "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
+}
+"""What may stand in these sections. DeepSpeed has more: 16-bit masters and moments, which this package never has."""
+
+_NOT_WITHIN_ZERO = {
+    "load_from_fp32_weights": "a resumed run would start from rounded weights",
+    "compute_grad_norm": "the gradient norm is recorded, and clipping needs it",
+    "elastic_checkpoint": "checkpoints are read by as many ranks as wrote them",
+    "zenflow": "it replaces the optimizer",
+}
+"""Keys of `zero_optimization` that change what is trained or restored, and why they are refused."""
 
 
 def merged(config: dict[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
@@ -67,6 +85,7 @@ def merged(config: dict[str, Any], recipe: Recipe, world_size: int) -> dict[str,
             near = difflib.get_close_matches(key, sorted(_PASSED | set(_DECIDED)), 1, 0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{path}: {key!r} is no setting that is handed on to DeepSpeed{hint}")
+    _check_sections(path, given)
     decided = dict(_leaves(config))
     decided["train_batch_size"] = recipe.engine.micro_batch * recipe.engine.accumulation * world_size
     for key, value in _leaves(given):
@@ -79,7 +98,7 @@ def merged(config: dict[str, Any], recipe: Recipe, world_size: int) -> dict[str,
                 f"{json.dumps(of_recipe)}; change one of the two, or leave {key} out of the file"
             )
     whole = _over(given, config)
-    _check_zero(path, whole["zero_optimization"])
+    _check_schemas(path, whole)
     return whole
 
 
@@ -119,15 +138,34 @@ def _over(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in both.items() if key != "train_batch_size" and value != "auto"}
 
 
-def _check_zero(path: Path, zero: dict[str, Any]) -> None:
-    """DeepSpeed's own check of its section on ZeRO, made before anything is built."""
+def _check_sections(path: Path, given: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed would take without a word, or fail at later."""
+    for name in ("zero_optimization", *_WITHIN):
+        section = given.get(name, {})
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: {name}={json.dumps(section)}; it must be an object")
+        for key in section:
+            if name in _WITHIN and key not in _WITHIN[name]:
+                raise UserError(f"{path}: {name}.{key} is not handed on; there are {', '.join(sorted(_WITHIN[name]))}")
+            if name == "zero_optimization" and key in _NOT_WITHIN_ZERO:
+                raise UserError(f"{path}: {name}.{key} is refused: {_NOT_WITHIN_ZERO[key]}; take it out of the file")
+    dtype = given.get("communication_data_type")
+    if dtype not in (None, "fp32", "fp16", "bf16"):
+        raise UserError(f"{path}: communication_data_type={json.dumps(dtype)}; it must be fp32, fp16 or bf16")
+
+
+def _check_schemas(path: Path, config: dict[str, Any]) -> None:
+    """DeepSpeed's own check of its sections, made before anything is built."""
     import_deepspeed()
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
-    try:
-        DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: zero_optimization.{key}: {first['msg']}") from None
+    schemas = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    for name, schema in schemas.items():
+        try:
+            schema(**config.get(name, {}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, (name, *first["loc"])))
+            raise UserError(f"{path}: {key}: {first['msg']}") from None

@@ -24,6 +24,8 @@ class StoredTeacher(Protocol):
     """A teacher that can also be saved and restored."""
 
     patch_px: int
+    module: nn.Module
+    """The segmenter that holds the average."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) to logits, without gradients."""

@@ -76,8 +76,8 @@ class ZeroEngine:
         self._base_lr = base_lr(recipe, runtime.world_size)
         self._order = StepOrder(recipe.engine.accumulation)
         groups = parameter_groups(student, recipe.optim)
-        # Kept here: a loaded checkpoint brings its own groups, but the recipe decides the learning rate.
-        self._lr_scales = [group["lr_scale"] for group in groups]
+        # Kept here: a loaded checkpoint brings its own groups, but the recipe decides.
+        self._groups = [{key: group[key] for key in ("lr_scale", "weight_decay")} for group in groups]
         config = deepspeed_config(recipe, runtime.world_size)
         given: dict[str, Any] = {"model_parameters": groups}
         if "optimizer" not in config:
@@ -105,8 +105,8 @@ class ZeroEngine:
     def step(self, number: int) -> None:
         """See `Engine`."""
         self._order.step()
-        for group, scale in zip(self._engine.optimizer.param_groups, self._lr_scales, strict=True):
-            group["lr"] = scale * self.lr(number)
+        for group, own in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
+            group["lr"] = own["lr_scale"] * self.lr(number)
         self.grad_norm = self._plain_grad_norm()
         skipped_before = self._engine.skipped_steps
         self._engine.step()
@@ -147,6 +147,12 @@ class ZeroEngine:
     def load(self, folder: Path) -> None:
         """See `Engine`."""
         self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        optim, optimizer = self.recipe.optim, self._engine.optimizer
+        for group, own in zip(optimizer.param_groups, self._groups, strict=True):
+            group.update(own, betas=optim.betas)
+        if hasattr(optimizer, "clip_grad"):
+            # At stages 1 and 2 DeepSpeed goes on with the limit of the checkpoint.
+            optimizer.clip_grad = optim.clip_norm or 0.0
 
 
 def full_fp32(parameter: nn.Parameter) -> Tensor:

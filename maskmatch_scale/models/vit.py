@@ -221,6 +221,9 @@ class VitEncoder:
 
         The blocks' forwards are compiled and not the blocks: hooks, by which levels are tapped, stay outside.
         """
+        # Blocks share one code, and each may have a drop path of its own, which is a graph of its own.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 8 * len(self.model.blocks))
         for block in self.model.blocks:
             block.forward = torch.compile(block.forward)
 

@@ -25,12 +25,17 @@ CONFIGURATIONS = {
         "method": {"mask": {"view": "strong"}, "strong_view": {"cutmix_probability": 1.0}},
     },
 }
-RESUMED = ("vit-scales", "zero-3")
+PER_RANK = {
+    # These differ from one rank by design, but go on exactly.
+    "per-rank": {"model": {"batchnorm": "per_rank"}},
+    "per-rank-zero-3": {"model": {"batchnorm": "per_rank"}, "engine": {"zero_stage": 3}},
+}
+RESUMED = ("vit-scales", "zero-3", *PER_RANK)
 STEPS = 5
 
 
 def recipe_of(make_recipe, name, folder):
-    sections = {key: dict(value) for key, value in CONFIGURATIONS[name].items()}
+    sections = {key: dict(value) for key, value in (CONFIGURATIONS | PER_RANK)[name].items()}
     engine = {"micro_batch": 2} | sections.pop("engine", {})
     run = {"dir": str(folder / name), "steps": STEPS, "checkpoint_every": 3}
     return make_recipe(engine=engine, run=run, optim={"lr": 1e-3, "clip_norm": 0.5, "warmup_steps": 2}, **sections)
@@ -41,7 +46,7 @@ def two_ranks(request, tmp_path_factory, shapes):
     """Run directories of every configuration on two ranks, and of one that continues from its third step."""
     folder = tmp_path_factory.mktemp("two-ranks")
     make = recipe_maker(shapes, folder)
-    jobs = [{"recipe": recipe_of(make, name, folder).model_dump(mode="json")} for name in CONFIGURATIONS]
+    jobs = [{"recipe": recipe_of(make, name, folder).model_dump(mode="json")} for name in CONFIGURATIONS | PER_RANK]
     for name in RESUMED:
         again = recipe_of(make, name, folder / "continued").model_dump(mode="json")
         jobs.append({"recipe": again, "resume": str(folder / name / "checkpoints" / "step-00000003")})

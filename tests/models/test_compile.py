@@ -1,6 +1,7 @@
 """torch.compile of a ViT's blocks changes no number that matters, and needs no new graph for every mask."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -32,6 +33,30 @@ def test_compiled_blocks_equal_eager_ones(head):
     for (name, one), other in zip(compiled.named_parameters(), eager.parameters()):
         if other.grad is not None:
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_no_graph_a_block_and_none_a_mask(monkeypatch):
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
+    torch._dynamo.reset()
+    # Every block with a drop path of its own: more graphs than torch's own limit, after which it would compile none.
+    options = TINY_VIT | {"depth": 12, "drop_path_rate": 0.1}
+    segmenter = build_segmenter("timm/vit_tiny_patch16_224", 3, image_size=128, backbone_options=options)
+    segmenter.compile_blocks()
+    grid = segmenter.unit_grid(128, 128)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for number in range(3):
+            segmenter(torch.randn(2, 3, 128, 128)).sum().backward()
+            visible = sample_visible(2, grid, 5, torch.Generator().manual_seed(number))
+            segmenter(torch.randn(2, 3, 128, 128), visible).sum().backward()
+            if number == 0:
+                first = len(graphs)
+    assert len(graphs) == first
 
 
 def test_a_segformer_is_not_compiled():
