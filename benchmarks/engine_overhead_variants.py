@@ -1,0 +1,228 @@
+"""What engine_overhead compares: one supervised step under torch's DDP and under our engine at every ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from maskmatch_scale.engine.ema import autocast, autocast_dtype
+from maskmatch_scale.engine.optim import base_lr, parameter_groups
+from maskmatch_scale.engine.setup import Runtime
+from maskmatch_scale.engine.zero import ZeroEngine
+from maskmatch_scale.method.losses import cross_entropy_sum
+from maskmatch_scale.models import Segmenter, build_segmenter
+from maskmatch_scale.recipe import Recipe, parse_recipe
+
+LR = 1e-4
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to take the step.
+
+    `ddp` is what a user of plain torch writes; `alone` is that without a word between the ranks, the control of the
+    check that all variants do the same work; `deepspeed` is our ZeroEngine.
+    """
+
+    library: str
+    precision: str
+    zero_stage: int | None = None
+    persistence: int | None = None
+    """stage3_param_persistence_threshold, elements; None: DeepSpeed's default (1e5)."""
+    fused: bool = False
+    """DDP with torch's fused AdamW; all others take torch's AdamW as it comes."""
+
+    @property
+    def name(self) -> str:
+        """For tables and plots."""
+        stage = "" if self.zero_stage is None else f" ZeRO-{self.zero_stage}"
+        more = "" if self.persistence is None else f", persistence {self.persistence}"
+        return f"{self.library}{stage} {self.precision}{more}{', fused AdamW' if self.fused else ''}"
+
+    @property
+    def baseline(self) -> Variant:
+        """DDP in the same arithmetic; DDP has no bf16 weights with fp32 masters, so bf16 is held against autocast."""
+        return Variant("ddp", "fp32" if self.precision == "fp32" else "autocast-bf16")
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Which row of a table this is."""
+        return {
+            "variant": self.name,
+            "library": self.library,
+            "zero_stage": self.zero_stage,
+            "precision": self.precision,
+            "persistence_threshold": self.persistence,
+        }
+
+
+FP32 = (
+    Variant("ddp", "fp32"),
+    Variant("ddp", "fp32", fused=True),
+    *(Variant("deepspeed", "fp32", stage) for stage in range(4)),
+    Variant("deepspeed", "fp32", 3, persistence=0),
+)
+BF16 = (
+    Variant("ddp", "autocast-bf16"),
+    *(Variant("deepspeed", "bf16", stage) for stage in (1, 2, 3)),
+    *(Variant("deepspeed", "autocast-bf16", stage) for stage in range(4)),
+)
+"""bf16 before autocast-bf16: DeepSpeed's autocast marks the process, and optimizers built after it look at the mark."""
+
+
+class Supervised(nn.Module):
+    """The labelled view alone: what every variant wraps."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy over the rank's pixels, and its sum (1,).
+
+        Args:
+            images: normalised fp32 (B, 3, H, W).
+            labels: int64 (B, H, W); every pixel counts.
+        """
+        logits = self.segmenter(images.to(next(self.segmenter.parameters()).dtype))
+        total = cross_entropy_sum(logits, labels, torch.ones_like(labels, dtype=torch.bool))
+        return total / labels.numel(), total.detach()[None]
+
+
+class Trainer(Protocol):
+    """A variant, built."""
+
+    student: Segmenter
+
+    def backward(self, images: Tensor, labels: Tensor) -> None:
+        """Forward and backward: gradients averaged over ranks, nothing updated yet."""
+
+    def update(self, number: int) -> None:
+        """Optimizer step ``number``, from 0."""
+
+    def weights(self, *, keep: bool) -> dict[str, Tensor]:
+        """Whole fp32 weights on the CPU (of masters, where there are some); all ranks call it together."""
+
+
+class DdpTrainer:
+    """Plain torch: DistributedDataParallel with gradients as views of its buckets, AdamW over the same groups."""
+
+    def __init__(self, segmenter: Segmenter, recipe: Recipe, runtime: Runtime, variant: Variant) -> None:
+        self.student = segmenter
+        module: nn.Module = Supervised(segmenter)
+        if variant.library == "ddp":
+            devices = [runtime.device] if runtime.device.type == "cuda" else None
+            module = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+        self._module = module
+        self._device = runtime.device
+        self._dtype = autocast_dtype(recipe)
+        groups = parameter_groups(segmenter, recipe.optim)
+        lr = base_lr(recipe, runtime.world_size)
+        # None, not False: then torch chooses as it does for everyone who leaves the argument out.
+        self._optimizer = torch.optim.AdamW(groups, lr=lr, betas=recipe.optim.betas, fused=variant.fused or None)
+
+    def backward(self, images: Tensor, labels: Tensor) -> None:
+        """See `Trainer`."""
+        with autocast(self._device, self._dtype):
+            loss, _ = self._module(images, labels)
+        loss.backward()
+
+    def update(self, number: int) -> None:
+        """See `Trainer`."""
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def weights(self, *, keep: bool) -> dict[str, Tensor]:
+        """See `Trainer`."""
+        return {name: value.detach().cpu() for name, value in self.student.named_parameters() if keep}
+
+
+class ZeroTrainer:
+    """Our engine, as `train.py` drives it."""
+
+    def __init__(self, segmenter: Segmenter, recipe: Recipe, runtime: Runtime) -> None:
+        self.student = segmenter
+        self.engine = ZeroEngine(Supervised(segmenter), segmenter, recipe, runtime)
+
+    @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's own engine, to look into."""
+        return self.engine._engine
+
+    def backward(self, images: Tensor, labels: Tensor) -> None:
+        """See `Trainer`."""
+        loss, _ = self.engine.forward(images, labels)
+        self.engine.backward(loss)
+
+    def update(self, number: int) -> None:
+        """See `Trainer`."""
+        self.engine.step(number)
+
+    def weights(self, *, keep: bool) -> dict[str, Tensor]:
+        """See `Trainer`."""
+        return self.engine.full_fp32_parameters(keep=keep)
+
+
+def build_trainer(variant: Variant, segmenter: Segmenter, recipe: Recipe, runtime: Runtime) -> Trainer:
+    """The variant around ``segmenter``, which it takes over."""
+    if variant.library == "deepspeed":
+        return ZeroTrainer(segmenter, recipe, runtime)
+    return DdpTrainer(segmenter, recipe, runtime, variant)
+
+
+def build_student(options: dict[str, Any], backbone: str, device: torch.device) -> Segmenter:
+    """The same random weights at every call and on every rank; no context decoder, for no view is masked."""
+    torch.manual_seed(0)
+    segmenter = build_segmenter(
+        backbone,
+        options["classes"],
+        head="linear",
+        image_size=options["image_size"],
+        context=False,
+        backbone_options=options["backbone_options"],
+    )
+    return segmenter.to(device).train()
+
+
+def build_recipe(variant: Variant, options: dict[str, Any], folder: Path, more: dict[str, Any] | None = None) -> Recipe:
+    """A recipe whose `engine` and `optim` sections are the variant's: constant learning rate, never clipped.
+
+    Args:
+        variant: stage, precision and persistence threshold.
+        options: of the benchmark; `batch` images a rank.
+        folder: of this rank alone; the file with further settings of DeepSpeed is put there.
+        more: further keys of DeepSpeed's `zero_optimization`.
+    """
+    zero = dict(more or {})
+    if variant.persistence is not None:
+        zero["stage3_param_persistence_threshold"] = variant.persistence
+    engine: dict[str, Any] = {"micro_batch": options["batch"], "precision": variant.precision, "threads": 1}
+    engine["zero_stage"] = variant.zero_stage or 0
+    if zero and variant.library == "deepspeed":
+        file = folder / f"{'-'.join(f'{key}={value}' for key, value in zero.items())}.json"
+        file.write_text(json.dumps({"zero_optimization": zero}))
+        engine["deepspeed_json"] = str(file)
+    return parse_recipe(
+        {
+            "data": {"root": "none"},
+            "model": {"backbone": options["backbone"]},
+            "optim": {"lr": LR, "schedule": "constant", "clip_norm": None},
+            "engine": engine,
+            "run": {"dir": "none", "steps": 1_000_000},
+        }
+    )
+
+
+def build_batch(options: dict[str, Any], runtime: Runtime, images: int) -> tuple[Tensor, Tensor]:
+    """Noise, another on every rank: fp32 images (B, 3, H, W) and int64 labels (B, H, W)."""
+    draw = torch.Generator().manual_seed(1000 + runtime.rank)
+    side = options["image_size"]
+    pixels = torch.randn(images, 3, side, side, generator=draw)
+    labels = torch.randint(0, options["classes"], (images, side, side), generator=draw)
+    return pixels.to(runtime.device), labels.to(runtime.device)
