@@ -37,13 +37,14 @@ lint: install ## ruff, mypy --strict, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: install ## benchmarks into benchmarks/results, about 40 minutes on one core
+bench: install ## benchmarks into benchmarks/results, about 50 minutes on two cores
 	$(BIN)/python -m benchmarks.masked_vs_full --out benchmarks/results/masked_vs_full.json
 	$(BIN)/python -m benchmarks.masked_vs_full --out benchmarks/results/masked_vs_full_vit_base.json \
 		--backbone timm/vit_base_patch16_224 --batch 1 --keep 0.3
 	$(BIN)/python -m benchmarks.masked_vs_full --out benchmarks/results/masked_vs_full_bfloat16.json \
 		--backbone transformers/segformer-b2 --dtype bfloat16 --keep 0.3
 	$(BIN)/python -m benchmarks.train_step --out benchmarks/results/train_step.json
+	$(BIN)/python -m benchmarks.engine_overhead --out benchmarks/results/engine_overhead.json
 
 clean: ## what the other targets made, but not runs and data
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

@@ -114,7 +114,7 @@ def draw(rows: Sequence[Mapping[str, Any]], memory: Sequence[Mapping[str, Any]])
     left.set_yticks(places, names, fontsize=8)
     left.invert_yaxis()
     left.set_xlim(0.8, max(1.45, max(row["ratio"] for row in rows) + 0.1))
-    left.set_xlabel("a step's wall time as a multiple of DDP's in the same arithmetic (red: asked for at most)")
+    left.set_xlabel("wall time of a step as a multiple of DDP's (red: target)")
     states = [row for row in memory if row["part"] == "student" and row["moment"] == "before the optimizer's step"]
     places = range(len(states))
     right.barh(
@@ -125,7 +125,7 @@ def draw(rows: Sequence[Mapping[str, Any]], memory: Sequence[Mapping[str, Any]])
     )
     right.set_yticks(places, [f"{r['variant'].removeprefix('deepspeed ')}\n{r['formula']}" for r in states], fontsize=7)
     right.invert_yaxis()
-    right.set_xlabel("weights, gradients, masters and AdamW's moments on a rank, 10⁶ bytes")
+    right.set_xlabel("model states on a rank without the teacher, 10⁶ bytes")
     right.legend(frameon=False)
     return figure
 
