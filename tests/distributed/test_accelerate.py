@@ -11,6 +11,7 @@ import pytest
 from maskmatch_scale.train import train
 from maskmatch_scale.trained import open_run
 from tests.conftest import TINY_VIT, recipe_maker
+from tests.distributed.launching import records
 
 pytestmark = pytest.mark.distributed
 
@@ -66,10 +67,6 @@ def two_ranks(tmp_path_factory, shapes):
     return folder
 
 
-def records(run, kind="train"):
-    return [r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
-
-
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_two_ranks_equal_one(two_ranks, make_recipe, tmp_path, name):
     # The reference: DeepSpeed at ZeRO-1, one process, no accumulation.
@@ -80,8 +77,7 @@ def test_two_ranks_equal_one(two_ranks, make_recipe, tmp_path, name):
     for one, two in zip(records(alone), records(two_ranks / name), strict=True):
         for key in ("loss", "loss_x", "loss_u", "loss_m", "coverage", "grad_norm"):
             # float32 sums in another order, over five steps of AdamW.
-            rel = 1e-3 if key == "grad_norm" else 2e-4
-            assert two[key] == (one[key] and pytest.approx(one[key], rel=rel, abs=1e-6)), (one["step"], key)
+            assert two[key] == (one[key] and pytest.approx(one[key], rel=2e-4, abs=1e-6)), (one["step"], key)
     for one, two in zip(records(alone, "eval"), records(two_ranks / name, "eval"), strict=True):
         assert two["weights"] == one["weights"]
         assert two["pixel_accuracy"] == pytest.approx(one["pixel_accuracy"], abs=2e-3)
@@ -89,13 +85,8 @@ def test_two_ranks_equal_one(two_ranks, make_recipe, tmp_path, name):
         expected, found = (open_run(run, weights)[1].state_dict() for run in (alone, two_ranks / name))
         assert expected.keys() == found.keys()
         for key in expected:
-            difference = (expected[key].float() - found[key].float()).abs()
-            if name != "segformer-synchronised":
-                assert difference.max() < 2e-5, (weights, key)
-            elif not key.endswith("proj.bias"):
-                # A bias before BatchNorm has no gradient but rounding, of which Adam makes whole steps. The teacher, in
-                # eval mode, sees it, and labels near a tie turn: single weights with hardly a gradient follow.
-                assert difference.mean() < 5e-5, (weights, key)
+            # A tenth of one step of AdamW.
+            assert (expected[key].float() - found[key].float()).abs().max() < 1e-4, (weights, key)
 
 
 def test_two_ranks_continue_exactly(two_ranks):

@@ -75,7 +75,7 @@ def test_two_ranks_equal_one(two_ranks, make_recipe, tmp_path, name):
         expected, found = (open_run(run, weights)[1].state_dict() for run in (alone, two_ranks / name))
         assert expected.keys() == found.keys()
         for key in expected:
-            assert (expected[key].float() - found[key].float()).abs().max() < 2e-5, (name, weights, key)
+            assert (expected[key].float() - found[key].float()).abs().max() < 1e-4, (name, weights, key)
 
 
 @pytest.mark.parametrize("name", RESUMED)
