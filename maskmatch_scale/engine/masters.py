@@ -1,7 +1,7 @@
 """fp32 masters of 16-bit weights at ZeRO-1 and 2, and an average of them that is whole on every rank.
 
 There each rank holds a part of the masters. DeepSpeed's own way to a whole one is a sum over ranks a parameter: a few
-hundred small collectives, far slower than their bytes. Its masters lie in one piece a group, cut evenly among the ranks;
+hundred small collectives, far slower than their bytes. Its masters lie in one piece a group, cut evenly among ranks;
 so the average is laid out alike, and parts are gathered a few megabytes at a time.
 """
 
