@@ -220,7 +220,8 @@ def shards_write(
 @shards_app.command("verify", epilog="Example: maskmatch shards verify data/scores")
 def shards_verify(root: Annotated[Path, typer.Argument(help="Shard folder.")]) -> None:
     """Check sizes, checksums and samples of every shard against the index; names each fault."""
-    from maskmatch_scale.data.shards import ShardIndex, verify
+    from maskmatch_scale.data.index import ShardIndex
+    from maskmatch_scale.data.shards import verify
 
     faults = verify(root)
     for fault in faults:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskmatch_scale import __version__
-from maskmatch_scale.data.shards import ShardIndex
+from maskmatch_scale.data.index import ShardIndex
 from maskmatch_scale.data.stream import Batch, TrainingStream, batches
 from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.build import build_engine

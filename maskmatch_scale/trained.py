@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from maskmatch_scale.data.shards import ShardIndex
+from maskmatch_scale.data.index import ShardIndex
 from maskmatch_scale.engine.checkpoint import CheckpointError, find_checkpoint, load_weights
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.evaluation.evaluate import Window, evaluate_split

@@ -190,7 +190,7 @@ def test_timm_loads_its_other_vits(make_recipe, tmp_path, name, pool):
 
 def untrained_run(recipe):
     """Writes a run directory whose checkpoint holds random weights of the recipe's model, and gives that model."""
-    from maskmatch_scale.data.shards import ShardIndex
+    from maskmatch_scale.data.index import ShardIndex
 
     segmenter = build_student(recipe, ShardIndex.load(recipe.data.root), pretrained=False)
     with torch.no_grad():

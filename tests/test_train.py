@@ -109,7 +109,7 @@ def test_overfits_four_labelled_crops(make_recipe, tmp_path, family):
         run={"steps": 150 if family == "segformer" else 300, "evaluate_every": 0, "log_every": 50},
     )
     run = train(recipe)
-    from maskmatch_scale.data.shards import ShardIndex
+    from maskmatch_scale.data.index import ShardIndex
     from maskmatch_scale.data.stream import TrainingStream
     from maskmatch_scale.evaluation.miou import ConfusionMatrix
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from maskmatch_scale.data.shards import DataError
+from maskmatch_scale.data.faults import DataError
 
 
 def decode_image(data: bytes, name: str) -> Tensor:

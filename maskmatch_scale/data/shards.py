@@ -1,19 +1,11 @@
-"""Shard folders: the index of what is in them, and reading one sample by its place.
+"""Reading one sample of a shard folder by its place.
 
-A shard folder holds webdataset tar shards and one ``index.json``::
-
-    data/scores/
-      index.json
-      labelled-000000.tar      members: <key>.jpg <key>.png   (image, label map), keys adjacent
-      unlabelled-000000.tar    members: <key>.jpg             (no labels at all)
-
-A stream is a named list of shards. The place of a sample is (stream, number within the stream), shards in index order;
-a tar's member offsets are read from its headers once per process, after which a sample costs one seek.
+The place of a sample is (stream, number within the stream), shards in index order; a tar's member offsets are read from
+its headers once per process, after which a sample costs one seek.
 """
 
 from __future__ import annotations
 
-import hashlib
 import tarfile
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -22,93 +14,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.index import ShardEntry, ShardIndex, sha256
 
-from maskmatch_scale.errors import UserError
-
-INDEX_NAME = "index.json"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "webp", "png")
 """Member extensions read as the image, the first that is there; a ``.png`` beside another is the label map."""
-
-
-class DataError(UserError):
-    """Something is wrong with the data a user gave; the message names folder, shard or sample and what to do."""
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ShardEntry(_Frozen):
-    """One tar file of a stream."""
-
-    file: str
-    samples: int = Field(ge=1)
-    bytes: int = Field(ge=1)
-    sha256: str
-
-
-class StreamEntry(_Frozen):
-    """One named stream: its shards in order, and whether its samples carry label maps."""
-
-    labelled: bool
-    shards: tuple[ShardEntry, ...]
-
-    @property
-    def samples(self) -> int:
-        """Number of samples in all shards."""
-        return sum(shard.samples for shard in self.shards)
-
-
-class ShardIndex(_Frozen):
-    """The contents of ``index.json``."""
-
-    format: int = 1
-    source: str
-    """Name of the source that wrote the shards."""
-    settings: dict[str, object] = {}
-    """What the source was asked for (seed, sizes …): a restart with other settings is refused."""
-    classes: tuple[str, ...]
-    """Class names; a label map's value v < len(classes) is class ``classes[v]``."""
-    palette: tuple[tuple[int, int, int], ...]
-    """One RGB colour a class, 0–255, for pictures."""
-    ignore_index: int = 255
-    """Label value of pixels that count for nothing."""
-    streams: dict[str, StreamEntry]
-
-    @model_validator(mode="after")
-    def _ignore_index_is_no_class(self) -> ShardIndex:
-        if self.ignore_index < len(self.classes):
-            raise ValueError(f"ignore_index {self.ignore_index} is also class {self.classes[self.ignore_index]!r}")
-        return self
-
-    @classmethod
-    def load(cls, root: str | Path) -> ShardIndex:
-        """Read ``root/index.json``.
-
-        Raises:
-            DataError: no such folder, no index in it, or an index that does not parse.
-        """
-        root = Path(root)
-        path = root / INDEX_NAME
-        if not root.is_dir():
-            raise DataError(f"data.root={root}: no such folder; write shards first (`maskmatch shards write --help`)")
-        if not path.is_file():
-            raise DataError(
-                f"{path}: no index; an interrupted `maskmatch shards write` is finished by running it again"
-            )
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise DataError(f"{path}: {where}: {first['msg']}; write the shards again") from None
-
-    def stream(self, name: str) -> StreamEntry:
-        """The stream called ``name``; DataError naming the streams there are if there is none."""
-        if name not in self.streams:
-            raise DataError(f"stream {name!r} is not in the index; it has: {', '.join(self.streams)}")
-        return self.streams[name]
 
 
 @dataclass(frozen=True)
@@ -250,12 +160,3 @@ def _sample_faults(path: Path, shard: ShardEntry, labelled: bool) -> list[str]:
     if len(samples) != shard.samples:
         return [f"{path}: {len(samples)} samples where the index says {shard.samples}"]
     return [f"{path}: sample {s.key!r} has no label map" for s in samples if labelled and s.label is None]
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from maskmatch_scale.data.augment import WeakView, rare_class_pixel
 from maskmatch_scale.data.decode import decode_image, decode_label
-from maskmatch_scale.data.shards import DataError, RawSample, ShardStream
+from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.shards import RawSample, ShardStream
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.seeds import derive_seed, generator
 

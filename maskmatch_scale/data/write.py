@@ -30,15 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from maskmatch_scale.data.shards import (
-    IMAGE_EXTENSIONS,
-    INDEX_NAME,
-    DataError,
-    ShardEntry,
-    ShardIndex,
-    StreamEntry,
-    sha256,
-)
+from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.index import INDEX_NAME, ShardEntry, ShardIndex, ShardTable, StreamEntry, sha256
+from maskmatch_scale.data.shards import IMAGE_EXTENSIONS
 from maskmatch_scale.errors import UserError
 
 SAMPLES_PER_SHARD = 256
@@ -170,12 +164,12 @@ def write_shards(
             streams={
                 name: StreamEntry(
                     labelled=stream.labelled,
-                    shards=tuple(_entry(out / shard.file, len(shard.items)) for shard in shards[name]),
+                    shards=ShardTable(_entry(out / shard.file, len(shard.items)) for shard in shards[name]),
                 )
                 for name, stream in source.streams.items()
             },
         )
-        _replace(out / INDEX_NAME, index.model_dump_json(indent=2).encode())
+        _replace(out / INDEX_NAME, index.to_json())
         (out / _PLAN_NAME).unlink(missing_ok=True)
         return index
 

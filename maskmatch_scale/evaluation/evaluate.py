@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskmatch_scale.data.shards import ShardIndex
+from maskmatch_scale.data.index import ShardIndex
 from maskmatch_scale.data.stream import evaluation_samples
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.evaluation.miou import ConfusionMatrix

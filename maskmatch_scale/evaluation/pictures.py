@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskmatch_scale.data.shards import ShardIndex
+from maskmatch_scale.data.index import ShardIndex
 from maskmatch_scale.data.stream import evaluation_samples
 from maskmatch_scale.evaluation.evaluate import Window
 from maskmatch_scale.models.segmenter import Segmenter

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskmatch_scale.data.shards import ShardIndex
+from maskmatch_scale.data.index import ShardIndex
 from maskmatch_scale.export.load import Description
 from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.models import Segmenter

@@ -34,7 +34,8 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from maskmatch_scale import __version__
-from maskmatch_scale.data.shards import DataError, ShardIndex
+from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.index import ShardIndex
 from maskmatch_scale.engine.checkpoint import CheckpointError, find_checkpoint
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.card import model_card

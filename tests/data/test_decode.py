@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from maskmatch_scale.data.decode import decode_image, decode_label
-from maskmatch_scale.data.shards import DataError
+from maskmatch_scale.data.faults import DataError
 
 
 def encoded(pixels, kind, **options):

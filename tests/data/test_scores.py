@@ -13,7 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskmatch_scale.data.shards import DataError, ShardStream, verify
+from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.shards import ShardStream, verify
 from maskmatch_scale.data.sources import scores_corpus
 from maskmatch_scale.data.sources.ageing import MARGIN, bend
 from maskmatch_scale.data.sources.scores import FONTS, HELD_OUT_FONT, Page, ScoresSource, render_page

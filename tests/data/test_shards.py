@@ -7,7 +7,9 @@ import tarfile
 
 import pytest
 
-from maskmatch_scale.data.shards import DataError, ShardIndex, ShardStream, verify
+from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.data.shards import ShardStream, verify
 
 
 @pytest.fixture

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from maskmatch_scale.data.shards import DataError, ShardIndex, ShardStream
+from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.data.shards import ShardStream
 from maskmatch_scale.data.stream import Order, TrainingStream, batches, draw_labelled, evaluation_samples
 from maskmatch_scale.method.maskmatch import class_weights
 

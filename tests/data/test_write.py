@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskmatch_scale.data.shards import DataError, ShardIndex, ShardStream, verify
+from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.data.shards import ShardStream, verify
 from maskmatch_scale.data.write import EncodedSample, Stream, write_shards
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from maskmatch_scale.data.shards import ShardIndex
+from maskmatch_scale.data.index import ShardIndex
 from maskmatch_scale.data.stream import TrainingStream
 from maskmatch_scale.method.maskmatch import MaskMatch
 from maskmatch_scale.trained import build_student

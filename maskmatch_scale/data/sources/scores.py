@@ -48,7 +48,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskmatch_scale.data.shards import DataError
+from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.sources.ageing import MARGIN, age, bend, encode_jpeg
 from maskmatch_scale.data.sources.scores_corpus import (
     REPERTORIES,

@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
-from maskmatch_scale.data.shards import DataError
+from maskmatch_scale.data.faults import DataError
 
 REPERTORIES: dict[str, tuple[str, ...]] = {
     "chorale": ("bach",),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskmatch_scale.data.shards import DataError
+from maskmatch_scale.data.faults import DataError
 
 CLASSES = (
     "background",

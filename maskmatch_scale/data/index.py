@@ -1,0 +1,258 @@
+"""The index of a shard folder: what lies in which shard.
+
+A shard folder holds webdataset tar shards and one ``index.json``::
+
+    data/scores/
+      index.json
+      labelled-000000.tar      members: <key>.jpg <key>.png   (image, label map), keys adjacent
+      unlabelled-000000.tar    members: <key>.jpg             (no labels at all)
+
+A stream is a named list of shards. The list is kept in columns, so that a million shards cost a few hundred bytes each
+in the file and about a hundred in memory, and workers that are forked share them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
+
+from maskmatch_scale.data.faults import DataError
+
+INDEX_NAME = "index.json"
+FORMAT = 1
+_SHA256_BYTES = 32
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShardEntry(_Frozen):
+    """One tar file of a stream."""
+
+    file: str
+    """Relative to the index, or an absolute path or URL."""
+    samples: int = Field(ge=1)
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class ShardTable(Sequence[ShardEntry]):
+    """The shards of a stream, in columns: a sequence of :class:`ShardEntry` that are made when they are asked for.
+
+    Args:
+        entries: one mapping (as in ``index.json``) or :class:`ShardEntry` a shard.
+
+    Raises:
+        ValueError: an entry lacks a field, or has one of another type or range; names the entry.
+    """
+
+    samples: NDArray[np.int64]
+    """Samples a shard."""
+    bytes: NDArray[np.int64]
+    """Bytes a shard."""
+
+    def __init__(self, entries: Iterable[Mapping[str, Any] | ShardEntry]) -> None:
+        rows = [entry.model_dump() if isinstance(entry, ShardEntry) else entry for entry in entries]
+        try:
+            files = [row["file"].encode() for row in rows]
+            self.samples = np.array([row["samples"] for row in rows], dtype=np.int64)
+            self.bytes = np.array([row["bytes"] for row in rows], dtype=np.int64)
+            digests = b"".join([bytes.fromhex(row["sha256"]) for row in rows])
+            well_formed = (
+                len(digests) == _SHA256_BYTES * len(rows)
+                and all(len(row) == 4 for row in rows)
+                and bool((self.samples >= 1).all() and (self.bytes >= 1).all())
+                and all(files)
+            )
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
+            well_formed = False
+        if not well_formed:
+            raise ValueError(_first_fault(rows))
+        self._names = b"".join(files)
+        self._ends = np.cumsum(np.array([len(file) for file in files], dtype=np.int64))
+        self._digests = digests
+        self.starts: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.samples)])
+        """Number of the first sample of every shard in the stream, and the number of all at the end."""
+
+    def __len__(self) -> int:
+        """Number of shards."""
+        return len(self.samples)
+
+    def file(self, number: int) -> str:
+        """File of shard ``number``, as the index has it."""
+        start = int(self._ends[number - 1]) if number else 0
+        return self._names[start : int(self._ends[number])].decode()
+
+    def sha256(self, number: int) -> str:
+        """Hex digest of shard ``number``."""
+        return self._digests[number * _SHA256_BYTES : (number + 1) * _SHA256_BYTES].hex()
+
+    @overload
+    def __getitem__(self, number: int) -> ShardEntry: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[ShardEntry]: ...
+
+    def __getitem__(self, number: int | slice) -> ShardEntry | Sequence[ShardEntry]:
+        """Entry ``number``, or those of a slice."""
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        return ShardEntry.model_construct(
+            file=self.file(number),
+            samples=int(self.samples[number]),
+            bytes=int(self.bytes[number]),
+            sha256=self.sha256(number),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether two tables list the same shards."""
+        return isinstance(other, ShardTable) and self.as_json() == other.as_json()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """What :meth:`__init__` takes."""
+        return [
+            {"file": file, "samples": samples, "bytes": size, "sha256": self.sha256(number)}
+            for number, (file, samples, size) in enumerate(
+                zip(self._files(), self.samples.tolist(), self.bytes.tolist(), strict=True)
+            )
+        ]
+
+    def _files(self) -> Iterator[str]:
+        start = 0
+        for end in self._ends.tolist():
+            yield self._names[start:end].decode()
+            start = end
+
+
+def _first_fault(rows: Sequence[Any]) -> str:
+    for number, row in enumerate(rows):
+        try:
+            ShardEntry.model_validate(row, strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            return f"{number}.{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return "an entry is not what a shard's entry must be"
+
+
+def _as_table(value: object) -> ShardTable:
+    if isinstance(value, ShardTable):
+        return value
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+        raise ValueError("a list of shards is needed")
+    return ShardTable(value)
+
+
+class StreamEntry(_Frozen):
+    """One named stream: its shards in order, and whether its samples carry label maps."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    labelled: bool
+    shards: Annotated[ShardTable, PlainValidator(_as_table), PlainSerializer(ShardTable.as_json)]
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all shards."""
+        return int(self.shards.starts[-1])
+
+
+class ShardIndex(_Frozen):
+    """The contents of ``index.json``."""
+
+    format: int = FORMAT
+    source: str
+    """Name of the source that wrote the shards."""
+    settings: dict[str, object] = {}
+    """What the source was asked for (seed, sizes …): a restart with other settings is refused."""
+    classes: tuple[str, ...] = ()
+    """Class names; a label map's value v < len(classes) is class ``classes[v]``. Empty where nothing is labelled."""
+    palette: tuple[tuple[int, int, int], ...] = ()
+    """One RGB colour a class, 0–255, for pictures."""
+    ignore_index: int = Field(default=255, ge=0, le=255)
+    """Label value of pixels that count for nothing."""
+    streams: dict[str, StreamEntry]
+
+    @model_validator(mode="after")
+    def _sound(self) -> ShardIndex:
+        if self.ignore_index < len(self.classes):
+            raise ValueError(f"ignore_index {self.ignore_index} is also class {self.classes[self.ignore_index]!r}")
+        if len(self.palette) != len(self.classes):
+            raise ValueError(f"palette: {len(self.palette)} colours for {len(self.classes)} classes")
+        labelled = [name for name, stream in self.streams.items() if stream.labelled]
+        if labelled and not self.classes:
+            raise ValueError(f"classes: stream {labelled[0]!r} is labelled, but no class has a name")
+        if self.format != FORMAT:
+            raise ValueError(f"format {self.format} is unknown; this version reads {FORMAT}")
+        return self
+
+    @classmethod
+    def load(cls, root: str | Path) -> ShardIndex:
+        """Read ``root/index.json``; ``root`` may also be the path of an index itself.
+
+        Raises:
+            DataError: no such folder, no index in it, or an index that does not parse.
+        """
+        root = Path(root)
+        path = root if root.suffix == ".json" else root / INDEX_NAME
+        if not path.parent.is_dir():
+            raise DataError(f"data.root={root}: no such folder; write shards first (`maskmatch shards write --help`)")
+        if not path.is_file():
+            raise DataError(
+                f"{path}: no index; an interrupted `maskmatch shards write` is finished by running it again"
+            )
+        return cls.parse(path.read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> ShardIndex:
+        """Read the bytes of an ``index.json``; ``where`` names them in messages.
+
+        Raises:
+            DataError: they do not parse.
+        """
+        try:
+            return cls.model_validate(json.loads(data))
+        except ValidationError as error:
+            first = error.errors()[0]
+            at = ".".join(map(str, first["loc"])) or "the file"
+            message = first["msg"].removeprefix("Value error, ")
+            raise DataError(f"{where}: {at}: {message}; write the shards again") from None
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON ({error}); write the shards again") from None
+
+    def to_json(self) -> bytes:
+        """What :meth:`parse` reads: one line a shard."""
+        content = self.model_dump(mode="json")
+        streams = content.pop("streams")
+        head = json.dumps(content, indent=1, ensure_ascii=False)[:-2]
+        parts = []
+        for name, stream in streams.items():
+            shards = ",\n".join(f"   {json.dumps(shard)}" for shard in stream["shards"])
+            labelled = json.dumps(stream["labelled"])
+            parts.append(f'  {json.dumps(name)}: {{\n  "labelled": {labelled},\n  "shards": [\n{shards}\n  ]}}')
+        return f'{head},\n "streams": {{\n{",".join(parts)}\n }}\n}}\n'.encode()
+
+    def stream(self, name: str) -> StreamEntry:
+        """The stream called ``name``; DataError naming the streams there are if there is none."""
+        if name not in self.streams:
+            raise DataError(f"stream {name!r} is not in the index; it has: {', '.join(self.streams)}")
+        return self.streams[name]
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
