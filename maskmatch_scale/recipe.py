@@ -44,21 +44,66 @@ def _ascending(value: tuple[float, float]) -> tuple[float, float]:
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+BadSamples = Literal["fail", "skip"]
 SidesPx = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(_pair)]
 ScaleRange = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
+
+
+class SourceRecipe(Section):
+    """One of several sources of labelled or unlabelled samples."""
+
+    root: str
+    """Shard folder: a local one, or a URL."""
+    stream: str | None = None
+    """Stream of its index; null = `labelled` or `unlabelled`, as the list that it stands in."""
+    name: str | None = None
+    """What its order is drawn from; null = the stream's name. Sources of one list need different ones."""
+    weight: Positive = 1.0
+    """Its share of the samples, relative to the others'."""
 
 
 class DataRecipe(Section):
     """Where samples come from, and the weak view made of them."""
 
     root: str
-    """Shard folder: tar shards and their index.json (`maskmatch shards write`)."""
-    labelled_count: Annotated[int, Field(ge=1)] | None = None
-    """How many labelled samples are drawn from the `labelled` stream; null = all of them."""
+    """Shard folder: tar shards and their index.json (`maskmatch shards write`). A local folder, an http(s):// URL, or
+    any that fsspec opens (s3://, gs://)."""
+    labelled: tuple[SourceRecipe, ...] = ()
+    """Sources of labelled samples; empty = the stream `labelled` of `root`. All must have the classes of `root`."""
+    unlabelled: tuple[SourceRecipe, ...] = ()
+    """Sources of unlabelled samples; empty = the stream `unlabelled` of `root`. Labels in their shards are not read."""
+    labelled_count: Annotated[int, Field(ge=0)] | None = None
+    """How many labelled samples are drawn from the labelled sources; null = all of them. 0 = a run without labels,
+    which needs `model.pretrained`."""
     split_seed: int = 0
     """Which labelled samples are drawn."""
     unlabelled_per_labelled: Annotated[int, Field(ge=1)] = 1
-    """Unlabelled images in a batch for each labelled one."""
+    """Unlabelled images in a batch for each labelled one (for each of `engine.micro_batch` in a run without labels)."""
+    shuffle_window: Annotated[int, Field(ge=1)] = 4096
+    """Samples that are shuffled with each other, within shards that are shuffled as wholes. 1 = shards alone."""
+    lanes: Annotated[int, Field(ge=1)] | None = None
+    """Parts of an epoch that are read side by side; null = as many as ranks, so that each reads shards of its own. A
+    number keeps the order the same whatever the ranks; it must divide the labelled images of a global micro-batch."""
+    bad_labelled: BadSamples = "fail"
+    """A labelled sample that cannot be used: fail = the run stops and names it; skip = another takes its place."""
+    bad_unlabelled: BadSamples = "skip"
+    """Likewise for unlabelled samples. Skipped ones are counted in metrics.jsonl and listed in RUN/skipped/."""
+    max_bad_share: Probability = 0.01
+    """Share of the samples read that may be skipped before the run stops."""
+    max_image_px: Annotated[int, Field(ge=1)] = 100_000_000
+    """Largest image, in pixels, that is decoded; a larger one is a bad sample."""
+    exif_orientation: bool = False
+    """Turn unlabelled images as their EXIF data says. Labelled ones stay as they are stored, as their label maps do."""
+    cache_dir: str | None = None
+    """Folder for shards fetched from elsewhere, shared by the ranks of a machine; null = ~/.cache/maskmatch_scale."""
+    cache_gb: Positive = 50.0
+    """Bound on that folder, in 10⁹ bytes; what was used least recently goes first."""
+    fetch_timeout_s: Positive = 60.0
+    """Seconds without data after which a fetch is tried again."""
+    fetch_attempts: Annotated[int, Field(ge=1)] = 8
+    """Tries of a fetch, with growing pauses, before the shard counts as unreadable."""
+    allow_pipe: bool = False
+    """Whether an index may name `pipe:` shards, which run a shell command."""
     crop_px: SidesPx = (512, 512)
     """Height and width of a training crop in px (one number: a square)."""
     scale_range: ScaleRange = (0.5, 2.0)
