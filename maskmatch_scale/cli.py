@@ -15,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from maskmatch_scale.errors import TrainingStopped, UserError
+from maskmatch_scale.shards_cli import shards_app
 
 app = typer.Typer(
     help="Semi-supervised segmentation with MaskMatch: train, evaluate, report.",
@@ -23,7 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-shards_app = typer.Typer(help="Write and check shard folders.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards")
 
 MISTAKE = 2
@@ -189,56 +189,6 @@ def doctor(
     table.add_column(overflow="fold")
     for name, value in (found if backbone is None else explain(found)).items():
         table.add_row(name, value)
-    Console().print(table)
-
-
-@shards_app.command("write", epilog="Example: maskmatch shards write scores data/scores")
-def shards_write(
-    source: Annotated[str, typer.Argument(help="Source: scores.")],
-    out: Annotated[Path, typer.Argument(help="Shard folder to write.")],
-    seed: Annotated[int, typer.Option(help="Of the split and the ageing.")] = 0,
-    labelled: Annotated[int, typer.Option(min=0, help="Pages with labels, in one font.")] = 16,
-    unlabelled: Annotated[int, typer.Option(min=0, help="Pages without, in four fonts.")] = 290,
-    dev: Annotated[int, typer.Option(min=0, help="Pages for choosing hyper-parameters, in four fonts.")] = 16,
-    val: Annotated[int, typer.Option(min=0, help="Held-out pages, in four fonts.")] = 32,
-    val_font: Annotated[int, typer.Option(min=0, help="Held-out pages in a fifth font.")] = 16,
-    size: Annotated[int, typer.Option(min=64, help="Side of a page, px.")] = 512,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: the cores.")] = None,
-) -> None:
-    """Write a data set as shards: deterministic, restartable after a kill, at once if they are there already."""
-    if source != "scores":
-        raise UserError(f"source {source!r} is unknown; there is: scores")
-    from maskmatch_scale.data.sources.scores import ScoresSource
-    from maskmatch_scale.data.write import write_shards
-
-    pages = ScoresSource(
-        seed=seed, labelled=labelled, unlabelled=unlabelled, dev=dev, val=val, val_font=val_font, size=size
-    )
-    _print_index(write_shards(pages, out, workers=workers), out)
-
-
-@shards_app.command("verify", epilog="Example: maskmatch shards verify data/scores")
-def shards_verify(root: Annotated[Path, typer.Argument(help="Shard folder.")]) -> None:
-    """Check sizes, checksums and samples of every shard against the index; names each fault."""
-    from maskmatch_scale.data.index import ShardIndex
-    from maskmatch_scale.data.shards import verify
-
-    faults = verify(root)
-    for fault in faults:
-        print(fault, file=sys.stderr)  # noqa: T201
-    if faults:
-        raise UserError(f"{root}: {len(faults)} faults, named above")
-    _print_index(ShardIndex.load(root), root)
-
-
-def _print_index(index: Any, root: Path) -> None:
-    table = Table(title=f"{root}: {len(index.classes)} classes")
-    for column in ("stream", "labels", "samples", "shards", "MB"):
-        table.add_column(column, justify="left" if column == "stream" else "right")
-    for name, stream in index.streams.items():
-        size = sum(shard.bytes for shard in stream.shards) / 1e6
-        labels = "yes" if stream.labelled else "no"
-        table.add_row(name, labels, str(stream.samples), str(len(stream.shards)), f"{size:.1f}")
     Console().print(table)
 
 

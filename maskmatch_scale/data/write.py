@@ -32,7 +32,7 @@ from typing import Any, Protocol
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.index import INDEX_NAME, ShardEntry, ShardIndex, ShardTable, StreamEntry, sha256
-from maskmatch_scale.data.shards import IMAGE_EXTENSIONS
+from maskmatch_scale.data.tar import IMAGE_EXTENSIONS
 from maskmatch_scale.errors import UserError
 
 SAMPLES_PER_SHARD = 256
