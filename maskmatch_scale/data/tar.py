@@ -49,7 +49,7 @@ _KINDS = {
     ord("6"): "a pipe",
     _SPARSE: "a sparse file",
 }
-_META = re.compile(r"__[^/]*__($|/)")
+_META = re.compile(r"__[^/]*__($|[/.])")
 _PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
 _PAX_SIZE = re.compile(rb"\d{1,18}")
 _NOT_A_TAR = {
@@ -149,9 +149,9 @@ def read_table(file: BinaryIO, shard: str, *, labelled: bool) -> TarTable:
     """Read the headers of a tar and group its members into samples, as webdataset does.
 
     A member's key is its name up to the first dot of the base name, its extension the rest in lower case; a leading
-    ``./`` does not count. Members of no extension, hidden ones (``._a.jpg``), directories and ``__meta__`` names are
-    passed over, and so are other members of a sample (``.json``, ``.txt`` …). A pickled member makes a sample bad only
-    where the image or label map is missing without it.
+    ``./`` does not count. Members of no extension, hidden ones (``._a.jpg``), directories and names that begin with
+    ``__meta__`` or alike are passed over, and so are other members of a sample (``.json``, ``.txt`` …). A pickled
+    member makes a sample bad only where the image or label map is missing without it.
 
     Costs 4.6 to 7 µs a member (10,000 members of 0.4 to 40 kB in the page cache, one core), where ``tarfile`` takes 18
     to 20; with a pax header in front of each, 10 instead of 44.
@@ -180,9 +180,13 @@ def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
     """``size`` bytes, or fewer at the end of the file."""
     file.seek(offset)
     data = file.read(size)
-    while len(data) < size and (more := file.read(size - len(data))):  # an unbuffered file may return less
-        data += more
-    return data
+    if len(data) == size or not data:
+        return data
+    parts, missing = [data], size - len(data)
+    while missing and (data := file.read(missing)):  # an unbuffered file may return less than it has
+        parts.append(data)
+        missing -= len(data)
+    return b"".join(parts)
 
 
 class _Headers:
