@@ -64,7 +64,7 @@ def members(draw):
     return info
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.lists(members(), min_size=1, max_size=6), st.sampled_from([*FORMATS.values()]), st.booleans())
 def test_headers_are_those_tarfile_reads(infos, tar_format, global_header):
     buffer = io.BytesIO()
