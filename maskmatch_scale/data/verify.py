@@ -89,7 +89,7 @@ def verify(
         DataError: no index, or one that does not parse; a process was killed.
     """
     index = index or ShardIndex.load(root)
-    open_shard = open_shard or _LocalFolder(Path(root).parent if Path(root).suffix == ".json" else Path(root))
+    open_shard = open_shard or LocalShards(Path(root))
     check = _Check(len(index.classes), index.ignore_index, deep, max_pixels, open_shard)
     shards = sum(len(stream.shards) for stream in index.streams.values())
     if workers is None:
@@ -99,13 +99,18 @@ def verify(
 
 
 @dataclass(frozen=True)
-class _LocalFolder:
-    """Opens shards of a local folder."""
+class LocalShards:
+    """Opens shards of a local folder.
 
-    folder: Path
+    Args:
+        root: the folder, or its index.
+    """
+
+    root: Path
 
     def __call__(self, file: str) -> BinaryIO:
-        path = self.folder / file
+        """Open a shard by its name in the index."""
+        path = (self.root.parent if self.root.suffix == ".json" else self.root) / file
         if not path.is_file():  # a pipe would wait for ever
             raise FileNotFoundError(f"{path}: the index names this shard but the file is not there")
         return path.open("rb")
