@@ -305,6 +305,7 @@ class Recipe(Section):
 
     def _unsound(self) -> Iterator[tuple[bool, str]]:
         """Combinations that train wrongly or not at all: whether the recipe has one, the reason and what to do."""
+        yield from self._unsound_without_labels()
         engine, accelerate = self.engine, self.engine.library == "accelerate"
         stage, precision = f"engine.zero_stage={engine.zero_stage}", f"engine.precision={engine.precision}"
         yield (
@@ -361,6 +362,29 @@ class Recipe(Section):
             bool(self.run.max_nonfinite_steps) and engine.accumulation > 1,
             f"run.max_nonfinite_steps={self.run.max_nonfinite_steps} with engine.accumulation={engine.accumulation}: "
             "a step cannot be left out half way; set the first to 0 or the second to 1",
+        )
+
+    def _unsound_without_labels(self) -> Iterator[tuple[bool, str]]:
+        none, method = self.data.labelled_count == 0, self.method
+        yield (
+            none and not isinstance(self.model.pretrained, str),
+            f"data.labelled_count=0 with model.pretrained={json.dumps(self.model.pretrained)}: without labels the "
+            "teacher must be a trained segmenter from the start; name a run, a checkpoint or an export in model.pretrained",
+        )
+        yield (
+            none and method.burn_in > 0,
+            f"data.labelled_count=0 with method.burn_in={method.burn_in}: a burn-in has the labelled loss alone, and "
+            "there is none; set method.burn_in=0",
+        )
+        unlabelled = method.base != "supervised" and method.unlabelled_weight > 0
+        yield (
+            none and not unlabelled and (method.mask.keep is None or method.mask.weight == 0),
+            "data.labelled_count=0 and no unlabelled loss (method.base, method.unlabelled_weight, method.mask): there "
+            "is nothing to learn from",
+        )
+        yield (
+            none and bool(self.data.labelled),
+            "data.labelled_count=0 with sources in data.labelled: leave one of them out",
         )
 
     @property

@@ -20,11 +20,18 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskmatch_scale import __version__
-from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.data.faults import REASONS
+from maskmatch_scale.data.shards import load_index
 from maskmatch_scale.data.stream import Batch, TrainingStream, batches
 from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.build import build_engine
-from maskmatch_scale.engine.checkpoint import check_checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from maskmatch_scale.engine.checkpoint import (
+    check_checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    load_stream_state,
+    save_checkpoint,
+)
 from maskmatch_scale.engine.ema import StoredTeacher, autocast, autocast_dtype, build_teacher
 from maskmatch_scale.engine.optim import base_lr
 from maskmatch_scale.engine.setup import Place, Runtime
@@ -42,8 +49,9 @@ from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.record.metrics import MetricsLog
 from maskmatch_scale.record.progress import TrainingProgress
 from maskmatch_scale.record.report import write_report
+from maskmatch_scale.record.skips import Skips
 from maskmatch_scale.seeds import derive_seed
-from maskmatch_scale.trained import build_student, window_of
+from maskmatch_scale.trained import RunData, build_student, describe_data, window_of
 
 log = logging.getLogger("maskmatch_scale")
 
@@ -64,8 +72,9 @@ def train(recipe: Recipe, resume: str | None = None) -> Path:
         TrainingStopped: a non-finite loss.
     """
     place = Place.from_environment()
-    index = ShardIndex.load(recipe.data.root)
-    student = build_student(recipe, index)
+    index = load_index(recipe.data.root, recipe.data)
+    data = describe_data(recipe, index)
+    student = build_student(recipe, data)
     check_model(recipe, student)
     has_batchnorm = any(isinstance(module, _BatchNorm) for module in student.modules())
     precision, reason = setup.choose_precision(recipe, batchnorm=has_batchnorm)
@@ -73,21 +82,26 @@ def train(recipe: Recipe, resume: str | None = None) -> Path:
     if recipe.engine.deepspeed_json:
         deepspeed_config(recipe, place.world_size)  # its mistakes, before anything is written
     unlabelled = uses_unlabelled(recipe.method)
-    stream = TrainingStream(recipe, student.num_classes, place.rank, place.world_size, unlabelled=unlabelled)
+    stream = TrainingStream(
+        recipe, student.num_classes, place.rank, place.world_size, unlabelled=unlabelled, index=index
+    )
+    used = {"labelled": stream.labelled_samples, "unlabelled": stream.unlabelled_samples}
+    data = describe_data(recipe, index, used)
     if recipe.data.rare_class_crops or recipe.method.class_weights != "none":
         stream.class_pixels()  # now, once: loader processes inherit it
     run = Path(recipe.run.dir)
     checkpoint = _checkpoint_to_resume(run, resume)
     if checkpoint is not None:
         check_checkpoint(checkpoint, recipe, place.world_size)
+        stream.resume(load_stream_state(checkpoint))
     runtime = setup.start(place, recipe.engine)
     if runtime.rank == 0:
         _open_run_directory(
-            run, recipe, continued=checkpoint is not None and run.resolve() in checkpoint.resolve().parents
+            run, recipe, data, continued=checkpoint is not None and run.resolve() in checkpoint.resolve().parents
         )
     runtime.barrier()
     with _rank_log(run, runtime):
-        _Run(recipe, index, stream, student, runtime, run, reason).train(checkpoint)
+        _Run(recipe, data, stream, student, runtime, run, reason).train(checkpoint)
     return run
 
 
@@ -110,7 +124,7 @@ class _Run:
     """A run on one rank, with everything built that it needs."""
 
     recipe: Recipe
-    index: ShardIndex
+    data: RunData
     stream: TrainingStream
     student: Segmenter
     runtime: Runtime
@@ -134,7 +148,7 @@ class _Run:
             self.student,
             recipe.method,
             recipe.run.seed,
-            self.index.ignore_index,
+            self.data.ignore_index,
             weights,
             batchnorm_frozen=recipe.model.batchnorm == "frozen",
             neighbour=Neighbour(runtime.rank % 2 == 0, runtime.of_neighbour) if runtime.world_size > 1 else None,
@@ -142,10 +156,14 @@ class _Run:
         self.engine = build_engine(self.maskmatch, self.student, recipe, runtime)
         self.teacher: StoredTeacher = build_teacher(average, self.engine)
         self.metrics = MetricsLog(self.folder / "metrics.jsonl" if runtime.rank == 0 else None)
+        dev = self.stream.index.streams.get("dev")
+        self.evaluates = dev is not None and dev.labelled
         self.left_out = 0
         self.last_checkpoint: Path | None = checkpoint
         state = load_checkpoint(checkpoint, self.engine, self.teacher, runtime) if checkpoint else {}
         start = int(state.get("step", 0))
+        skipped = self.folder / "skipped" / f"rank-{runtime.rank}.jsonl"
+        self.skips = Skips(skipped, REASONS, recipe.data.max_bad_share, state)
         self._log_start(start)
 
         self.spent_before = {name: float(state.get(name, 0.0)) for name in ("seconds", "cpu_s")}
@@ -174,17 +192,20 @@ class _Run:
         self.maskmatch.train()
         prepared = []
         waited = 0.0
+        skipped = torch.zeros(len(REASONS), dtype=torch.float64)
         for _ in range(recipe.engine.accumulation):
             asked = time.monotonic()
             batch = next(loader)
             waited += time.monotonic() - asked
+            skipped += torch.tensor(self.skips.add(step + 1, batch.skipped), dtype=torch.float64)
             prepared.append(self.maskmatch.prepare(batch.to(device)))
 
         local = torch.stack([self.maskmatch.denominators(p) for p in prepared]).sum(0)
         pixels = self.runtime.sum_over_ranks(local)
         # DeepSpeed averages gradients over ranks and micro-batches; the losses are means over all their pixels.
         scale = self.runtime.world_size * recipe.engine.accumulation / pixels.clamp(min=1)
-        sums = torch.zeros(5, dtype=torch.float64, device=device)
+        sums = torch.zeros(5 + len(REASONS), dtype=torch.float64, device=device)
+        sums[5:] = skipped.to(device, non_blocking=True)
         teacher_times = []
         for micro in prepared:
             stop = self.runtime.stopwatch()
@@ -194,7 +215,7 @@ class _Run:
             sums[:3] += parts
             if pseudo is not None and micro.unlabelled is not None:
                 valid = micro.unlabelled.weak.valid
-                sums[3:] += torch.stack([(pseudo.confident & valid).sum(), valid.sum()])
+                sums[3:5] += torch.stack([(pseudo.confident & valid).sum(), valid.sum()])
             left_out = bool(recipe.run.max_nonfinite_steps) and self._not_finite(sums)
             if left_out:
                 self.engine.leave_out()
@@ -228,7 +249,9 @@ class _Run:
         losses = sums[:3] / pixels.clamp(min=1)
         total = losses[0] + method.unlabelled_weight * losses[1] + method.mask.weight * losses[2]
         figures: dict[str, float | bool | None] = dict.fromkeys(("loss", *PARTS))
-        on_device = {"loss": total, "loss_x": losses[0]}
+        on_device = {"loss": total}
+        if self.stream.labelled is not None:
+            on_device["loss_x"] = losses[0]
         if unlabelled and method.base != "supervised":
             on_device["loss_u"] = losses[1]
         if unlabelled and method.mask.keep is not None:
@@ -242,14 +265,18 @@ class _Run:
         if unlabelled:
             on_device["coverage"] = sums[3] / sums[4].clamp(min=1)
         step_s = time.monotonic() - began
-        a_rank = engine.micro_batch * (1 + unlabelled * self.recipe.data.unlabelled_per_labelled)
-        figures["images_per_s"] = a_rank * engine.accumulation * self.runtime.world_size / step_s
+        labelled = self.stream.labelled is not None
+        a_rank = engine.micro_batch * (labelled + unlabelled * self.recipe.data.unlabelled_per_labelled)
+        images = a_rank * engine.accumulation * self.runtime.world_size
+        self.skips.read += images
+        figures["images_per_s"] = images / step_s
         figures["data_wait_s"] = waited
         figures["step_s"] = step_s
         if left_out:
             figures["left_out"] = True
         elif self.engine.skipped:
             figures["overflow"] = True
+        on_device |= {f"skipped/{reason}": count for reason, count in zip(REASONS, sums[5:], strict=True)}
         self.metrics.train(step + 1, figures, on_device, times)
 
     def _after(self, done: int) -> None:
@@ -260,8 +287,15 @@ class _Run:
         if done % run.log_every == 0 or evaluation_due or checkpoint_due:
             self._flush()
         if checkpoint_due:
-            spent = self._spent()
-            self.last_checkpoint = save_checkpoint(self.folder, done, spent, self.engine, self.teacher, self.runtime)
+            self.last_checkpoint = save_checkpoint(
+                self.folder,
+                done,
+                self._spent() | self.skips.counts,
+                self.engine,
+                self.teacher,
+                self.runtime,
+                self.stream.state(done),
+            )
         if evaluation_due:
             for weights in ("ema", "student") if last else ("ema",):
                 self._evaluate(done, weights)
@@ -280,6 +314,12 @@ class _Run:
         if records:
             self.progress.figures(records[-1])
             log.info("%s", json.dumps(records[-1]))
+            before = self.skips.skipped
+            too_many = self.skips.count(records)
+            if self.skips.skipped and not before:
+                self.progress.say(f"a bad sample was skipped; {self.skips.path.parent} lists all that are")
+            if too_many:
+                raise TrainingStopped(f"step {records[-1]['step']}: {too_many}")
         return records
 
     def _not_finite(self, sums: Tensor) -> bool:
@@ -306,15 +346,15 @@ class _Run:
 
     def _evaluate(self, done: int, weights: str) -> None:
         """Evaluate on `dev`, which serves the choice of hyper-parameters; `val` is left to `maskmatch evaluate`."""
-        if "dev" not in self.index.streams:
+        if not self.evaluates:
             return
-        matrix = ConfusionMatrix(self.student.num_classes, self.index.ignore_index)
+        matrix = ConfusionMatrix(self.student.num_classes, self.data.ignore_index)
         self.student.eval()
         # A 16-bit student has 16-bit weights, which take no autocast; the teacher sees to its own.
         with autocast(self.runtime.device, None if _has_masters(self.recipe) else autocast_dtype(self.recipe)):
             evaluate_split(
                 self.teacher if weights == "ema" else self.student,
-                self.recipe.data.root,
+                self.recipe.data,
                 "dev",
                 window_of(self.recipe, self.student, self.runtime.device),
                 matrix,
@@ -338,8 +378,8 @@ class _Run:
             f"rank {place.rank} of {place.world_size} on {self.runtime.device}, {self.runtime.threads} CPU threads",
             f"{self.recipe.model.backbone}: {parameters / 1e6:.2f} M parameters, {kind}, "
             f"{engine.precision} ({self.precision_reason})",
-            f"{len(self.stream.drawn)} labelled samples, "
-            f"{len(self.stream.unlabelled) if self.stream.unlabelled else 0} unlabelled, from step {start}",
+            f"{self.stream.labelled_samples} labelled samples, {self.stream.unlabelled_samples} unlabelled, from step "
+            f"{start}",
         ]
         if self.recipe.optim.lr_reference_batch:
             lines.append(
@@ -370,6 +410,7 @@ class _Run:
             "device": str(self.runtime.device),
             "versions": {"maskmatch_scale": __version__, "torch": torch.__version__},
             "steps_left_out": self.left_out,
+            **self.skips.counts,
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         print(f"report: {write_report([self.folder])}", flush=True)  # noqa: T201
@@ -388,7 +429,7 @@ def _checkpoint_to_resume(run: Path, resume: str | None) -> Path | None:
     return find_checkpoint(Path(resume))
 
 
-def _open_run_directory(run: Path, recipe: Recipe, *, continued: bool) -> None:
+def _open_run_directory(run: Path, recipe: Recipe, data: RunData, *, continued: bool) -> None:
     """Make the run directory; another run in its place is moved aside, never overwritten."""
     if not continued and (run / "recipe.yaml").exists():
         number = next(n for n in range(1, 10_000) if not run.with_name(f"{run.name}.previous-{n}").exists())
@@ -397,6 +438,7 @@ def _open_run_directory(run: Path, recipe: Recipe, *, continued: bool) -> None:
         print(f"{run} held an older run: moved to {aside}", flush=True)  # noqa: T201
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(recipe.to_yaml())
+    (run / "data.json").write_text(data.model_dump_json(indent=1))
     if recipe.engine.deepspeed_json:
         shutil.copyfile(recipe.engine.deepspeed_json, run / "deepspeed.json")
 

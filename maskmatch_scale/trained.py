@@ -4,30 +4,119 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.data.shards import load_index
 from maskmatch_scale.engine.checkpoint import CheckpointError, find_checkpoint, load_weights
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.evaluation.evaluate import Window, evaluate_split
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.evaluation.pictures import save_masked_pictures, save_pictures
 from maskmatch_scale.models import Segmenter, build_segmenter
+from maskmatch_scale.models.weights import SEGMENTER_FILE, read_own
 from maskmatch_scale.recipe import Recipe, load_recipe
 
 
-def build_student(recipe: Recipe, index: ShardIndex, *, pretrained: bool = True) -> Segmenter:
+class RunData(BaseModel):
+    """The contents of `RUN/data.json`: what a run's model has to do with its data, for when these are elsewhere."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    """Name of what wrote the shards."""
+    classes: tuple[str, ...]
+    """Class names; where no shard has labels, those of the model that the run started from."""
+    palette: tuple[tuple[int, int, int], ...]
+    ignore_index: int
+    samples: dict[str, int]
+    """Of every stream of `data.root`; `labelled` and `unlabelled`: those that training used, of all sources."""
+
+
+def describe_data(recipe: Recipe, index: ShardIndex, used: Mapping[str, int] | None = None) -> RunData:
+    """What a run needs to know of its data.
+
+    Args:
+        recipe: of the run.
+        index: of `data.root`.
+        used: labelled and unlabelled samples that training uses, where that is known.
+
+    Raises:
+        UserError: nothing names the classes.
+    """
+    named = index.model_dump(include={"source", "classes", "palette", "ignore_index"})
+    if not index.classes:
+        named |= _classes_of_start(recipe)
+    samples = {name: stream.samples for name, stream in index.streams.items()} | dict(used or {})
+    return RunData(**named, samples=samples)
+
+
+def _classes_of_start(recipe: Recipe) -> dict[str, Any]:
+    """Classes of the run or export that `model.pretrained` names; unnamed ones if only `model.num_classes` is known."""
+    start = recipe.model.pretrained
+    wanted = {"classes", "palette", "ignore_index"}
+    if isinstance(start, str):
+        run = _run_of(Path(start))
+        if run is not None:
+            return read_run_data(run).model_dump(include=wanted)
+        described = Path(start) / SEGMENTER_FILE
+        if described.is_file():
+            content = json.loads(described.read_text())
+            return {name: content[name] for name in wanted}
+    if recipe.model.num_classes is None:
+        raise UserError(
+            f"data.root={recipe.data.root}: its index names no classes; start from a run or an export, which do "
+            "(model.pretrained), or say how many there are (model.num_classes)"
+        )
+    return {
+        "classes": [f"class {value}" for value in range(recipe.model.num_classes)],
+        "palette": [_grey(value, recipe.model.num_classes) for value in range(recipe.model.num_classes)],
+    }
+
+
+def _grey(value: int, of: int) -> tuple[int, int, int]:
+    level = 255 * value // max(1, of - 1)
+    return level, level, level
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run directory that a path names, or that the checkpoint it names lies in."""
+    return next((folder for folder in (path, path.parent.parent) if (folder / "recipe.yaml").is_file()), None)
+
+
+def read_run_data(run: Path) -> RunData:
+    """Read `RUN/data.json`; of a run that has none, what the index of its data says.
+
+    Raises:
+        UserError: neither can be read.
+    """
+    path = run / "data.json"
+    if not path.is_file():
+        recipe = _recipe_of(run)
+        return describe_data(recipe, load_index(recipe.data.root, recipe.data))
+    try:
+        return RunData.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise UserError(f"{path}: {error.errors()[0]['msg']}; it cannot be read") from None
+
+
+def build_student(recipe: Recipe, index: ShardIndex | RunData, *, pretrained: bool = True) -> Segmenter:
     """The segmenter of a recipe, its random weights drawn from the run's seed; ``pretrained=False`` reads no others.
 
     Raises:
-        UserError: the data have more classes than the recipe, or the model cannot be built so.
+        UserError: the data have more classes than the recipe, the model cannot be built so, or a run without labels
+            starts from weights that are no trained segmenter's.
     """
     model = recipe.model
     num_classes = model.num_classes or len(index.classes)
+    start = _start_weights(model.pretrained)
+    if pretrained and recipe.data.labelled_count == 0:
+        _check_trained(recipe, start)
     if len(index.classes) > num_classes:
         raise UserError(
             f"model.num_classes={num_classes}: the labels of {recipe.data.root} have {len(index.classes)} classes; "
@@ -39,7 +128,7 @@ def build_student(recipe: Recipe, index: ShardIndex, *, pretrained: bool = True)
             model.backbone,
             num_classes,
             head=model.head,
-            pretrained=model.pretrained if pretrained else None,
+            pretrained=start if pretrained else None,
             image_size=recipe.data.crop_px,
             unit_px=model.unit_px,
             context=recipe.method.mask.keep is not None and recipe.method.mask.mode == "drop",
@@ -48,6 +137,26 @@ def build_student(recipe: Recipe, index: ShardIndex, *, pretrained: bool = True)
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from error
+
+
+def _start_weights(pretrained: bool | str | None) -> bool | str | None:
+    """What `model.pretrained` means; of a run the teacher of its newest checkpoint, context decoder and all."""
+    if isinstance(pretrained, str) and _run_of(Path(pretrained)) is not None:
+        return str(find_checkpoint(Path(pretrained)) / "ema.safetensors")
+    return pretrained
+
+
+def _check_trained(recipe: Recipe, start: bool | str | None) -> None:
+    """Refuse a start without a trained head for a run without labels: its teacher would never learn what to say."""
+    try:
+        state = read_own(Path(start)) if isinstance(start, str) else None
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+    if state is None or not any(name.startswith("head.") for name in state):
+        raise UserError(
+            f"data.labelled_count=0 with model.pretrained={recipe.model.pretrained}: without labels the teacher must "
+            "be a trained segmenter from the start, head and all; give a run of this package, a checkpoint or an export"
+        )
 
 
 def window_of(recipe: Recipe, segmenter: Segmenter, device: torch.device) -> Window:
@@ -68,7 +177,7 @@ def open_run(run: Path, weights: str) -> tuple[Recipe, Segmenter, int]:
     """
     recipe = _recipe_of(run)
     folder = find_checkpoint(run)
-    segmenter = build_student(recipe, ShardIndex.load(recipe.data.root), pretrained=False)
+    segmenter = build_student(recipe, read_run_data(run), pretrained=False)
     segmenter.load_state_dict(load_weights(folder, weights))
     step = json.loads((folder / "state.json").read_text())["step"]
     return recipe, segmenter.eval(), int(step)
@@ -80,7 +189,8 @@ def held_out_images(run: Path, split: str) -> int:
     Raises:
         ValueError: no run, or no such stream.
     """
-    return ShardIndex.load(_recipe_of(run).data.root).stream(split).samples
+    data = _recipe_of(run).data
+    return load_index(data.root, data).stream(split).samples
 
 
 def _recipe_of(run: Path) -> Recipe:
@@ -109,11 +219,11 @@ def evaluate_run(
     for kind in weights:
         began = time.monotonic()
         recipe, segmenter, step = open_run(run, kind)
-        index = ShardIndex.load(recipe.data.root)
+        index = load_index(recipe.data.root, recipe.data)
         models[kind] = segmenter.to(device)
         matrix = ConfusionMatrix(segmenter.num_classes, index.ignore_index)
         window = window_of(recipe, segmenter, device)
-        images = evaluate_split(segmenter, recipe.data.root, split, window, matrix, progress=progress)
+        images = evaluate_split(segmenter, recipe.data, split, window, matrix, progress=progress)
         record = {
             "split": split,
             "weights": kind,
@@ -127,7 +237,7 @@ def evaluate_run(
         _write_json(run / "evaluation" / f"{split}-{kind}.json", record)
         records.append(record)
     samples = save_pictures(
-        run / "pictures" / split, recipe.data.root, split, recipe.evaluation.pictures, dict(models), window
+        run / "pictures" / split, recipe.data, split, recipe.evaluation.pictures, dict(models), window
     )
     if recipe.method.mask.keep is not None:
         # The student is what was trained on masks; its context decoder belongs to it.

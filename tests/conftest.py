@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskmatch_scale.data.index import sha256
 from maskmatch_scale.data.write import EncodedSample, Stream, write_shards
 from maskmatch_scale.recipe import Recipe, parse_recipe
 
@@ -74,6 +77,25 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = ShapesSource({"labelled": 8, "unlabelled": 24, "dev": 5, "val": 5})
     write_shards(source, root, workers=1, samples_per_shard=4, progress=False)
     return root
+
+
+def rewrite_shard(root: Path, file: str, changed: Mapping[str, bytes | None]) -> None:
+    """Give members of a shard other bytes (None: leave them out), and its index entry the new size and checksum."""
+    with tarfile.open(root / file) as tar:
+        members = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+    assert changed.keys() <= members.keys()
+    with tarfile.open(root / file, "w") as tar:
+        for name, data in {**members, **changed}.items():
+            if data is not None:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    content = json.loads((root / "index.json").read_text())
+    for stream in content["streams"].values():
+        for shard in stream["shards"]:
+            if shard["file"] == file:
+                shard |= {"bytes": (root / file).stat().st_size, "sha256": sha256(root / file)}
+    (root / "index.json").write_text(json.dumps(content))
 
 
 TINY_SEGFORMER = {

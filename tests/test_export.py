@@ -343,6 +343,7 @@ def test_mistakes(capsys, monkeypatch, runs, tmp_path, spoil, arguments, parts):
         (run / "recipe.yaml").unlink()
     elif spoil == "data":
         (run / "recipe.yaml").write_text(recipe.replace("root: ", "root: gone"))
+        (run / "data.json").unlink()  # as in runs of older versions
     elif spoil == "classes":
         (run / "recipe.yaml").write_text(recipe.replace("num_classes: null", "num_classes: 4"))
     monkeypatch.chdir(tmp_path)

@@ -78,7 +78,7 @@ class ShardTable(Sequence[ShardEntry]):
             raise ValueError(_first_fault(rows))
         self._names = b"".join(files)
         self._ends = np.cumsum(np.array([len(file) for file in files], dtype=np.int64))
-        self._digests = digests
+        self.digests = digests
         self.starts: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.samples)])
         """Number of the first sample of every shard in the stream, and the number of all at the end."""
 
@@ -93,7 +93,7 @@ class ShardTable(Sequence[ShardEntry]):
 
     def sha256(self, number: int) -> str:
         """Hex digest of shard ``number``."""
-        return self._digests[number * _SHA256_BYTES : (number + 1) * _SHA256_BYTES].hex()
+        return self.digests[number * _SHA256_BYTES : (number + 1) * _SHA256_BYTES].hex()
 
     @overload
     def __getitem__(self, number: int) -> ShardEntry: ...

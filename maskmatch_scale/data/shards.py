@@ -1,24 +1,29 @@
-"""Reading one sample of a shard folder by its place.
+"""Reading the encoded samples of a stream by their place, wherever its shards lie.
 
-The place of a sample is (stream, number within the stream), shards in index order; a tar's member offsets are read from
-its headers once per process, after which a sample costs one seek.
+The place of a sample is (shard, number within the shard). A shard of another machine is fetched whole into a cache on
+this one; a tar's headers are read once a process, after which a sample costs one seek.
 """
 
 from __future__ import annotations
 
-import tarfile
-from bisect import bisect_right
+import os
+from collections import OrderedDict
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
+from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.index import ShardEntry, ShardIndex, sha256
+from maskmatch_scale.data.faults import BadSample, DataError
+from maskmatch_scale.data.index import INDEX_NAME, ShardIndex
+from maskmatch_scale.data.remote import Remote, ShardCache, is_remote, join, read_bytes
+from maskmatch_scale.data.tar import TarTable, read_table
+from maskmatch_scale.recipe import DataRecipe
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "webp", "png")
-"""Member extensions read as the image, the first that is there; a ``.png`` beside another is the label map."""
+MOST_CHECKED_AT_START = 10_000
+"""Shards whose presence and size are looked at before a run; more take too long: they are looked at when due."""
+
+_MOST_OPEN = 128
+"""Shards that a process holds open."""
 
 
 @dataclass(frozen=True)
@@ -30,133 +35,181 @@ class RawSample:
     image: bytes
     label: bytes | None
 
+    @property
+    def name(self) -> str:
+        """Shard and key, for messages."""
+        return f"{self.shard}: {self.key}"
+
+
+def remote_options(data: DataRecipe) -> Remote:
+    """How a recipe wants shards of other machines to be fetched."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Remote(
+        cache=Path(data.cache_dir) if data.cache_dir else home / "maskmatch_scale" / "shards",
+        limit_bytes=int(data.cache_gb * 1e9),
+        timeout_s=data.fetch_timeout_s,
+        attempts=data.fetch_attempts,
+        allow_pipe=data.allow_pipe,
+    )
+
+
+def load_index(root: str, data: DataRecipe | None = None) -> ShardIndex:
+    """The index of a shard folder, local or not; ``root`` may also name the index itself.
+
+    Args:
+        root: a folder, a URL, or either of an index.
+        data: how it is fetched; None = by the defaults.
+
+    Raises:
+        DataError: there is none, it cannot be fetched, or it does not parse.
+    """
+    if not is_remote(root):
+        return ShardIndex.load(root)
+    where = root if root.partition("?")[0].endswith(".json") else join(root, INDEX_NAME)
+    return ShardIndex.parse(read_bytes(where, remote_options(data or DataRecipe(root=root))), where)
+
 
 class ShardStream:
     """Random access to the encoded samples of one stream of a shard folder.
 
     Args:
-        root: the shard folder.
+        root: the shard folder: a local one, or a URL.
         name: the stream's name in the index.
+        data: how shards are fetched; None = by the defaults.
+        index: of the folder, if it was read already.
+        labels: whether label maps are read; None = as the index says.
+        strict: whether a shard that is not what the index says is an error; else its samples are as bad as they are.
 
     Raises:
-        DataError: the index names a shard that is missing or has another size than it says.
+        DataError: no such stream; labels asked for that are not there; with ``strict`` also a local shard that is
+            missing or has another size than the index says.
     """
 
-    def __init__(self, root: str | Path, name: str) -> None:
-        self.root = Path(root)
+    def __init__(
+        self,
+        root: str | Path,
+        name: str,
+        data: DataRecipe | None = None,
+        *,
+        index: ShardIndex | None = None,
+        labels: bool | None = None,
+        strict: bool = True,
+    ) -> None:
+        self.root = str(root)
         self.name = name
-        self.index = ShardIndex.load(root)
+        data = data or DataRecipe(root=self.root)
+        self.index = index or load_index(self.root, data)
         self.entry = self.index.stream(name)
-        for shard in self.entry.shards:
-            path = self.root / shard.file
-            if not path.is_file():
-                raise DataError(f"{path}: the index names this shard but the file is not there; write the shards again")
-            if (size := path.stat().st_size) != shard.bytes:
-                raise DataError(f"{path}: {size} bytes where the index says {shard.bytes}; write the shards again")
-        self._starts = [0, *accumulate(shard.samples for shard in self.entry.shards)]
+        self.shards = self.entry.shards
+        self.labels = self.entry.labelled if labels is None else labels
+        if self.labels and not self.entry.labelled:
+            raise DataError(f"{root}: stream {name!r} has no labels")
+        self.strict = strict
+        self._options = remote_options(data)
+        self._open: OrderedDict[int, tuple[BinaryIO, TarTable] | BadSample] = OrderedDict()
+        self._process = os.getpid()
+        if strict and len(self.shards) <= MOST_CHECKED_AT_START:
+            for number in range(len(self.shards)):
+                if not is_remote(self.location(number)):
+                    self._check(number)
 
     def __len__(self) -> int:
         """Number of samples."""
-        return self._starts[-1]
+        return self.entry.samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files do not travel to another process."""
+        return self.__dict__ | {"_open": OrderedDict()}
+
+    @cached_property
+    def cache(self) -> ShardCache:
+        """Of shards from elsewhere; its folder is made when it is needed."""
+        return ShardCache(self._options)
+
+    def location(self, shard: int) -> str:
+        """Path or URL of a shard."""
+        return join(self.root, self.shards.file(shard))
 
     def locate(self, number: int) -> tuple[int, int]:
-        """(shard number, place within the shard) of sample ``number``."""
-        shard = bisect_right(self._starts, number) - 1
-        return shard, number - self._starts[shard]
-
-    def __getitem__(self, number: int) -> RawSample:
-        """Read sample ``number`` (0 ≤ number < len).
-
-        Raises:
-            DataError: the shard's members are not what the index promised.
-        """
+        """(shard, place within it) of sample ``number`` of the stream."""
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)} in stream {self.name!r}")
-        shard_number, place = self.locate(number)
-        entry = self.entry.shards[shard_number]
-        path = self.root / entry.file
-        samples = _members(path)
-        if len(samples) != entry.samples:
-            raise DataError(f"{path}: {len(samples)} samples where the index says {entry.samples}; write it again")
-        sample = samples[place]
-        if self.entry.labelled and sample.label is None:
-            raise DataError(f"{path}: sample {sample.key!r} of labelled stream {self.name!r} has no .png label map")
-        with path.open("rb") as file:
-            image = _read(file, sample.image)
-            label = _read(file, sample.label) if sample.label is not None else None
-        return RawSample(sample.key, entry.file, image, label)
+        shard = int(self.shards.starts.searchsorted(number, side="right")) - 1
+        return shard, number - int(self.shards.starts[shard])
 
+    def __getitem__(self, number: int) -> RawSample:
+        """Read sample ``number`` of the stream; see :meth:`read`."""
+        return self.read(*self.locate(number))
 
-@dataclass(frozen=True)
-class _Members:
-    """Where one sample's members lie in its tar: (offset, size) in bytes."""
+    def read(self, shard: int, place: int) -> RawSample:
+        """Read sample ``place`` of a shard.
 
-    key: str
-    image: tuple[int, int]
-    label: tuple[int, int] | None
+        Raises:
+            BadSample: the sample, or its whole shard, cannot be used.
+            DataError: with ``strict``, the shard is not what the index says.
+        """
+        file, table = self._table(shard)
+        name = self.shards.file(shard)
+        if place >= len(table):
+            reason = "truncated" if table.truncated else "shard_unreadable"
+            said = f"{len(table)} samples where the index says {int(self.shards.samples[shard])}"
+            raise BadSample(reason, f"{self.location(shard)}: {said}; write the shard again")
+        image, label = table.read(file, place)
+        return RawSample(table.key(place), name, image, label)
 
+    def key(self, shard: int, place: int) -> str | None:
+        """A sample's key, if its shard's headers can be read that far."""
+        try:
+            _, table = self._table(shard)
+        except BadSample:
+            return None
+        return table.key(place) if place < len(table) else None
 
-@lru_cache(maxsize=4096)
-def _members(path: Path) -> tuple[_Members, ...]:
-    """Read a tar's headers and group its members into samples, as webdataset does: adjacent members of one key."""
-    samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if not samples or samples[-1][0] != key:
-                    samples.append((key, {}))
-                samples[-1][1][extension.lower()] = (member.offset_data, member.size)
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path}: not a readable tar ({error}); write the shard again") from None
-    return tuple(_as_members(path, key, found) for key, found in samples)
+    def prefetch(self, shard: int) -> None:
+        """Fetch a shard of another machine in the background; nothing for a local one."""
+        location = self.location(shard)
+        if is_remote(location):
+            self.cache.prefetch(location, int(self.shards.bytes[shard]), self.shards.sha256(shard))
 
+    def _table(self, shard: int) -> tuple[BinaryIO, TarTable]:
+        if self._process != os.getpid():
+            # A forked process shares file positions with its parent: it opens its own.
+            self._process, self._open = os.getpid(), OrderedDict()
+        found = self._open.get(shard)
+        if found is None:
+            try:
+                found = self._read_table(shard)
+            except BadSample as bad:
+                found = bad  # not tried again for each of its samples
+            while len(self._open) >= _MOST_OPEN:
+                _, oldest = self._open.popitem(last=False)
+                if not isinstance(oldest, BadSample):
+                    oldest[0].close()
+            self._open[shard] = found
+        self._open.move_to_end(shard)
+        if isinstance(found, BadSample):
+            raise found
+        return found
 
-def _as_members(path: Path, key: str, found: dict[str, tuple[int, int]]) -> _Members:
-    image = next((found[extension] for extension in IMAGE_EXTENSIONS if extension in found), None)
-    if image is None:
-        raise DataError(f"{path}: sample {key!r} has no image member (one of {', '.join(IMAGE_EXTENSIONS)})")
-    label = found.get("png")
-    return _Members(key, image, label if label != image else None)
+    def _read_table(self, shard: int) -> tuple[BinaryIO, TarTable]:
+        location, said = self.location(shard), int(self.shards.samples[shard])
+        if is_remote(location):
+            file = self.cache.open(location, int(self.shards.bytes[shard]), self.shards.sha256(shard))
+        else:
+            if self.strict:
+                self._check(shard)
+            try:
+                file = Path(location).open("rb")  # noqa: SIM115 - held open
+            except OSError as error:
+                raise BadSample("shard_unreadable", f"{location}: {error.strerror}; write the shard again") from None
+        table = read_table(file, location, labelled=self.labels)
+        if self.strict and len(table) != said:
+            raise DataError(f"{location}: {len(table)} samples where the index says {said}; write the shard again")
+        return file, table
 
-
-def _read(file: BinaryIO, span: tuple[int, int]) -> bytes:
-    offset, size = span
-    file.seek(offset)
-    return file.read(size)
-
-
-def verify(root: str | Path) -> list[str]:
-    """Check every shard of a folder against its index: size, checksum, sample count.
-
-    Returns:
-        One line a fault, naming the shard; an empty list if all is well.
-    """
-    root = Path(root)
-    faults = []
-    for name, stream in ShardIndex.load(root).streams.items():
-        for shard in stream.shards:
-            path = root / shard.file
-            if not path.is_file():
-                faults.append(f"{path}: missing (stream {name!r})")
-            elif (size := path.stat().st_size) != shard.bytes:
-                faults.append(f"{path}: {size} bytes where the index says {shard.bytes}")
-            elif sha256(path) != shard.sha256:
-                faults.append(f"{path}: its bytes are not those the index has the checksum of")
-            else:
-                faults.extend(_sample_faults(path, shard, stream.labelled))
-    return faults
-
-
-def _sample_faults(path: Path, shard: ShardEntry, labelled: bool) -> list[str]:
-    try:
-        samples = _members(path)
-    except DataError as error:
-        return [str(error)]
-    if len(samples) != shard.samples:
-        return [f"{path}: {len(samples)} samples where the index says {shard.samples}"]
-    return [f"{path}: sample {s.key!r} has no label map" for s in samples if labelled and s.label is None]
+    def _check(self, shard: int) -> None:
+        path, said = Path(self.location(shard)), int(self.shards.bytes[shard])
+        if not path.is_file():
+            raise DataError(f"{path}: the index names this shard but the file is not there; write the shards again")
+        if (size := path.stat().st_size) != said:
+            raise DataError(f"{path}: {size} bytes where the index says {said}; write the shards again")

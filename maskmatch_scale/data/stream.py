@@ -1,73 +1,65 @@
-"""The training stream: which sample comes when, and batches made of them.
+"""The training stream: batches of labelled and unlabelled images, exact, and exactly continued.
 
-The order of a stream is a pure function of (seed, epoch, number of samples): position n of an endless stream is sample
-``permutation(seed, n // N)[n % N]``. Step s takes the next positions of the labelled and of the unlabelled stream, and
-each rank its slice of them, so that
+Step s takes the next images of either side, and each rank its slots of the global batch, so that
 
-* the mix is exact in every batch on every rank,
-* one rank with a batch of 4 and two ranks with 2 see the same global batch,
-* the state of the stream is the step number: continuing needs nothing else, whatever the workers had prefetched.
+* the ratio of labelled to unlabelled images is exact in every batch on every rank, and each source has its share;
+* a sample's view is drawn from its place (source, epoch, number in the epoch), whoever makes it;
+* the state is the number of the step and what the sources had left when their mix last changed (`data/mix.py`): a small
+  piece of JSON, one for the whole job, which knows nothing of workers and of what they have read ahead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from maskmatch_scale.data.augment import WeakView, rare_class_pixel
 from maskmatch_scale.data.decode import decode_image, decode_label
-from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.shards import RawSample, ShardStream
-from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.data.faults import BadSample, DataError
+from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.data.mix import Leg, Part
+from maskmatch_scale.data.order import Cut, Place
+from maskmatch_scale.data.shards import RawSample, ShardStream, load_index
+from maskmatch_scale.data.source import Skip, Source
+from maskmatch_scale.recipe import DataRecipe, Recipe, SourceRecipe
 from maskmatch_scale.seeds import derive_seed, generator
 
+log = logging.getLogger("maskmatch_scale")
 
-@dataclass(frozen=True)
-class Order:
-    """Endless, shuffled anew each epoch: position → sample number.
+STATE_FORMAT = 1
+
+
+def draw_labelled(sizes: Sequence[int], count: int | None, split_seed: int) -> list[NDArray[np.int64] | None]:
+    """The labelled samples a run may use: ``count`` of all sources together, drawn by ``split_seed``.
 
     Args:
-        samples: the sample numbers of one epoch.
-        seed: of the run.
-        stream: name of the stream, so that two streams of one length differ.
-    """
+        sizes: samples of each source.
+        count: how many; None = all.
+        split_seed: which.
 
-    samples: Sequence[int]
-    seed: int
-    stream: str
-
-    def __getitem__(self, position: int) -> int:
-        """Sample number at ``position`` ≥ 0."""
-        epoch, place = divmod(position, len(self.samples))
-        shuffled = _permutation(derive_seed(self.seed, "order", self.stream, epoch), len(self.samples))
-        return self.samples[int(shuffled[place])]
-
-
-@lru_cache(maxsize=4)
-def _permutation(seed: int, length: int) -> Tensor:
-    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
-
-
-def draw_labelled(stream: ShardStream, count: int | None, split_seed: int) -> list[int]:
-    """The labelled samples a run may use: ``count`` drawn by ``split_seed``, in stream order.
+    Returns:
+        For each source the numbers of its samples, ascending; None where all are used.
 
     Raises:
         DataError: more asked for than there are.
     """
     if count is None:
-        return list(range(len(stream)))
-    if count > len(stream):
-        raise DataError(
-            f"data.labelled_count={count}: stream {stream.name!r} of {stream.root} has {len(stream)} samples; "
-            "ask for fewer or write more"
-        )
-    drawn = torch.randperm(len(stream), generator=generator(split_seed, "labelled split"))[:count]
-    return sorted(drawn.tolist())
+        return [None] * len(sizes)
+    total = sum(sizes)
+    if count > total:
+        raise DataError(f"data.labelled_count={count}: there are {total} labelled samples; ask for fewer or write more")
+    drawn = torch.randperm(total, generator=generator(split_seed, "labelled split"))[:count].sort().values.numpy()
+    edges = np.concatenate([[0], np.cumsum(sizes)])
+    parts = np.split(drawn, np.searchsorted(drawn, edges[1:-1]))
+    return [part - edge for part, edge in zip(parts, edges[:-1], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,7 @@ class Batch:
     """One rank's micro-batch, on the host. B labelled and U unlabelled images of h × w px."""
 
     labelled_images: Tensor
-    """uint8 (B, 3, h, w)."""
+    """uint8 (B, 3, h, w); B may be 0."""
     labels: Tensor
     """int64 (B, h, w), ignore_index where nothing counts."""
     unlabelled_images: Tensor
@@ -83,27 +75,44 @@ class Batch:
     unlabelled_valid: Tensor
     """bool (U, h, w), False on padding."""
     unlabelled_positions: tuple[int, ...]
-    """Place of each unlabelled image in the endless stream: what its views are drawn from."""
+    """A number for the place of each unlabelled image in the endless stream: what its views are drawn from."""
+    skipped: tuple[Skip, ...] = ()
+    """Samples that were passed over for this batch."""
 
     def pin_memory(self) -> Batch:
         """Page-locked copies, for the loader's asynchronous transfer to a GPU."""
-        return Batch(
-            self.labelled_images.pin_memory(),
-            self.labels.pin_memory(),
-            self.unlabelled_images.pin_memory(),
-            self.unlabelled_valid.pin_memory(),
-            self.unlabelled_positions,
-        )
+        return self._mapped(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        return Batch(
-            self.labelled_images.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.unlabelled_images.to(device, non_blocking=True),
-            self.unlabelled_valid.to(device, non_blocking=True),
-            self.unlabelled_positions,
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            labelled_images=change(self.labelled_images),
+            labels=change(self.labels),
+            unlabelled_images=change(self.unlabelled_images),
+            unlabelled_valid=change(self.unlabelled_valid),
         )
+
+
+@dataclass
+class _Side:
+    """The labelled or the unlabelled half of the mix."""
+
+    sources: list[Source]
+    per_rank: int
+    """Images of a micro-batch and rank."""
+    leg: Leg
+
+    @property
+    def parts(self) -> list[Part]:
+        return [source.part for source in self.sources]
+
+    @property
+    def elsewhere(self) -> bool:
+        return any(source.elsewhere for source in self.sources)
 
 
 class TrainingStream(Dataset[Batch]):
@@ -111,102 +120,202 @@ class TrainingStream(Dataset[Batch]):
 
     Args:
         recipe: sections data, engine, run and method.class_weights are read.
-        num_classes: classes of the model; a label above them is an error.
-        rank, world_size: whose slice.
+        num_classes: classes of the model; a label above them is a bad sample.
+        rank, world_size: whose slots.
         unlabelled: whether unlabelled images are read at all.
+        index: of `data.root`, if it was read already.
+
+    Raises:
+        DataError: sources that are missing, empty, or do not fit together.
     """
 
-    def __init__(self, recipe: Recipe, num_classes: int, rank: int, world_size: int, *, unlabelled: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        num_classes: int,
+        rank: int,
+        world_size: int,
+        *,
+        unlabelled: bool,
+        index: ShardIndex | None = None,
+    ) -> None:
         self.recipe = recipe
         self.num_classes = num_classes
         self.rank = rank
         self.world_size = world_size
-        root, seed = recipe.data.root, recipe.run.seed
-        self.labelled = ShardStream(root, "labelled")
-        self.drawn = draw_labelled(self.labelled, recipe.data.labelled_count, recipe.data.split_seed)
-        self.labelled_order = Order(self.drawn, seed, "labelled")
-        self.unlabelled = ShardStream(root, "unlabelled") if unlabelled else None
-        for stream in (self.labelled, self.unlabelled):
-            if stream is None:
-                continue
-            if len(stream) == 0:
-                raise DataError(f"{stream.root}: stream {stream.name!r} has no samples; training needs at least one")
-            if len(stream.entry.shards) < world_size:
-                raise DataError(
-                    f"{stream.root}: stream {stream.name!r} has {len(stream.entry.shards)} shards for {world_size} "
-                    "ranks; write it with at least one shard a rank, or launch fewer ranks"
-                )
-        self.unlabelled_order = Order(range(len(self.unlabelled)), seed, "unlabelled") if self.unlabelled else None
-        self.weak_view = WeakView(
-            recipe.data.crop_px, recipe.data.scale_range, recipe.data.flip_probability, self.labelled.index.ignore_index
-        )
+        data, micro_batch = recipe.data, recipe.engine.micro_batch
+        self.index = index or load_index(data.root, data)
+        self.lanes = data.lanes or world_size
+        if micro_batch * world_size % self.lanes:
+            raise DataError(
+                f"data.lanes={self.lanes} does not divide the {micro_batch * world_size} images that {world_size} "
+                f"ranks take at a time (engine.micro_batch={micro_batch}); choose a divisor, or null for one lane a rank"
+            )
+        self.labelled = self._side("labelled", micro_batch, 0) if data.labelled_count != 0 else None
+        self.unlabelled: _Side | None = None
+        if unlabelled:
+            self.unlabelled = self._side("unlabelled", micro_batch * data.unlabelled_per_labelled, recipe.burn_in_steps)
+        self.weak_view = WeakView(data.crop_px, data.scale_range, data.flip_probability, self.index.ignore_index)
         self._class_pixels: Tensor | None = None
+
+    def _side(self, side: str, per_rank: int, start: int) -> _Side:
+        data, seed = self.recipe.data, self.recipe.run.seed
+        labels = side == "labelled"
+        skip = (data.bad_labelled if labels else data.bad_unlabelled) == "skip"
+        asked: tuple[SourceRecipe, ...] = getattr(data, side) or (SourceRecipe(root=data.root),)
+        names = [source.name or source.stream or side for source in asked]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"data.{side}: two sources are called {twice!r}; give each a `name` of its own")
+        streams = []
+        for source in asked:
+            index = self.index if source.root == data.root else None
+            name = source.stream or side
+            stream = ShardStream(source.root, name, data, index=index, labels=labels, strict=not skip)
+            if len(stream) == 0:
+                raise DataError(f"{source.root}: stream {name!r} has no samples; training needs at least one")
+            if labels and (stream.index.classes, stream.index.ignore_index) != self._labels_of_root():
+                raise DataError(
+                    f"{source.root}: its classes or its ignore_index are not those of {data.root}; write it again with "
+                    "an id map that gives the same"
+                )
+            streams.append(stream)
+        used: Sequence[NDArray[np.int64] | None] = [None] * len(streams)
+        if labels:
+            used = draw_labelled([len(stream) for stream in streams], data.labelled_count, data.split_seed)
+        sources = [
+            Source(stream, name, seed, data.shuffle_window, weight=source.weight, skip=skip, numbers=numbers)
+            for stream, name, source, numbers in zip(streams, names, asked, used, strict=True)
+            if numbers is None or len(numbers)
+        ]
+        batch = per_rank * self.world_size * self.recipe.engine.accumulation
+        return _Side(sources, per_rank, Leg.first(start, self.lanes, batch, [source.part for source in sources]))
+
+    def _labels_of_root(self) -> tuple[tuple[str, ...], int]:
+        return self.index.classes, self.index.ignore_index
+
+    @property
+    def labelled_samples(self) -> int:
+        """Labelled samples of an epoch: those that were drawn."""
+        return sum(source.part.samples for source in self.labelled.sources) if self.labelled else 0
+
+    @property
+    def unlabelled_samples(self) -> int:
+        """Unlabelled samples of an epoch."""
+        return sum(source.part.samples for source in self.unlabelled.sources) if self.unlabelled else 0
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What :meth:`resume` continues from after ``step`` steps: JSON, the same on every rank."""
+        sides = {"labelled": self.labelled, "unlabelled": self.unlabelled}
+        return {
+            "format": STATE_FORMAT,
+            "step": step,
+            **{name: side.leg.as_json() if side else None for name, side in sides.items()},
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state`` was taken, exactly; also with other ranks, batches, sources or weights.
+
+        Raises:
+            DataError: the state cannot be read.
+        """
+        if state.get("format") != STATE_FORMAT:
+            raise DataError(f"the checkpoint's stream state has format {state.get('format')}; {STATE_FORMAT} is read")
+        step = int(state["step"])
+        for name, side in (("labelled", self.labelled), ("unlabelled", self.unlabelled)):
+            if side is None or state[name] is None:
+                continue
+            old = Leg.from_json(state[name])
+            for changed in old.changed(side.parts):
+                log.warning("%s source %r is not as it was at step %d: it begins a new epoch", name, changed, step)
+            start = self.recipe.burn_in_steps if name == "unlabelled" else 0
+            side.leg = old.next(step, start, self.lanes, side.leg.batch, side.parts)
 
     def class_pixels(self) -> Tensor:
         """Pixels of each class in the drawn labelled samples: int64 (classes,). Reads them once."""
         if self._class_pixels is None:
             total = torch.zeros(self.num_classes, dtype=torch.int64)
-            for number in self.drawn:
-                label = self._label(self.labelled[number])
-                total += torch.bincount(label.flatten().long(), minlength=256)[: self.num_classes]
+            for source in self.labelled.sources if self.labelled else []:
+                numbers = range(len(source.stream)) if source.numbers is None else source.numbers.tolist()
+                for number in numbers:
+                    try:
+                        label = self._label(source.stream[number])
+                    except BadSample:
+                        if not source.skip:
+                            raise
+                        continue
+                    total += torch.bincount(label.flatten().long(), minlength=256)[: self.num_classes]
             self._class_pixels = total
         return self._class_pixels
 
     def __getitem__(self, number: int) -> Batch:
         """Micro-batch ``number`` of the run (step · accumulation + micro-step)."""
-        data, size = self.recipe.data, self.recipe.engine.micro_batch
-        labelled = [self._labelled_view(position) for position in self._positions(number, size)]
-        positions: tuple[int, ...] = ()
-        views: list[tuple[Tensor, Tensor, Tensor]] = []
-        # A batch of the burn-in is numbered like any other; its unlabelled images are just not read.
+        rows, columns = self.recipe.data.crop_px
+        skipped: list[Skip] = []
+        images, labels = torch.empty(0, 3, rows, columns), torch.empty(0, rows, columns, dtype=torch.int64)
+        views, valid = images, torch.empty(0, rows, columns, dtype=torch.bool)
+        positions: list[int] = []
+        if self.labelled is not None:
+            made = [
+                self._labelled_view(source, place, skipped) for source, place in self._places(self.labelled, number)
+            ]
+            images, labels = torch.stack([m[0] for m in made]), torch.stack([m[1] for m in made])
+        # A batch of the burn-in is numbered like any other; its unlabelled images come later.
         burning_in = number // self.recipe.engine.accumulation < self.recipe.burn_in_steps
         if self.unlabelled is not None and not burning_in:
-            positions = tuple(self._positions(number, size * data.unlabelled_per_labelled))
-            views = [self._unlabelled_view(position) for position in positions]
-        rows, columns = data.crop_px
-        return Batch(
-            torch.stack([image for image, _, _ in labelled]),
-            torch.stack([label for _, label, _ in labelled]),
-            torch.stack([image for image, _, _ in views]) if views else torch.empty(0, 3, rows, columns),
-            torch.stack([valid for _, _, valid in views]) if views else torch.empty(0, rows, columns, dtype=torch.bool),
-            positions,
-        )
+            places = list(self._places(self.unlabelled, number))
+            made = [self._unlabelled_view(source, place, skipped) for source, place in places]
+            views, valid = torch.stack([m[0] for m in made]), torch.stack([m[2] for m in made])
+            seed = self.recipe.run.seed
+            positions = [derive_seed(seed, "place", source.name, p.epoch, p.place) for source, p in places]
+        return Batch(images, labels, views, valid, tuple(positions), tuple(skipped))
 
-    def _positions(self, number: int, size: int) -> range:
-        start = (number * self.world_size + self.rank) * size
-        return range(start, start + size)
+    def _places(self, side: _Side, number: int) -> Iterator[tuple[Source, Place]]:
+        """Where this rank's images of a micro-batch stand: its slots of the global batch, each of a lane."""
+        accumulation, leg = self.recipe.engine.accumulation, side.leg
+        step, micro = divmod(number, accumulation)
+        each = leg.a_lane // accumulation
+        for slot in range(self.rank * side.per_rank, (self.rank + 1) * side.per_rank):
+            lane, within = divmod(slot, each)
+            source, place = leg.at(step, lane, micro * each + within)
+            if side.elsewhere:
+                # What is due about one window later is fetched now; what is due now was, but for the first time.
+                later, later_place = leg.at(step + 1 + self.recipe.data.shuffle_window // leg.a_lane, lane, within)
+                side.sources[source].prefetch(place)
+                side.sources[later].prefetch(later_place)
+            yield side.sources[source], place
 
-    def _labelled_view(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        raw = self.labelled[self.labelled_order[position]]
-        image, label = decode_image(raw.image, f"{raw.shard}: {raw.key}"), self._label(raw)
-        if image.shape[-2:] != label.shape:
-            raise DataError(
-                f"{raw.shard}: {raw.key}: the image is {tuple(image.shape[-2:])} px, its label map {tuple(label.shape)}"
-            )
-        source = generator(self.recipe.run.seed, "labelled view", position)
+    def _labelled_view(self, source: Source, place: Place, skipped: list[Skip]) -> tuple[Tensor, Tensor, Tensor]:
+        def decode(raw: RawSample) -> tuple[Tensor, Tensor]:
+            image = decode_image(raw.image, raw.name, max_pixels=self.recipe.data.max_image_px)
+            return image, self._label(raw, (image.shape[-2], image.shape[-1]))
+
+        (image, label), passed = source.load(place, decode)
+        skipped.extend(passed)
+        draws = generator(self.recipe.run.seed, "labelled view", source.name, place.epoch, place.place)
         around = None
-        if float(torch.rand((), generator=source)) < self.recipe.data.rare_class_crops:
+        if float(torch.rand((), generator=draws)) < self.recipe.data.rare_class_crops:
             weight = self.class_pixels().clamp(min=1).double().rsqrt() * (self.class_pixels() > 0)
-            around = rare_class_pixel(label, weight, source)
-        return self.weak_view(image, label, source, around)
+            around = rare_class_pixel(label, weight, draws)
+        return self.weak_view(image, label, draws, around)
 
-    def _unlabelled_view(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.unlabelled is not None
-        assert self.unlabelled_order is not None
-        raw = self.unlabelled[self.unlabelled_order[position]]
-        image = decode_image(raw.image, f"{raw.shard}: {raw.key}")
-        return self.weak_view(image, None, generator(self.recipe.run.seed, "unlabelled view", position))
+    def _unlabelled_view(self, source: Source, place: Place, skipped: list[Skip]) -> tuple[Tensor, Tensor, Tensor]:
+        data = self.recipe.data
+        image, passed = source.load(
+            place,
+            lambda raw: decode_image(
+                raw.image, raw.name, max_pixels=data.max_image_px, exif_orientation=data.exif_orientation
+            ),
+        )
+        skipped.extend(passed)
+        draws = generator(self.recipe.run.seed, "unlabelled view", source.name, place.epoch, place.place)
+        return self.weak_view(image, None, draws)
 
-    def _label(self, raw: RawSample) -> Tensor:
+    def _label(self, raw: RawSample, size: tuple[int, int] | None = None) -> Tensor:
         assert raw.label is not None
-        label = decode_label(raw.label, f"{raw.shard}: {raw.key}")
-        known = label[label != self.labelled.index.ignore_index]
-        if len(known) and int(known.max()) >= self.num_classes:
-            raise DataError(
-                f"{raw.shard}: {raw.key}: label value {int(known.max())}, but the model has {self.num_classes} classes "
-                "(model.num_classes); raise it, or map the labels when writing the shards"
-            )
-        return label
+        return decode_label(
+            raw.label, raw.name, num_classes=self.num_classes, ignore_index=self.index.ignore_index, size=size
+        )
 
 
 class _Fetched(Dataset["Batch | DataError"]):
@@ -243,16 +352,43 @@ def batches(stream: TrainingStream, start: int, stop: int, *, pin_memory: bool =
         yield fetched
 
 
-def evaluation_samples(root: str, split: str, rank: int, world_size: int) -> Iterator[tuple[int, str, Tensor, Tensor]]:
-    """This rank's share of a labelled split, each sample once over all ranks: (number, key, image, label).
+@dataclass(frozen=True)
+class EvaluationSample:
+    """One sample of a held-out split."""
 
-    image: uint8 (3, H, W); label: uint8 (H, W).
+    number: int
+    """In the split."""
+    key: str
+    image: Tensor
+    """uint8 (3, H, W)."""
+    label: Tensor
+    """uint8 (H, W)."""
+
+
+def evaluation_samples(
+    data: DataRecipe, split: str, rank: int = 0, world_size: int = 1, numbers: Iterable[int] | None = None
+) -> Iterator[EvaluationSample]:
+    """This rank's share of a labelled split of `data.root`, each sample once over all ranks.
+
+    A rank reads neighbouring samples, so that it needs only some of the shards. Bad samples are errors.
+
+    Args:
+        data: recipe's section.
+        split: stream name.
+        rank: whose share; the first ranks have one more where it does not come out even.
+        world_size: number of ranks.
+        numbers: these samples instead.
     """
-    stream = ShardStream(root, split)
-    if not stream.entry.labelled:
-        raise DataError(f"{root}: stream {split!r} has no labels to evaluate against")
-    for number in range(rank, len(stream), world_size):
+    stream = ShardStream(data.root, split, data)
+    if not stream.labels:
+        raise DataError(f"{data.root}: stream {split!r} has no labels to evaluate against")
+    if numbers is None:
+        cut = Cut(len(stream), world_size)
+        numbers = range(cut.start(rank), cut.start(rank + 1))
+    for number in numbers:
         raw = stream[number]
         assert raw.label is not None
-        name = f"{raw.shard}: {raw.key}"
-        yield number, raw.key, decode_image(raw.image, name), decode_label(raw.label, name)
+        image = decode_image(raw.image, raw.name, max_pixels=data.max_image_px)
+        size = (image.shape[-2], image.shape[-1])
+        label = decode_label(raw.label, raw.name, ignore_index=stream.index.ignore_index, size=size)
+        yield EvaluationSample(number, raw.key, image, label)

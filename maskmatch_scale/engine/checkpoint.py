@@ -7,12 +7,12 @@
         student.safetensors     whole fp32 weights, for evaluation and export
         ema.safetensors         whole fp32 teacher
         buffers/                with `model.batchnorm: per_rank`: each rank's own running statistics
+        stream.json             what the training stream continues from (data/stream.py), one for all ranks
         state.json              step, ranks, engine, ZeRO stage, precision, seconds spent so far
 
 Everything is written into `.step-00000400.writing` and renamed when every rank has finished, so that a crash leaves the
-checkpoint before it in place; our own files are flushed to the disk before the rename, the engine's are not. The
-stream's state is the step (data/stream.py), and every generator is made from the seed and a position: there is no
-random state to save.
+checkpoint before it in place; our own files are flushed to the disk before the rename, the engine's are not. Every
+generator is made from the seed and a position: there is no random state to save.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,24 @@ class CheckpointError(UserError):
 
 
 def save_checkpoint(
-    run: Path, step: int, spent: dict[str, float], engine: Engine, teacher: StoredTeacher, runtime: Runtime
+    run: Path,
+    step: int,
+    spent: Mapping[str, float],
+    engine: Engine,
+    teacher: StoredTeacher,
+    runtime: Runtime,
+    stream: Mapping[str, Any],
 ) -> Path:
     """Write `checkpoints/step-XXXXXXXX` after optimizer step ``step``; all ranks call it together.
 
     Args:
         run: run directory.
         step: optimizer steps taken.
-        spent: `seconds` and `cpu_s` that the run has cost so far.
+        spent: `seconds`, `cpu_s` and further counts of the run so far.
         engine: of this rank.
         teacher: of this rank.
         runtime: this rank.
+        stream: state of the training stream, the same on every rank.
     """
     folder = run / "checkpoints" / f"step-{step:08d}"
     writing = folder.with_name(f".{folder.name}.writing")
@@ -73,6 +81,7 @@ def save_checkpoint(
     average = teacher.full_state(keep=runtime.rank == 0)
     if runtime.rank == 0:
         _save(average, writing / "ema.safetensors")
+        _write_flushed(writing / "stream.json", json.dumps(stream))
         state = {"step": step, **_shape(engine.recipe, runtime.world_size), **spent, "torch": torch.__version__}
         _write_flushed(writing / "state.json", json.dumps(state, indent=1))
     runtime.barrier()
@@ -111,6 +120,22 @@ def load_checkpoint(folder: Path, engine: Engine, teacher: StoredTeacher, runtim
     if _own_buffers(engine, runtime):
         for name, value in load_file(folder / "buffers" / f"rank-{runtime.rank}.safetensors").items():
             _buffers(engine, teacher)[name].copy_(value)
+    return state
+
+
+def load_stream_state(folder: Path) -> dict[str, Any]:
+    """State of the training stream.
+
+    Raises:
+        CheckpointError: there is none: an older version wrote the checkpoint, whose order of samples was another.
+    """
+    try:
+        state: dict[str, Any] = json.loads((folder / "stream.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: its stream.json cannot be read ({type(error).__name__}); a checkpoint of an older version "
+            "cannot be continued exactly: start a new run from its weights (model.pretrained)"
+        ) from None
     return state
 
 

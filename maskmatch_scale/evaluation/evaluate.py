@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.data.shards import load_index
 from maskmatch_scale.data.stream import evaluation_samples
-from maskmatch_scale.errors import UserError
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.evaluation.sliding import forwards_of, sliding_probabilities
-from maskmatch_scale.recipe import EvaluationRecipe
+from maskmatch_scale.recipe import DataRecipe, EvaluationRecipe
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Window:
 
 def evaluate_split(
     segmenter: Callable[[Tensor], Tensor],
-    root: str,
+    data: DataRecipe,
     split: str,
     window: Window,
     matrix: ConfusionMatrix,
@@ -58,7 +57,7 @@ def evaluate_split(
 
     Args:
         segmenter: normalised images to logits, in eval mode.
-        root: shard folder.
+        data: where the split lies: section of the recipe.
         split: stream name, for example `dev`.
         window: how images are cut.
         matrix: filled.
@@ -70,20 +69,17 @@ def evaluate_split(
         The number of images over all ranks.
     """
     rank, world_size = place
-    images = ShardIndex.load(root).stream(split).samples
-    samples = evaluation_samples(root, split, rank, world_size)
+    images = load_index(data.root, data).stream(split).samples
+    samples = evaluation_samples(data, split, rank, world_size)
     for _ in range(math.ceil(images / world_size)):
         sample = next(samples, None)
         forwards = 0
         if sample is not None:
-            size = (sample[2].shape[-2], sample[2].shape[-1])
+            size = (sample.image.shape[-2], sample.image.shape[-1])
             forwards = forwards_of(size, window.size_px, window.recipe.overlap, window.recipe.window_batch)
         most = _largest(forwards, rank, world_size, sum_over_ranks, window.device)
         if sample is not None:
-            _, key, image, label = sample
-            if image.shape[-2:] != label.shape:
-                raise UserError(f"{key}: image {tuple(image.shape[-2:])} px, label map {tuple(label.shape)}")
-            matrix.update(window.predict(segmenter, image), label)
+            matrix.update(window.predict(segmenter, sample.image), sample.label)
         _run_empty(segmenter, most - forwards, window)
         progress()
     matrix.counts = sum_over_ranks(matrix.counts.to(window.device)).cpu()

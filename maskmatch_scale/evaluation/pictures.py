@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,23 +11,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.data.shards import load_index
 from maskmatch_scale.data.stream import evaluation_samples
 from maskmatch_scale.evaluation.evaluate import Window
 from maskmatch_scale.models.segmenter import Segmenter
 from maskmatch_scale.models.units import sample_visible, visible_count, visible_pixel_mask
-from maskmatch_scale.recipe import MaskRecipe
+from maskmatch_scale.recipe import DataRecipe, MaskRecipe
 from maskmatch_scale.seeds import generator
 
 
 def save_pictures(
-    folder: Path, root: str, split: str, count: int, models: dict[str, Callable[[Tensor], Tensor]], window: Window
+    folder: Path,
+    data: DataRecipe,
+    split: str,
+    count: int,
+    models: dict[str, Callable[[Tensor], Tensor]],
+    window: Window,
 ) -> list[Path]:
     """Write image, label map and each model's prediction of ``count`` samples spread over a split.
 
     Args:
         folder: `RUN/pictures/<split>`; one folder a sample goes into it.
-        root: shard folder.
+        data: where the split lies: section of the recipe.
         split: stream name.
         count: how many samples.
         models: `ema` and `student` segmenters, in eval mode.
@@ -37,17 +41,18 @@ def save_pictures(
     Returns:
         The samples' folders.
     """
-    index = ShardIndex.load(root)
+    index = load_index(data.root, data)
     palette = flat_palette(index.palette)
-    spread = max(1, index.stream(split).samples // max(1, count))
+    samples = index.stream(split).samples
+    numbers = range(0, samples, max(1, samples // max(1, count)))[:count]
     written = []
-    for number, key, image, label in itertools.islice(evaluation_samples(root, split, 0, 1), 0, count * spread, spread):
-        target = folder / f"{number:05d}-{Path(key).name}"
+    for sample in evaluation_samples(data, split, numbers=numbers):
+        target = folder / f"{sample.number:05d}-{Path(sample.key).name}"
         target.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(target / "image.png")
-        save_map(label, palette, target / "label.png")
+        Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(target / "image.png")
+        save_map(sample.label, palette, target / "label.png")
         for name, model in models.items():
-            save_map(window.predict(model, image), palette, target / f"prediction-{name}.png")
+            save_map(window.predict(model, sample.image), palette, target / f"prediction-{name}.png")
         written.append(target)
     described = {"classes": index.classes, "palette": index.palette, "ignore_index": index.ignore_index}
     (folder / "classes.json").write_text(json.dumps(described))

@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskmatch_scale.data.index import ShardIndex
 from maskmatch_scale.export.load import Description
 from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.record.run_files import Score, read_run
 from maskmatch_scale.record.summary import summarise_files
+from maskmatch_scale.trained import RunData
 
 
 def model_card(
     name: str,
     run: Path,
     recipe: Recipe,
-    index: ShardIndex,
+    data: RunData,
     description: Description,
     segmenter: Segmenter,
     state: Mapping[str, Any],
@@ -30,7 +30,7 @@ def model_card(
         name: of the export's folder.
         run: run directory, for its figures.
         recipe: of the run.
-        index: of its data.
+        data: what it was trained on.
         description: of the export.
         segmenter: the run's, on any device; its parameters are counted.
         state: of the checkpoint (`state.json`): ranks, and the precision that `auto` came to.
@@ -49,9 +49,9 @@ def model_card(
         f"Written by `maskmatch export`, maskmatch_scale {description.versions['maskmatch_scale']}.",
         _facts(recipe, description, segmenter),
         "## Training",
-        _training(method, recipe, index, state),
+        _training(method, recipe, data, state),
         "## Figures",
-        _figures(scores, recipe, index, description),
+        _figures(scores, recipe, data, description),
         "## Input",
         _input(description, segmenter),
         "## Loading",
@@ -95,21 +95,23 @@ def _facts(recipe: Recipe, description: Description, segmenter: Segmenter) -> st
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
 
 
-def _training(method: str, recipe: Recipe, index: ShardIndex, state: Mapping[str, Any]) -> str:
+def _training(method: str, recipe: Recipe, data: RunData, state: Mapping[str, Any]) -> str:
     ranks = state["world_size"]
     unlabelled = uses_unlabelled(recipe.method)
-    labelled_images = recipe.data.labelled_count or index.stream("labelled").samples
+    labelled_images = (
+        data.samples.get("labelled", 0) if recipe.data.labelled_count is None else recipe.data.labelled_count
+    )
     batch = recipe.engine.micro_batch * recipe.engine.accumulation * ranks
-    images, a_step = f"{labelled_images} labelled images", f"{batch} labelled images"
+    images, a_step = f"{labelled_images} labelled images", f"{batch if labelled_images else 0} labelled images"
     if unlabelled:
-        images += f" and {index.stream('unlabelled').samples} unlabelled ones"
+        images += f" and {data.samples.get('unlabelled', 0)} unlabelled ones"
         a_step += f" and {batch * recipe.data.unlabelled_per_labelled} unlabelled ones"
     height, width = recipe.data.crop_px
     mask = recipe.method.mask
     lines = [
         f"- Method: {method} ([maskmatch_scale](https://arxiv.org/abs/2312.08631) is written from the abstract of its "
         "paper)." if mask.keep is not None else f"- Method: {method}.",
-        f"- Data: {images} of the source `{index.source}`; crops of {height}×{width} px, resized by factors of "
+        f"- Data: {images} of the source `{data.source}`; crops of {height}×{width} px, resized by factors of "
         f"{recipe.data.scale_range[0]:g} to {recipe.data.scale_range[1]:g}.",
         f"- {a_step} a step, {ranks} rank{'s' if ranks > 1 else ''}, precision {state['precision']}, "
         f"`optim.lr` {recipe.optim.lr:g}, seed {recipe.run.seed}.",
@@ -119,12 +121,12 @@ def _training(method: str, recipe: Recipe, index: ShardIndex, state: Mapping[str
     return "\n".join(lines)
 
 
-def _figures(scores: list[Score], recipe: Recipe, index: ShardIndex, description: Description) -> str:
+def _figures(scores: list[Score], recipe: Recipe, data: RunData, description: Description) -> str:
     if not scores:
         return "None: this run has no evaluation of these weights."
     rows = ["| split | images | step | mIoU | pixel accuracy |", "|---|---|---|---|---|"]
     for score in scores:
-        images = index.streams[score.split].samples if score.split in index.streams else None
+        images = data.samples.get(score.split)
         figures = f"{_share(score.miou)} | {_share(score.pixel_accuracy)}"
         rows.append(f"| {score.split} | {_or_dash(images)} | {_or_dash(score.step)} | {figures} |")
     height, width = recipe.data.crop_px

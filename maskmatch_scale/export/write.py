@@ -35,7 +35,6 @@ from torch import Tensor, nn
 
 from maskmatch_scale import __version__
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.index import ShardIndex
 from maskmatch_scale.engine.checkpoint import CheckpointError, find_checkpoint
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.card import model_card
@@ -43,7 +42,7 @@ from maskmatch_scale.export.load import Description
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.weights import SEGMENTER_FILE, to_transformers_name
 from maskmatch_scale.recipe import Recipe, load_recipe
-from maskmatch_scale.trained import build_student
+from maskmatch_scale.trained import RunData, build_student, read_run_data
 
 # What timm tells of the weights published under a model's name; it would be untrue of these.
 _OF_PUBLISHED_WEIGHTS = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "description")
@@ -70,11 +69,11 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: there is something already; name another folder, or remove it first")
     recipe = load_recipe(run / "recipe.yaml")
-    index = _index(run, recipe)
+    data = _data(run)
     with torch.device("meta"):  # shapes and configuration alone
-        segmenter = build_student(recipe, index, pretrained=False)
+        segmenter = build_student(recipe, data, pretrained=False)
     state = json.loads((checkpoint / "state.json").read_text())
-    description = _describe(recipe, index, segmenter, weights, int(state["step"]))
+    description = _describe(recipe, data, segmenter, weights, int(state["step"]))
 
     target = out.resolve()
     writing = target.with_name(f".{target.name}.writing")
@@ -87,7 +86,7 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
         else:
             _write_parts(tensors, segmenter, recipe, description, writing)
     (writing / SEGMENTER_FILE).write_text(description.model_dump_json(indent=1))
-    card = model_card(target.name, run, recipe, index, description, segmenter, state)
+    card = model_card(target.name, run, recipe, data, description, segmenter, state)
     (writing / "README.md").write_text(card)
     writing.rename(target)
     if description.in_transformers:
@@ -95,17 +94,17 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
     return f'maskmatch_scale.export.load_export("{out}")'
 
 
-def _index(run: Path, recipe: Recipe) -> ShardIndex:
+def _data(run: Path) -> RunData:
     try:
-        return ShardIndex.load(recipe.data.root)
+        return read_run_data(run)
     except DataError as error:
         raise UserError(
-            f"{run / 'recipe.yaml'}: class names and palette lie with the run's data, which cannot be read; run this "
-            f"where data.root is found, or correct it there ({error})"
+            f"{run}: it has no data.json, and class names and palette lie with its data, which cannot be read; run "
+            f"this where data.root of its recipe.yaml is found, or correct it there ({error})"
         ) from None
 
 
-def _describe(recipe: Recipe, index: ShardIndex, segmenter: Segmenter, weights: str, step: int) -> Description:
+def _describe(recipe: Recipe, data: RunData, segmenter: Segmenter, weights: str, step: int) -> Description:
     library, _, name = recipe.model.backbone.partition("/")
     ours = {"maskmatch_scale": __version__, "torch": str(torch.__version__)}
     if library == "timm":
@@ -121,9 +120,9 @@ def _describe(recipe: Recipe, index: ShardIndex, segmenter: Segmenter, weights: 
         num_classes=segmenter.num_classes,
         image_size=recipe.data.crop_px,
         unit_px=segmenter.unit_px,
-        classes=index.classes,
-        palette=index.palette,
-        ignore_index=index.ignore_index,
+        classes=data.classes,
+        palette=data.palette,
+        ignore_index=data.ignore_index,
         mean=segmenter.mean,
         std=segmenter.std,
         weights=weights,
@@ -140,7 +139,7 @@ def _check_fit(tensors: Any, segmenter: Segmenter, checkpoint: Path) -> None:
     if wrong:
         name = wrong[0]
         raise UserError(
-            f"{checkpoint}: {name} has shape {found.get(name)}, by recipe.yaml and the index of data.root it is "
+            f"{checkpoint}: {name} has shape {found.get(name)}, by recipe.yaml and data.json it is "
             f"{expected.get(name)}; put them back to what the run was trained with"
         )
 

@@ -48,7 +48,7 @@ class Step:
     """One micro-batch with every view drawn; nothing here needs a gradient."""
 
     labelled_images: Tensor
-    """float (B, 3, h, w), values 0–1."""
+    """float (B, 3, h, w), values 0–1; B is 0 in a run without labels."""
     labels: Tensor
     """int64 (B, h, w)."""
     labelled_pixels: Tensor
@@ -179,9 +179,12 @@ class MaskMatch(nn.Module):
         sizes = [len(step.labelled_images), *(len(view.images) for view in step.views)]
         # Labelled and strong views have one shape: one forward for all of them.
         images = torch.cat([step.labelled_images, *(view.images for view in step.views)])
-        logits, *view_logits = self.segmenter(self.normalise(images)).split(sizes)
-        sum_x = cross_entropy_sum(logits, step.labels, step.labelled_pixels, self.class_weight)
-        sum_u = sum_m = zero
+        sum_x = sum_u = sum_m = zero
+        view_logits: list[Tensor] = []
+        if len(images):
+            logits, *view_logits = self.segmenter(self.normalise(images)).split(sizes)
+            if len(step.labels):
+                sum_x = cross_entropy_sum(logits, step.labels, step.labelled_pixels, self.class_weight)
         if pseudo is not None and step.views:
             sum_u = self.base.loss_sum(view_logits, step.views, pseudo)
         if pseudo is not None and step.masked is not None:

@@ -35,7 +35,8 @@ class MetricsLog:
         Args:
             step: its number.
             figures: known already.
-            on_device: scalars that are read at the flush.
+            on_device: scalars that are read at the flush. Those called `group/name` are counts: they become integers in
+                an object `group`, which holds those above 0 and is left out if there are none.
             later: figures that can be asked for when the device has done the step, such as its times.
         """
         record = {"step": step, "kind": "train", **figures}
@@ -48,7 +49,7 @@ class MetricsLog:
         # Steps differ in what they have: in the burn-in there is no unlabelled loss.
         values = iter(torch.stack([value for _, waiting, _ in self._waiting for value in waiting.values()]).tolist())
         records = [
-            record | {name: next(values) for name in waiting} | {name: ask() for name, ask in later.items()}
+            _grouped(record | {name: next(values) for name in waiting} | {name: ask() for name, ask in later.items()})
             for record, waiting, later in self._waiting
         ]
         self._waiting.clear()
@@ -65,6 +66,17 @@ class MetricsLog:
             return
         with self._path.open("a") as file:
             file.writelines(json.dumps(_plain(record)) + "\n" for record in records)
+
+
+def _grouped(record: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in record.items():
+        group, slash, member = name.partition("/")
+        if not slash:
+            result[name] = value
+        elif value:
+            result.setdefault(group, {})[member] = int(value)
+    return result
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,9 @@ def train_plainly(recipe, world_size: int) -> Outcome:
     """Train with the global batch that ``world_size`` ranks have together."""
     engine = recipe.engine
     global_engine = engine.model_copy(update={"micro_batch": engine.micro_batch * world_size})
-    stream = TrainingStream(recipe.model_copy(update={"engine": global_engine}), 3, 0, 1, unlabelled=True)
+    # One process shows what each rank shows, in the order of the ranks.
+    data = recipe.data.model_copy(update={"lanes": world_size})
+    stream = TrainingStream(recipe.model_copy(update={"engine": global_engine, "data": data}), 3, 0, 1, unlabelled=True)
     student = build_student(recipe, ShardIndex.load(recipe.data.root))
     start = {name: value.clone() for name, value in student.state_dict().items()}
     teacher = copy.deepcopy(student).eval()

@@ -93,8 +93,13 @@ def test_an_overflow_excuses_the_gradient_alone(record, message):
         def figures(self, record):
             pass
 
+        skipped = 0
+
+        def count(self, records):
+            pass
+
     run = object.__new__(train_module._Run)
-    run.metrics = run.progress = Nothing()
+    run.metrics = run.progress = run.skips = Nothing()
     run.last_checkpoint = None
     if message is None:
         run._flush()

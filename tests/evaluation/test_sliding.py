@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from maskmatch_scale.evaluation.evaluate import Window, evaluate_split
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.evaluation.sliding import forwards_of, sliding_probabilities, window_starts
-from maskmatch_scale.recipe import EvaluationRecipe
+from maskmatch_scale.recipe import DataRecipe, EvaluationRecipe
 
 
 @given(side=st.integers(1, 500), window=st.integers(1, 200), overlap=st.floats(0, 0.9))
@@ -41,9 +41,9 @@ def test_an_image_smaller_than_a_window():
 def test_ranks_together_give_the_matrix_of_one(shapes):
     window = Window((64, 64), EvaluationRecipe(), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), torch.device("cpu"))
     whole = ConfusionMatrix(3)
-    assert evaluate_split(pointwise, str(shapes), "val", window, whole) == 5
+    assert evaluate_split(pointwise, DataRecipe(root=str(shapes)), "val", window, whole) == 5
     parts = []
     for rank in range(2):
         parts.append(ConfusionMatrix(3))
-        evaluate_split(pointwise, str(shapes), "val", window, parts[-1], (rank, 2))
+        evaluate_split(pointwise, DataRecipe(root=str(shapes)), "val", window, parts[-1], (rank, 2))
     assert (parts[0].counts + parts[1].counts).equal(whole.counts)

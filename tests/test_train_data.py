@@ -1,0 +1,160 @@
+"""Whole runs and their data: samples that are skipped, runs without labels, streams that continue."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.errors import TrainingStopped, UserError
+from maskmatch_scale.export.write import export_run
+from maskmatch_scale.recipe import RecipeError
+from maskmatch_scale.train import train
+from maskmatch_scale.trained import open_run
+from tests.conftest import ShapesSource, rewrite_shard, write_shards
+
+
+def train_records(run):
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["kind"] == "train"]
+
+
+def skipped_samples(run):
+    files = sorted((run / "skipped").glob("rank-*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def spoilt(shapes, tmp_path):
+    """Two of the 24 unlabelled samples cannot be decoded, one has no bytes at all."""
+    root = shutil.copytree(shapes, tmp_path / "spoilt")
+    for number, data in {3: b"RIFF, but no image", 9: b"", 17: b"\xff\xd8\xff"}.items():
+        shards = ShardIndex.load(root).streams["unlabelled"].shards
+        shard = int(shards.starts.searchsorted(number, side="right")) - 1
+        rewrite_shard(root, shards.file(shard), {f"unlabelled-{number:04d}.webp": data})
+    return root
+
+
+def test_skipped_samples_are_counted_by_reason_and_listed(make_recipe, spoilt):
+    run = train(make_recipe(data={"root": str(spoilt)}, run={"steps": 12, "evaluate_every": 0}))
+    counted = Counter()
+    for record in train_records(run):
+        counted.update(record.get("skipped", {}))
+    listed = skipped_samples(run)
+    assert counted == Counter(entry["reason"] for entry in listed)
+    assert {(e["key"], e["reason"]) for e in listed} == {
+        ("unlabelled-0003", "not_an_image"),
+        ("unlabelled-0009", "empty"),
+        ("unlabelled-0017", "not_an_image"),
+    }
+    assert all(entry["source"] == "unlabelled" and entry["message"] and entry["shard"] for entry in listed)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["images_read"], summary["images_skipped"]) == (48, len(listed))
+
+
+def test_what_was_skipped_is_remembered_when_a_run_continues(make_recipe, spoilt):
+    recipe = make_recipe(data={"root": str(spoilt)}, run={"steps": 12, "evaluate_every": 0, "checkpoint_every": 6})
+    run = train(recipe)
+    whole = json.loads((run / "summary.json").read_text())
+    losses = [record["loss"] for record in train_records(run)]
+    shutil.rmtree(run / "checkpoints" / "step-00000012")
+    (run / "checkpoints" / "latest").write_text("step-00000006")
+    train(recipe, "auto")
+    again = json.loads((run / "summary.json").read_text())
+    assert {k: again[k] for k in ("images_read", "images_skipped")} == {
+        k: whole[k] for k in ("images_read", "images_skipped")
+    }
+    assert [record["loss"] for record in train_records(run)][12:] == losses[6:]
+
+
+def test_too_many_bad_samples_stop_the_run(make_recipe, spoilt):
+    recipe = make_recipe(data={"root": str(spoilt), "max_bad_share": 0.0}, run={"steps": 12, "evaluate_every": 0})
+    with pytest.raises(TrainingStopped, match=r"samples were skipped.*data\.max_bad_share=0\.0.*skipped lists them"):
+        train(recipe)
+
+
+def test_bad_unlabelled_samples_may_be_errors(make_recipe, spoilt):
+    recipe = make_recipe(data={"root": str(spoilt), "bad_unlabelled": "fail"}, run={"steps": 12})
+    with pytest.raises(UserError, match=r"unlabelled-00\d\d"):
+        train(recipe)
+
+
+@pytest.fixture
+def never_labelled(tmp_path):
+    """Shards of a folder that knows no classes."""
+    source = ShapesSource({"unlabelled": 11}, name="archive", classes=(), palette=())
+    write_shards(source, tmp_path / "archive", workers=1, progress=False)
+    return tmp_path / "archive"
+
+
+@pytest.mark.parametrize("start", ["run", "checkpoint", "export"])
+def test_without_labels_from_a_trained_start_and_on_to_the_next_run(make_recipe, never_labelled, tmp_path, start):
+    first = train(make_recipe(run={"steps": 2, "evaluate_every": 0, "dir": str(tmp_path / "first")}))
+    started_from = {"run": first, "checkpoint": first / "checkpoints" / "step-00000002", "export": tmp_path / "export"}
+    if start == "export":
+        export_run(first, tmp_path / "export")
+    model = dict(make_recipe().model) | {"pretrained": str(started_from[start])}
+    run = train(
+        make_recipe(
+            data={"root": str(never_labelled), "labelled_count": 0},
+            model=model,
+            method={"threshold": 0.0, "unlabelled_weight": 0.5, "mask": {"weight": 2.0}},
+            run={"steps": 3, "dir": str(tmp_path / "second")},
+        )
+    )
+    for record in train_records(run):
+        assert record["loss_x"] is None
+        assert record["coverage"] == 1
+        assert record["loss"] == pytest.approx(0.5 * record["loss_u"] + 2.0 * record["loss_m"], rel=1e-6)
+    data = json.loads((run / "data.json").read_text())
+    assert data["classes"] == ["ground", "square", "disc"]
+    assert data["samples"] == {"labelled": 0, "unlabelled": 11}
+    export_run(run, tmp_path / "exported")
+    assert "0 labelled images and 11 unlabelled ones" in (tmp_path / "exported" / "README.md").read_text()
+    # Its teacher started as the first run's, and starts the next labelled run.
+    _, teacher, _ = open_run(run, "ema")
+    last = train(
+        make_recipe(
+            model=model | {"pretrained": str(run)},
+            run={"steps": 1, "dir": str(tmp_path / "third")},
+            optim={"lr": 1e-12},
+        )
+    )
+    _, student, _ = open_run(last, "student")
+    for (name, value), other in zip(teacher.named_parameters(), student.parameters(), strict=True):
+        assert value.sub(other).abs().max() < 1e-6, name
+
+
+def test_without_labels_and_without_a_trained_start(make_recipe, never_labelled, tmp_path):
+    data = {"root": str(never_labelled), "labelled_count": 0}
+    with pytest.raises(RecipeError, match="the teacher must be a trained segmenter from the start"):
+        make_recipe(data=data)
+    with pytest.raises(RecipeError, match=r"method\.burn_in=0\.1: .*labelled loss alone"):
+        make_recipe(data=data, model=dict(make_recipe().model) | {"pretrained": "x"}, method={"burn_in": 0.1})
+    with pytest.raises(RecipeError, match="nothing to learn from"):
+        make_recipe(
+            data=data,
+            model=dict(make_recipe().model) | {"pretrained": "x"},
+            method={"base": "supervised", "mask": {"keep": None}},
+        )
+    backbone = tmp_path / "backbone.pth"
+    import torch
+
+    torch.save({"patch_embed.weight": torch.zeros(1)}, backbone)
+    model = dict(make_recipe().model) | {"pretrained": str(backbone), "num_classes": 3}
+    with pytest.raises(UserError, match="head and all"):
+        train(make_recipe(data=data, model=model))
+
+
+def test_labelled_runs_need_class_names(make_recipe, never_labelled):
+    with pytest.raises(UserError, match="its index names no classes"):
+        train(make_recipe(data={"root": str(never_labelled)}))
+
+
+def test_a_checkpoint_of_an_older_version(make_recipe):
+    run = train(make_recipe(run={"steps": 1}))
+    Path(run / "checkpoints" / "step-00000001" / "stream.json").unlink()
+    with pytest.raises(UserError, match=r"stream\.json cannot be read"):
+        train(make_recipe(run={"steps": 2}), "auto")
