@@ -25,8 +25,10 @@ from maskmatch_scale.data.faults import BadSample
 MAX_PIXELS = 100_000_000
 """Default upper limit of pixels an image or label map."""
 
-_MAX_SCANS = 200
-"""Scans of a progressive JPEG. Files have about ten; thousands of empty ones would take minutes to decode."""
+_SCANS = 20
+_SCANNED_PIXELS = 500_000_000
+"""A JPEG of more scans may have this many pixels times scans. Progressive ones have about ten scans; thousands of empty
+ones in a small file would take minutes to decode."""
 _JPEG, _PNG, _RIFF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"
 _START_OF_SCAN = b"\xff\xda"
 _ORIENTATION = 0x0112
@@ -62,9 +64,9 @@ def decode_image(
     except BadSample:
         raise
     except Image.DecompressionBombError as error:  # WebP's class alone has Pillow's limit, 179 million pixels
-        raise BadSample("too_large", f"{name}: {_said(error)}; shrink it") from None
+        raise _bad("too_large", name, f"{_said(error)}; shrink it") from None
     except Exception as error:  # a decoder that is fed with anything may raise anything
-        raise BadSample("not_an_image", f"{name}: not a readable image ({_said(error)}); replace it") from None
+        raise _bad("not_an_image", name, f"not a readable image ({_said(error)}); replace it") from None
     planes = _turned(pixels, orientation).transpose(2, 0, 1)
     # Torch reads no backward strides. NumPy's copy takes half the time of torch's on one thread.
     if contiguous or orientation != 1:
@@ -107,33 +109,33 @@ def decode_label(
     except BadSample:
         raise
     except Exception as error:
-        raise BadSample("not_a_label", f"{name}: not a readable label map ({_said(error)}); replace it") from None
+        raise _bad("not_a_label", name, f"not a readable label map ({_said(error)}); replace it") from None
     if values.dtype == np.uint16:
         wrong = values[(values > 255) & (values != _IGNORED_16_BIT)]
         if len(wrong):
-            raise BadSample("label_value", f"{name}: label value {wrong.max()}; classes go up to 255, ignored is 65535")
+            raise _bad("label_value", name, f"label value {wrong.max()}; classes go up to 255, ignored is 65535")
         values = np.where(values == _IGNORED_16_BIT, np.uint16(ignore_index), values).astype(np.uint8)
     if num_classes is not None:
         wrong = values[(values >= num_classes) & (values != ignore_index)]
         if len(wrong):
-            raise BadSample(
+            raise _bad(
                 "label_value",
-                f"{name}: label value {wrong.max()}, but there are {num_classes} classes, and {ignore_index} for what "
-                "is ignored; map the labels when writing the shards, or raise the number of classes",
+                name,
+                f"label value {wrong.max()}, but there are {num_classes} classes, and {ignore_index} "
+                "for what is ignored; map the labels when writing the shards, or raise the number of classes",
             )
     return torch.from_numpy(values)
 
 
 def _pixels(data: bytes, name: str, max_pixels: int, exif_orientation: bool) -> tuple[NDArray[np.uint8], int]:
     """HWC pixels and EXIF orientation, 1 to 8."""
-    if data.startswith(_JPEG):
-        if data.count(_START_OF_SCAN) > _MAX_SCANS:
-            raise BadSample("not_an_image", f"{name}: a JPEG of more than {_MAX_SCANS} scans; save it anew")
-        if (turbo := _turbojpeg(data, name, max_pixels)) is not None:
-            return turbo, _orientation(data) if exif_orientation and b"Exif\0" in data else 1
+    if data.startswith(_JPEG) and (turbo := _turbojpeg(data, name, max_pixels)) is not None:
+        return turbo, _orientation(data) if exif_orientation and b"Exif\0" in data else 1
     with _quiet():
         image = _opened(data)
         _check_size(image.height, image.width, name, max_pixels)
+        if data.startswith(_JPEG):
+            _check_scans(data, image.height, image.width, name)
         image.load()
         if image.mode.startswith("I;16"):
             pixels = (np.asarray(image) >> 8).astype(np.uint8)[..., None].repeat(3, axis=2)
@@ -147,6 +149,7 @@ def _turbojpeg(data: bytes, name: str, max_pixels: int) -> NDArray[np.uint8] | N
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(height, width, name, max_pixels)
+        _check_scans(data, height, width, name)
         if colours in ("CMYK", "YCCK"):
             return None  # Pillow's conversion is exact
         if colours == "Gray":
@@ -184,9 +187,13 @@ def _quiet() -> Iterator[None]:
 
 def _check_size(height: int, width: int, name: str, max_pixels: int) -> None:
     if height * width > max_pixels:
-        raise BadSample(
-            "too_large", f"{name}: {height} × {width} px, more than {max_pixels} pixels (data.max_image_px); shrink it"
-        )
+        raise _bad("too_large", name, f"{height} × {width} px, more than data.max_image_px={max_pixels}; shrink it")
+
+
+def _check_scans(data: bytes, height: int, width: int, name: str) -> None:
+    scans = data.count(_START_OF_SCAN)
+    if scans > _SCANS and scans * height * width > _SCANNED_PIXELS:
+        raise _bad("not_an_image", name, f"a JPEG of {scans} scans, which takes too long to decode; save it anew")
 
 
 def _orientation(data: bytes) -> int:
@@ -217,16 +224,15 @@ def _label_values(
         raise ValueError("no PNG")
     image = _opened(data)
     if size is not None and (image.height, image.width) != size:
-        raise BadSample(
+        raise _bad(
             "label_size",
-            f"{name}: the image is {size[0]} × {size[1]} px (height × width), its label map {image.height} × "
-            f"{image.width}; write both in one size",
+            name,
+            f"the image is {size[0]} × {size[1]} px (height × width), its label map "
+            f"{image.height} × {image.width}; write both in one size",
         )
     _check_size(image.height, image.width, name, max_pixels)
     if image.mode not in ("1", "L", "P", "I;16"):
-        raise BadSample(
-            "not_a_label", f"{name}: label map has mode {image.mode}; write a PNG of one channel, grey or palette"
-        )
+        raise _bad("not_a_label", name, f"label map has mode {image.mode}; write a PNG of one channel, grey or palette")
     values = np.array(image)
     if image.mode == "I;16":
         return values.astype(np.uint16)
@@ -234,6 +240,12 @@ def _label_values(
     if image.mode == "L":
         values //= _UNSCALE.get(data[_PNG_BIT_DEPTH], 1)
     return values
+
+
+def _bad(reason: str, name: str, what: str) -> BadSample:
+    # A name from a tar may hold line ends and escape sequences, which must reach no terminal.
+    shown = name if name.isprintable() else repr(name)[1:-1]
+    return BadSample(reason, f"{shown}: {what}")
 
 
 def _said(error: Exception) -> str:

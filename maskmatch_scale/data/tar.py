@@ -437,7 +437,7 @@ class _Samples:
         self._seen[key] = first, known | extensions
         if known & extensions:
             twice = min(known & extensions)
-            self.faults[place] = "duplicate_key", f"an earlier sample of this key has a .{twice} too; rename one"
+            self.faults[place] = "duplicate_key", f"an earlier sample of this key has {twice!r} too; rename one"
             return
         pieces = self._pieces.setdefault(key, [first])
         pieces.append(place)

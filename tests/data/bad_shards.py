@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.conftest import draw_shapes
 
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 CLASSES = 3
 """Of the label maps here, as of the `shapes` folder."""
 
@@ -51,6 +52,14 @@ def tar_bytes(
                 tar.addfile(info, io.BytesIO(member[1]))
         length = tar.offset
     return buffer.getvalue() if end else buffer.getvalue()[:length]
+
+
+def checksummed(header: bytes) -> bytes:
+    """A header with the checksum that belongs to it."""
+    block = bytearray(header)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block[:512])
+    return bytes(block)
 
 
 def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:

@@ -208,10 +208,12 @@ def test_bombs_are_not_decoded(monkeypatch):
     assert fault(decode_image, bytes(webp)) in ("too_large", "not_an_image")
 
 
-def test_jpegs_of_thousands_of_scans_are_refused():
-    data = FORMATS["jpeg progressive"]
-    first = data.rindex(b"\xff\xda")
-    assert fault(decode_image, data[:first] + data[first:-2] * 500 + data[-2:]) == "not_an_image"
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_jpegs_of_thousands_of_scans_are_refused(mode):
+    data = encode(Image.new(mode, (1000, 1000)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    assert fault(decode_image, data[:last] + data[last:-2] * 600 + data[-2:]) == "not_an_image"
+    assert decode_image(data[:last] + data[last:-2] * 30 + data[-2:], "x").shape == (3, 1000, 1000)
 
 
 def test_labels_hold_the_values_stored():
@@ -277,3 +279,8 @@ def test_labels_are_pngs(kind):
     data = encode(LABELS, "PNG")
     assert fault(decode_label, data[: len(data) // 2]) == "not_a_label"
     assert fault(decode_label, data, max_pixels=10) == "too_large"
+
+
+def test_names_with_control_characters_are_escaped():
+    with pytest.raises(BadSample, match=r"^a\\nb\\x1b\[2J: not a readable image"):
+        decode_image(b"", "a\nb\x1b[2J")

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.tar import MAX_MEMBER_BYTES, _Headers, read_table
 
-from .bad_shards import bad_shards, label_png, not_tars, sample, special, tar_bytes, whole
-
-FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+from .bad_shards import FORMATS, bad_shards, checksummed, label_png, not_tars, sample, special, tar_bytes, whole
 
 
 def table_of(data, labelled=True):
@@ -236,14 +234,6 @@ def test_pieces_of_unequal_kind_are_all_bad_and_repeats_only_the_later():
         ("x", "interleaved_keys"),
         ("x", "duplicate_key"),
     ]
-
-
-def checksummed(header):
-    """The block with the checksum that belongs to it."""
-    block = bytearray(header)
-    block[148:156] = b" " * 8
-    block[148:156] = b"%06o\0 " % sum(block[:512])
-    return bytes(block)
 
 
 def header(name=b"a.jpg", size=b"00000000001\0", flag=b"0"):
