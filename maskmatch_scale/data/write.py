@@ -516,7 +516,9 @@ def _cores() -> int:
 
 
 @contextmanager
-def progress_of(name: str, total: int, wanted: bool, unit: str = "samples") -> Iterator[Callable[[], None]]:
+def progress_of(
+    name: str, total: int, wanted: bool, unit: str = "samples", *, even_if_quick: bool = True
+) -> Iterator[Callable[[], None]]:
     """Progress on stderr: a bar with the time left on a terminal, a line now and then elsewhere.
 
     Args:
@@ -524,6 +526,7 @@ def progress_of(name: str, total: int, wanted: bool, unit: str = "samples") -> I
         total: steps to come.
         wanted: False says nothing.
         unit: of the steps.
+        even_if_quick: whether a log file gets a line of what is over in seconds.
 
     Yields:
         A function to call after each step.
@@ -539,21 +542,23 @@ def progress_of(name: str, total: int, wanted: bool, unit: str = "samples") -> I
             task = bar.add_task(f"{name}, {unit}", total=total)
             yield lambda: bar.advance(task)
     else:
-        yield _Lines(name, total, unit)
+        yield _Lines(name, total, unit, even_if_quick)
 
 
 class _Lines:
     """Progress for log files: a line every few seconds and one at the end."""
 
-    def __init__(self, name: str, total: int, unit: str) -> None:
+    def __init__(self, name: str, total: int, unit: str, even_if_quick: bool) -> None:
         self._name, self._total, self._unit, self._done = name, total, unit, 0
+        self._say_the_end = even_if_quick
         self._began = self._said = time.monotonic()
 
     def __call__(self) -> None:
         self._done += 1
         now = time.monotonic()
-        if now - self._said >= _SECONDS_BETWEEN_LINES or self._done == self._total:
+        if now - self._said >= _SECONDS_BETWEEN_LINES or (self._done == self._total and self._say_the_end):
             self._said = now
+            self._say_the_end = True
             rate = self._done / max(now - self._began, 1e-9)
             left = (self._total - self._done) / rate
             sys.stderr.write(

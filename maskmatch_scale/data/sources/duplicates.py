@@ -79,7 +79,8 @@ def _in_chunks(
         return [(number, function(paths[number])) for number in chunk]
 
     chunks = [numbers[start : start + _AT_ONCE].tolist() for start in range(0, len(numbers), _AT_ONCE)]
-    with progress_of(f"duplicates by {what}", len(numbers), progress and len(numbers) > 0, "files") as advance:
+    name, wanted = f"duplicates by {what}", progress and len(numbers) > 0
+    with progress_of(name, len(numbers), wanted, "files", even_if_quick=False) as advance:
         for start in range(0, len(chunks), _BATCH_CHUNKS):
             for found in chain.from_iterable(pool.map(work, chunks[start : start + _BATCH_CHUNKS])):
                 advance()

@@ -213,10 +213,11 @@ class ImageFiles:
                 for line in map(json.loads, file):
                     dropped.add((line["stream"], line["image"]))
             if dropped:
-                streams = {
-                    name: Stream(stream.labelled, [i for i in stream.items if (name, i.image) not in dropped])
+                kept = {
+                    name: [item for item in stream.items if (name, item.image) not in dropped]
                     for name, stream in streams.items()
                 }
+                streams = {name: Stream(streams[name].labelled, items) for name, items in kept.items() if items}
         seed = self.options.shuffle_seed
         if seed < 0:
             return streams

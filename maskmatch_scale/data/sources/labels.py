@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from maskmatch_scale.data.faults import BadSample, DataError
 
@@ -171,6 +171,8 @@ def _decode(data: bytes, name: str) -> NDArray[Any]:
             return values
     except BadSample:
         raise
+    except UnidentifiedImageError:  # whose text holds an address
+        raise BadSample("not_a_label", f"{name}: no image of a format that is known here") from None
     except Exception as error:
         # Pillow's decoders raise nearly anything for damaged files.
         raise BadSample("not_a_label", f"{name}: not a readable label map ({error})") from None

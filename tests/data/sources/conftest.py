@@ -14,6 +14,8 @@ from PIL import Image
 
 from maskmatch_scale import cli
 from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.data.shards import ShardStream
+from maskmatch_scale.data.verify import verify
 
 
 class Tree:
@@ -88,14 +90,19 @@ class Shards:
         import webdataset
 
         self.index = ShardIndex.load(root)
+        assert [str(fault) for fault in verify(root)] == []
         self.streams: dict[str, dict[str, Mapping[str, bytes]]] = {}
         for name, stream in self.index.streams.items():
             found: dict[str, Mapping[str, bytes]] = {}
+            read = ShardStream(root, name)
             for shard in stream.shards:
                 here = list(webdataset.WebDataset(str(root / shard.file), shardshuffle=False))
                 assert len(here) == shard.samples
                 for sample in here:
                     assert sample["__key__"] not in found
+                    raw = read[len(found)]
+                    assert raw.key == sample["__key__"]
+                    assert (raw.label is None) != stream.labelled
                     found[sample["__key__"]] = {k: v for k, v in sample.items() if not k.startswith("__")}
             self.streams[name] = found
 
