@@ -300,15 +300,18 @@ def files_below(root: Path, start: str = "", leave_out: Iterable[str] = ()) -> l
         real = str((root / relative).resolve())
         if real in closed or real in within:
             continue
-        with os.scandir(root / relative) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                path = f"{relative}/{entry.name}" if relative else entry.name
-                if entry.is_dir():
-                    waiting.append((path, within | {real}))
-                else:
-                    found.append(path)
+        try:
+            with os.scandir(root / relative) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    path = f"{relative}/{entry.name}" if relative else entry.name
+                    if entry.is_dir():
+                        waiting.append((path, within | {real}))
+                    else:
+                        found.append(path)
+        except OSError as error:
+            raise DataError(f"{root / relative}: cannot be listed ({error.strerror})") from None
     return sorted(found)
 
 
