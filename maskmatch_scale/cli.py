@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from maskmatch_scale.errors import TrainingStopped, UserError
-from maskmatch_scale.shards_cli import shards_app
+from maskmatch_scale.shards_tools_cli import shards_app
 
 app = typer.Typer(
     help="Semi-supervised segmentation with MaskMatch: train, evaluate, report.",

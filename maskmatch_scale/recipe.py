@@ -369,7 +369,7 @@ class Recipe(Section):
         yield (
             none and not isinstance(self.model.pretrained, str),
             f"data.labelled_count=0 with model.pretrained={json.dumps(self.model.pretrained)}: without labels the "
-            "teacher must be a trained segmenter from the start; name a run, a checkpoint or an export in model.pretrained",
+            "teacher must be a trained segmenter from the start; name a run, a checkpoint or an export there",
         )
         yield (
             none and method.burn_in > 0,

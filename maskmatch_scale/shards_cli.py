@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -313,20 +312,6 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
     for name, what in ((DUPLICATES_NAME, "images dropped as duplicates"), (SKIPPED_NAME, "bad samples left out")):
         if (out / name).is_file() and (lines := (out / name).read_bytes().count(b"\n")):
             console.print(f"{lines} {what}: {out / name}", soft_wrap=True, highlight=False, markup=False)
-
-
-@shards_app.command("verify", epilog="Example: maskmatch shards verify data/scores")
-def verify(root: Annotated[Path, typer.Argument(help="Shard folder.")]) -> None:
-    """Check sizes, checksums and samples of every shard against the index; names each fault."""
-    from maskmatch_scale.data.index import ShardIndex
-    from maskmatch_scale.data.shards import verify as faults_of
-
-    faults = faults_of(root)
-    for fault in faults:
-        print(fault, file=sys.stderr)  # noqa: T201
-    if faults:
-        raise UserError(f"{root}: {len(faults)} faults, named above")
-    print_index(ShardIndex.load(root), root)
 
 
 def print_index(index: ShardIndex, root: Path) -> None:

@@ -34,7 +34,7 @@ def recipe_file(make_recipe, tmp_path):
         (["run.steps=many"], ['run.steps="many"']),
         (["data.root=nowhere"], ["data.root=nowhere", "no such folder"]),
         (["data.labelled_count=0"], ["data.labelled_count=0"]),
-        (["data.labelled_count=9"], ["data.labelled_count=9", "has 8 samples"]),
+        (["data.labelled_count=9"], ["data.labelled_count=9", "there are 8 labelled samples"]),
         (["model.num_classes=2"], ["model.num_classes=2", "3 classes"]),
         (["data.crop_px=80"], ["data.crop_px=[80, 80]", "units of 32 px", "multiples of 32"]),
         (["method.mask.keep=0.01"], ["data.crop_px", "keep"]),
@@ -57,11 +57,11 @@ def test_mistakes_in_a_recipe(capsys, monkeypatch, recipe_file, tmp_path, overri
     assert not (tmp_path / "run").exists()
 
 
-def test_more_ranks_than_shards(capsys, monkeypatch, recipe_file, tmp_path):
+def test_lanes_that_do_not_fit_the_ranks(capsys, monkeypatch, recipe_file, tmp_path):
     for name, value in {"RANK": "0", "WORLD_SIZE": "9", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    code, _, err = run(capsys, monkeypatch, "train", recipe_file)
-    assert (code, "8 shards for 9 ranks" in err) == (2, True)
+    code, _, err = run(capsys, monkeypatch, "train", recipe_file, "data.lanes=4")
+    assert (code, "data.lanes=4 does not divide the 18 images that 9 ranks" in err) == (2, True)
     assert not (tmp_path / "run").exists()
 
 
@@ -86,7 +86,7 @@ def test_zero_labelled_samples(capsys, monkeypatch, recipe_file, shapes, tmp_pat
 
 def test_an_index_that_does_not_match_its_shards(capsys, monkeypatch, recipe_file, shapes, tmp_path):
     root = shutil.copytree(shapes, tmp_path / "cut")
-    shard = next(root.glob("unlabelled-*3.tar"))
+    shard = next(root.glob("labelled-*3.tar"))
     shard.write_bytes(shard.read_bytes()[:-512])
     code, _, err = run(capsys, monkeypatch, "train", recipe_file, f"data.root={root}")
     assert code == 2
@@ -96,7 +96,8 @@ def test_an_index_that_does_not_match_its_shards(capsys, monkeypatch, recipe_fil
     assert shard.name in err
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "report", "shards write", "shards verify"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "report", "shards write", "shards verify", "shards show",
+                                     "shards index"])  # fmt: skip
 def test_help_has_an_example(capsys, monkeypatch, command):
     code, out, _ = run(capsys, monkeypatch, *command.split(), "--help")
     assert code == 0

@@ -69,6 +69,33 @@ def load_index(root: str, data: DataRecipe | None = None) -> ShardIndex:
     return ShardIndex.parse(read_bytes(where, remote_options(data or DataRecipe(root=root))), where)
 
 
+@dataclass(frozen=True)
+class OpenShards:
+    """Opens shards of a folder by their names in its index, wherever they lie; picklable.
+
+    Args:
+        root: the folder or its index, local or not.
+        data: how shards are fetched.
+    """
+
+    root: str
+    data: DataRecipe
+
+    def __call__(self, file: str) -> BinaryIO:
+        """Open one.
+
+        Raises:
+            OSError: a local one that is not there.
+            DataError: one that cannot be fetched.
+        """
+        location = join(self.root, file)
+        if is_remote(location):
+            return ShardCache(remote_options(self.data)).open(location)
+        if not Path(location).is_file():  # a pipe would wait for ever
+            raise FileNotFoundError(f"{location}: the index names this shard but the file is not there")
+        return Path(location).open("rb")
+
+
 class ShardStream:
     """Random access to the encoded samples of one stream of a shard folder.
 

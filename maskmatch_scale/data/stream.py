@@ -149,7 +149,7 @@ class TrainingStream(Dataset[Batch]):
         if micro_batch * world_size % self.lanes:
             raise DataError(
                 f"data.lanes={self.lanes} does not divide the {micro_batch * world_size} images that {world_size} "
-                f"ranks take at a time (engine.micro_batch={micro_batch}); choose a divisor, or null for one lane a rank"
+                f"ranks take at a time (engine.micro_batch={micro_batch}); choose a divisor, or null: one lane a rank"
             )
         self.labelled = self._side("labelled", micro_batch, 0) if data.labelled_count != 0 else None
         self.unlabelled: _Side | None = None
@@ -287,7 +287,7 @@ class TrainingStream(Dataset[Batch]):
 
     def _labelled_view(self, source: Source, place: Place, skipped: list[Skip]) -> tuple[Tensor, Tensor, Tensor]:
         def decode(raw: RawSample) -> tuple[Tensor, Tensor]:
-            image = decode_image(raw.image, raw.name, max_pixels=self.recipe.data.max_image_px)
+            image = decode_image(raw.image, raw.name, max_pixels=self.recipe.data.max_image_px, contiguous=False)
             return image, self._label(raw, (image.shape[-2], image.shape[-1]))
 
         (image, label), passed = source.load(place, decode)
@@ -304,7 +304,11 @@ class TrainingStream(Dataset[Batch]):
         image, passed = source.load(
             place,
             lambda raw: decode_image(
-                raw.image, raw.name, max_pixels=data.max_image_px, exif_orientation=data.exif_orientation
+                raw.image,
+                raw.name,
+                max_pixels=data.max_image_px,
+                exif_orientation=data.exif_orientation,
+                contiguous=False,
             ),
         )
         skipped.extend(passed)

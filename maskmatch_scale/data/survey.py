@@ -7,7 +7,6 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,15 @@ _KNOWN_NAME = ".survey.jsonl"
 """What has been looked at, one shard a line, so that an interrupted survey goes on where it stopped."""
 
 
-@dataclass(frozen=True)
-class Classes:
-    """What label values mean."""
-
-    names: tuple[str, ...] = ()
-    palette: tuple[tuple[int, int, int], ...] = ()
-    ignore_index: int = 255
-
-
 def survey(
     streams: Mapping[str, Sequence[str]],
     labelled: Sequence[str],
     out: Path,
-    classes: Classes,
     options: Remote,
     *,
+    classes: Sequence[str] = (),
+    palette: Sequence[tuple[int, int, int]] = (),
+    ignore_index: int = 255,
     workers: int | None = None,
     begin: Callable[[int], Callable[[], None]] = lambda total: lambda: None,
 ) -> ShardIndex:
@@ -45,8 +37,10 @@ def survey(
         streams: patterns of each stream's shards: paths, globs, brace patterns, URLs.
         labelled: names of the streams with label maps.
         out: folder of the index, made if it is not there. Shards within it are listed by their name alone.
-        classes: of the label maps.
         options: how shards of other machines are fetched.
+        classes: names by label value; empty where nothing is labelled.
+        palette: one RGB colour a class, 0–255.
+        ignore_index: label value that counts for nothing.
         workers: processes; None = one a core.
         begin: called with the number of shards to look at; what it returns is called after each.
 
@@ -77,9 +71,9 @@ def survey(
             advance()
     index = ShardIndex(
         source="survey",
-        classes=classes.names,
-        palette=classes.palette,
-        ignore_index=classes.ignore_index,
+        classes=tuple(classes),
+        palette=tuple(palette),
+        ignore_index=ignore_index,
         streams={
             name: StreamEntry(
                 labelled=name in labelled,

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.shards import ShardStream, verify
+from maskmatch_scale.data.shards import ShardStream
 from maskmatch_scale.data.sources import scores_corpus
 from maskmatch_scale.data.sources.ageing import MARGIN, bend
 from maskmatch_scale.data.sources.scores import FONTS, HELD_OUT_FONT, Page, ScoresSource, render_page
 from maskmatch_scale.data.sources.scores_corpus import cut_measures, find_pieces
 from maskmatch_scale.data.sources.scores_engraving import CLASSES, INK_THRESHOLD, OVERSAMPLING, downsample
+from maskmatch_scale.data.verify import verify
 from maskmatch_scale.data.write import write_shards
 
 PACKAGES = ("music21", "verovio", "resvg_py")
@@ -104,7 +105,7 @@ def test_written_shards_are_the_same_for_any_number_of_workers(tmp_path: Path) -
     assert [name for name in names if name.startswith("dev")] == []
     for name in names:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
-    assert verify(tmp_path / "1") == []
+    assert list(verify(tmp_path / "1")) == []
     unlabelled, labelled = (ShardStream(tmp_path / "1", name) for name in ("unlabelled", "labelled"))
     assert [unlabelled[n].label for n in range(2)] == [None, None]
     label = labelled[0].label

@@ -38,7 +38,9 @@ def recipe_of(make_recipe, name, folder):
     sections = {key: dict(value) for key, value in (CONFIGURATIONS | PER_RANK)[name].items()}
     engine = {"micro_batch": 2} | sections.pop("engine", {})
     run = {"dir": str(folder / name), "steps": STEPS, "checkpoint_every": 3}
-    return make_recipe(engine=engine, run=run, optim={"lr": 1e-3, "clip_norm": 0.5, "warmup_steps": 2}, **sections)
+    optim = {"lr": 1e-3, "clip_norm": 0.5, "warmup_steps": 2}
+    # Two lanes: the one process of the reference reads what two ranks read, in their order.
+    return make_recipe(engine=engine, run=run, optim=optim, data={"lanes": 2}, **sections)
 
 
 @pytest.fixture(scope="module")
