@@ -279,11 +279,16 @@ class TrainingStream(Dataset[Batch]):
             lane, within = divmod(slot, each)
             source, place = leg.at(step, lane, micro * each + within)
             if side.elsewhere:
-                # What is due about one window later is fetched now; what is due now was, but for the first time.
-                later, later_place = leg.at(step + 1 + self.recipe.data.shuffle_window // leg.a_lane, lane, within)
-                side.sources[source].prefetch(place)
-                side.sources[later].prefetch(later_place)
+                self._prefetch(side, step, lane, micro * each + within)
             yield side.sources[source], place
+
+    def _prefetch(self, side: _Side, step: int, lane: int, number: int) -> None:
+        """Have fetched what a lane needs: now, which it has but for the first time, and half a window later."""
+        ahead = min(self.recipe.data.shuffle_window, max(part.samples for part in side.parts) // self.lanes) // 2
+        for due in (step, step + 1 + ahead // side.leg.a_lane):
+            if due < self.recipe.run.steps:  # a run that ends reads no more than it needs
+                source, place = side.leg.at(due, lane, number)
+                side.sources[source].prefetch(place)
 
     def _labelled_view(self, source: Source, place: Place, skipped: list[Skip]) -> tuple[Tensor, Tensor, Tensor]:
         def decode(raw: RawSample) -> tuple[Tensor, Tensor]:
