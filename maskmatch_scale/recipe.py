@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -271,8 +272,13 @@ class RunRecipe(Section):
 
     dir: str
     """Run directory."""
-    steps: Annotated[int, Field(ge=1)]
-    """Optimiser steps."""
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps; 0 = as many as `epochs` need."""
+    epochs: Positive | None = None
+    """Instead of steps: how often the unlabelled samples (in a supervised run the labelled ones) are gone through."""
+    last_batch: Literal["drop", "pad"] = "pad"
+    """With `epochs`, where the samples do not fill the last step: drop = leave them out, pad = fill it from the next
+    epoch."""
     seed: int = 0
     """Everything random but the labelled draw follows from it."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 1000
@@ -306,6 +312,11 @@ class Recipe(Section):
     def _unsound(self) -> Iterator[tuple[bool, str]]:
         """Combinations that train wrongly or not at all: whether the recipe has one, the reason and what to do."""
         yield from self._unsound_without_labels()
+        yield (
+            bool(self.run.steps) == (self.run.epochs is not None),
+            f"run.steps={self.run.steps} and run.epochs={json.dumps(self.run.epochs)}: a run needs one of "
+            "them, and only one",
+        )
         engine, accelerate = self.engine, self.engine.library == "accelerate"
         stage, precision = f"engine.zero_stage={engine.zero_stage}", f"engine.precision={engine.precision}"
         yield (
@@ -386,6 +397,28 @@ class Recipe(Section):
             none and bool(self.data.labelled),
             "data.labelled_count=0 with sources in data.labelled: leave one of them out",
         )
+
+    def with_steps(self, samples: int, images: int) -> Recipe:
+        """The recipe with `run.epochs` turned into `run.steps`, if it has epochs.
+
+        Args:
+            samples: of an epoch.
+            images: of a step, of the same kind.
+
+        Raises:
+            RecipeError: not even one step comes of it.
+        """
+        if self.run.epochs is None:
+            return self
+        steps = self.run.epochs * samples / images / (1 - self.method.burn_in)
+        whole = math.floor(steps + 1e-9) if self.run.last_batch == "drop" else math.ceil(steps - 1e-9)
+        if whole < 1:
+            raise RecipeError(
+                f"run.epochs={self.run.epochs:g} with run.last_batch=drop: {samples} samples fill no step of {images} "
+                "images; set run.last_batch=pad, or take fewer images a step"
+            )
+        run = self.run.model_copy(update={"steps": whole, "epochs": None})
+        return self.model_copy(update={"run": run})
 
     @property
     def burn_in_steps(self) -> int:

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskmatch_scale import __version__
 from maskmatch_scale.data.faults import REASONS
+from maskmatch_scale.data.index import ShardIndex
 from maskmatch_scale.data.shards import load_index
 from maskmatch_scale.data.stream import Batch, TrainingStream, batches
 from maskmatch_scale.engine import setup
@@ -81,10 +82,7 @@ def train(recipe: Recipe, resume: str | None = None) -> Path:
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": precision})})
     if recipe.engine.deepspeed_json:
         deepspeed_config(recipe, place.world_size)  # its mistakes, before anything is written
-    unlabelled = uses_unlabelled(recipe.method)
-    stream = TrainingStream(
-        recipe, student.num_classes, place.rank, place.world_size, unlabelled=unlabelled, index=index
-    )
+    recipe, stream = _open_stream(recipe, student.num_classes, place, index)
     used = {"labelled": stream.labelled_samples, "unlabelled": stream.unlabelled_samples}
     data = describe_data(recipe, index, used)
     if recipe.data.rare_class_crops or recipe.method.class_weights != "none":
@@ -103,6 +101,22 @@ def train(recipe: Recipe, resume: str | None = None) -> Path:
     with _rank_log(run, runtime):
         _Run(recipe, data, stream, student, runtime, run, reason).train(checkpoint)
     return run
+
+
+def _open_stream(recipe: Recipe, num_classes: int, place: Place, index: ShardIndex) -> tuple[Recipe, TrainingStream]:
+    """The training stream, and the recipe with the number of its steps."""
+
+    def stream_of(recipe: Recipe) -> TrainingStream:
+        unlabelled = uses_unlabelled(recipe.method)
+        return TrainingStream(recipe, num_classes, place.rank, place.world_size, unlabelled=unlabelled, index=index)
+
+    stream = stream_of(recipe)
+    samples, images = stream.unlabelled_samples, recipe.data.unlabelled_per_labelled
+    if stream.unlabelled is None:
+        samples, images = stream.labelled_samples, 1
+    images *= recipe.engine.micro_batch * recipe.engine.accumulation * place.world_size
+    counted = recipe.with_steps(samples, images)
+    return counted, stream if counted is recipe else stream_of(counted)
 
 
 def check_model(recipe: Recipe, student: Segmenter) -> None:

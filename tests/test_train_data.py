@@ -158,3 +158,30 @@ def test_a_checkpoint_of_an_older_version(make_recipe):
     Path(run / "checkpoints" / "step-00000001" / "stream.json").unlink()
     with pytest.raises(UserError, match=r"stream\.json cannot be read"):
         train(make_recipe(run={"steps": 2}), "auto")
+
+
+@pytest.mark.parametrize(
+    ("data", "run", "method", "steps"),
+    [
+        ({}, {"epochs": 1}, {}, 12),
+        ({}, {"epochs": 0.5}, {"burn_in": 0.25}, 8),
+        ({"unlabelled_per_labelled": 5}, {"epochs": 1}, {}, 3),
+        ({"unlabelled_per_labelled": 5}, {"epochs": 1, "last_batch": "drop"}, {}, 2),
+        ({"labelled_count": 5}, {"epochs": 1}, {"base": "supervised", "mask": {"keep": None}}, 3),
+        ({"labelled_count": 5}, {"epochs": 1, "last_batch": "drop"}, {"base": "supervised", "mask": {"keep": None}}, 2),
+    ],
+)
+def test_finite_passes(make_recipe, data, run, method, steps):
+    run = {"steps": 0, "evaluate_every": 0} | run
+    folder = train(make_recipe(data=dict(make_recipe().data) | data, run=dict(make_recipe().run) | run, method=method))
+    assert len(train_records(folder)) == steps
+
+
+def test_finite_passes_of_nothing(make_recipe):
+    run = dict(make_recipe().run) | {"steps": 0, "epochs": 1.0, "last_batch": "drop"}
+    with pytest.raises(RecipeError, match=r"run\.last_batch=drop: 24 samples fill no step of 32 images"):
+        train(make_recipe(run=run, engine={"micro_batch": 32}))
+    with pytest.raises(RecipeError, match=r"run\.steps=3 and run\.epochs=1\.0: a run needs one of them"):
+        make_recipe(run=run | {"steps": 3})
+    with pytest.raises(RecipeError, match=r"run\.steps=0 and run\.epochs=null"):
+        make_recipe(run=run | {"epochs": None})

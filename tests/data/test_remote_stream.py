@@ -1,7 +1,6 @@
 """Training from a real HTTP server: the same batches as from a folder, whatever goes wrong on the way."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -85,7 +84,7 @@ def test_a_shard_that_never_comes_is_skipped_and_counted(shapes, make_recipe, tm
 def test_an_index_that_is_not_there(shapes, make_recipe, tmp_path):
     with FaultyServer(tmp_path) as server:
         data = replace_section(make_recipe().data, over(server, tmp_path))
-        with pytest.raises(ValueError, match="index.json"):
+        with pytest.raises(ValueError, match=r"index\.json"):
             load_index(server.url, data)
 
 
