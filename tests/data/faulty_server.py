@@ -191,6 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, request: Request, fault: Fault) -> None:
         server = self.server_of_faults
         if server.closing.wait(fault.delay_s):
+            self.close_connection = True
             return
         file = server.folder / request.path
         if fault.status or not file.is_file():
