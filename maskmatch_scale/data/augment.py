@@ -29,7 +29,7 @@ class WeakView:
 
     def __call__(
         self, image: Tensor, label: Tensor | None, source: torch.Generator, around: tuple[int, int] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """One random view.
 
         Args:
@@ -39,7 +39,7 @@ class WeakView:
             around: (y, x) of a pixel of the image that the view must contain.
 
         Returns:
-            image uint8 (3, *crop_px); label int64 crop_px (ignore_index everywhere for an unlabelled image);
+            image uint8 (3, *crop_px); label int64 crop_px, ignore_index on padding (None for an unlabelled image);
             valid bool crop_px, False on padding.
         """
         height, width = image.shape[-2:]
@@ -62,12 +62,14 @@ class WeakView:
         view[:, : target[0], : target[1]] = F.resize(cut, list(target), InterpolationMode.BILINEAR, antialias=True)
         valid = torch.zeros(rows, columns, dtype=torch.bool)
         valid[: target[0], : target[1]] = True
-        target_label = torch.full((rows, columns), self.ignore_index, dtype=torch.int64)
+        target_label = None
         if label is not None:
+            target_label = torch.full((rows, columns), self.ignore_index, dtype=torch.int64)
             piece = label[None, top : top + inside[0], left : left + inside[1]]
             target_label[: target[0], : target[1]] = F.resize(piece, list(target), InterpolationMode.NEAREST_EXACT)[0]
         if mirrored:
-            view, target_label, valid = view.flip(-1), target_label.flip(-1), valid.flip(-1)
+            view, valid = view.flip(-1), valid.flip(-1)
+            target_label = target_label.flip(-1) if target_label is not None else None
         return view, target_label, valid
 
     @staticmethod

@@ -11,7 +11,7 @@ Step s takes the next images of either side, and each rank its slots of the glob
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,10 +26,10 @@ from maskmatch_scale.data.decode import decode_image, decode_label
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.index import ShardIndex
 from maskmatch_scale.data.mix import Leg, Part
-from maskmatch_scale.data.order import Cut, Place
+from maskmatch_scale.data.order import Place
 from maskmatch_scale.data.shards import RawSample, ShardStream, load_index
 from maskmatch_scale.data.source import Skip, Source
-from maskmatch_scale.recipe import DataRecipe, Recipe, SourceRecipe
+from maskmatch_scale.recipe import Recipe, SourceRecipe
 from maskmatch_scale.seeds import derive_seed, generator
 
 log = logging.getLogger("maskmatch_scale")
@@ -259,13 +259,13 @@ class TrainingStream(Dataset[Batch]):
             made = [
                 self._labelled_view(source, place, skipped) for source, place in self._places(self.labelled, number)
             ]
-            images, labels = torch.stack([m[0] for m in made]), torch.stack([m[1] for m in made])
+            images, labels = (torch.stack(maps) for maps in zip(*made, strict=True))
         # A batch of the burn-in is numbered like any other; its unlabelled images come later.
         burning_in = number // self.recipe.engine.accumulation < self.recipe.burn_in_steps
         if self.unlabelled is not None and not burning_in:
             places = list(self._places(self.unlabelled, number))
-            made = [self._unlabelled_view(source, place, skipped) for source, place in places]
-            views, valid = torch.stack([m[0] for m in made]), torch.stack([m[2] for m in made])
+            drawn = [self._unlabelled_view(source, place, skipped) for source, place in places]
+            views, valid = (torch.stack(maps) for maps in zip(*drawn, strict=True))
             seed = self.recipe.run.seed
             positions = [derive_seed(seed, "place", source.name, p.epoch, p.place) for source, p in places]
         return Batch(images, labels, views, valid, tuple(positions), tuple(skipped))
@@ -290,7 +290,9 @@ class TrainingStream(Dataset[Batch]):
                 source, place = side.leg.at(due, lane, number)
                 side.sources[source].prefetch(place)
 
-    def _labelled_view(self, source: Source, place: Place, skipped: list[Skip]) -> tuple[Tensor, Tensor, Tensor]:
+    def _labelled_view(self, source: Source, place: Place, skipped: list[Skip]) -> tuple[Tensor, Tensor]:
+        """A labelled image and its label map; what was passed over for it is added to ``skipped``."""
+
         def decode(raw: RawSample) -> tuple[Tensor, Tensor]:
             image = decode_image(raw.image, raw.name, max_pixels=self.recipe.data.max_image_px, contiguous=False)
             return image, self._label(raw, (image.shape[-2], image.shape[-1]))
@@ -302,9 +304,12 @@ class TrainingStream(Dataset[Batch]):
         if float(torch.rand((), generator=draws)) < self.recipe.data.rare_class_crops:
             weight = self.class_pixels().clamp(min=1).double().rsqrt() * (self.class_pixels() > 0)
             around = rare_class_pixel(label, weight, draws)
-        return self.weak_view(image, label, draws, around)
+        view, target, _ = self.weak_view(image, label, draws, around)
+        assert target is not None
+        return view, target
 
-    def _unlabelled_view(self, source: Source, place: Place, skipped: list[Skip]) -> tuple[Tensor, Tensor, Tensor]:
+    def _unlabelled_view(self, source: Source, place: Place, skipped: list[Skip]) -> tuple[Tensor, Tensor]:
+        """An unlabelled image and where it is no padding, likewise."""
         data = self.recipe.data
         image, passed = source.load(
             place,
@@ -318,7 +323,8 @@ class TrainingStream(Dataset[Batch]):
         )
         skipped.extend(passed)
         draws = generator(self.recipe.run.seed, "unlabelled view", source.name, place.epoch, place.place)
-        return self.weak_view(image, None, draws)
+        view, _, valid = self.weak_view(image, None, draws)
+        return view, valid
 
     def _label(self, raw: RawSample, size: tuple[int, int] | None = None) -> Tensor:
         assert raw.label is not None
@@ -359,45 +365,3 @@ def batches(stream: TrainingStream, start: int, stop: int, *, pin_memory: bool =
         if isinstance(fetched, DataError):
             raise fetched
         yield fetched
-
-
-@dataclass(frozen=True)
-class EvaluationSample:
-    """One sample of a held-out split."""
-
-    number: int
-    """In the split."""
-    key: str
-    image: Tensor
-    """uint8 (3, H, W)."""
-    label: Tensor
-    """uint8 (H, W)."""
-
-
-def evaluation_samples(
-    data: DataRecipe, split: str, rank: int = 0, world_size: int = 1, numbers: Iterable[int] | None = None
-) -> Iterator[EvaluationSample]:
-    """This rank's share of a labelled split of `data.root`, each sample once over all ranks.
-
-    A rank reads neighbouring samples, so that it needs only some of the shards. Bad samples are errors.
-
-    Args:
-        data: recipe's section.
-        split: stream name.
-        rank: whose share; the first ranks have one more where it does not come out even.
-        world_size: number of ranks.
-        numbers: these samples instead.
-    """
-    stream = ShardStream(data.root, split, data)
-    if not stream.labels:
-        raise DataError(f"{data.root}: stream {split!r} has no labels to evaluate against")
-    if numbers is None:
-        cut = Cut(len(stream), world_size)
-        numbers = range(cut.start(rank), cut.start(rank + 1))
-    for number in numbers:
-        raw = stream[number]
-        assert raw.label is not None
-        image = decode_image(raw.image, raw.name, max_pixels=data.max_image_px)
-        size = (image.shape[-2], image.shape[-1])
-        label = decode_label(raw.label, raw.name, ignore_index=stream.index.ignore_index, size=size)
-        yield EvaluationSample(number, raw.key, image, label)

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.record.curves import COLOURS, Curve, chart
 from maskmatch_scale.record.pictures import PictureRun, held_out_pictures
-from maskmatch_scale.record.run_files import RunFiles, read_run, split_rank
+from maskmatch_scale.record.run_files import RunFiles, number, read_run, split_rank
 from maskmatch_scale.record.summary import (
     START_UP_STEPS,
     RunSummary,
@@ -148,6 +148,9 @@ def _missing(run: _Run) -> list[str]:
         for score in held_out
         if score.step is not None and score.step != summary.steps_done
     ]
+    skipped = number((run.files.closing or {}).get("images_skipped"))
+    if skipped:
+        gaps.append(f"{skipped:.0f} samples could not be used and were passed over (its folder skipped/ lists them)")
     if not (run.files.path / "pictures").is_dir():
         gaps.append("no pictures of held-out samples (maskmatch evaluate writes them)")
     return gaps

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.index import ShardIndex
 from maskmatch_scale.data.shards import ShardStream
-from maskmatch_scale.data.stream import TrainingStream, batches, draw_labelled, evaluation_samples
+from maskmatch_scale.data.stream import TrainingStream, batches, draw_labelled
 from maskmatch_scale.method.maskmatch import class_weights
 from tests.conftest import ShapesSource, recipe_maker, rewrite_shard, write_shards
 
@@ -276,13 +276,3 @@ def test_nothing_usable_at_all(make_recipe, shapes, tmp_path):
         (root / shard.file).write_bytes(b"rubbish" * 300)
     with pytest.raises(DataError, match="65 samples in a row cannot be used"):
         stream(make_recipe, data={"root": str(root)})[0]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_evaluation_shows_each_sample_once(make_recipe, world_size):
-    data = make_recipe().data
-    ranks = [[s.key for s in evaluation_samples(data, "val", rank, world_size)] for rank in range(world_size)]
-    assert sorted(key for keys in ranks for key in keys) == [f"val-{number:04d}" for number in range(5)]
-    assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
-    with pytest.raises(DataError, match="no labels"):
-        list(evaluation_samples(data, "unlabelled"))
