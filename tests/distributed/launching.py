@@ -17,12 +17,17 @@ def environment(**more):
     return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path} | more
 
 
-def deepspeed(*arguments, timeout_s=900):
-    """Run `deepspeed` on two CPU ranks; returns the finished process."""
-    command = [
+def deepspeed_command(*arguments):
+    """`deepspeed` on two CPU ranks."""
+    return [
         str(BIN / "deepspeed"), "--num_accelerators", "2", "--no_local_rank", "--master_port", str(_free_port()),
         *map(str, arguments),
     ]  # fmt: skip
+
+
+def deepspeed(*arguments, timeout_s=900):
+    """Run `deepspeed` on two CPU ranks; returns the finished process."""
+    command = deepspeed_command(*arguments)
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
