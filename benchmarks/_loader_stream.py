@@ -1,0 +1,159 @@
+"""What is measured of the package's stream alone: memory over a long run, continuing, the state, large indexes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks._loader_variants import Task
+from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.data.stream import TrainingStream, batches
+from maskmatch_scale.recipe import Recipe, parse_recipe
+
+SAMPLES_PER_SHARD = 250
+_SEED = 1
+
+
+def _recipe(task: Task, micro_batch: int) -> Recipe:
+    data = {
+        "root": task.root,
+        "labelled_count": 0,
+        "crop_px": task.crop_px,
+        "shuffle_window": task.window,
+        "workers": task.workers,
+        "cache_dir": task.cache,
+    }
+    return parse_recipe(
+        {
+            "data": data,
+            "model": {"backbone": "timm/vit_tiny_patch16_224", "pretrained": "not read here"},
+            "method": {"burn_in": 0},
+            "engine": {"micro_batch": micro_batch},
+            "run": {"dir": "not written here", "steps": 1 << 30, "seed": _SEED},
+        }
+    )
+
+
+def make_stream(task: Task, world_size: int = 1, index: ShardIndex | None = None) -> TrainingStream:
+    """The stream of rank 0; no labelled images, `task.batch` unlabelled ones a step and rank."""
+    return TrainingStream(_recipe(task, task.batch), 2, 0, world_size, unlabelled=True, index=index)
+
+
+def _pss_mb() -> float:
+    """Of this process and its loader processes; what they share counts once."""
+    here = psutil.Process()
+    return sum(process.memory_full_info().pss for process in (here, *here.children(recursive=True))) / 1e6
+
+
+def memory(task: Task, samples: int, points: int) -> list[dict[str, Any]]:
+    """Memory while a consumer takes so many samples, looked at so many times."""
+    steps = samples // task.batch
+    every = max(1, steps // points)
+    rows = []
+    for step, _ in enumerate(batches(make_stream(task), 0, steps)):
+        if step % every == 0:
+            rows.append({"samples": step * task.batch, "pss_mb": _pss_mb()})
+    return rows
+
+
+def resume(task: Task, step: int, repeats: int) -> dict[str, Any]:
+    """Seconds from nothing to the first batch after ``step`` steps, and those of one shard's plain download."""
+    state = json.loads(json.dumps(make_stream(task).state(step)))
+    seconds, plain = [], []
+    for _ in range(repeats):
+        if task.cold:
+            shutil.rmtree(task.cache, ignore_errors=True)
+            begin = time.perf_counter()
+            with urllib.request.urlopen(task.shards[0]) as answer:
+                while answer.read(1 << 20):
+                    pass
+            plain.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        stream = make_stream(task)
+        stream.resume(state)
+        made = batches(stream, step, 1 << 30)
+        next(made)
+        seconds.append(time.perf_counter() - begin)
+        made.close()
+    return {"step": step, "seconds": seconds, "shard_seconds": plain}
+
+
+def state_bytes(task: Task, shards: int, ranks: int, changes: int) -> list[dict[str, Any]]:
+    """Bytes of the state of a job whose number of ranks changes in mid-epoch, again and again."""
+    index = ShardIndex.parse(b"".join(_simulated(shards, "{:08d}.tar")), "simulated")
+    local = replace(task, root="simulated", batch=1)
+    fewer = ranks * 3 // 4
+    stream, step = make_stream(local, ranks, index), 0
+    rows = [{"shards": shards, "ranks": ranks, "changes": 0, "bytes": len(json.dumps(stream.state(0)))}]
+    for change in range(1, changes + 1):
+        # A tenth of the epoch later, and not on any round number: every lane has something left.
+        step += shards * SAMPLES_PER_SHARD // 10 // ranks + 7
+        state = stream.state(step)
+        stream = make_stream(local, fewer if change % 2 else ranks, index)
+        stream.resume(json.loads(json.dumps(state)))
+        size = len(json.dumps(stream.state(step + 1)))
+        rows.append({"shards": shards, "ranks": ranks, "changes": change, "bytes": size})
+    return rows
+
+
+def index(task: Task, path: str) -> dict[str, Any]:
+    """Seconds and memory of reading a large index, and of the first epoch's order. In a fresh process."""
+    before, begin = _peak_mb(), time.perf_counter()
+    loaded = ShardIndex.load(path)
+    load_s = time.perf_counter() - begin
+    begin = time.perf_counter()
+    stream = make_stream(replace(task, root=path), 1, loaded)
+    stream_s = time.perf_counter() - begin
+    assert stream.unlabelled is not None
+    (source,) = stream.unlabelled.sources
+    begin = time.perf_counter()
+    source.order(0, 1)
+    order_s = time.perf_counter() - begin
+    begin = time.perf_counter()
+    for step in range(-(-1000 // task.batch)):
+        for _, place in stream._places(stream.unlabelled, step):
+            source.locate(place)
+    places_s = time.perf_counter() - begin
+    return {
+        "shards": len(loaded.stream("unlabelled").shards),
+        "load_s": load_s,
+        "peak_mb": _peak_mb(),
+        "peak_mb_before": before,
+        "stream_s": stream_s,
+        "order_s": order_s,
+        "places_s": places_s,
+    }
+
+
+def _peak_mb() -> float:
+    """Most resident memory that this process ever had."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
+    return int(peak) * 1024 / 1e6
+
+
+def write_simulated_index(path: Path, shards: int, files: Sequence[str] | None = None) -> None:
+    """An index of so many shards; they are these files over and over, or none that exist."""
+    sizes = [(file, Path(path.parent / file).stat().st_size) for file in files or ()]
+    with path.open("wb") as out:
+        out.writelines(_simulated(shards, "unlabelled-{:08d}.tar", sizes))
+
+
+def _simulated(shards: int, name: str, files: Sequence[tuple[str, int]] = ()) -> Iterator[bytes]:
+    yield b'{"format": 1, "source": "simulated", "streams": {"unlabelled": {"labelled": false, "shards": [\n'
+    for number in range(shards):
+        file, size = files[number % len(files)] if files else (name.format(number), 25_000_000)
+        digest = hashlib.sha256(b"%d" % number).hexdigest()
+        end = "" if number == shards - 1 else ","
+        entry = f'{{"file": "{file}", "samples": {SAMPLES_PER_SHARD}, "bytes": {size}, "sha256": "{digest}"}}{end}\n'
+        yield entry.encode()
+    yield b"]}}}\n"
