@@ -37,7 +37,12 @@ lint: install ## ruff, mypy --strict, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: install ## benchmarks into benchmarks/results, about 50 minutes on two cores
+$(VENV)/peers/.installed: benchmarks/loader_peers.txt
+	$(PYTHON) -m venv $(VENV)/peers
+	$(VENV)/peers/bin/python -m pip install -q -r $<
+	touch $@
+
+bench: install $(VENV)/peers/.installed ## benchmarks into benchmarks/results, about an hour on two cores
 	$(BIN)/python -m benchmarks.masked_vs_full --out benchmarks/results/masked_vs_full.json
 	$(BIN)/python -m benchmarks.masked_vs_full --out benchmarks/results/masked_vs_full_vit_base.json \
 		--backbone timm/vit_base_patch16_224 --batch 1 --keep 0.3
@@ -45,6 +50,7 @@ bench: install ## benchmarks into benchmarks/results, about 50 minutes on two co
 		--backbone transformers/segformer-b2 --dtype bfloat16 --keep 0.3
 	$(BIN)/python -m benchmarks.train_step --out benchmarks/results/train_step.json
 	$(BIN)/python -m benchmarks.engine_overhead --out benchmarks/results/engine_overhead.json
+	$(BIN)/python -m benchmarks.loader --out benchmarks/results/loader.json --other-python $(VENV)/peers/bin/python
 
 clean: ## what the other targets made, but not runs and data
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

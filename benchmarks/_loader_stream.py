@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from benchmarks._loader_variants import Task
-from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.data.index import ShardEntry, ShardIndex, ShardTable
 from maskmatch_scale.data.stream import TrainingStream, batches
 from maskmatch_scale.recipe import Recipe, parse_recipe
 
@@ -141,19 +141,21 @@ def _peak_mb() -> float:
     return int(peak) * 1024 / 1e6
 
 
-def write_simulated_index(path: Path, shards: int, files: Sequence[str] | None = None) -> None:
-    """An index of so many shards; they are these files over and over, or none that exist."""
-    sizes = [(file, Path(path.parent / file).stat().st_size) for file in files or ()]
+def write_simulated_index(path: Path, shards: int, table: ShardTable | None = None) -> None:
+    """An index of so many shards; they are those of ``table`` over and over, or none that exist."""
     with path.open("wb") as out:
-        out.writelines(_simulated(shards, "unlabelled-{:08d}.tar", sizes))
+        out.writelines(_simulated(shards, "unlabelled-{:08d}.tar", table or ()))
 
 
-def _simulated(shards: int, name: str, files: Sequence[tuple[str, int]] = ()) -> Iterator[bytes]:
+def _simulated(shards: int, name: str, table: Sequence[ShardEntry] = ()) -> Iterator[bytes]:
     yield b'{"format": 1, "source": "simulated", "streams": {"unlabelled": {"labelled": false, "shards": [\n'
+    real = [(entry.file, entry.samples, entry.bytes) for entry in table]
     for number in range(shards):
-        file, size = files[number % len(files)] if files else (name.format(number), 25_000_000)
         digest = hashlib.sha256(b"%d" % number).hexdigest()
+        file, samples, size = (name.format(number), SAMPLES_PER_SHARD, 25_000_000)
+        if real:
+            file, samples, size = real[number % len(real)]
         end = "" if number == shards - 1 else ","
-        entry = f'{{"file": "{file}", "samples": {SAMPLES_PER_SHARD}, "bytes": {size}, "sha256": "{digest}"}}{end}\n'
+        entry = f'{{"file": "{file}", "samples": {samples}, "bytes": {size}, "sha256": "{digest}"}}{end}\n'
         yield entry.encode()
     yield b"]}}}\n"

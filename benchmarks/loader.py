@@ -1,6 +1,6 @@
 """The training stream against the bare decoder, webdataset, litdata and mosaicml-streaming; its memory, its state.
 
-python -m benchmarks.loader --out benchmarks/results/loader.json --other-python .venv-peers/bin/python
+python -m benchmarks.loader --out benchmarks/results/loader.json --other-python .venv/peers/bin/python
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from benchmarks.harness import ROOT, check_out, describe_machine, markdown, mark
 from maskmatch_scale.data.write import write_shards
 
 EXAMPLES = """examples:
-  python -m benchmarks.loader --out benchmarks/results/loader.json --other-python .venv-peers/bin/python
+  python -m benchmarks.loader --out benchmarks/results/loader.json --other-python .venv/peers/bin/python
   python -m benchmarks.loader --out /tmp/quick.json --images 500 --rounds 2 --long-run 2000 --large-index 10000
 """
 SOURCES = (
@@ -400,7 +400,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     with serving(folder / "photos", ROOT) as url, serving(folder / "photos", ROOT, LINK_BYTES_PER_S) as slow_url:
         result["rows"], step_s = measure_rates(task, url, options, skipped)
         many = folder / "photos" / f"many-{options.state_shards}.json"
-        write_simulated_index(many, options.state_shards, files)
+        write_simulated_index(many, options.state_shards, index.stream("unlabelled").shards)
         result["resume"] = measure_resume(task, url, slow_url, str(many), options)
     _say("resume")
     with _worker(sys.executable) as worker:
@@ -441,7 +441,8 @@ def _write(out: Path, machine: Mapping[str, Any], result: dict[str, Any]) -> Non
         row | {"variant": f"{row['variant']} (peers)" if row["environment"] == "peers" else row["variant"]}
         for row in rows
     ]
-    page = markdown("loader", machine, shown, ROW)
+    peers = ", ".join(f"{name} {version}" for name, version in machine["peers"].items())
+    page = markdown("loader", {**machine, "peers": peers}, shown, ROW)
     for reason in sorted({f"{row['variant']} was left out: {row['skipped']}." for row in rows if "skipped" in row}):
         page += f"\n{reason}\n"
     a, error = slope(result["memory"])
