@@ -16,7 +16,8 @@ import psutil
 
 from benchmarks._loader_variants import Task
 from maskmatch_scale.data.index import ShardEntry, ShardIndex, ShardTable
-from maskmatch_scale.data.stream import TrainingStream, batches
+from maskmatch_scale.data.loading import batches
+from maskmatch_scale.data.stream import TrainingStream
 from maskmatch_scale.recipe import Recipe, parse_recipe
 
 SAMPLES_PER_SHARD = 250

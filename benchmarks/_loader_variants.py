@@ -132,7 +132,7 @@ def _bare(task: Task, number: int) -> Iterator[tuple[Tensor, Tensor]]:
 def ours(task: Task) -> Iterator[Any]:
     """The package's stream, unlabelled images alone."""
     from benchmarks._loader_stream import make_stream
-    from maskmatch_scale.data.stream import batches
+    from maskmatch_scale.data.loading import batches
 
     if task.cold:
         shutil.rmtree(task.cache, ignore_errors=True)

@@ -22,8 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from maskmatch_scale import __version__
 from maskmatch_scale.data.faults import REASONS
 from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.data.loading import batches
 from maskmatch_scale.data.shards import load_index
-from maskmatch_scale.data.stream import Batch, TrainingStream, batches
+from maskmatch_scale.data.stream import Batch, TrainingStream
 from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.build import build_engine
 from maskmatch_scale.engine.checkpoint import (

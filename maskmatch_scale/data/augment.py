@@ -39,7 +39,7 @@ class WeakView:
             around: (y, x) of a pixel of the image that the view must contain.
 
         Returns:
-            image uint8 (3, *crop_px); label int64 crop_px, ignore_index on padding (None for an unlabelled image);
+            image uint8 (3, *crop_px); label uint8 crop_px, ignore_index on padding (None for an unlabelled image);
             valid bool crop_px, False on padding.
         """
         height, width = image.shape[-2:]
@@ -64,7 +64,7 @@ class WeakView:
         valid[: target[0], : target[1]] = True
         target_label = None
         if label is not None:
-            target_label = torch.full((rows, columns), self.ignore_index, dtype=torch.int64)
+            target_label = torch.full((rows, columns), self.ignore_index, dtype=torch.uint8)
             piece = label[None, top : top + inside[0], left : left + inside[1]]
             target_label[: target[0], : target[1]] = F.resize(piece, list(target), InterpolationMode.NEAREST_EXACT)[0]
         if mirrored:

@@ -11,7 +11,7 @@ Step s takes the next images of either side, and each rank its slots of the glob
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from maskmatch_scale.data.augment import WeakView, rare_class_pixel
 from maskmatch_scale.data.decode import decode_image, decode_label
@@ -69,7 +69,7 @@ class Batch:
     labelled_images: Tensor
     """uint8 (B, 3, h, w); B may be 0."""
     labels: Tensor
-    """int64 (B, h, w), ignore_index where nothing counts."""
+    """uint8 (B, h, w), ignore_index where nothing counts."""
     unlabelled_images: Tensor
     """uint8 (U, 3, h, w), the weak view; U may be 0."""
     unlabelled_valid: Tensor
@@ -79,22 +79,25 @@ class Batch:
     skipped: tuple[Skip, ...] = ()
     """Samples that were passed over for this batch."""
 
-    def pin_memory(self) -> Batch:
-        """Page-locked copies, for the loader's asynchronous transfer to a GPU."""
-        return self._mapped(lambda tensor: tensor.pin_memory())
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What :meth:`with_tensors` takes."""
+        return self.labelled_images, self.labels, self.unlabelled_images, self.unlabelled_valid
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:
+        """The same batch with other memory."""
+        labelled_images, labels, unlabelled_images, unlabelled_valid = tensors
+        return replace(
+            self,
+            labelled_images=labelled_images,
+            labels=labels,
+            unlabelled_images=unlabelled_images,
+            unlabelled_valid=unlabelled_valid,
+        )
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(
-            self,
-            labelled_images=change(self.labelled_images),
-            labels=change(self.labels),
-            unlabelled_images=change(self.unlabelled_images),
-            unlabelled_valid=change(self.unlabelled_valid),
-        )
+        return self.with_tensors([tensor.to(device, non_blocking=True) for tensor in self.tensors])
 
 
 @dataclass
@@ -250,10 +253,8 @@ class TrainingStream(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         """Micro-batch ``number`` of the run (step · accumulation + micro-step)."""
-        rows, columns = self.recipe.data.crop_px
         skipped: list[Skip] = []
-        images, labels = torch.empty(0, 3, rows, columns), torch.empty(0, rows, columns, dtype=torch.int64)
-        views, valid = images, torch.empty(0, rows, columns, dtype=torch.bool)
+        images, labels, views, valid = self._empty(0, 0).tensors
         positions: list[int] = []
         if self.labelled is not None:
             made = [
@@ -269,6 +270,20 @@ class TrainingStream(Dataset[Batch]):
             seed = self.recipe.run.seed
             positions = [derive_seed(seed, "place", source.name, p.epoch, p.place) for source, p in places]
         return Batch(images, labels, views, valid, tuple(positions), tuple(skipped))
+
+    def largest_batch(self) -> Batch:
+        """A batch as large as any of this rank, of whatever values."""
+        return self._empty(*(side.per_rank if side else 0 for side in (self.labelled, self.unlabelled)))
+
+    def _empty(self, labelled: int, unlabelled: int) -> Batch:
+        rows, columns = self.recipe.data.crop_px
+        return Batch(
+            torch.empty(labelled, 3, rows, columns, dtype=torch.uint8),
+            torch.empty(labelled, rows, columns, dtype=torch.uint8),
+            torch.empty(unlabelled, 3, rows, columns, dtype=torch.uint8),
+            torch.empty(unlabelled, rows, columns, dtype=torch.bool),
+            (),
+        )
 
     def _places(self, side: _Side, number: int) -> Iterator[tuple[Source, Place]]:
         """Where this rank's images of a micro-batch stand: its slots of the global batch, each of a lane."""
@@ -331,37 +346,3 @@ class TrainingStream(Dataset[Batch]):
         return decode_label(
             raw.label, raw.name, num_classes=self.num_classes, ignore_index=self.index.ignore_index, size=size
         )
-
-
-class _Fetched(Dataset["Batch | DataError"]):
-    """A worker's exception arrives wrapped in its traceback; a returned one arrives as it is."""
-
-    def __init__(self, stream: TrainingStream) -> None:
-        self.stream = stream
-
-    def __getitem__(self, number: int) -> Batch | DataError:
-        try:
-            return self.stream[number]
-        except DataError as error:
-            return error
-
-
-def batches(stream: TrainingStream, start: int, stop: int, *, pin_memory: bool = False) -> Generator[Batch, None, None]:
-    """Micro-batches ``start`` … ``stop`` - 1 in order, loaded ahead by ``data.workers`` processes.
-
-    Raises:
-        DataError: a sample that cannot be used, when its batch is due.
-    """
-    workers = stream.recipe.data.workers
-    loader = DataLoader(
-        _Fetched(stream),
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        pin_memory=pin_memory,
-    )
-    for fetched in loader:
-        if isinstance(fetched, DataError):
-            raise fetched
-        yield fetched

@@ -124,9 +124,8 @@ class MaskMatch(nn.Module):
             views = self.base.views(unlabelled)
             if self.recipe.mask.keep is not None:
                 masked = self._masked_view(unlabelled, self.recipe.mask, self.recipe.mask.keep)
-        return Step(
-            batch.labelled_images / 255, batch.labels, batch.labels != self.ignore_index, unlabelled, views, masked
-        )
+        labels = batch.labels.long()
+        return Step(batch.labelled_images / 255, labels, labels != self.ignore_index, unlabelled, views, masked)
 
     def _masked_view(self, unlabelled: Unlabelled, recipe: MaskRecipe, keep: float) -> MaskedView:
         view = unlabelled.weak if recipe.view == "weak" else unlabelled.strong

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.data.loading import batches
 from maskmatch_scale.data.shards import load_index
-from maskmatch_scale.data.stream import TrainingStream, batches
+from maskmatch_scale.data.stream import TrainingStream
 from maskmatch_scale.train import train
 from tests.data.faulty_server import Fault, FaultyServer
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.data.loading import batches
 from maskmatch_scale.data.shards import ShardStream
-from maskmatch_scale.data.stream import TrainingStream, batches, draw_labelled
+from maskmatch_scale.data.stream import TrainingStream, draw_labelled
 from maskmatch_scale.method.maskmatch import class_weights
 from tests.conftest import ShapesSource, recipe_maker, rewrite_shard, write_shards
 
@@ -58,6 +59,15 @@ def test_workers_and_restarts_change_nothing(make_recipe, workers):
     continued = list(batches(stream(make_recipe, data={"workers": workers}), 4, 6))
     assert all(map(same, plain, loaded))
     assert all(map(same, plain[4:], continued))
+
+
+def test_a_batch_stays_as_it_is_when_later_ones_are_loaded(make_recipe):
+    """Loader processes hand batches over in slots that they use again."""
+    plain = list(batches(stream(make_recipe), 0, 24))
+    kept = []
+    for batch in batches(stream(make_recipe, data={"workers": 2}), 0, 24):
+        kept.append(batch)
+    assert all(map(same, plain, kept))
 
 
 def test_the_state_continues_the_same_batches(make_recipe):

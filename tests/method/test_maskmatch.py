@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maskmatch_scale.data.stream import TrainingStream, batches
+from maskmatch_scale.data.loading import batches
+from maskmatch_scale.data.stream import TrainingStream
 from maskmatch_scale.method.maskmatch import MaskMatch
 from maskmatch_scale.method.teacher import ema_decay
 from maskmatch_scale.models import build_segmenter
@@ -47,7 +48,7 @@ def test_losses_equal_the_formulas(make_recipe, family, view, pixels):
     loss, sums = module(step, pseudo, 1 / module.denominators(step))
 
     s, normal = module.segmenter, lambda images: ((images - module.mean) / module.std).double()
-    labels = batch.labels.masked_fill(batch.labels == 255, -100)
+    labels = batch.labels.long().masked_fill(batch.labels == 255, -100)
     loss_x = F.cross_entropy(up(s(normal(batch.labelled_images / 255))), labels, weight)
     strong, weak = step.views[0], step.unlabelled.weak
     mix = strong.cutmix
