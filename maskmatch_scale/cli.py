@@ -36,7 +36,7 @@ def main() -> None:
         app()
     except UserError as error:
         # Before the run every rank finds the same mistake; a bad sample later is met by one rank alone.
-        _fail(str(error), MISTAKE, from_any_rank=_run_has_started())
+        _fail(str(error), MISTAKE, from_any_rank=_run_has_started() and not error.on_all_ranks)
     except TrainingStopped as error:
         _fail(str(error), 1, from_any_rank=False)
     except Exception as error:

@@ -8,6 +8,9 @@ class UserError(ValueError):
     library's, and keeps its traceback.
     """
 
+    on_all_ranks = False
+    """Whether every rank of the job has found it, so that one of them tells."""
+
 
 class TrainingStopped(RuntimeError):  # noqa: N818 - not an error of the program
     """The run stopped itself; the message says at which step, why, and what it can be continued from."""

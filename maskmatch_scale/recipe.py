@@ -59,7 +59,7 @@ class SourceRecipe(Section):
     """Stream of its index; null = `labelled` or `unlabelled`, as the list that it stands in."""
     name: str | None = None
     """What its order is drawn from; null = the stream's name. Sources of one list need different ones."""
-    weight: Positive = 1.0
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Its share of the samples, relative to the others'."""
 
 
@@ -275,7 +275,8 @@ class RunRecipe(Section):
     steps: Annotated[int, Field(ge=0)] = 0
     """Optimiser steps; 0 = as many as `epochs` need."""
     epochs: Positive | None = None
-    """Instead of steps: how often the unlabelled samples (in a supervised run the labelled ones) are gone through."""
+    """Instead of steps: how many samples are read, as a multiple of all unlabelled ones (in a supervised run: labelled
+    ones). Of several sources each has its share by weight, not by size."""
     last_batch: Literal["drop", "pad"] = "pad"
     """With `epochs`, where the samples do not fill the last step: drop = leave them out, pad = fill it from the next
     epoch."""
@@ -312,6 +313,10 @@ class Recipe(Section):
     def _unsound(self) -> Iterator[tuple[bool, str]]:
         """Combinations that train wrongly or not at all: whether the recipe has one, the reason and what to do."""
         yield from self._unsound_without_labels()
+        yield (
+            self.run.epochs is not None and self.method.burn_in == 1,
+            "run.epochs with method.burn_in=1: nothing unlabelled is ever read; set run.steps",
+        )
         yield (
             bool(self.run.steps) == (self.run.epochs is not None),
             f"run.steps={self.run.steps} and run.epochs={json.dumps(self.run.epochs)}: a run needs one of "
@@ -398,26 +403,32 @@ class Recipe(Section):
             "data.labelled_count=0 with sources in data.labelled: leave one of them out",
         )
 
-    def with_steps(self, samples: int, images: int) -> Recipe:
+    def with_steps(self, samples: int, images: int, *, labelled: bool) -> Recipe:
         """The recipe with `run.epochs` turned into `run.steps`, if it has epochs.
 
         Args:
             samples: of an epoch.
             images: of a step, of the same kind.
+            labelled: whether they are read in the burn-in too.
 
         Raises:
             RecipeError: not even one step comes of it.
         """
         if self.run.epochs is None:
             return self
-        steps = self.run.epochs * samples / images / (1 - self.method.burn_in)
-        whole = math.floor(steps + 1e-9) if self.run.last_batch == "drop" else math.ceil(steps - 1e-9)
+        needed = self.run.epochs * samples / images
+        steps = whole = math.floor(needed + 1e-9) if self.run.last_batch == "drop" else math.ceil(needed - 1e-9)
         if whole < 1:
             raise RecipeError(
                 f"run.epochs={self.run.epochs:g} with run.last_batch=drop: {samples} samples fill no step of {images} "
                 "images; set run.last_batch=pad, or take fewer images a step"
             )
-        run = self.run.model_copy(update={"steps": whole, "epochs": None})
+        if not labelled:
+            # The burn-in is a rounded share of all steps, and comes on top: as many as leave the right number.
+            steps = max(whole, math.floor(whole / (1 - self.method.burn_in)) - 2)
+            while steps - round(self.method.burn_in * steps) < whole:
+                steps += 1
+        run = self.run.model_copy(update={"steps": steps, "epochs": None})
         return self.model_copy(update={"run": run})
 
     @property

@@ -314,7 +314,7 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
             console.print(f"{lines} {what}: {out / name}", soft_wrap=True, highlight=False, markup=False)
 
 
-def print_index(index: ShardIndex, root: Path) -> None:
+def print_index(index: ShardIndex, root: str | Path) -> None:
     """A table of the streams of a folder."""
     table = Table(title=f"{root}: {len(index.classes)} classes")
     for column in ("stream", "labels", "samples", "shards", "MB"):

@@ -55,7 +55,7 @@ def verify(
     if count:
         raise UserError(f"{root}: {count} fault{'s' if count > 1 else ''}, named above")
     if not as_json:
-        print_index(index, Path(root))
+        print_index(index, root)
 
 
 @shards_app.command("show", epilog="Example: maskmatch shards show data/scores --stream labelled --out sheet.png")

@@ -23,7 +23,7 @@ from maskmatch_scale import __version__
 from maskmatch_scale.data.faults import REASONS
 from maskmatch_scale.data.index import ShardIndex
 from maskmatch_scale.data.loading import batches
-from maskmatch_scale.data.shards import load_index
+from maskmatch_scale.data.shards import ShardStream, load_index
 from maskmatch_scale.data.stream import Batch, TrainingStream
 from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.build import build_engine
@@ -84,16 +84,19 @@ def train(recipe: Recipe, resume: str | None = None) -> Path:
     if recipe.engine.deepspeed_json:
         deepspeed_config(recipe, place.world_size)  # its mistakes, before anything is written
     recipe, stream = _open_stream(recipe, student.num_classes, place, index)
+    if "dev" in index.streams:  # found missing now, and not at the first evaluation
+        ShardStream(recipe.data.root, "dev", recipe.data, index=index)
     used = {"labelled": stream.labelled_samples, "unlabelled": stream.unlabelled_samples}
     data = describe_data(recipe, index, used)
-    if recipe.data.rare_class_crops or recipe.method.class_weights != "none":
-        stream.class_pixels()  # now, once: loader processes inherit it
     run = Path(recipe.run.dir)
     checkpoint = _checkpoint_to_resume(run, resume)
     if checkpoint is not None:
         check_checkpoint(checkpoint, recipe, place.world_size)
         stream.resume(load_stream_state(checkpoint))
     runtime = setup.start(place, recipe.engine)
+    _check_agreement(runtime, recipe, stream, checkpoint)
+    if recipe.data.rare_class_crops or recipe.method.class_weights != "none":
+        stream.count_class_pixels(runtime.sum_over_ranks)  # now, once: loader processes inherit it
     if runtime.rank == 0:
         _open_run_directory(
             run, recipe, data, continued=checkpoint is not None and run.resolve() in checkpoint.resolve().parents
@@ -112,12 +115,39 @@ def _open_stream(recipe: Recipe, num_classes: int, place: Place, index: ShardInd
         return TrainingStream(recipe, num_classes, place.rank, place.world_size, unlabelled=unlabelled, index=index)
 
     stream = stream_of(recipe)
-    samples, images = stream.unlabelled_samples, recipe.data.unlabelled_per_labelled
-    if stream.unlabelled is None:
-        samples, images = stream.labelled_samples, 1
-    images *= recipe.engine.micro_batch * recipe.engine.accumulation * place.world_size
-    counted = recipe.with_steps(samples, images)
+    labelled = stream.unlabelled is None
+    samples = stream.labelled_samples if labelled else stream.unlabelled_samples
+    images = recipe.engine.micro_batch * recipe.engine.accumulation * place.world_size
+    images *= 1 if labelled else recipe.data.unlabelled_per_labelled
+    counted = recipe.with_steps(samples, images, labelled=labelled)
     return counted, stream if counted is recipe else stream_of(counted)
+
+
+def _check_agreement(runtime: Runtime, recipe: Recipe, stream: TrainingStream, checkpoint: Path | None) -> None:
+    """Refuse ranks that are about to train different runs: a machine has another recipe, other shards, no checkpoint.
+
+    Raises:
+        UserError: on every rank.
+    """
+    step = int(checkpoint.name.removeprefix("step-")) if checkpoint is not None else 0
+    data = recipe.data.model_copy(update={"cache_dir": None})
+    facts = {
+        "recipe": repr(recipe.model_copy(update={"data": data})),
+        "checkpoint to continue from (--resume)": str(step),
+        "shards, or another place in them": json.dumps(stream.state(step)),
+    }
+    known = torch.zeros(runtime.world_size, len(facts), dtype=torch.int64, device=runtime.device)
+    known[runtime.rank] = torch.tensor([derive_seed(0, fact) for fact in facts.values()])
+    known = runtime.sum_over_ranks(known)
+    for number, what in enumerate(facts):
+        differing = (known[:, number] != known[0, number]).nonzero()
+        if len(differing):
+            error = UserError(
+                f"rank {int(differing[0])} has another {what} than rank 0; every machine needs the same files under "
+                "the same paths (run.dir on a disk that all of them see)"
+            )
+            error.on_all_ranks = True
+            raise error
 
 
 def check_model(recipe: Recipe, student: Segmenter) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
 from maskmatch_scale.data.index import ShardIndex
 from maskmatch_scale.data.shards import load_index
@@ -115,8 +116,7 @@ def build_student(recipe: Recipe, index: ShardIndex | RunData, *, pretrained: bo
     model = recipe.model
     num_classes = model.num_classes or len(index.classes)
     start = _start_weights(model.pretrained)
-    if pretrained and recipe.data.labelled_count == 0:
-        _check_trained(recipe, start)
+    trained = _trained_start(recipe, start) if pretrained and recipe.data.labelled_count == 0 else None
     if len(index.classes) > num_classes:
         raise UserError(
             f"model.num_classes={num_classes}: the labels of {recipe.data.root} have {len(index.classes)} classes; "
@@ -124,7 +124,7 @@ def build_student(recipe: Recipe, index: ShardIndex | RunData, *, pretrained: bo
         )
     torch.manual_seed(recipe.run.seed)
     try:
-        return build_segmenter(
+        segmenter = build_segmenter(
             model.backbone,
             num_classes,
             head=model.head,
@@ -137,6 +137,9 @@ def build_student(recipe: Recipe, index: ShardIndex | RunData, *, pretrained: bo
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from error
+    if trained is not None:
+        _check_trained(recipe, segmenter, trained, index.classes)
+    return segmenter
 
 
 def _start_weights(pretrained: bool | str | None) -> bool | str | None:
@@ -146,16 +149,34 @@ def _start_weights(pretrained: bool | str | None) -> bool | str | None:
     return pretrained
 
 
-def _check_trained(recipe: Recipe, start: bool | str | None) -> None:
-    """Refuse a start without a trained head for a run without labels: its teacher would never learn what to say."""
+def _trained_start(recipe: Recipe, start: bool | str | None) -> dict[str, Tensor]:
+    """Weights that a run without labels starts from: a trained segmenter's, or an error."""
     try:
         state = read_own(Path(start)) if isinstance(start, str) else None
     except ValueError as error:
         raise UserError(f"model: {error}") from error
-    if state is None or not any(name.startswith("head.") for name in state):
+    if state is None:
         raise UserError(
             f"data.labelled_count=0 with model.pretrained={recipe.model.pretrained}: without labels the teacher must "
             "be a trained segmenter from the start, head and all; give a run of this package, a checkpoint or an export"
+        )
+    return state
+
+
+def _check_trained(recipe: Recipe, segmenter: Segmenter, state: Mapping[str, Tensor], classes: Sequence[str]) -> None:
+    """Refuse a start whose head does not fit, or says other classes, for a run without labels."""
+    given = f"data.labelled_count=0 with model.pretrained={recipe.model.pretrained}"
+    for name, value in segmenter.state_dict().items():
+        if name.startswith("head.") and (name not in state or state[name].shape != value.shape):
+            raise UserError(
+                f"{given}: its head does not fit ({name}), and without labels a new one would never be trained; "
+                "model.head and the number of classes must be those of the start"
+            )
+    known = _classes_of_start(recipe)["classes"]
+    if recipe.model.num_classes is None and list(known) != list(classes):
+        raise UserError(
+            f"{given}: it was trained on classes {', '.join(known)}, the index of {recipe.data.root} has "
+            f"{', '.join(classes)}; they must be the same, in the same order"
         )
 
 

@@ -185,3 +185,102 @@ def test_finite_passes_of_nothing(make_recipe):
         make_recipe(run=run | {"steps": 3})
     with pytest.raises(RecipeError, match=r"run\.steps=0 and run\.epochs=null"):
         make_recipe(run=run | {"epochs": None})
+
+
+def test_without_labels_the_head_must_be_the_trained_one(make_recipe, never_labelled, shapes, tmp_path):
+    """A head that does not fit would stay random; one with other classes would be called by wrong names."""
+    first = train(make_recipe(run={"steps": 1, "dir": str(tmp_path / "first")}))
+    model = dict(make_recipe().model) | {"pretrained": str(first)}
+    data = {"root": str(never_labelled), "labelled_count": 0}
+    with pytest.raises(UserError, match=r"its head does not fit \(head\."):
+        train(make_recipe(data=data, model=model | {"num_classes": 5}))
+    with pytest.raises(UserError, match=r"its head does not fit \(head\."):
+        train(make_recipe(data=data, model=model | {"head": "linear"}))
+    root = shutil.copytree(shapes, tmp_path / "renamed")
+    index = json.loads((root / "index.json").read_text())
+    index["classes"] = ["ground", "disc", "square"]
+    (root / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"trained on classes ground, square, disc, the index of .* has ground, disc"):
+        train(make_recipe(data={"root": str(root), "labelled_count": 0}, model=model))
+
+
+@pytest.mark.parametrize("burn_in", [0.0, 0.37, 0.5, 0.9])
+@pytest.mark.parametrize(("samples", "images"), [(94, 10), (96, 10), (100, 10), (7, 3)])
+@pytest.mark.parametrize("last", ["drop", "pad"])
+def test_an_epoch_behind_a_burn_in_is_an_epoch(make_recipe, burn_in, samples, images, last):
+    run = dict(make_recipe().run) | {"steps": 0, "epochs": 1.0, "last_batch": last}
+    counted = make_recipe(run=run, method={"burn_in": burn_in}).with_steps(samples, images, labelled=False)
+    after = counted.run.steps - counted.burn_in_steps
+    assert after == (samples // images if last == "drop" else -(-samples // images))
+
+
+def test_a_lost_shard_counts_its_own_samples_alone(make_recipe, shapes, tmp_path):
+    """Also where it is larger than the window, so that no sample of the window can stand in."""
+    root = shutil.copytree(shapes, tmp_path / "lost")
+    lost = ShardIndex.load(root).streams["unlabelled"].shards[3]
+    (root / lost.file).unlink()
+    data = {"root": str(root), "shuffle_window": 1}
+    run = train(make_recipe(data=data, run={"steps": 12, "evaluate_every": 0}))
+    listed = skipped_samples(run)
+    assert [(entry["shard"], entry["reason"]) for entry in listed] == [(lost.file, "shard_unreadable")] * lost.samples
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("recipe", "rank 1 has another recipe than rank 0"),
+        ("checkpoint", "another checkpoint to continue from"),
+        ("shards", "another shards, or another place in them"),
+    ],
+)
+def test_ranks_that_would_train_different_runs(make_recipe, shapes, tmp_path, changed, message):
+    """Each sees its own files: what two ranks know is put together here as an all-reduce would."""
+    import torch
+
+    from maskmatch_scale import train as train_module
+    from maskmatch_scale.data.stream import TrainingStream
+
+    def known(rank, recipe, checkpoint):
+        class Runtime:
+            world_size, device = 2, torch.device("cpu")
+            sent = None
+
+            def sum_over_ranks(self, tensor):
+                self.sent = tensor.clone()
+                return tensor
+
+        runtime = Runtime()
+        runtime.rank = rank
+        stream = TrainingStream(recipe, 3, rank, 2, unlabelled=True)
+        with pytest.raises(UserError):  # the other rank's row is still empty
+            train_module._check_agreement(runtime, recipe, stream, checkpoint)
+        return runtime, stream
+
+    root = shutil.copytree(shapes, tmp_path / "other")
+    index = json.loads((root / "index.json").read_text())
+    index["streams"]["unlabelled"]["shards"].reverse()
+    (root / "index.json").write_text(json.dumps(index))
+    recipe = make_recipe(run={"seed": 5})
+    others = {
+        "recipe": (make_recipe(run={"seed": 6}), None),
+        "checkpoint": (recipe, tmp_path / "step-00000004"),
+        "shards": (make_recipe(run={"seed": 5}, data={"root": str(root)}), None),
+    }
+    one, stream = known(0, recipe, None)
+    other, _ = known(1, *others[changed])
+    if changed == "shards":  # of the same recipe: the folder has the same name on both machines
+        other.sent[1, 0] = one.sent[0, 0]
+    one.sum_over_ranks = lambda tensor: tensor + other.sent
+    with pytest.raises(UserError, match=message) as caught:
+        train_module._check_agreement(one, recipe, stream, None)
+    assert caught.value.on_all_ranks
+
+
+def test_a_missing_dev_shard_is_found_at_the_start(make_recipe, shapes, tmp_path):
+    root = shutil.copytree(shapes, tmp_path / "cut")
+    lost = ShardIndex.load(root).streams["dev"].shards[0].file
+    (root / lost).unlink()
+    recipe = make_recipe(data={"root": str(root)})
+    with pytest.raises(UserError, match=lost):
+        train(recipe)
+    assert not Path(recipe.run.dir).exists()

@@ -6,6 +6,7 @@
     url-<hex>                 … or, where none is known, by a hash of its address
     .<name>.<random>.part     a file on its way, already as long as it will be: its room is taken
     .<name>.lock              held by the one that fetches the file
+    .<name>.failed            why it could not be fetched, for those that waited for it
     .turn.lock .room.lock     held by the first that waits for room; while room is counted and made
 
 Other files in the folder are neither counted nor touched. Locks are the kernel's and end with the process that holds

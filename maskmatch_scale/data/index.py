@@ -91,6 +91,11 @@ class ShardTable(Sequence[ShardEntry]):
         start = int(self._ends[number - 1]) if number else 0
         return self._names[start : int(self._ends[number])].decode()
 
+    @property
+    def has_addresses(self) -> bool:
+        """Whether some file is not a path: a URL, or a pipe."""
+        return b":" in self._names
+
     def sha256(self, number: int) -> str:
         """Hex digest of shard ``number``."""
         return self.digests[number * _SHA256_BYTES : (number + 1) * _SHA256_BYTES].hex()

@@ -104,6 +104,7 @@ class Leg:
 
     def at(self, step: int, lane: int, number: int) -> tuple[int, Place]:
         """Source, and place in its epochs, of image ``number`` of a lane in step ``step`` ≥ start."""
+        assert step >= self.start
         source, had = pick(self.chances, lane, self.lanes, (step - self.start) * self.a_lane + number)
         return source, self.queues[source].at(lane, had)
 
@@ -113,9 +114,10 @@ class Leg:
         The same leg if nothing changed. Of samples that were not taken none is lost, but order and lanes differ. A
         source that was not there, or whose shards are others now, begins with a new epoch.
         """
-        if step <= self.start and self._is_untouched():
-            return Leg.first(start, lanes, batch, parts)
-        begins = start if step < start else self.start
+        # A leg that has begun goes on as it is, unless its side is to rest again: then, or where it has not begun, it
+        # begins when it should, and never with a step that is over.
+        has_begun = step > self.start and step >= start
+        begins = self.start if has_begun else max(start, step)
         if (lanes, batch, tuple(parts), begins) == (self.lanes, self.batch, self.parts, self.start):
             return self
         taken = max(0, step - self.start) * self.a_lane
@@ -132,9 +134,6 @@ class Leg:
                 queue = Queue(part.samples, lanes, (), queue.epoch)
             queues.append(queue)
         return Leg(max(start, step), lanes, batch, tuple(parts), tuple(queues))
-
-    def _is_untouched(self) -> bool:
-        return all(not queue.left and queue.epoch == 0 for queue in self.queues)
 
     def changed(self, parts: Sequence[Part]) -> list[str]:
         """Names of sources that have other shards, or another order, than this leg's."""

@@ -96,7 +96,16 @@ class EpochOrder:
         """The shards that the window [start, stop) takes its samples from."""
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
         last = int(np.searchsorted(self.starts, stop - 1, side="right"))
-        return [int(shard) for shard in self.shards[first:last]]
+        filled = self.starts[first + 1 : last + 1] > self.starts[first:last]  # of a draw, some shards have none
+        return [int(shard) for shard in self.shards[first:last][filled]]
+
+    def neighbouring_window(self, place: int) -> tuple[int, int]:
+        """The window before that of ``place`` in its run, or else the one behind it, or else its own."""
+        start, stop = self.window_of(place)
+        run = self.cut.run_of(place)
+        if start > self.cut.start(run):
+            return self.window_of(start - 1)
+        return self.window_of(stop) if stop < self.cut.start(run + 1) else (start, stop)
 
 
 class Place(NamedTuple):
@@ -171,6 +180,8 @@ class Queue:
 
     def after(self, counts: Sequence[int], lanes: int) -> Queue:
         """The queue that is left when lane i has taken ``counts[i]``, dealt to another number of lanes."""
+        if not any(counts):
+            return Queue(self.samples, lanes, self.left, self.epoch)
         heads = [self._split(lane, count) for lane, count in enumerate(counts)]
         first, last = min(head[0] for head in heads), max(head[0] for head in heads)
         left: list[Interval] = []

@@ -116,23 +116,47 @@ class ShardCache:
         name = _name(url, sha256)
         file = self._found(name, size)
         if file is None:
+            asked = time.time()
             with self._folder.only_one(name):
-                # Whoever had the lock may have brought it.
-                file = self._found(name, size) or self._download(name, url, size, sha256)
+                # Whoever had the lock may have brought it, or tried in vain.
+                file = self._found(name, size)
+                if file is None:
+                    self._raise_what_others_met(name, asked)
+                    file = self._download(name, url, size, sha256)
         return file
 
-    def prefetch(self, url: str, size: int | None = None, sha256: str | None = None) -> None:
+    def _raise_what_others_met(self, name: str, asked: float) -> None:
+        # All processes of a rank want the same shard at about the same time: each would try it through anew.
+        failure = self._failure(name)
+        with suppress(OSError):
+            if failure.stat().st_mtime > asked:
+                raise BadSample("shard_unreadable", failure.read_text())
+
+    def _failure(self, name: str) -> Path:
+        """Where the last failure of a file is told to those that wait for it."""
+        return self._folder.path / f".{name}.failed"
+
+    def forget(self, url: str) -> None:
+        """Drop a file that is kept under its address, to fetch it anew."""
+        (self._folder.path / _name(url, None)).unlink(missing_ok=True)
+
+    def prefetch(self, url: str, size: int | None = None, sha256: str | None = None) -> bool:
         """Begin to fetch a file that will be needed, in the background. Never raises and never waits.
 
-        What another process is fetching is left to it; with four files under way here, it does nothing.
+        What another process is fetching is left to it.
+
+        Returns:
+            Whether it is there or will be; False: four files are under way here, ask again later.
         """
         with suppress(Exception):
             here, name = self._here(), _name(url, sha256)
             if (self._folder.path / name).exists() or (url.startswith(PIPE) and not self.options.allow_pipe):
-                return
+                return True
             with here.lock:
-                if name in here.prefetching or len(here.prefetching) >= _PREFETCHES:
-                    return
+                if name in here.prefetching:
+                    return True
+                if len(here.prefetching) >= _PREFETCHES:
+                    return False
                 here.prefetching.add(name)
             try:
                 # A daemon: a run that ends does not wait for it, and its leftovers are swept up by others.
@@ -142,6 +166,7 @@ class ShardCache:
             except BaseException:
                 here.prefetching.discard(name)
                 raise
+        return True
 
     def _prefetch(self, here: _Process, name: str, url: str, size: int | None, sha256: str | None) -> None:
         # Its failure is not told: whoever needs the file tries again, and says so.
@@ -174,9 +199,13 @@ class ShardCache:
                     finally:
                         self._count(bytes_downloaded=transfer.bytes_read)
                 self._count(files=1)
+                self._failure(name).unlink(missing_ok=True)
                 return file
-        except DataError:
+        except DataError as error:
             self._count(failures=1)
+            if isinstance(error, BadSample):
+                with suppress(OSError):
+                    self._failure(name).write_text(str(error))
             raise
         finally:
             self._count(seconds=time.monotonic() - began)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,7 +64,7 @@ def load_index(root: str, data: DataRecipe | None = None) -> ShardIndex:
         DataError: there is none, it cannot be fetched, or it does not parse.
     """
     if not is_remote(root):
-        return ShardIndex.load(root)
+        return _local_index(root, _changed(root))
     where = root if root.partition("?")[0].endswith(".json") else join(root, INDEX_NAME)
     return ShardIndex.parse(read_bytes(where, remote_options(data or DataRecipe(root=root))), where)
 
@@ -94,6 +94,22 @@ class OpenShards:
         if not Path(location).is_file():  # a pipe would wait for ever
             raise FileNotFoundError(f"{location}: the index names this shard but the file is not there")
         return Path(location).open("rb")
+
+
+def _changed(root: str) -> tuple[int, int]:
+    """Time and size of a local index, to tell when it is another one."""
+    path = Path(root) if root.endswith(".json") else Path(root) / INDEX_NAME
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
+@lru_cache(maxsize=2)
+def _local_index(root: str, changed: tuple[int, int]) -> ShardIndex:
+    """Evaluations read the index again and again; one of a million shards takes seconds."""
+    return ShardIndex.load(root)
 
 
 class ShardStream:
@@ -126,6 +142,8 @@ class ShardStream:
         self.name = name
         data = data or DataRecipe(root=self.root)
         self.index = index or load_index(self.root, data)
+        if name not in self.index.streams:
+            raise DataError(f"{root}: stream {name!r} is not in its index, which has {', '.join(self.index.streams)}")
         self.entry = self.index.stream(name)
         self.shards = self.entry.shards
         self.labels = self.entry.labelled if labels is None else labels
@@ -192,11 +210,12 @@ class ShardStream:
             return None
         return table.key(place) if place < len(table) else None
 
-    def prefetch(self, shard: int) -> None:
-        """Fetch a shard of another machine in the background; nothing for a local one."""
+    def prefetch(self, shard: int) -> bool:
+        """Fetch a shard of another machine in the background; False if too many are under way."""
         location = self.location(shard)
-        if is_remote(location):
-            self.cache.prefetch(location, int(self.shards.bytes[shard]), self.shards.sha256(shard))
+        if not is_remote(location):
+            return True
+        return self.cache.prefetch(location, int(self.shards.bytes[shard]), self.shards.sha256(shard))
 
     def _table(self, shard: int) -> tuple[BinaryIO, TarTable]:
         if self._process != os.getpid():

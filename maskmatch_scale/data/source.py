@@ -20,11 +20,14 @@ from maskmatch_scale.seeds import derive_seed
 
 Prepared = TypeVar("Prepared")
 
-_STAND_INS = ((8, "window"), (24, "run"), (32, "epoch"))
-"""Where stand-ins are looked for: up to 8 in the sample's window, whose shards are at hand, then further away."""
+_STAND_INS = 64
+"""Samples that are tried in a bad one's place."""
 
 _ORDERS_KEPT = 4
 """Epochs whose order is kept at hand: lanes are in the same one or in neighbouring ones."""
+
+_WINDOWS_KEPT = 1024
+"""Windows of which is known what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ class Source:
             self.sizes = np.diff(self._first)
         self.part = Part(name, weight, int(self.sizes.sum()), self._digest())
         self._orders: OrderedDict[tuple[int, int], EpochOrder] = OrderedDict()
-        self.elsewhere = is_remote(stream.location(0))
+        self.elsewhere = is_remote(stream.root) or stream.shards.has_addresses
         """Whether its shards have to be fetched."""
-        self._fetched: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self._waiting: OrderedDict[tuple[int, int], list[int]] = OrderedDict()
 
     def _digest(self) -> str:
         digest = hashlib.blake2b(repr((self.seed, self.window)).encode(), digest_size=8)
@@ -115,52 +118,51 @@ class Source:
             prepare: decodes and augments; raises BadSample.
 
         Returns:
-            What ``prepare`` returned, and what was passed over.
+            What ``prepare`` returned, and what was passed over: the sample that stands at ``place``, once, whatever was
+            tried after it.
 
         Raises:
             BadSample: it is bad and this source skips nothing.
             DataError: neither it nor any that might stand in can be used.
         """
         skipped: list[Skip] = []
+        tried, last = 0, ""
         for shard, within in self._candidates(place):
+            tried += 1
             try:
                 return prepare(self.stream.read(shard, within)), skipped
             except BadSample as bad:
                 if not self.skip:
                     raise
-                key = self.stream.key(shard, within)
-                skipped.append(Skip(self.name, self.stream.shards.file(shard), key, bad.reason, str(bad)))
-        last = skipped[-1]
-        raise DataError(
-            f"source {self.name!r}: {len(skipped)} samples in a row cannot be used; the last: {last.message}"
-        )
+                last = str(bad)
+                if not skipped:
+                    key = self.stream.key(shard, within)
+                    skipped.append(Skip(self.name, self.stream.shards.file(shard), key, bad.reason, last))
+        raise DataError(f"source {self.name!r}: {tried} samples in a row cannot be used; the last: {last}")
 
     def _candidates(self, place: Place) -> Iterator[tuple[int, int]]:
-        """The sample at a place, then those that may stand in for it: a rule that looks at the place alone."""
+        """The sample at a place, then those that may stand in for it: a rule that looks at the place alone.
+
+        First some of the sample's own window, in whatever order; then, in case that is one lost shard, of the window
+        before or behind it in the run, whose shards a lane has just had or is about to need; at last of the epoch.
+        """
         yield self.locate(place)
         order = self.order(place.epoch, place.lanes)
-        run = order.cut.run_of(place.place)
-        ranges = {
-            "window": order.window_of(place.place),
-            "run": (order.cut.start(run), order.cut.start(run + 1)),
-            "epoch": (0, len(order)),
-        }
-        attempt = 0
-        for count, where in _STAND_INS:
-            start, stop = ranges[where]
-            for _ in range(count):
-                drawn = derive_seed(order.seed, "stands in", place.place, attempt) % (stop - start)
-                attempt += 1
-                yield self._within(*order[start + drawn])
+        tried = {place.place}
+        for start, stop in (order.window_of(place.place), order.neighbouring_window(place.place), (0, len(order))):
+            for attempt in range(_STAND_INS // 4):
+                drawn = start + derive_seed(order.seed, "stands in", place.place, start, attempt) % (stop - start)
+                if drawn not in tried:
+                    tried.add(drawn)
+                    yield self._within(*order[drawn])
 
     def prefetch(self, place: Place) -> None:
         """Fetch the shards of the window around ``place`` in the background."""
         order = self.order(place.epoch, place.lanes)
         start, stop = order.window_of(place.place)
-        if (place.epoch, start) in self._fetched:
-            return
-        self._fetched[place.epoch, start] = None
-        while len(self._fetched) > 1024:
-            self._fetched.popitem(last=False)
-        for shard in order.shards_of(start, stop):
-            self.stream.prefetch(shard)
+        waiting = self._waiting.setdefault((place.epoch, start), order.shards_of(start, stop)[::-1])
+        while len(self._waiting) > _WINDOWS_KEPT:
+            self._waiting.popitem(last=False)
+        # Only some at a time are taken on; the others are asked for again with the next sample.
+        while waiting and self.stream.prefetch(waiting[-1]):
+            waiting.pop()

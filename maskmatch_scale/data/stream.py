@@ -11,7 +11,7 @@ Step s takes the next images of either side, and each rank its slots of the glob
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from maskmatch_scale.data.decode import decode_image, decode_label
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.index import ShardIndex
 from maskmatch_scale.data.mix import Leg, Part
-from maskmatch_scale.data.order import Place
+from maskmatch_scale.data.order import Cut, Place
 from maskmatch_scale.data.shards import RawSample, ShardStream, load_index
 from maskmatch_scale.data.source import Skip, Source
 from maskmatch_scale.recipe import Recipe, SourceRecipe
@@ -187,7 +187,15 @@ class TrainingStream(Dataset[Batch]):
         if labels:
             used = draw_labelled([len(stream) for stream in streams], data.labelled_count, data.split_seed)
         sources = [
-            Source(stream, name, seed, data.shuffle_window, weight=source.weight, skip=skip, numbers=numbers)
+            Source(
+                stream,
+                name,
+                derive_seed(seed, side),
+                data.shuffle_window,
+                weight=source.weight,
+                skip=skip,
+                numbers=numbers,
+            )
             for stream, name, source, numbers in zip(streams, names, asked, used, strict=True)
             if numbers is None or len(numbers)
         ]
@@ -226,30 +234,41 @@ class TrainingStream(Dataset[Batch]):
             raise DataError(f"the checkpoint's stream state has format {state.get('format')}; {STATE_FORMAT} is read")
         step = int(state["step"])
         for name, side in (("labelled", self.labelled), ("unlabelled", self.unlabelled)):
-            if side is None or state[name] is None:
+            if side is None:
+                continue
+            start = self.recipe.burn_in_steps if name == "unlabelled" else 0
+            if state[name] is None:  # a side that the run did not have
+                side.leg = Leg.first(max(start, step), self.lanes, side.leg.batch, side.parts)
                 continue
             old = Leg.from_json(state[name])
             for changed in old.changed(side.parts):
                 log.warning("%s source %r is not as it was at step %d: it begins a new epoch", name, changed, step)
-            start = self.recipe.burn_in_steps if name == "unlabelled" else 0
             side.leg = old.next(step, start, self.lanes, side.leg.batch, side.parts)
 
     def class_pixels(self) -> Tensor:
-        """Pixels of each class in the drawn labelled samples: int64 (classes,). Reads them once."""
+        """Pixels of each class in the drawn labelled samples: int64 (classes,); reads them if they were not counted."""
         if self._class_pixels is None:
-            total = torch.zeros(self.num_classes, dtype=torch.int64)
-            for source in self.labelled.sources if self.labelled else []:
-                numbers = range(len(source.stream)) if source.numbers is None else source.numbers.tolist()
-                for number in numbers:
-                    try:
-                        label = self._label(source.stream[number])
-                    except BadSample:
-                        if not source.skip:
-                            raise
-                        continue
-                    total += torch.bincount(label.flatten().long(), minlength=256)[: self.num_classes]
-            self._class_pixels = total
+            self._class_pixels = self._count_class_pixels(0, 1)
         return self._class_pixels
+
+    def count_class_pixels(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Count them on all ranks, each its share of the samples; all must call it together."""
+        self._class_pixels = sum_over_ranks(self._count_class_pixels(self.rank, self.world_size))
+
+    def _count_class_pixels(self, rank: int, world_size: int) -> Tensor:
+        total = torch.zeros(self.num_classes, dtype=torch.int64)
+        for source in self.labelled.sources if self.labelled else []:
+            numbers = range(len(source.stream)) if source.numbers is None else source.numbers.tolist()
+            cut = Cut(len(numbers), world_size)
+            for number in numbers[cut.start(rank) : cut.start(rank + 1)]:
+                try:
+                    label = self._label(source.stream[number])
+                except BadSample:
+                    if not source.skip:
+                        raise
+                    continue
+                total += torch.bincount(label.flatten(), minlength=256)[: self.num_classes]
+        return total
 
     def __getitem__(self, number: int) -> Batch:
         """Micro-batch ``number`` of the run (step · accumulation + micro-step)."""

@@ -131,7 +131,7 @@ def _look_at_all(shards: Sequence[tuple[str, bool]], options: Remote, workers: i
 
 
 def _look_at(location: str, labelled: bool, options: Remote) -> dict[str, Any]:
-    path = ShardCache(options).fetch(location) if is_remote(location) else Path(location)
+    path = _fetched(location, options) if is_remote(location) else Path(location)
     with path.open("rb") as file:
         table = read_table(file, location, labelled=labelled)
     if table.truncated:
@@ -145,6 +145,12 @@ def _look_at(location: str, labelled: bool, options: Remote) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "sha256": sha256(path),
     }
+
+
+def _fetched(location: str, options: Remote) -> Path:
+    cache = ShardCache(options)
+    cache.forget(location)  # it may have changed since, and no checksum is known that would tell
+    return cache.fetch(location)
 
 
 def _entry(found: Mapping[str, Any], out: Path) -> dict[str, Any]:

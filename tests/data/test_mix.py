@@ -51,19 +51,35 @@ def shown(leg, first, last):
     )
 
 
-@given(layouts=st.lists(layouts(), min_size=1, max_size=4), stops=st.lists(st.integers(0, 9), min_size=4, max_size=4))
-@settings(max_examples=200, deadline=None)
-def test_ranks_batches_weights_and_sources_may_change_where_a_run_continues(layouts, stops):
-    """Every epoch that a source has gone through was seen once, whole, over all legs; the state goes through JSON."""
-    step, total = 0, Counter()
-    lanes, batch, parts = layouts[0]
-    leg = Leg.first(0, lanes, batch, parts)
-    for (lanes, batch, parts), steps in zip(layouts, stops):
-        leg = Leg.from_json(leg.as_json()).next(step, 0, lanes, batch, parts)
-        total += shown(leg, step, step + steps)
+@given(
+    layouts=st.lists(st.tuples(layouts(), st.integers(0, 9), st.integers(0, 12)), min_size=1, max_size=5),
+)
+@settings(max_examples=150, deadline=None)
+def test_everything_may_change_where_a_run_continues(layouts):
+    """Ranks, batches, weights, sources and the end of the burn-in: no sample is lost, none comes twice.
+
+    A source that is away for a while is forgotten, so what is looked at are those that are always there. The state
+    goes through JSON.
+    """
+    (lanes, batch, parts), _, start = layouts[0]
+    leg, step, total = Leg.first(start, lanes, batch, parts), 0, Counter()
+    for (lanes, batch, parts), steps, start in layouts:
+        leg = Leg.from_json(leg.as_json()).next(step, start, lanes, batch, parts)
+        assert leg.start <= step or leg.start == max(start, step)
+        total += shown(leg, max(step, leg.start), step + steps)
         step += steps
-        # A source that is not in the next layout is forgotten: keep all.
-    assert all(n == 1 for (name, _, _), n in total.items() if all(name in {p.name for p in x[2]} for x in layouts))
+    always = set.intersection(*({part.name for part in layout[2]} for layout, _, _ in layouts))
+    begun = {name: max((e for n, e, _ in total if n == name), default=-1) for name in always}
+    # Go on as it is until every epoch that was begun must be over.
+    weight = sum(part.weight for part in leg.parts)
+    steps = max((2 * part.samples + 4 * leg.lanes) * weight / part.weight / leg.batch for part in leg.parts)
+    step = max(step, leg.start)
+    total += shown(leg, step, step + int(steps) + 2)
+    for part in leg.parts:
+        if part.name in always:
+            for epoch in range(begun[part.name] + 1):
+                seen = {place: n for (name, e, place), n in total.items() if (name, e) == (part.name, epoch)}
+                assert seen == dict.fromkeys(range(part.samples), 1)
 
 
 @given(layout=layouts(), steps=st.integers(0, 20))
@@ -92,6 +108,21 @@ def test_burn_in_that_ends_elsewhere():
     under_way = Leg.first(5, 2, 4, parts).next(6, 8, 2, 4, parts)
     assert under_way.start == 8
     assert sum(i.stop - i.start for i in under_way.queues[0].left) == 6
+
+
+@pytest.mark.parametrize(("start", "stops"), [(10, [(7, 5)]), (5, [(6, 10), (7, 5)]), (5, [(9, 3), (12, 20), (15, 2)])])
+def test_the_first_sample_after_a_change_of_burn_in(start, stops):
+    """What the review found: a leg must not begin with a step that is over."""
+    parts = [Part("a", 1.0, 1000, "x")]
+    leg, step, places = Leg.first(start, 2, 4, parts), 0, []
+    for until, start in stops:
+        places += [
+            leg.at(s, lane, n)[1].place for s in range(max(step, leg.start), until) for lane in (0, 1) for n in (0, 1)
+        ]
+        leg, step = leg.next(until, start, 2, 4, parts), until
+    places += [leg.at(s, lane, n)[1].place for s in range(max(step, leg.start), 40) for lane in (0, 1) for n in (0, 1)]
+    of_lanes = [sorted(p for p in places if (p >= 500) == lane) for lane in (False, True)]
+    assert of_lanes == [list(range(len(places) // 2)), list(range(500, 500 + len(places) // 2))]
 
 
 def test_other_shards_begin_a_new_epoch():

@@ -66,7 +66,9 @@ def known(file: Path) -> dict[str, Any]:
 
 
 def files_in(cache: Path) -> list[str]:
-    return sorted(path.name for path in cache.iterdir() if path.name not in (".turn.lock", ".room.lock"))
+    notes = (".turn.lock", ".room.lock")
+    names = (path.name for path in cache.iterdir())
+    return sorted(name for name in names if name not in notes and not name.endswith(".failed"))
 
 
 def in_processes(count: int, work: Callable[[int], None]) -> list[int | None]:
@@ -774,3 +776,25 @@ def test_a_cache_may_be_forked_and_pickled(folder, options):
         assert in_processes(4, work) == [0] * 4
         assert server.gets() == 6
     assert pickle.loads(pickle.dumps(options)) == options
+
+
+def test_those_that_wait_for_a_file_do_not_try_it_again(folder, options):
+    """All loader processes want a lost shard at about the same time: one of them goes through all tries."""
+    with FaultyServer(folder, {"*": [Fault(status=500)]}) as server:
+        context = multiprocessing.get_context("fork")
+        results = context.Queue()
+
+        def fetch():
+            try:
+                ShardCache(options).open(f"{server.url}/lost.tar", 5, "0" * 64)
+            except BadSample as error:
+                results.put((error.reason, str(error)))
+
+        readers = [context.Process(target=fetch) for _ in range(4)]
+        for reader in readers:
+            reader.start()
+        met = [results.get(timeout=60) for _ in readers]
+    assert {reason for reason, _ in met} == {"shard_unreadable"}
+    assert all("lost.tar" in message for _, message in met)
+    # Who came too late to wait tries for itself.
+    assert len(server.requests) <= 2 * options.attempts

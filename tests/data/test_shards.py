@@ -82,7 +82,7 @@ def test_index_that_does_not_parse(folder):
 
 
 def test_unknown_stream(shapes):
-    with pytest.raises(DataError, match="'nonsense' is not in the index; it has: labelled"):
+    with pytest.raises(DataError, match="stream 'nonsense' is not in its index, which has labelled"):
         ShardStream(shapes, "nonsense")
 
 

@@ -284,5 +284,5 @@ def test_nothing_usable_at_all(make_recipe, shapes, tmp_path):
     root = shutil.copytree(shapes, tmp_path / "rubbish")
     for shard in ShardIndex.load(root).streams["unlabelled"].shards:
         (root / shard.file).write_bytes(b"rubbish" * 300)
-    with pytest.raises(DataError, match="65 samples in a row cannot be used"):
+    with pytest.raises(DataError, match=r"\d\d samples in a row cannot be used"):
         stream(make_recipe, data={"root": str(root)})[0]
