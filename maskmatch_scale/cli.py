@@ -31,7 +31,7 @@ MISTAKE = 2
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on stderr (of rank 0 alone) and exit code 2."""
+    """Run the command; a user's mistake is one line on stderr (of a machine's first rank) and exit code 2."""
     try:
         app()
     except UserError as error:
@@ -51,8 +51,9 @@ def main() -> None:
 
 def _fail(message: str, code: int, *, from_any_rank: bool) -> None:
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or from_any_rank:
-        where = f"rank {rank}: " if from_any_rank and (rank != "0" or _has_other_ranks()) else ""
+    # The ranks of a machine see the same files: its first one tells.
+    if os.environ.get("LOCAL_RANK", rank) == "0" or from_any_rank:
+        where = f"rank {rank}: " if rank != "0" or (from_any_rank and _has_other_ranks()) else ""
         print(f"maskmatch: error: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)  # noqa: T201
     if _has_other_ranks():
         # An orderly exit leaves the process group, and waits for ranks that may never come.
