@@ -331,7 +331,8 @@ class _Run:
         checkpoint_due = last or (run.checkpoint_every and done % run.checkpoint_every == 0)
         if done % run.log_every == 0 or evaluation_due or checkpoint_due:
             self._flush()
-        if checkpoint_due:
+        too_many = self.skips.too_many
+        if checkpoint_due or too_many:
             self.last_checkpoint = save_checkpoint(
                 self.folder,
                 done,
@@ -341,6 +342,8 @@ class _Run:
                 self.runtime,
                 self.stream.state(done),
             )
+        if too_many:
+            raise TrainingStopped(f"step {done}: {too_many}")
         if evaluation_due:
             for weights in ("ema", "student") if last else ("ema",):
                 self._evaluate(done, weights)
@@ -360,11 +363,9 @@ class _Run:
             self.progress.figures(records[-1])
             log.info("%s", json.dumps(records[-1]))
             before = self.skips.skipped
-            too_many = self.skips.count(records)
+            self.skips.count(records)
             if self.skips.skipped and not before:
                 self.progress.say(f"a bad sample was skipped; {self.skips.path.parent} lists all that are")
-            if too_many:
-                raise TrainingStopped(f"step {records[-1]['step']}: {too_many}")
         return records
 
     def _not_finite(self, sums: Tensor) -> bool:

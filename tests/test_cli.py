@@ -67,6 +67,7 @@ def test_lanes_that_do_not_fit_the_ranks(capsys, monkeypatch, recipe_file, tmp_p
 
 def test_other_ranks_leave_the_message_to_the_first(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # a run in this process has set it
     monkeypatch.setattr(cli, "_run_has_started", lambda: False)
     code, _, err = run(capsys, monkeypatch, "train", tmp_path / "none.yaml")
     assert (code, err) == (2, "")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.engine.checkpoint import find_checkpoint
 from maskmatch_scale.errors import TrainingStopped, UserError
 from maskmatch_scale.export.write import export_run
 from maskmatch_scale.recipe import RecipeError
@@ -73,6 +74,13 @@ def test_too_many_bad_samples_stop_the_run(make_recipe, spoilt):
     recipe = make_recipe(data={"root": str(spoilt), "max_bad_share": 0.0}, run={"steps": 12, "evaluate_every": 0})
     with pytest.raises(TrainingStopped, match=r"samples were skipped.*data\.max_bad_share=0\.0.*skipped lists them"):
         train(recipe)
+    # It goes on from where it stopped when the limit is raised.
+    stopped = find_checkpoint(Path(recipe.run.dir))
+    assert len(skipped_samples(Path(recipe.run.dir))) == 1
+    data = recipe.data.model_copy(update={"max_bad_share": 0.5})
+    run = train(recipe.model_copy(update={"data": data}), "auto")
+    assert [record["step"] for record in train_records(run)] == list(range(1, 13))
+    assert int(stopped.name.removeprefix("step-")) < 12
 
 
 def test_bad_unlabelled_samples_may_be_errors(make_recipe, spoilt):

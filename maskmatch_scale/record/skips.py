@@ -49,10 +49,14 @@ class Skips:
                 file.writelines(json.dumps({"step": step, **asdict(skip)}) + "\n" for skip in skipped)
         return counts
 
-    def count(self, records: Sequence[Mapping[str, Any]]) -> str | None:
-        """Add what train records say of all ranks; a sentence if it is now too much."""
+    def count(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Add what train records say of all ranks."""
         for record in records:
             self.skipped += sum(record.get("skipped", {}).values())
+
+    @property
+    def too_many(self) -> str | None:
+        """A sentence, if more were skipped than the limit."""
         if self.skipped <= self.limit * max(self.read, IMAGES_BEFORE_A_SHARE):
             return None
         return (
