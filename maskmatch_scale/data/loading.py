@@ -1,9 +1,9 @@
 """Batches made ahead by loader processes.
 
 A process hands a batch over in shared memory. torch's loader takes fresh memory for each one, and the first touch of a
-page costs more than what is written to it: at 8 images of 512 px about 5 ms, as much as decoding two of them. Here the
-memory is taken once: batch n goes to slot n mod slots, and what the queue carries is its number. A slot is free again
-when its batch was copied out of it, which is before the loader is asked for the next one.
+page can cost more than what is written to it. Here the memory is taken once: batch n goes to slot n mod slots, and what
+the queue carries is its number. A slot is free again when its batch was copied out of it, which is before the loader is
+asked for the next one.
 """
 
 from __future__ import annotations

@@ -75,11 +75,11 @@ class OpenShards:
 
     Args:
         root: the folder or its index, local or not.
-        data: how shards are fetched.
+        data: how shards are fetched; None = by the defaults.
     """
 
     root: str
-    data: DataRecipe
+    data: DataRecipe | None = None
 
     def __call__(self, file: str) -> BinaryIO:
         """Open one.
@@ -90,7 +90,7 @@ class OpenShards:
         """
         location = join(self.root, file)
         if is_remote(location):
-            return ShardCache(remote_options(self.data)).open(location)
+            return ShardCache(remote_options(self.data or DataRecipe(root=self.root))).open(location)
         if not Path(location).is_file():  # a pipe would wait for ever
             raise FileNotFoundError(f"{location}: the index names this shard but the file is not there")
         return Path(location).open("rb")
@@ -144,7 +144,7 @@ class ShardStream:
         self.index = index or load_index(self.root, data)
         if name not in self.index.streams:
             raise DataError(f"{root}: stream {name!r} is not in its index, which has {', '.join(self.index.streams)}")
-        self.entry = self.index.stream(name)
+        self.entry = self.index.streams[name]
         self.shards = self.entry.shards
         self.labels = self.entry.labelled if labels is None else labels
         if self.labels and not self.entry.labelled:

@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from maskmatch_scale.data.decode import decode_image, decode_label
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.index import ShardIndex, StreamEntry
+from maskmatch_scale.data.shards import OpenShards, load_index
 from maskmatch_scale.data.tar import read_table
-from maskmatch_scale.data.verify import LocalShards, OpenShard
+from maskmatch_scale.data.verify import OpenShard
 from maskmatch_scale.seeds import generator
 
 _WIDTH, _MARGIN, _GAP, _PAIR_GAP = 1680, 40, 24, 4
@@ -71,8 +72,8 @@ def contact_sheet(
     Raises:
         DataError: no index, or no such stream.
     """
-    index = index or ShardIndex.load(root)
-    open_shard = open_shard or LocalShards(Path(root))
+    index = index or load_index(str(root))
+    open_shard = open_shard or OpenShards(str(root))
     names = [stream] if stream is not None else list(index.streams)
     pixels = np.zeros(256, np.int64)
     sections = []

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from maskmatch_scale.data.decode import MAX_PIXELS, decode_image, decode_label
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.index import ShardEntry, ShardIndex, StreamEntry
+from maskmatch_scale.data.shards import OpenShards, load_index
 from maskmatch_scale.data.tar import TarTable, read_table
 
 OpenShard = Callable[[str], BinaryIO]
@@ -88,32 +89,14 @@ def verify(
     Raises:
         DataError: no index, or one that does not parse; a process was killed.
     """
-    index = index or ShardIndex.load(root)
-    open_shard = open_shard or LocalShards(Path(root))
+    index = index or load_index(str(root))
+    open_shard = open_shard or OpenShards(str(root))
     check = _Check(len(index.classes), index.ignore_index, deep, max_pixels, open_shard)
     shards = sum(len(stream.shards) for stream in index.streams.values())
     if workers is None:
         small = sum(int(stream.shards.bytes.sum()) for stream in index.streams.values()) <= _SMALL_BYTES
         workers = 1 if small else len(os.sched_getaffinity(0))
     return _faults(index, check, min(workers, shards), progress)
-
-
-@dataclass(frozen=True)
-class LocalShards:
-    """Opens shards of a local folder.
-
-    Args:
-        root: the folder, or its index.
-    """
-
-    root: Path
-
-    def __call__(self, file: str) -> BinaryIO:
-        """Open a shard by its name in the index."""
-        path = (self.root.parent if self.root.suffix == ".json" else self.root) / file
-        if not path.is_file():  # a pipe would wait for ever
-            raise FileNotFoundError(f"{path}: the index names this shard but the file is not there")
-        return path.open("rb")
 
 
 _Job = tuple[str, bool, ShardEntry]

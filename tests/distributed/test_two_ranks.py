@@ -77,10 +77,7 @@ def test_two_ranks_equal_one(two_ranks, make_recipe, tmp_path, name):
         expected, found = (open_run(run, weights)[1].state_dict() for run in (alone, two_ranks / name))
         assert expected.keys() == found.keys()
         for key in expected:
-            # AdamW divides by the gradient's own size: where that is rounding, single weights go apart. Together they
-            # may by 1 % of the way that they can have gone.
-            apart = (expected[key].float() - found[key].float()).square().mean().sqrt()
-            assert apart < 0.01 * STEPS * 1e-3, (name, weights, key)
+            assert (expected[key].float() - found[key].float()).abs().max() < 1e-4, (name, weights, key)
 
 
 @pytest.mark.parametrize("name", RESUMED)

@@ -20,7 +20,9 @@ SOURCES = ("scores", "folder", "list", "voc", "cityscapes", "ade20k", "coco-stuf
 def test_commands_of_the_documentation_exist(line):
     source, *arguments = shlex.split(line)[3:]
     command = get_command(write_app).commands[source]
-    command.make_context(source, arguments)  # parses, runs nothing
+    context = command.make_context(source, arguments)  # parses, runs nothing
+    assert context.args == []
+    assert {p.name for p in command.params if p.required} <= context.params.keys()
 
 
 def test_options_of_the_documentation_exist():
