@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskmatch_scale.data.write import EncodedSample, Stream
+from maskmatch_scale.data.writing.write import EncodedSample, Stream
 
 _SCENES = 16
 _BLOCK = 1 << 16

@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 
 from benchmarks._loader_variants import Task
-from maskmatch_scale.data.index import ShardEntry, ShardIndex, ShardTable
-from maskmatch_scale.data.loading import batches
-from maskmatch_scale.data.stream import TrainingStream
+from maskmatch_scale.data.batches.loading import batches
+from maskmatch_scale.data.batches.stream import TrainingStream
+from maskmatch_scale.data.shards.index import ShardEntry, ShardIndex, ShardTable
 from maskmatch_scale.recipe import Recipe, parse_recipe
 
 SAMPLES_PER_SHARD = 250

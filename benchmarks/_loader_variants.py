@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from maskmatch_scale.data.augment import WeakView
-from maskmatch_scale.data.decode import decode_image
+from maskmatch_scale.data.batches.augment import WeakView
+from maskmatch_scale.data.images.decode import decode_image
 from maskmatch_scale.seeds import generator
 
 PREFETCH = 2
@@ -132,7 +132,7 @@ def _bare(task: Task, number: int) -> Iterator[tuple[Tensor, Tensor]]:
 def ours(task: Task) -> Iterator[Any]:
     """The package's stream, unlabelled images alone."""
     from benchmarks._loader_stream import make_stream
-    from maskmatch_scale.data.loading import batches
+    from maskmatch_scale.data.batches.loading import batches
 
     if task.cold:
         shutil.rmtree(task.cache, ignore_errors=True)

@@ -1,5 +1,5 @@
 """``python -m maskmatch_scale`` is the `maskmatch` command; launchers start it with ``--module maskmatch_scale``."""
 
-from maskmatch_scale.cli import main
+from maskmatch_scale.cli.main import main
 
 main()

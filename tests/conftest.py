@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskmatch_scale.data.index import sha256
-from maskmatch_scale.data.write import EncodedSample, Stream, write_shards
+from maskmatch_scale.data.shards.index import sha256
+from maskmatch_scale.data.writing.write import EncodedSample, Stream, write_shards
 from maskmatch_scale.recipe import Recipe, parse_recipe
 
 

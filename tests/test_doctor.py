@@ -7,7 +7,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from maskmatch_scale import cli
+from maskmatch_scale.cli import main as cli
 from maskmatch_scale.doctor import describe_machine, examine
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.models import build_segmenter

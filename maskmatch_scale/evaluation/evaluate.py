@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskmatch_scale.data.held_out import evaluation_samples
-from maskmatch_scale.data.shards import load_index
+from maskmatch_scale.data.batches.held_out import evaluation_samples
+from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.evaluation.sliding import forwards_of, sliding_probabilities
 from maskmatch_scale.recipe import DataRecipe, EvaluationRecipe

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskmatch_scale.data.held_out import evaluation_samples
-from maskmatch_scale.data.shards import load_index
+from maskmatch_scale.data.batches.held_out import evaluation_samples
+from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.evaluation.evaluate import Window
 from maskmatch_scale.models.segmenter import Segmenter
 from maskmatch_scale.models.units import sample_visible, visible_count, visible_pixel_mask

@@ -42,7 +42,7 @@ from maskmatch_scale.export.load import Description
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.weights import SEGMENTER_FILE, to_transformers_name
 from maskmatch_scale.recipe import Recipe, load_recipe
-from maskmatch_scale.trained import RunData, build_student, read_run_data
+from maskmatch_scale.runs.model import RunData, build_student, read_run_data
 
 # What timm tells of the weights published under a model's name; it would be untrue of these.
 _OF_PUBLISHED_WEIGHTS = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "description")

@@ -77,13 +77,13 @@ def _refusal():
 
     The average's own search for fp32 masters finds none there, and must look the other way.
     """
-    from maskmatch_scale.recipe import Recipe
+    from maskmatch_scale.recipe import sections
 
     def weights(parameter):
         return parameter.detach().float()
 
     with (
-        mock.patch.object(Recipe, "_unsound", return_value=iter(())),
+        mock.patch.object(sections, "unsound", return_value=iter(())),
         mock.patch.object(ema, "full_fp32", weights),
         mock.patch.object(zero, "full_fp32", weights),
     ):

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from maskmatch_scale.data.index import ShardIndex
-from maskmatch_scale.data.stream import TrainingStream
+from maskmatch_scale.data.batches.stream import TrainingStream
+from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.method.maskmatch import MaskMatch
-from maskmatch_scale.trained import build_student
+from maskmatch_scale.runs.model import build_student
 
 UNDECAYED = ("pos_embed", "cls_token")
 

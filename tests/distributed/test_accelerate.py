@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from maskmatch_scale.runs.model import open_run
 from maskmatch_scale.train import train
-from maskmatch_scale.trained import open_run
 from tests.conftest import TINY_VIT, recipe_maker
 from tests.distributed.launching import records
 

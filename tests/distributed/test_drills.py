@@ -10,7 +10,8 @@ pytestmark = pytest.mark.distributed
 
 DRILL = """
 import os, sys, time
-from maskmatch_scale import cli, train
+from maskmatch_scale.cli import main as cli
+from maskmatch_scale.training import loop as train
 from maskmatch_scale.evaluation import evaluate
 
 step, kind = train._Run._step, sys.argv.pop(1)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from maskmatch_scale.data.index import ShardIndex
+from maskmatch_scale.data.shards.index import ShardIndex
 from tests.conftest import ShapesSource, recipe_maker, rewrite_shard, write_shards
 from tests.data.faulty_server import Fault, FaultyServer
 from tests.distributed.launching import launch, records

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from maskmatch_scale import train as train_module
 from maskmatch_scale.recipe import parse_recipe
+from maskmatch_scale.training import loop as train_module
 from tests.distributed.guards import without
 from tests.distributed.reference import probe_images
 

@@ -15,8 +15,8 @@ from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.ddp import DdpEngine, accelerator_of
 from maskmatch_scale.engine.setup import Place, Runtime
 from maskmatch_scale.errors import UserError
+from maskmatch_scale.runs.model import open_run
 from maskmatch_scale.train import train
-from maskmatch_scale.trained import open_run
 from tests.conftest import TINY_VIT
 
 ACCELERATE = {"library": "accelerate", "zero_stage": 0}

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from maskmatch_scale import train as train_module
 from maskmatch_scale.engine.checkpoint import CheckpointError
 from maskmatch_scale.errors import TrainingStopped
+from maskmatch_scale.runs.model import open_run
 from maskmatch_scale.train import train
-from maskmatch_scale.trained import open_run
+from maskmatch_scale.training import loop as train_module
 from tests.conftest import TINY_VIT
 
 VIT = {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maskmatch_scale.data.loading import batches
-from maskmatch_scale.data.stream import TrainingStream
+from maskmatch_scale.data.batches.loading import batches
+from maskmatch_scale.data.batches.stream import TrainingStream
 from maskmatch_scale.method.maskmatch import MaskMatch
 from maskmatch_scale.method.teacher import ema_decay
 from maskmatch_scale.models import build_segmenter

@@ -1,0 +1,159 @@
+"""`maskmatch shards verify | show | index`: shards that exist. Nothing heavy is imported until one runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from maskmatch_scale.cli.shards_write import print_index, shards_app
+from maskmatch_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from maskmatch_scale.recipe import DataRecipe
+
+__all__ = ["shards_app"]
+
+_Root = Annotated[str, typer.Argument(help="Shard folder, or its index; also a URL.")]
+_CacheDir = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Where shards from elsewhere are kept (data.cache_dir).")
+]
+_AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="Run the commands of pipe: shards (data.allow_pipe).")]
+
+
+@shards_app.command("verify", epilog="Example: maskmatch shards verify data/scores --json > faults.jsonl")
+def verify(
+    root: _Root,
+    shallow: Annotated[bool, typer.Option("--shallow", help="Headers and checksums alone; decode nothing.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: as many as pay.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a fault, on stdout.")] = False,
+    cache_dir: _CacheDir = None,
+    allow_pipe: _AllowPipe = False,
+) -> None:
+    """Check every shard and every sample against the index; names each fault."""
+    from maskmatch_scale.data.shards.reading import OpenShards, load_index
+    from maskmatch_scale.data.tools.verify import verify as faults_of
+
+    data = _data(root, cache_dir, allow_pipe)
+    index = load_index(root, data)
+    count = 0
+    faults = faults_of(
+        root, deep=not shallow, progress=True, workers=workers, index=index, open_shard=OpenShards(root, data)
+    )
+    for fault in faults:
+        count += 1
+        if as_json:
+            print(json.dumps(fault.as_json(), ensure_ascii=False))  # noqa: T201
+        else:
+            print(fault, file=sys.stderr)  # noqa: T201
+    if count:
+        raise UserError(f"{root}: {count} fault{'s' if count > 1 else ''}, named above")
+    if not as_json:
+        print_index(index, root)
+
+
+@shards_app.command("show", epilog="Example: maskmatch shards show data/scores --stream labelled --out sheet.png")
+def show(
+    root: _Root,
+    out: Annotated[Path | None, typer.Option(help="PNG to write; default: contact-sheet.png in the folder.")] = None,
+    stream: Annotated[str | None, typer.Option(help="Only this stream.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Samples of each stream.")] = 12,
+    seed: Annotated[int, typer.Option(help="Which samples.")] = 0,
+    cache_dir: _CacheDir = None,
+    allow_pipe: _AllowPipe = False,
+) -> None:
+    """A contact sheet: samples of each stream, label maps in the colours of their classes."""
+    from maskmatch_scale.data.remote.address import is_remote
+    from maskmatch_scale.data.shards.reading import OpenShards, load_index
+    from maskmatch_scale.data.tools.show import contact_sheet
+
+    data = _data(root, cache_dir, allow_pipe)
+    index = load_index(root, data)
+    if out is None:
+        folder = Path() if is_remote(root) else Path(root).parent if root.endswith(".json") else Path(root)
+        out = folder / "contact-sheet.png"
+    sheet = contact_sheet(
+        root, out, stream=stream, count=count, seed=seed, index=index, open_shard=OpenShards(root, data)
+    )
+    Console().print(str(sheet), soft_wrap=True, highlight=False, markup=False)
+
+
+@shards_app.command(
+    "index",
+    epilog="Example: maskmatch shards index 'https://example.org/{0000..0999}.tar' data/theirs",
+)
+def index_command(
+    patterns: Annotated[list[str], typer.Argument(metavar="PATTERN… OUT", help="Shards without labels; last: folder.")],
+    labelled: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Shards with label maps; may be given again.")
+    ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATTERN", help="Labelled shards of another stream, such as dev or val."),
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="FILE", help="What label values mean: as for `shards write`.")
+    ] = None,
+    ignore_index: Annotated[int, typer.Option(min=0, max=255, help="Label value that counts for nothing.")] = 255,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: the cores.")] = None,
+    cache_dir: _CacheDir = None,
+    allow_pipe: _AllowPipe = False,
+) -> None:
+    """An index for shards that exist: counts, measures and checksums each; goes on where it was interrupted."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from maskmatch_scale.data.shards.reading import remote_options
+    from maskmatch_scale.data.tools.survey import survey
+    from maskmatch_scale.data.writing.sources.labels import load_classes
+
+    *unlabelled, out = patterns
+    streams: dict[str, list[str]] = {}
+    for name, found in (("labelled", labelled or []), *map(_named_pattern, split or [])):
+        if found:
+            streams.setdefault(name, []).extend(found)
+    with_labels = tuple(streams)
+    if unlabelled:
+        streams["unlabelled"] = unlabelled
+    if not streams:
+        raise UserError("no shards: give patterns and then the folder to write to, e.g. 'shards/{000..127}.tar' data/x")
+    if with_labels and classes is None:
+        raise UserError("labelled shards: --classes FILE must say what the label values mean")
+    named = load_classes(classes) if classes else None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+
+        def begin(total: int) -> Callable[[], None]:
+            task = bar.add_task("shards", total=total)
+            return lambda: bar.advance(task)
+
+        index = survey(
+            streams,
+            with_labels,
+            Path(out),
+            remote_options(_data(out, cache_dir, allow_pipe)),
+            classes=named.names if named else (),
+            palette=named.palette if named else (),
+            ignore_index=ignore_index,
+            workers=workers or len(os.sched_getaffinity(0)),
+            begin=begin,
+        )
+    print_index(index, Path(out))
+
+
+def _named_pattern(text: str) -> tuple[str, list[str]]:
+    name, equals, pattern = text.partition("=")
+    if not (name and equals and pattern):
+        raise UserError(f"--split {text}: write NAME=PATTERN, e.g. val='shards/val-{{00..07}}.tar'")
+    return name, [pattern]
+
+
+def _data(root: str, cache_dir: str | None, allow_pipe: bool) -> DataRecipe:
+    from maskmatch_scale.recipe import DataRecipe
+
+    return DataRecipe(root=root, cache_dir=cache_dir, allow_pipe=allow_pipe)

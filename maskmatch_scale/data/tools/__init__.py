@@ -1,0 +1,1 @@
+"""Tools for shard folders that exist: verify, show, and index shards of strangers."""

@@ -1,0 +1,34 @@
+"""The recipe of a run: every key, its unit, its default."""
+
+from maskmatch_scale.recipe.load import load_recipe, parse_recipe
+from maskmatch_scale.recipe.sections import (
+    DataRecipe,
+    EngineRecipe,
+    EvaluationRecipe,
+    MaskRecipe,
+    MethodRecipe,
+    ModelRecipe,
+    OptimRecipe,
+    Recipe,
+    RecipeError,
+    RunRecipe,
+    SourceRecipe,
+    StrongViewRecipe,
+)
+
+__all__ = [
+    "DataRecipe",
+    "EngineRecipe",
+    "EvaluationRecipe",
+    "MaskRecipe",
+    "MethodRecipe",
+    "ModelRecipe",
+    "OptimRecipe",
+    "Recipe",
+    "RecipeError",
+    "RunRecipe",
+    "SourceRecipe",
+    "StrongViewRecipe",
+    "load_recipe",
+    "parse_recipe",
+]

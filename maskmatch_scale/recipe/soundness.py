@@ -1,0 +1,113 @@
+"""What is refused together: combinations of keys of which each is valid, but which train wrongly or not at all.
+
+Each rule is one row: a condition, and a message that names the keys, the reason and the remedy. Rules that need the
+model or the machine are elsewhere: `training/preflight.py`, `engine/setup.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from maskmatch_scale.recipe.sections import Recipe
+
+
+def unsound(recipe: Recipe) -> Iterator[tuple[bool, str]]:
+    """Combinations of keys that train wrongly or not at all.
+
+    Yields:
+        For every rule: whether the recipe breaks it, and the message: which keys, why, what to do.
+    """
+    yield from _unsound_without_labels(recipe)
+    yield (
+        recipe.run.epochs is not None and recipe.method.burn_in == 1,
+        "run.epochs with method.burn_in=1: nothing unlabelled is ever read; set run.steps",
+    )
+    yield (
+        bool(recipe.run.steps) == (recipe.run.epochs is not None),
+        f"run.steps={recipe.run.steps} and run.epochs={json.dumps(recipe.run.epochs)}: a run needs one of "
+        "them, and only one",
+    )
+    engine, accelerate = recipe.engine, recipe.engine.library == "accelerate"
+    stage, precision = f"engine.zero_stage={engine.zero_stage}", f"engine.precision={engine.precision}"
+    yield (
+        accelerate and engine.zero_stage > 0,
+        f"{stage} with engine.library=accelerate, which shards nothing: set engine.zero_stage=0",
+    )
+    yield (
+        accelerate and engine.precision == "bf16",
+        f"{precision} with engine.library=accelerate, which keeps no fp32 masters: use autocast-bf16",
+    )
+    for key in ("offload_optimizer", "offload_parameters", "deepspeed_json"):
+        yield (
+            accelerate and bool(getattr(engine, key)),
+            f"engine.{key} with engine.library=accelerate: that is DeepSpeed's; use engine.library=deepspeed",
+        )
+    yield (
+        engine.zero_stage == 0 and engine.precision == "bf16",
+        f"{stage} with {precision}: DeepSpeed takes a hidden optimizer step there; use engine.zero_stage=1 or "
+        "engine.precision=autocast-bf16",
+    )
+    yield (
+        engine.zero_stage == 0 and engine.precision == "fp16" and not accelerate,
+        f"{stage} with {precision}: DeepSpeed's wrapper for it has other rules for its master weights and no test "
+        "here; use engine.zero_stage=1",
+    )
+    yield (
+        engine.offload_optimizer and engine.zero_stage == 0,
+        f"{stage} with engine.offload_optimizer=true: offloading is a part of ZeRO; use engine.zero_stage=1",
+    )
+    yield (
+        engine.offload_parameters and engine.zero_stage < 3,
+        f"{stage} with engine.offload_parameters=true: only ZeRO-3 shards the weights; use engine.zero_stage=3",
+    )
+    yield (
+        engine.compile and engine.zero_stage == 3,
+        f"{stage} with engine.compile=true: ZeRO-3 gathers weights in hooks that a compiled block does not run; "
+        "use engine.zero_stage=2 or engine.compile=false",
+    )
+    yield (
+        engine.compile and not recipe.model.backbone.startswith("timm/"),
+        f"model.backbone={recipe.model.backbone} with engine.compile=true: only the blocks of a ViT are compiled; "
+        "set engine.compile=false",
+    )
+    yield (
+        engine.compile and engine.activation_checkpointing,
+        "engine.compile=true with engine.activation_checkpointing=true: not proven right together; switch one off",
+    )
+    yield (
+        recipe.optim.layer_decay < 1 and not recipe.model.backbone.startswith("timm/"),
+        f"optim.layer_decay={recipe.optim.layer_decay} with model.backbone={recipe.model.backbone}: it is defined for "
+        "a ViT's blocks; set optim.layer_decay=1",
+    )
+    yield (
+        bool(recipe.run.max_nonfinite_steps) and engine.accumulation > 1,
+        f"run.max_nonfinite_steps={recipe.run.max_nonfinite_steps} with engine.accumulation={engine.accumulation}: "
+        "a step cannot be left out half way; set the first to 0 or the second to 1",
+    )
+
+
+def _unsound_without_labels(recipe: Recipe) -> Iterator[tuple[bool, str]]:
+    none, method = recipe.data.labelled_count == 0, recipe.method
+    yield (
+        none and not isinstance(recipe.model.pretrained, str),
+        f"data.labelled_count=0 with model.pretrained={json.dumps(recipe.model.pretrained)}: without labels the "
+        "teacher must be a trained segmenter from the start; name a run, a checkpoint or an export there",
+    )
+    yield (
+        none and method.burn_in > 0,
+        f"data.labelled_count=0 with method.burn_in={method.burn_in}: a burn-in has the labelled loss alone, and "
+        "there is none; set method.burn_in=0",
+    )
+    unlabelled = method.base != "supervised" and method.unlabelled_weight > 0
+    yield (
+        none and not unlabelled and (method.mask.keep is None or method.mask.weight == 0),
+        "data.labelled_count=0 and no unlabelled loss (method.base, method.unlabelled_weight, method.mask): there "
+        "is nothing to learn from",
+    )
+    yield (
+        none and bool(recipe.data.labelled),
+        "data.labelled_count=0 with sources in data.labelled: leave one of them out",
+    )

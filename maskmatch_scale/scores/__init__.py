@@ -1,0 +1,1 @@
+"""The quickstart's data: real music scores, engraved and aged like scans, with exact labels."""

@@ -1,0 +1,112 @@
+"""`maskmatch shards verify | show | index` as a user runs them."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from maskmatch_scale.cli.main import app
+from maskmatch_scale.data.shards.index import ShardIndex
+from maskmatch_scale.data.shards.reading import ShardStream
+from maskmatch_scale.errors import UserError
+from maskmatch_scale.train import train
+from tests.conftest import rewrite_shard
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, ["shards", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def bad(shapes, tmp_path):
+    root = shutil.copytree(shapes, tmp_path / "bad")
+    rewrite_shard(root, ShardIndex.load(root).streams["val"].shards.file(0), {"val-0000.webp": b"rubbish"})
+    return root
+
+
+def test_verify_names_every_fault(shapes, bad):
+    assert "unlabelled" in run("verify", shapes).stdout
+    with pytest.raises(UserError, match="1 fault, named above"):
+        run("verify", bad)
+    run("verify", bad, "--shallow")
+
+
+def test_faults_as_json(bad, capsys):
+    with pytest.raises(UserError):
+        app(["shards", "verify", str(bad), "--json"], standalone_mode=False)
+    (fault,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (fault["key"], fault["reason"], fault["stream"]) == ("val-0000", "not_an_image", "val")
+
+
+def test_show_makes_a_picture(shapes, tmp_path):
+    out = tmp_path / "sheet.png"
+    assert str(out) in run("show", shapes, "--out", out, "--count", 3).stdout.replace("\n", "")
+    with Image.open(out) as sheet:
+        assert sheet.width > 500
+
+
+def classes_file(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("ground 0 0 0\nsquare 255 0 0\ndisc 0 0 255\n")
+    return path
+
+
+def test_an_index_for_shards_that_exist(shapes, tmp_path, make_recipe):
+    """The same entries as the writer's, and a run trains from it."""
+    shards = tmp_path / "mine"
+    shutil.copytree(shapes, shards, ignore=shutil.ignore_patterns("index.json"))
+    last = len(ShardIndex.load(shapes).streams["unlabelled"].shards) - 1
+    options = ["--labelled", shards / "labelled-*.tar", "--split", f"dev={shards}/dev-*.tar"]
+    options += ["--classes", classes_file(tmp_path), "--workers", 1]
+    run("index", f"{shards}/unlabelled-{{000000..{last:06d}}}.tar", shards, *options)
+    written, found = ShardIndex.load(shapes), ShardIndex.load(shards)
+    for name in ("labelled", "unlabelled", "dev"):
+        assert found.streams[name] == written.streams[name]
+    assert (found.classes, found.palette) == (written.classes, written.palette)
+    train(make_recipe(data={"root": str(shards)}, run={"steps": 1}))
+
+
+def test_an_index_elsewhere_goes_on_where_it_was_interrupted(shapes, tmp_path, monkeypatch):
+    from maskmatch_scale.data.tools import survey
+
+    out, looked = tmp_path / "out", []
+    plain = survey._look_at
+
+    def stops(location, labelled, options):
+        if len(looked) == 3:
+            raise KeyboardInterrupt
+        looked.append(location)
+        return plain(location, labelled, options)
+
+    monkeypatch.setattr(survey, "_look_at", stops)
+    assert run("index", shapes / "unlabelled-*.tar", out, "--workers", 1).exit_code != 0
+    with (out / ".survey.jsonl").open("a") as file:
+        file.write('{"identity": "cut o')
+    monkeypatch.setattr(survey, "_look_at", lambda *a: looked.append(a[0]) or plain(*a))
+    run("index", shapes / "unlabelled-*.tar", out, "--workers", 1)
+    assert len(looked) == len(set(looked)) == len(ShardIndex.load(shapes).streams["unlabelled"].shards)
+    assert len(ShardStream(out, "unlabelled")) == 24
+    assert ShardStream(out, "unlabelled")[0].key == "unlabelled-0000"
+
+
+def test_mistakes(shapes, tmp_path):
+    shard = shapes / "unlabelled-000000.tar"
+    for arguments, message in [
+        ((tmp_path,), "no shards: give patterns"),
+        ((tmp_path / "x-*.tar", tmp_path), "no such file"),
+        ((shard, tmp_path, "--labelled", shard), "--classes FILE must say"),
+        ((shard, shard, tmp_path), "is listed twice"),
+        ((shapes / "index.json", tmp_path), "not a.*tar"),
+        ((shard, tmp_path, "--split", "val"), "write NAME=PATTERN"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run("index", *arguments, "--workers", 1)
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(UserError, match="cut off after"):
+        run("index", cut, tmp_path, "--workers", 1)

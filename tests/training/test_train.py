@@ -1,0 +1,134 @@
+"""A run from Python: what it leaves behind, that it continues exactly, and that it learns."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskmatch_scale.errors import TrainingStopped
+from maskmatch_scale.runs.model import evaluate_run, open_run
+from maskmatch_scale.train import train
+
+
+def records(run: Path, kind: str = "train"):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def test_a_run_directory_has_what_the_contract_says(make_recipe):
+    run = train(make_recipe(run={"steps": 4, "checkpoint_every": 2, "log_every": 3}, method={"burn_in": 0.25}))
+    names = "step kind loss loss_x loss_u loss_m lr grad_norm coverage images_per_s data_wait_s step_s"
+    steps = records(run)
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    assert all(set(names.split()) <= record.keys() for record in steps)
+    assert steps[0]["loss_u"] is None
+    assert steps[1]["loss_u"] > 0
+    assert steps[1]["loss_m"] > 0
+    assert steps[3]["loss"] == pytest.approx(sum(steps[3][part] for part in ("loss_x", "loss_u", "loss_m")))
+    assert {(r["split"], r["weights"]) for r in records(run, "eval")} == {("dev", "ema"), ("dev", "student")}
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000002", "step-00000004"]
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000004"
+    assert (run / "recipe.yaml").is_file()
+    assert (run / "report.html").is_file()
+    assert "rank 0 of 1" in (run / "log" / "rank-0.txt").read_text()
+
+
+def test_continuing_is_exact(make_recipe, tmp_path):
+    settings = {"steps": 6, "checkpoint_every": 3, "evaluate_every": 0}
+    whole = train(make_recipe(run=settings | {"dir": str(tmp_path / "whole")}))
+    part = tmp_path / "part"
+    continued = train(
+        make_recipe(run=settings | {"dir": str(part)}), resume=str(whole / "checkpoints" / "step-00000003")
+    )
+    assert [r["loss"] for r in records(continued)] == [r["loss"] for r in records(whole)][3:]
+    for weights in ("ema", "student"):
+        one, other = (open_run(run, weights)[1].state_dict() for run in (whole, continued))
+        assert all(one[name].equal(other[name]) for name in one)
+    assert train(make_recipe(run=settings | {"dir": str(part)}), resume="auto") == part
+
+
+def test_an_older_run_is_moved_aside(make_recipe, tmp_path):
+    recipe = make_recipe(run={"steps": 1})
+    first = train(recipe)
+    kept = (first / "metrics.jsonl").read_text()
+    train(recipe)
+    assert (tmp_path / "run.previous-1" / "metrics.jsonl").read_text() == kept
+
+
+def test_same_recipe_same_losses(make_recipe, tmp_path):
+    runs = [train(make_recipe(run={"dir": str(tmp_path / name)})) for name in "ab"]
+    assert [r["loss"] for r in records(runs[0])] == [r["loss"] for r in records(runs[1])]
+
+
+@pytest.mark.parametrize(("allowed", "checkpoint"), [(0, "step-00000002"), (2, "step-00000004")])
+def test_a_loss_that_is_not_finite_stops_the_run(make_recipe, monkeypatch, allowed, checkpoint):
+    from maskmatch_scale.method import maskmatch
+
+    plain, calls = maskmatch.cross_entropy_sum, []
+
+    def sometimes_nan(*arguments, **options):
+        calls.append(1)
+        # Supervised: one call a step.
+        return plain(*arguments, **options) * (float("nan") if len(calls) > 2 else 1.0)
+
+    monkeypatch.setattr(maskmatch, "cross_entropy_sum", sometimes_nan)
+    supervised = {"base": "supervised", "mask": {"keep": None}}
+    run = {"steps": 9, "checkpoint_every": 2, "max_nonfinite_steps": allowed}
+    recipe = make_recipe(method=supervised, run=run)
+    with pytest.raises(TrainingStopped, match=f"step {3 + allowed}: the loss is not finite .*{checkpoint}"):
+        train(recipe)
+    folder = Path(recipe.run.dir)
+    assert not (folder / "summary.json").exists()
+    assert all(p.isfinite().all() for p in open_run(folder, "student")[1].state_dict().values())
+
+
+@pytest.mark.parametrize("family", ["segformer", "vit"])
+def test_overfits_four_labelled_crops(make_recipe, tmp_path, family):
+    model = {
+        "segformer": {
+            "backbone": "transformers/segformer-b0",
+            "backbone_options": {
+                "depths": [1, 1, 1, 1],
+                "hidden_sizes": [16, 24, 32, 48],
+                "drop_path_rate": 0.0,
+                "classifier_dropout_prob": 0.0,
+            },
+        },
+        "vit": {
+            "backbone": "timm/vit_tiny_patch16_224",
+            "backbone_options": {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2},
+        },
+    }[family] | {"head": "pixel_shuffle"}
+    recipe = make_recipe(
+        data={"labelled_count": 4, "crop_px": [96, 128], "scale_range": [1.0, 1.0], "flip_probability": 0.0},
+        model=model,
+        method={"base": "supervised", "mask": {"keep": None}, "ema_decay": 0.9},
+        optim={"lr": 4e-3 if family == "segformer" else 2e-3, "warmup_steps": 5, "clip_norm": 1.0},
+        engine={"micro_batch": 4},
+        run={"steps": 150 if family == "segformer" else 300, "evaluate_every": 0, "log_every": 50},
+    )
+    run = train(recipe)
+    from maskmatch_scale.data.batches.stream import TrainingStream
+    from maskmatch_scale.data.shards.index import ShardIndex
+    from maskmatch_scale.evaluation.miou import ConfusionMatrix
+
+    _, segmenter, _ = open_run(run, "ema")
+    stream = TrainingStream(recipe, 3, 0, 1, unlabelled=False)
+    matrix = ConfusionMatrix(3, ShardIndex.load(recipe.data.root).ignore_index)
+    batch = stream[0]
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (segmenter.mean, segmenter.std))
+    with torch.no_grad():
+        matrix.update(segmenter((batch.labelled_images / 255 - mean) / std).argmax(1), batch.labels)
+    assert matrix.miou() >= 0.9
+
+
+def test_evaluation_leaves_figures_and_pictures(make_recipe):
+    run = train(make_recipe(run={"steps": 1}))
+    (record,) = evaluate_run(run, "val", ("ema",))
+    kept = json.loads((run / "evaluation" / "val-ema.json").read_text())
+    assert kept["miou"] == record["miou"]
+    assert kept["images"] == 5
+    assert set(kept["iou"]) == {"ground", "square", "disc"}
+    pictures = sorted(p.name for p in next((run / "pictures" / "val").glob("0*")).iterdir())
+    assert pictures == ["image.png", "label.png", "prediction-ema.png", "prediction-visible.png", "visible.png"]
