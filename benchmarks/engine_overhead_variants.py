@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from maskmatch_scale.engine.ema import autocast, autocast_dtype
+from maskmatch_scale.engine.arithmetic import autocast, autocast_dtype
 from maskmatch_scale.engine.optim import base_lr, parameter_groups
 from maskmatch_scale.engine.setup import Runtime
 from maskmatch_scale.engine.zero import ZeroEngine

@@ -41,7 +41,8 @@ from benchmarks.engine_overhead_variants import (
     build_trainer,
 )
 from maskmatch_scale.engine import setup
-from maskmatch_scale.engine.ema import StoredTeacher, build_teacher
+from maskmatch_scale.engine.ema import build_teacher
+from maskmatch_scale.engine.protocol import StoredTeacher
 from maskmatch_scale.engine.setup import Place, Runtime
 
 WARM_UP = 3

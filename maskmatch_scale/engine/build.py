@@ -25,3 +25,15 @@ def build_engine(module: nn.Module, student: nn.Module, recipe: Recipe, runtime:
     from maskmatch_scale.engine.zero import ZeroEngine
 
     return ZeroEngine(module, student, recipe, runtime)
+
+
+def check_settings(recipe: Recipe, world_size: int) -> None:
+    """Look for mistakes in settings of the engine's own library, before anything is built.
+
+    Raises:
+        UserError: names the file and its key.
+    """
+    if recipe.engine.deepspeed_json:
+        from maskmatch_scale.engine.zero import deepspeed_config
+
+        deepspeed_config(recipe, world_size)

@@ -28,11 +28,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from maskmatch_scale.engine.ema import StoredTeacher
-from maskmatch_scale.engine.protocol import Engine
+from maskmatch_scale.engine.protocol import Engine, StoredTeacher
 from maskmatch_scale.engine.setup import Runtime
 from maskmatch_scale.errors import UserError
+from maskmatch_scale.files import write_whole
 from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.record.run_folder import RunFolder
 
 
 class CheckpointError(UserError):
@@ -40,9 +41,9 @@ class CheckpointError(UserError):
 
 
 def save_checkpoint(
-    run: Path,
+    run: RunFolder,
     step: int,
-    spent: Mapping[str, float],
+    counts: Mapping[str, Any],
     engine: Engine,
     teacher: StoredTeacher,
     runtime: Runtime,
@@ -53,13 +54,13 @@ def save_checkpoint(
     Args:
         run: run directory.
         step: optimizer steps taken.
-        spent: `seconds`, `cpu_s` and further counts of the run so far.
+        counts: what callbacks keep, such as `seconds` and `cpu_s`: JSON values.
         engine: of this rank.
         teacher: of this rank.
         runtime: this rank.
         stream: state of the training stream, the same on every rank.
     """
-    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder = run.checkpoints / f"step-{step:08d}"
     writing = folder.with_name(f".{folder.name}.writing")
     if runtime.rank == 0:
         for leftover in folder.parent.glob(".step-*.writing"):
@@ -81,9 +82,9 @@ def save_checkpoint(
     average = teacher.full_state(keep=runtime.rank == 0)
     if runtime.rank == 0:
         _save(average, writing / "ema.safetensors")
-        _write_flushed(writing / "stream.json", json.dumps(stream))
-        state = {"step": step, **_shape(engine.recipe, runtime.world_size), **spent, "torch": torch.__version__}
-        _write_flushed(writing / "state.json", json.dumps(state, indent=1))
+        write_whole(writing / "stream.json", json.dumps(stream))
+        state = {"step": step, **_shape(engine.recipe, runtime.world_size), **counts, "torch": torch.__version__}
+        write_whole(writing / "state.json", json.dumps(state, indent=1))
     runtime.barrier()
     if runtime.rank == 0:
         replaced = folder.with_name(f".{folder.name}.replaced")
@@ -91,9 +92,7 @@ def save_checkpoint(
             folder.rename(replaced)
         writing.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
-        beside = folder.parent / ".latest"
-        _write_flushed(beside, folder.name)
-        beside.rename(folder.parent / "latest")
+        write_whole(folder.parent / "latest", folder.name)
     runtime.barrier()
     return folder
 
@@ -185,7 +184,7 @@ def find_checkpoint(where: Path) -> Path:
     """
     if (where / "state.json").is_file():
         return where
-    for folder in (where / "checkpoints", where):
+    for folder in (RunFolder(where).checkpoints, where):
         if (folder / "latest").is_file():
             newest = folder / (folder / "latest").read_text().strip()
             if not (newest / "state.json").is_file():
@@ -204,11 +203,4 @@ def _save(state: dict[str, Tensor], path: Path) -> None:
     # safetensors refuses tensors that share memory or have gaps.
     save_file({name: value.contiguous() for name, value in state.items()}, path)
     with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _write_flushed(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
         os.fsync(file.fileno())

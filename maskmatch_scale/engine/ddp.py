@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, patch_environment
 from torch import Tensor, nn
 
-from maskmatch_scale.engine.ema import autocast, autocast_dtype
-from maskmatch_scale.engine.masters import FlatMasters
-from maskmatch_scale.engine.optim import base_lr, lr_factor, parameter_groups
-from maskmatch_scale.engine.protocol import StepOrder
+from maskmatch_scale.engine.arithmetic import autocast, autocast_dtype
+from maskmatch_scale.engine.ema import ReplicatedTeacher
+from maskmatch_scale.engine.optim import parameter_groups
+from maskmatch_scale.engine.protocol import StepOrder, StoredTeacher
+from maskmatch_scale.engine.schedule import GroupSettings
 from maskmatch_scale.engine.setup import Runtime
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.models.segmenter import Segmenter
@@ -44,19 +46,19 @@ class DdpEngine:
     """
 
     def __init__(self, module: nn.Module, student: nn.Module, recipe: Recipe, runtime: Runtime) -> None:
+        self.name = "accelerate"
         self.recipe = recipe
         self.student = student
         self.grad_norm: Tensor | float | None = None
         self.skipped = False
         self._device = runtime.device
         self._dtype = autocast_dtype(recipe)
-        self._base_lr = base_lr(recipe, runtime.world_size)
         self._order = StepOrder(recipe.engine.accumulation)
         groups = parameter_groups(student, recipe.optim)
-        # Kept here: a loaded checkpoint brings its own groups, but the recipe decides.
-        self._groups = [{key: group[key] for key in ("lr_scale", "weight_decay")} for group in groups]
+        self._groups = GroupSettings(groups, recipe, runtime.world_size)
+        self.base_lr = self._groups.base_lr
         self._trained: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
-        optimizer = torch.optim.AdamW(groups, lr=self._base_lr, betas=recipe.optim.betas)
+        optimizer = torch.optim.AdamW(groups, lr=self.base_lr, betas=recipe.optim.betas)
         self._accelerator = accelerator_of(runtime, find_unused=_leaves_unused(student, recipe))
         if recipe.engine.precision == "fp16":
             # By itself accelerate scales losses only under a mixed precision of its own (see `accelerator_of`).
@@ -91,8 +93,7 @@ class DdpEngine:
     def step(self, number: int) -> None:
         """See `Engine`."""
         self._order.step()
-        for group, own in zip(self._optimizer.param_groups, self._groups, strict=True):
-            group["lr"] = own["lr_scale"] * self.lr(number)
+        self._groups.set_lr(self._optimizer.param_groups, number)
         for parameter in self._trained:
             if parameter.grad is None:
                 # Not used in this step (the context decoder in burn-in). Without a gradient AdamW would pass it over;
@@ -109,15 +110,24 @@ class DdpEngine:
 
     def lr(self, number: int) -> float:
         """See `Engine`."""
-        return self._base_lr * lr_factor(number, self.recipe.run.steps, self.recipe.optim)
+        return self._groups.lr(number)
 
     def full_fp32_parameters(self, *, keep: bool) -> dict[str, Tensor]:
         """See `Engine`; no collective: every rank has them all."""
         return {name: parameter.detach().cpu() for name, parameter in self.student.named_parameters() if keep}
 
-    def flat_masters(self) -> list[FlatMasters]:
-        """See `Engine`: none, every rank has them whole."""
-        return []
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """See `Engine`."""
+        return autocast(self._device, self._dtype)
+
+    def store_teacher(self, average: nn.Module) -> StoredTeacher:
+        """See `Engine`: whole on every rank."""
+        return ReplicatedTeacher(average, self)
+
+    def averager(self, averages: Sequence[nn.Parameter]) -> Callable[[float], None]:
+        """See `Engine`: every rank has the fp32 weights whole."""
+        parameters = list(self.student.parameters())
+        return lambda decay: torch._foreach_lerp_(list(averages), [p.detach() for p in parameters], 1 - decay)
 
     def save(self, folder: Path) -> None:
         """See `Engine`: rank 0 writes weights and optimizer. accelerate adds a small file of random state a rank."""
@@ -126,8 +136,7 @@ class DdpEngine:
     def load(self, folder: Path) -> None:
         """See `Engine`; also sets the generators of Python, numpy and torch, on which no step depends."""
         self._accelerator.load_state(str(folder))
-        for group, own in zip(self._optimizer.param_groups, self._groups, strict=True):
-            group.update(own, betas=self.recipe.optim.betas)
+        self._groups.restore(self._optimizer.param_groups)
 
 
 def _leaves_unused(student: nn.Module, recipe: Recipe) -> bool:

@@ -1,14 +1,38 @@
-"""What the loop needs of an engine, and the one order of calls that is right at every ZeRO stage."""
+"""What training needs of an engine and of a stored teacher, and the order of calls that is right at every ZeRO stage.
+
+To add an engine, write a class of this protocol in a file of its own, and name it in `build.py`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from maskmatch_scale.engine.masters import FlatMasters
 from maskmatch_scale.recipe import Recipe
+
+
+class StoredTeacher(Protocol):
+    """A teacher that can also be saved and restored."""
+
+    patch_px: int
+    module: nn.Module
+    """The segmenter that holds the average."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to logits, without gradients."""
+
+    def update(self, decay: float) -> None:
+        """T ← decay · T + (1 - decay) · S."""
+
+    def full_state(self, *, keep: bool) -> dict[str, Tensor]:
+        """Whole fp32 state on the CPU; all ranks call it together, those with ``keep=False`` get an empty dict."""
+
+    def load_full_state(self, state: dict[str, Tensor]) -> None:
+        """Put :meth:`full_state` back; all ranks call it together."""
 
 
 class Engine(Protocol):
@@ -18,8 +42,12 @@ class Engine(Protocol):
     last. Any other order raises.
     """
 
+    name: str
+    """For people, such as `ZeRO-1`."""
     recipe: Recipe
     student: nn.Module
+    base_lr: float
+    """Peak learning rate of the backbone."""
     grad_norm: Tensor | float | None
     """Norm of the whole gradient of the last step, before clipping."""
     skipped: bool
@@ -49,8 +77,25 @@ class Engine(Protocol):
             keep: whether this rank wants them; False: it helps to gather, and gets an empty dict.
         """
 
-    def flat_masters(self) -> list[FlatMasters]:
-        """Where the masters lie if ranks share them out among themselves and weights are whole; else nothing."""
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """The arithmetic of a step for forwards of the student outside a step, such as an evaluation's."""
+
+    def store_teacher(self, average: nn.Module) -> StoredTeacher:
+        """Keep an average of the student where this engine keeps it best.
+
+        Args:
+            average: a copy of the student in eval mode, fp32, in host memory.
+        """
+
+    def averager(self, averages: Sequence[nn.Parameter]) -> Callable[[float], None]:
+        """A function that moves whole averages towards the student's fp32 masters; all ranks call it together.
+
+        The function takes the decay: average ← decay · average + (1 - decay) · master.
+
+        Args:
+            averages: fp32, whole on every rank, one for each of the student's parameters in their order. They may be
+                moved to other memory.
+        """
 
     def save(self, folder: Path) -> None:
         """Write what it needs to go on exactly into ``folder``, which exists; all ranks call it together."""

@@ -5,16 +5,21 @@ Any other order of forwards and backwards is silently wrong at some ZeRO stage (
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from maskmatch_scale.engine.arithmetic import autocast, autocast_dtype
 from maskmatch_scale.engine.deepspeed_json import merged
-from maskmatch_scale.engine.masters import FlatMasters
-from maskmatch_scale.engine.optim import base_lr, lr_factor, parameter_groups
-from maskmatch_scale.engine.protocol import StepOrder
+from maskmatch_scale.engine.ema import ReplicatedTeacher
+from maskmatch_scale.engine.masters import FlatAverage, FlatMasters
+from maskmatch_scale.engine.optim import base_lr, parameter_groups
+from maskmatch_scale.engine.protocol import StepOrder, StoredTeacher
+from maskmatch_scale.engine.schedule import GroupSettings
 from maskmatch_scale.engine.setup import Runtime, import_deepspeed
 from maskmatch_scale.recipe import Recipe
 
@@ -68,20 +73,20 @@ class ZeroEngine:
     """
 
     def __init__(self, module: nn.Module, student: nn.Module, recipe: Recipe, runtime: Runtime) -> None:
+        self.name = f"ZeRO-{recipe.engine.zero_stage}"
         self.recipe = recipe
         self.student = student
-        self.module = module
         self.grad_norm: Tensor | float | None = None
         self.skipped = False
-        self._base_lr = base_lr(recipe, runtime.world_size)
+        self._device = runtime.device
         self._order = StepOrder(recipe.engine.accumulation)
         groups = parameter_groups(student, recipe.optim)
-        # Kept here: a loaded checkpoint brings its own groups, but the recipe decides.
-        self._groups = [{key: group[key] for key in ("lr_scale", "weight_decay")} for group in groups]
+        self._groups = GroupSettings(groups, recipe, runtime.world_size)
+        self.base_lr = self._groups.base_lr
         config = deepspeed_config(recipe, runtime.world_size)
         given: dict[str, Any] = {"model_parameters": groups}
         if "optimizer" not in config:
-            given = {"optimizer": torch.optim.AdamW(groups, lr=self._base_lr, betas=recipe.optim.betas)}
+            given = {"optimizer": torch.optim.AdamW(groups, lr=self.base_lr, betas=recipe.optim.betas)}
         self._engine, *_ = import_deepspeed().initialize(model=module, config=config, **given)
 
     def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -105,8 +110,7 @@ class ZeroEngine:
     def step(self, number: int) -> None:
         """See `Engine`."""
         self._order.step()
-        for group, own in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
-            group["lr"] = own["lr_scale"] * self.lr(number)
+        self._groups.set_lr(self._engine.optimizer.param_groups, number)
         self.grad_norm = self._plain_grad_norm()
         skipped_before = self._engine.skipped_steps
         self._engine.step()
@@ -117,7 +121,7 @@ class ZeroEngine:
 
     def lr(self, number: int) -> float:
         """See `Engine`."""
-        return self._base_lr * lr_factor(number, self.recipe.run.steps, self.recipe.optim)
+        return self._groups.lr(number)
 
     def _plain_grad_norm(self) -> Tensor | None:
         """At stage 0 in fp32 DeepSpeed wraps nothing and reports no norm."""
@@ -134,11 +138,34 @@ class ZeroEngine:
                 state[name] = value.cpu()
         return state
 
-    def flat_masters(self) -> list[FlatMasters]:
-        """See `Engine`; with 16-bit weights at stages 1 and 2."""
-        engine = self.recipe.engine
-        shared = engine.precision in ("bf16", "fp16") and engine.zero_stage in (1, 2)
-        return FlatMasters.of(self._engine.optimizer) if shared else []
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """See `Engine`: weights of 16 bits take no autocast."""
+        if self.recipe.engine.precision in ("bf16", "fp16"):
+            return nullcontext()
+        return autocast(self._device, autocast_dtype(self.recipe))
+
+    def store_teacher(self, average: nn.Module) -> StoredTeacher:
+        """See `Engine`: sharded at stage 3, else whole on every rank."""
+        if self.recipe.engine.zero_stage < 3:
+            return ReplicatedTeacher(average, self)
+        from maskmatch_scale.engine.sharded_teacher import ShardedTeacher
+
+        return ShardedTeacher(average, self)
+
+    def averager(self, averages: Sequence[nn.Parameter]) -> Callable[[float], None]:
+        """See `Engine`. With 16-bit weights at stages 1 and 2 masters are partitioned: gathered piece by piece."""
+        engine, parameters = self.recipe.engine, list(self.student.parameters())
+        if engine.precision not in ("bf16", "fp16") or engine.zero_stage not in (1, 2):
+            return lambda decay: torch._foreach_lerp_(list(averages), [full_fp32(p) for p in parameters], 1 - decay)
+        pairs = list(zip(averages, parameters, strict=True))
+        flat = [FlatAverage(masters, pairs) for masters in FlatMasters.of(self._engine.optimizer)]
+        assert sum(average.taken for average in flat) == len(pairs), "a weight in no group"
+
+        def update(decay: float) -> None:
+            for average in flat:
+                average.update(decay)
+
+        return update
 
     def save(self, folder: Path) -> None:
         """See `Engine`: masters and optimizer state, each rank its shard."""
@@ -147,12 +174,11 @@ class ZeroEngine:
     def load(self, folder: Path) -> None:
         """See `Engine`."""
         self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        optim, optimizer = self.recipe.optim, self._engine.optimizer
-        for group, own in zip(optimizer.param_groups, self._groups, strict=True):
-            group.update(own, betas=optim.betas)
+        optimizer = self._engine.optimizer
+        self._groups.restore(optimizer.param_groups)
         if hasattr(optimizer, "clip_grad"):
             # At stages 1 and 2 DeepSpeed goes on with the limit of the checkpoint.
-            optimizer.clip_grad = optim.clip_norm or 0.0
+            optimizer.clip_grad = self.recipe.optim.clip_norm or 0.0
 
 
 def full_fp32(parameter: nn.Parameter) -> Tensor:

@@ -12,7 +12,7 @@ from maskmatch_scale.models import Segmenter
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.record.run_files import Score, read_run
 from maskmatch_scale.record.summary import summarise_files
-from maskmatch_scale.runs.model import RunData
+from maskmatch_scale.runs.data import RunData
 
 
 def model_card(

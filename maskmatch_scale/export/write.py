@@ -42,7 +42,9 @@ from maskmatch_scale.export.load import Description
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.weights import SEGMENTER_FILE, to_transformers_name
 from maskmatch_scale.recipe import Recipe, load_recipe
-from maskmatch_scale.runs.model import RunData, build_student, read_run_data
+from maskmatch_scale.record.run_folder import RunFolder
+from maskmatch_scale.runs.data import RunData, read_run_data
+from maskmatch_scale.runs.model import build_student
 
 # What timm tells of the weights published under a model's name; it would be untrue of these.
 _OF_PUBLISHED_WEIGHTS = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "description")
@@ -64,11 +66,11 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
     """
     checkpoint = find_checkpoint(where).resolve()
     run = checkpoint.parent.parent
-    if not (run / "recipe.yaml").is_file():
+    if not RunFolder(run).recipe.is_file():
         raise CheckpointError(f"{where}: its run directory has no recipe.yaml; give a run, or a checkpoint within one")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: there is something already; name another folder, or remove it first")
-    recipe = load_recipe(run / "recipe.yaml")
+    recipe = load_recipe(RunFolder(run).recipe)
     data = _data(run)
     with torch.device("meta"):  # shapes and configuration alone
         segmenter = build_student(recipe, data, pretrained=False)

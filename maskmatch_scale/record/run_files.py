@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from maskmatch_scale.errors import UserError
+from maskmatch_scale.record.run_folder import RunFolder
 
 CURVES = ("loss", "loss_x", "loss_u", "loss_m", "lr", "coverage", "images_per_s")
 """Figures of a train record that the record room shows."""
@@ -73,19 +74,20 @@ def read_run(path: Path) -> RunFiles:
     Raises:
         UserError: the folder is no run directory, or one of its files cannot be read; the message names it.
     """
-    recipe = path / "recipe.yaml"
+    folder = RunFolder(path)
+    recipe = folder.recipe
     if not recipe.is_file():
         raise UserError(f"{path}: not a run directory (it has no recipe.yaml); give a folder that run.dir named")
     recipe_text = recipe.read_text(encoding="utf-8", errors="replace")
-    train, progress = _read_metrics(path / "metrics.jsonl")
-    closing = path / "summary.json"
+    train, progress = _read_metrics(folder.metrics)
+    closing = folder.summary
     return RunFiles(
         path=path,
         recipe_text=recipe_text,
         settings=_read_settings(recipe, recipe_text),
         train=train,
         progress=progress,
-        scores=_newest(progress + tuple(_read_evaluations(path / "evaluation"))),
+        scores=_newest(progress + tuple(_read_evaluations(folder.evaluations))),
         closing=_read_object(closing) if closing.is_file() else None,
     )
 

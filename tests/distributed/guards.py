@@ -7,9 +7,7 @@ reference by far more than a sound run does. One that passes without its guard s
 import contextlib
 from unittest import mock
 
-import torch
-
-from maskmatch_scale.engine import ema, zero
+from maskmatch_scale.engine import sharded_teacher, zero
 
 
 def _clipping_default():
@@ -43,32 +41,34 @@ def _teacher_threshold():
         arguments["config"]["zero_optimization"].pop("stage3_param_persistence_threshold", None)
         return plain(**arguments)
 
-    return mock.patch.object(ema, "import_deepspeed", return_value=mock.Mock(initialize=initialize))
+    return mock.patch.object(sharded_teacher, "import_deepspeed", return_value=mock.Mock(initialize=initialize))
 
 
 def _average_of_masters():
     """The average must be taken of fp32 masters: bf16 copies have lost what a step changes."""
 
-    @torch.no_grad()
-    def update(self, decay):
-        for average, parameter in zip(self._averages, self._masters, strict=True):
-            average.lerp_(parameter.float(), 1 - decay)
-        self._update_buffers(decay)
+    def averager(self, averages):
+        def update(decay):
+            for average, parameter in zip(averages, self.student.parameters(), strict=True):
+                average.lerp_(parameter.float(), 1 - decay)
 
-    return mock.patch.object(ema.ReplicatedTeacher, "update", update)
+        return update
+
+    return mock.patch.object(zero.ZeroEngine, "averager", averager)
 
 
 def _average_in_fp32():
     """And in fp32: a bf16 average stands still at a decay near 1."""
 
-    @torch.no_grad()
-    def update(self, decay):
-        masters = [zero.full_fp32(parameter) for parameter in self._masters]
-        for average, master in zip(self._averages, masters, strict=True):
-            average.copy_(average.bfloat16().lerp(master.bfloat16(), 1 - decay))
-        self._update_buffers(decay)
+    def averager(self, averages):
+        def update(decay):
+            masters = [zero.full_fp32(parameter) for parameter in self.student.parameters()]
+            for average, master in zip(averages, masters, strict=True):
+                average.copy_(average.bfloat16().lerp(master.bfloat16(), 1 - decay))
 
-    return mock.patch.object(ema.ReplicatedTeacher, "update", update)
+        return update
+
+    return mock.patch.object(zero.ZeroEngine, "averager", averager)
 
 
 @contextlib.contextmanager
@@ -84,7 +84,6 @@ def _refusal():
 
     with (
         mock.patch.object(sections, "unsound", return_value=iter(())),
-        mock.patch.object(ema, "full_fp32", weights),
         mock.patch.object(zero, "full_fp32", weights),
     ):
         yield

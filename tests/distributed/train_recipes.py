@@ -15,34 +15,29 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from maskmatch_scale.recipe import parse_recipe
-from maskmatch_scale.training import loop as train_module
+from maskmatch_scale.train import train
+from maskmatch_scale.training.callbacks import Callback, closing
 from tests.distributed.guards import without
 from tests.distributed.reference import probe_images
 
 
-@contextlib.contextmanager
-def probed(file):
-    """After training every rank asks the teacher once; rank 0 keeps the answer."""
-    plain = train_module._Run.train
+class Probe(Callback):
+    """After training every rank asks the teacher once; rank 0 keeps the answer in a file."""
 
-    def train_and_probe(run, checkpoint):
-        plain(run, checkpoint)
-        logits = run.teacher(probe_images())
-        if run.runtime.rank == 0:
-            torch.save(logits, file)
+    file = None
 
-    train_module._Run.train = train_and_probe
-    yield
-    train_module._Run.train = plain
+    def finished(self):
+        logits = self.run.teacher(probe_images())
+        if self.run.runtime.rank == 0:
+            torch.save(logits, self.file)
 
 
 # Pictures and pages are not what these runs are for.
-train_module.write_report = lambda runs: "left out"
+closing.write_report = lambda runs: "left out"
 
 for job in json.loads(Path(sys.argv[1]).read_text()):
     with contextlib.ExitStack() as stack:
-        if job.get("probe"):
-            stack.enter_context(probed(job["probe"]))
+        Probe.file = job.get("probe")
         if job.get("without"):
             stack.enter_context(without(job["without"]))
-        train_module.train(parse_recipe(job["recipe"]), job.get("resume"))
+        train(parse_recipe(job["recipe"]), job.get("resume"), callbacks=[Probe] if Probe.file else [])

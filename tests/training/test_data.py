@@ -246,7 +246,7 @@ def test_ranks_that_would_train_different_runs(make_recipe, shapes, tmp_path, ch
     import torch
 
     from maskmatch_scale.data.batches.stream import TrainingStream
-    from maskmatch_scale.training import loop as train_module
+    from maskmatch_scale.training import preflight
 
     def known(rank, recipe, checkpoint):
         class Runtime:
@@ -261,7 +261,7 @@ def test_ranks_that_would_train_different_runs(make_recipe, shapes, tmp_path, ch
         runtime.rank = rank
         stream = TrainingStream(recipe, 3, rank, 2, unlabelled=True)
         with pytest.raises(UserError):  # the other rank's row is still empty
-            train_module._check_agreement(runtime, recipe, stream, checkpoint)
+            preflight.check_agreement(runtime, recipe, stream, checkpoint)
         return runtime, stream
 
     root = shutil.copytree(shapes, tmp_path / "other")
@@ -280,7 +280,7 @@ def test_ranks_that_would_train_different_runs(make_recipe, shapes, tmp_path, ch
         other.sent[1, 0] = one.sent[0, 0]
     one.sum_over_ranks = lambda tensor: tensor + other.sent
     with pytest.raises(UserError, match=message) as caught:
-        train_module._check_agreement(one, recipe, stream, None)
+        preflight.check_agreement(one, recipe, stream, None)
     assert caught.value.on_all_ranks
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from maskmatch_scale.errors import TrainingStopped
-from maskmatch_scale.runs.model import evaluate_run, open_run
+from maskmatch_scale.runs.evaluate import evaluate_run
+from maskmatch_scale.runs.model import open_run
 from maskmatch_scale.train import train
 
 

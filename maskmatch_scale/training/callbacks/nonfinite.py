@@ -1,0 +1,69 @@
+"""What happens when a loss or a gradient is not finite: the run stops, or leaves some such steps out."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from maskmatch_scale.errors import TrainingStopped
+from maskmatch_scale.method.maskmatch import PARTS
+from maskmatch_scale.training.callbacks.base import Callback, Record
+from maskmatch_scale.training.run import Run
+from maskmatch_scale.training.step import StepFigures
+
+log = logging.getLogger("maskmatch_scale")
+
+
+class NonFinite(Callback):
+    """Stops a run that cannot be saved any more; counts steps that were left out (`run.max_nonfinite_steps`)."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.left_out = 0
+        self._just_left_out = False
+
+    def after_step(self, done: int, figures: StepFigures) -> None:
+        """Count a step that was left out."""
+        self._just_left_out = figures.left_out
+        self.left_out += figures.left_out
+
+    def wants_records(self, done: int) -> bool:
+        """After a step that was left out."""
+        return self._just_left_out
+
+    def records_read(self, records: Sequence[Record]) -> None:
+        """Stop the run if a step that was taken was not finite, or if too many were left out.
+
+        Raises:
+            TrainingStopped: names the step, the figures and the last good checkpoint.
+        """
+        for record in records:
+            if record.get("left_out"):
+                continue
+            # A gradient can overflow where the loss did not: the weights are gone all the same, but for fp16, where
+            # such a step is not taken and the loss scale falls.
+            norm = 0.0 if record.get("overflow") else record["grad_norm"] or 0.0
+            if not math.isfinite(record["loss"] + norm):
+                raise TrainingStopped(self._message(record))
+        if self._just_left_out:
+            if self.left_out > self.run.recipe.run.max_nonfinite_steps:
+                raise TrainingStopped(self._message(records[-1]))
+            log.warning("step %d left out: the loss is not finite", records[-1]["step"])
+
+    def summary(self) -> dict[str, Any]:
+        """How many steps were left out."""
+        return {"steps_left_out": self.left_out}
+
+    def _message(self, record: Record) -> str:
+        what = "gradient" if math.isfinite(record["loss"]) else "loss"
+        shown = ", ".join(f"{name}={record[name]}" for name in (*PARTS, "grad_norm") if record.get(name) is not None)
+        checkpoint = self.run.last_checkpoint
+        remedy = "there is no checkpoint before it"
+        if checkpoint:
+            remedy = f"the last good checkpoint is {checkpoint}: continue with --resume {checkpoint}"
+        return (
+            f"step {record['step']}: the {what} is not finite ({shown}); {remedy}. "
+            "Lower optim.lr or set optim.clip_norm"
+        )

@@ -1,0 +1,49 @@
+"""The lines with which a run begins: versions, ranks, model, precision, data, learning rate."""
+
+from __future__ import annotations
+
+import logging
+import math
+import platform
+
+import torch
+
+from maskmatch_scale import __version__
+from maskmatch_scale.training.callbacks.base import Callback
+
+log = logging.getLogger("maskmatch_scale")
+
+
+class Opening(Callback):
+    """Says on the terminal (rank 0) and in the log (all ranks) what is about to run."""
+
+    def started(self) -> None:
+        """Print and log the lines."""
+        lines = self._lines()
+        for line in lines:
+            log.info(line)
+        if self.run.runtime.rank == 0:
+            print("\n".join(lines), flush=True)  # noqa: T201
+
+    def _lines(self) -> list[str]:
+        run, recipe, engine = self.run, self.run.recipe, self.run.recipe.engine
+        place = run.runtime.place
+        parameters = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in run.student.parameters())
+        lines = [
+            f"maskmatch_scale {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+            f"rank {place.rank} of {place.world_size} on {run.runtime.device}, {run.runtime.threads} CPU threads",
+            f"{recipe.model.backbone}: {parameters / 1e6:.2f} M parameters, {run.engine.name}, "
+            f"{engine.precision} ({run.precision_reason})",
+            f"{run.batches.labelled_samples} labelled samples, {run.batches.unlabelled_samples} unlabelled, from step "
+            f"{run.start}",
+        ]
+        if recipe.optim.lr_reference_batch:
+            lines.append(
+                f"peak learning rate {run.engine.base_lr:.3g}: optim.lr={recipe.optim.lr:g}, "
+                f"scaled from {recipe.optim.lr_reference_batch} to "
+                f"{engine.micro_batch * engine.accumulation * place.world_size} labelled images a step"
+            )
+        unlabelled = engine.micro_batch * recipe.data.unlabelled_per_labelled
+        if place.world_size == unlabelled == 1 and recipe.method.strong_view.cutmix_probability:
+            lines.append("no CutMix: one process with one unlabelled image has no other; raise engine.micro_batch")
+        return lines

@@ -1,0 +1,51 @@
+"""Samples that training passed over: listed in `RUN/skipped/rank-N.jsonl`, counted over all ranks, and not too many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from maskmatch_scale.training.callbacks.base import Callback, Record
+from maskmatch_scale.training.run import Run
+from maskmatch_scale.training.step import StepFigures
+
+IMAGES_BEFORE_A_SHARE = 1000
+"""The share of skipped samples is taken of at least so many images: early in a run a few bad ones would exceed it."""
+
+
+class Skips(Callback):
+    """Each rank lists what it skipped; all ranks have the same counts, of which too many stop the run."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.read = int(run.resumed.get("images_read", 0))
+        self.skipped = int(run.resumed.get("images_skipped", 0))
+        self._path = run.folder.skipped(run.runtime.rank)
+
+    def after_step(self, done: int, figures: StepFigures) -> None:
+        """List what this rank skipped for the step."""
+        self.read += figures.images
+        if figures.skipped:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.writelines(json.dumps({"step": done, **asdict(skip)}) + "\n" for skip in figures.skipped)
+
+    def records_read(self, records: Sequence[Record]) -> None:
+        """Add what all ranks skipped; ask the run to stop where that is more than `data.max_bad_share`."""
+        before = self.skipped
+        self.skipped += sum(sum(record.get("skipped", {}).values()) for record in records)
+        if self.skipped and not before:
+            self.run.say(f"a bad sample was skipped; {self._path.parent} lists all that are")
+        limit = self.run.recipe.data.max_bad_share
+        if self.skipped > limit * max(self.read, IMAGES_BEFORE_A_SHARE):
+            self.run.stop_reason = (
+                f"step {records[-1]['step']}: {self.skipped} samples were skipped, {self.read} used "
+                f"({self.skipped / max(self.read, 1):.2%}; data.max_bad_share={limit}); {self._path.parent} lists them "
+                "with their reasons. Mend the shards or raise the limit, then continue with --resume auto"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Images read and skipped by all ranks."""
+        return {"images_read": self.read, "images_skipped": self.skipped}

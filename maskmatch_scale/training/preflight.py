@@ -1,0 +1,154 @@
+"""Everything that can be refused, in order, before anything is written.
+
+A run that is refused leaves nothing behind. :func:`check` reads files and builds the model, :func:`check_agreement`
+asks the other ranks. What the recipe alone shows was refused when it was loaded (`recipe/soundness.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from maskmatch_scale.data.batches.stream import TrainingStream
+from maskmatch_scale.data.shards.index import ShardIndex
+from maskmatch_scale.data.shards.reading import ShardStream, load_index
+from maskmatch_scale.engine import setup
+from maskmatch_scale.engine.build import check_settings
+from maskmatch_scale.engine.checkpoint import check_checkpoint, find_checkpoint, load_stream_state
+from maskmatch_scale.engine.setup import Place, Runtime
+from maskmatch_scale.errors import UserError
+from maskmatch_scale.method.maskmatch import uses_unlabelled
+from maskmatch_scale.models import Segmenter
+from maskmatch_scale.models.units import visible_count
+from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.record.run_folder import RunFolder
+from maskmatch_scale.runs.data import RunData, describe_data
+from maskmatch_scale.runs.model import build_student
+from maskmatch_scale.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run in which no mistake was found. Nothing of it has been written, and no process group exists yet."""
+
+    recipe: Recipe
+    """With the precision that was chosen, and with the number of its steps."""
+    precision_reason: str
+    data: RunData
+    batches: TrainingStream
+    """Of this rank; where the run continues, from where the checkpoint was taken."""
+    student: Segmenter
+    """In host memory."""
+    place: Place
+    checkpoint: Path | None
+    """What the run continues from."""
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run directory."""
+        return RunFolder(Path(self.recipe.run.dir))
+
+    @property
+    def continues_in_place(self) -> bool:
+        """Whether the checkpoint lies in this run's own directory."""
+        return self.checkpoint is not None and self.folder.path.resolve() in self.checkpoint.resolve().parents
+
+
+def check(recipe: Recipe, resume: str | None) -> Checked:
+    """Look for mistakes in everything that a run needs, on this rank.
+
+    Args:
+        recipe: as it was loaded.
+        resume: see :func:`maskmatch_scale.train.train`.
+
+    Raises:
+        UserError: the first mistake that is found.
+    """
+    place = Place.from_environment()
+    index = load_index(recipe.data.root, recipe.data)
+    student = build_student(recipe, describe_data(recipe, index))
+    check_model(recipe, student)
+    has_batchnorm = any(isinstance(module, _BatchNorm) for module in student.modules())
+    precision, reason = setup.choose_precision(recipe, batchnorm=has_batchnorm)
+    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": precision})})
+    check_settings(recipe, place.world_size)
+    recipe, batches = _open_batches(recipe, student.num_classes, place, index)
+    if "dev" in index.streams:  # a missing shard is found now, and not at the first evaluation
+        ShardStream(recipe.data.root, "dev", recipe.data, index=index)
+    used = {"labelled": batches.labelled_samples, "unlabelled": batches.unlabelled_samples}
+    checkpoint = _checkpoint_to_resume(RunFolder(Path(recipe.run.dir)), resume)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, recipe, place.world_size)
+        batches.resume(load_stream_state(checkpoint))
+    return Checked(recipe, reason, describe_data(recipe, index, used), batches, student, place, checkpoint)
+
+
+def check_model(recipe: Recipe, student: Segmenter) -> None:
+    """Refuse what this model cannot do.
+
+    Raises:
+        UserError: names the key and what fits.
+    """
+    try:
+        if recipe.method.mask.keep is not None:
+            visible_count(student.unit_grid(*recipe.data.crop_px), recipe.method.mask.keep)
+        student.check_size(*recipe.data.crop_px)
+    except ValueError as error:
+        raise UserError(f"data.crop_px={list(recipe.data.crop_px)}: {error}") from None
+
+
+def _open_batches(recipe: Recipe, num_classes: int, place: Place, index: ShardIndex) -> tuple[Recipe, TrainingStream]:
+    """The training batches, and the recipe with the number of its steps."""
+
+    def batches_of(recipe: Recipe) -> TrainingStream:
+        unlabelled = uses_unlabelled(recipe.method)
+        return TrainingStream(recipe, num_classes, place.rank, place.world_size, unlabelled=unlabelled, index=index)
+
+    batches = batches_of(recipe)
+    labelled = batches.unlabelled is None
+    samples = batches.labelled_samples if labelled else batches.unlabelled_samples
+    images = recipe.engine.micro_batch * recipe.engine.accumulation * place.world_size
+    images *= 1 if labelled else recipe.data.unlabelled_per_labelled
+    counted = recipe.with_steps(samples, images, labelled=labelled)
+    return counted, batches if counted is recipe else batches_of(counted)
+
+
+def _checkpoint_to_resume(folder: RunFolder, resume: str | None) -> Path | None:
+    if resume is None:
+        return None
+    if resume == "auto":
+        return find_checkpoint(folder.path) if (folder.checkpoints / "latest").is_file() else None
+    return find_checkpoint(Path(resume))
+
+
+def check_agreement(runtime: Runtime, recipe: Recipe, batches: TrainingStream, checkpoint: Path | None) -> None:
+    """Refuse ranks that are about to train different runs: a machine has another recipe, other shards, no checkpoint.
+
+    All ranks call it together.
+
+    Raises:
+        UserError: on every rank.
+    """
+    step = int(checkpoint.name.removeprefix("step-")) if checkpoint is not None else 0
+    data = recipe.data.model_copy(update={"cache_dir": None})
+    facts = {
+        "recipe": repr(recipe.model_copy(update={"data": data})),
+        "checkpoint to continue from (--resume)": str(step),
+        "shards, or another place in them": json.dumps(batches.state(step)),
+    }
+    known = torch.zeros(runtime.world_size, len(facts), dtype=torch.int64, device=runtime.device)
+    known[runtime.rank] = torch.tensor([derive_seed(0, fact) for fact in facts.values()])
+    known = runtime.sum_over_ranks(known)
+    for number, what in enumerate(facts):
+        differing = (known[:, number] != known[0, number]).nonzero()
+        if len(differing):
+            error = UserError(
+                f"rank {int(differing[0])} has another {what} than rank 0; every machine needs the same files under "
+                "the same paths (run.dir on a disk that all of them see)"
+            )
+            error.on_all_ranks = True
+            raise error

@@ -1,0 +1,117 @@
+"""A run on one rank, with everything built that a step needs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maskmatch_scale.data.batches.stream import TrainingStream
+from maskmatch_scale.engine.build import build_engine
+from maskmatch_scale.engine.checkpoint import load_checkpoint
+from maskmatch_scale.engine.ema import build_teacher
+from maskmatch_scale.engine.protocol import Engine, StoredTeacher
+from maskmatch_scale.engine.setup import Runtime
+from maskmatch_scale.method.maskmatch import MaskMatch, class_weights
+from maskmatch_scale.method.views import Neighbour
+from maskmatch_scale.models import Segmenter
+from maskmatch_scale.models.batchnorm import synchronise_batchnorm
+from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.record.metrics import MetricsLog
+from maskmatch_scale.record.run_folder import RunFolder
+from maskmatch_scale.runs.data import RunData
+from maskmatch_scale.training.preflight import Checked
+
+if TYPE_CHECKING:
+    from maskmatch_scale.training.callbacks import Callback
+
+log = logging.getLogger("maskmatch_scale")
+
+
+@dataclass
+class Run:
+    """What the loop, the step and the callbacks share."""
+
+    recipe: Recipe
+    precision_reason: str
+    data: RunData
+    folder: RunFolder
+    batches: TrainingStream
+    runtime: Runtime
+    student: Segmenter
+    maskmatch: MaskMatch
+    engine: Engine
+    teacher: StoredTeacher
+    metrics: MetricsLog
+    """Takes the figures of steps and evaluations; every rank has one, rank 0's writes the file."""
+    resumed: dict[str, Any]
+    """State of the checkpoint that the run continues from; empty in a new run."""
+    last_checkpoint: Path | None
+    """The newest one, or the one that the run continues from."""
+    stop_reason: str | None = None
+    """Set by a callback that wants the run to stop after this step; alike on every rank."""
+    callbacks: list[Callback] = field(default_factory=list)
+    """In the order in which they are called."""
+
+    @property
+    def start(self) -> int:
+        """Optimizer steps that were taken before."""
+        return int(self.resumed.get("step", 0))
+
+    def say(self, line: str) -> None:
+        """Log a line, and have it shown to whoever watches the run."""
+        log.info(line)
+        for callback in self.callbacks:
+            callback.said(line)
+
+    def callback_state(self) -> dict[str, Any]:
+        """What callbacks keep in a checkpoint; all ranks call it together."""
+        return {name: value for callback in self.callbacks for name, value in callback.state().items()}
+
+    def callback_summary(self) -> dict[str, Any]:
+        """What callbacks tell at the end; all ranks call it together."""
+        return {name: value for callback in self.callbacks for name, value in callback.summary().items()}
+
+
+def build_run(checked: Checked, runtime: Runtime) -> Run:
+    """Build the engine and the teacher, and restore both if the run continues; all ranks call it together."""
+    recipe, student, batches = checked.recipe, checked.student, checked.batches
+    average = copy.deepcopy(student)  # in host memory: a GPU never holds the two of them whole at once
+    student.to(runtime.device)
+    if recipe.model.batchnorm == "synchronised" and runtime.world_size > 1:
+        synchronise_batchnorm(student, runtime.sum_over_ranks)
+    if recipe.engine.compile:
+        student.compile_blocks()
+        average.compile_blocks()
+    weights = None
+    if recipe.method.class_weights != "none":
+        weights = class_weights(batches.class_pixels()).to(runtime.device)
+    maskmatch = MaskMatch(
+        student,
+        recipe.method,
+        recipe.run.seed,
+        checked.data.ignore_index,
+        weights,
+        batchnorm_frozen=recipe.model.batchnorm == "frozen",
+        neighbour=Neighbour(runtime.rank % 2 == 0, runtime.of_neighbour) if runtime.world_size > 1 else None,
+    )
+    engine = build_engine(maskmatch, student, recipe, runtime)
+    teacher = build_teacher(average, engine)
+    resumed = load_checkpoint(checked.checkpoint, engine, teacher, runtime) if checked.checkpoint else {}
+    return Run(
+        recipe=recipe,
+        precision_reason=checked.precision_reason,
+        data=checked.data,
+        folder=checked.folder,
+        batches=batches,
+        runtime=runtime,
+        student=student,
+        maskmatch=maskmatch,
+        engine=engine,
+        teacher=teacher,
+        metrics=MetricsLog(checked.folder.metrics if runtime.rank == 0 else None),
+        resumed=resumed,
+        last_checkpoint=checked.checkpoint,
+    )

@@ -1,0 +1,142 @@
+"""One optimizer step: batches → views → losses → engine → teacher."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from maskmatch_scale.data.batches.stream import Batch
+from maskmatch_scale.data.faults import REASONS
+from maskmatch_scale.data.order.source import Skip
+from maskmatch_scale.method.maskmatch import PARTS, Step
+from maskmatch_scale.method.teacher import ema_decay
+from maskmatch_scale.seeds import derive_seed
+from maskmatch_scale.training.run import Run
+
+
+@dataclass
+class StepFigures:
+    """What is known of a step when it has been launched; reading `on_device` or `later` waits for the device."""
+
+    known: dict[str, float | bool | None] = field(default_factory=dict)
+    on_device: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars."""
+    later: dict[str, Callable[[], float]] = field(default_factory=dict)
+    """Times, to be asked for when the device has done the step."""
+    images: int = 0
+    """Distinct images over all ranks."""
+    skipped: tuple[Skip, ...] = ()
+    """Samples that this rank passed over."""
+    left_out: bool = False
+    """The loss was not finite and the step was not taken."""
+
+
+def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
+    """Take one optimizer step: all views of all micro-batches, losses over the global batch, the teacher last.
+
+    All ranks call it together.
+
+    Args:
+        run: on this rank.
+        step: its number, from 0.
+        batches: gives `engine.accumulation` micro-batches for it.
+    """
+    began = time.monotonic()
+    recipe, engine, maskmatch, runtime = run.recipe, run.engine, run.maskmatch, run.runtime
+    figures = StepFigures()
+    # Dropout and drop path draw from torch's own generator, which a restart must find as it was.
+    torch.manual_seed(derive_seed(recipe.run.seed, "step", step, runtime.rank))
+    maskmatch.train()
+    prepared = []
+    waited = 0.0
+    for _ in range(recipe.engine.accumulation):
+        asked = time.monotonic()
+        batch = next(batches)
+        waited += time.monotonic() - asked
+        figures.skipped += batch.skipped
+        prepared.append(maskmatch.prepare(batch.to(runtime.device)))
+
+    local = torch.stack([maskmatch.denominators(micro) for micro in prepared]).sum(0)
+    pixels = runtime.sum_over_ranks(local)
+    # The engine averages gradients over ranks and micro-batches; the losses are means over all their pixels.
+    scale = runtime.world_size * recipe.engine.accumulation / pixels.clamp(min=1)
+    sums = torch.zeros(5 + len(REASONS), dtype=torch.float64, device=runtime.device)
+    sums[5:] = _count_reasons(figures.skipped).to(runtime.device, non_blocking=True)
+    teacher_times = []
+    for micro in prepared:
+        stop = runtime.stopwatch()
+        pseudo = maskmatch.pseudo_label(micro, run.teacher)
+        teacher_times.append(stop())
+        loss, parts = engine.forward(micro, pseudo, scale)
+        sums[:3] += parts
+        if pseudo is not None and micro.unlabelled is not None:
+            valid = micro.unlabelled.weak.valid
+            sums[3:5] += torch.stack([(pseudo.confident & valid).sum(), valid.sum()])
+        figures.left_out = bool(recipe.run.max_nonfinite_steps) and _not_finite(run, sums)
+        if figures.left_out:
+            engine.leave_out()
+        else:
+            engine.backward(loss)
+    if not figures.left_out:
+        engine.step(step)
+    stop = runtime.stopwatch()
+    if not figures.left_out and not engine.skipped:
+        run.teacher.update(ema_decay(step + 1, recipe.method.ema_decay))
+    figures.later = {"teacher_s": lambda: sum(time_s() for time_s in teacher_times), "ema_s": stop()}
+    _fill(figures, run, step, prepared[0], runtime.sum_over_ranks(sums), pixels)
+    step_s = time.monotonic() - began
+    figures.known |= {"images_per_s": figures.images / step_s, "data_wait_s": waited, "step_s": step_s}
+    return figures
+
+
+def _count_reasons(skipped: Sequence[Skip]) -> Tensor:
+    """How many samples were passed over for each of `REASONS`: float64 (reasons,), on the host."""
+    counts = torch.zeros(len(REASONS), dtype=torch.float64)
+    for skip in skipped:
+        counts[REASONS.index(skip.reason)] += 1
+    return counts
+
+
+def _not_finite(run: Run, sums: Tensor) -> bool:
+    """Whether this step's loss is not finite on any rank; waits for the device."""
+    return not bool(run.runtime.sum_over_ranks(sums).isfinite().all())
+
+
+def _fill(figures: StepFigures, run: Run, step: int, micro: Step, sums: Tensor, pixels: Tensor) -> None:
+    """Figures of a step; nothing here waits for the device.
+
+    Args:
+        figures: to fill.
+        run: on this rank.
+        step: number of the step.
+        micro: one of its micro-batches, all of which have the same parts.
+        sums: float64 (5 + reasons,) over all ranks: the parts' losses, confident and valid pixels, skipped samples.
+        pixels: float64 (3,) over all ranks: what the parts' losses are divided by.
+    """
+    recipe = run.recipe
+    losses = sums[:3] / pixels.clamp(min=1)
+    unlabelled = micro.unlabelled is not None
+    there = (run.batches.labelled is not None, bool(micro.views), micro.masked is not None)
+    known, on_device = figures.known, figures.on_device
+    known |= dict.fromkeys(("loss", *PARTS))
+    on_device["loss"] = losses[0] + recipe.method.unlabelled_weight * losses[1] + recipe.method.mask.weight * losses[2]
+    on_device |= {name: loss for name, loss, is_there in zip(PARTS, losses, there, strict=True) if is_there}
+    known["lr"] = run.engine.lr(step)
+    norm = None if figures.left_out else run.engine.grad_norm
+    known["grad_norm"] = norm if isinstance(norm, float) else None
+    if isinstance(norm, Tensor):
+        on_device["grad_norm"] = norm.detach()
+    known["coverage"] = None
+    if unlabelled:
+        on_device["coverage"] = sums[3] / sums[4].clamp(min=1)
+    a_rank = recipe.engine.micro_batch * (there[0] + unlabelled * recipe.data.unlabelled_per_labelled)
+    figures.images = a_rank * recipe.engine.accumulation * run.runtime.world_size
+    if figures.left_out:
+        known["left_out"] = True
+    elif run.engine.skipped:
+        known["overflow"] = True
+    on_device |= {f"skipped/{reason}": count for reason, count in zip(REASONS, sums[5:], strict=True)}
