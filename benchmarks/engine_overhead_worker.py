@@ -43,7 +43,7 @@ from benchmarks.engine_overhead_variants import (
 from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.ema import build_teacher
 from maskmatch_scale.engine.protocol import StoredTeacher
-from maskmatch_scale.engine.setup import Place, Runtime
+from maskmatch_scale.engine.ranks import Place, Runtime
 
 WARM_UP = 3
 """Steps of every variant before anything is timed; weights are compared after them."""

@@ -1,16 +1,24 @@
-"""The engine that a recipe names."""
+"""The engine that a recipe names; only the library that is used is imported."""
 
 from __future__ import annotations
+
+from importlib import import_module
 
 from torch import nn
 
 from maskmatch_scale.engine.protocol import Engine
-from maskmatch_scale.engine.setup import Runtime
+from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.recipe import Recipe
+
+ENGINES = {
+    "deepspeed": "maskmatch_scale.engine.zero:ZeroEngine",
+    "accelerate": "maskmatch_scale.engine.ddp:DdpEngine",
+}
+"""Module and class by `engine.library`. To add an engine, write a class of `protocol.Engine` and name it here."""
 
 
 def build_engine(module: nn.Module, student: nn.Module, recipe: Recipe, runtime: Runtime) -> Engine:
-    """DeepSpeed's or accelerate's; only the one that is used is imported.
+    """Build the engine of `engine.library`.
 
     Args:
         module: called once a micro-batch; its ``segmenter`` is the student whose parameters are optimised.
@@ -18,13 +26,7 @@ def build_engine(module: nn.Module, student: nn.Module, recipe: Recipe, runtime:
         recipe: of the run.
         runtime: this rank.
     """
-    if recipe.engine.library == "accelerate":
-        from maskmatch_scale.engine.ddp import DdpEngine
-
-        return DdpEngine(module, student, recipe, runtime)
-    from maskmatch_scale.engine.zero import ZeroEngine
-
-    return ZeroEngine(module, student, recipe, runtime)
+    return _engine_class(recipe)(module, student, recipe, runtime)
 
 
 def check_settings(recipe: Recipe, world_size: int) -> None:
@@ -33,7 +35,10 @@ def check_settings(recipe: Recipe, world_size: int) -> None:
     Raises:
         UserError: names the file and its key.
     """
-    if recipe.engine.deepspeed_json:
-        from maskmatch_scale.engine.zero import deepspeed_config
+    _engine_class(recipe).check_settings(recipe, world_size)
 
-        deepspeed_config(recipe, world_size)
+
+def _engine_class(recipe: Recipe) -> type[Engine]:
+    module, _, name = ENGINES[recipe.engine.library].partition(":")
+    found: type[Engine] = getattr(import_module(module), name)
+    return found

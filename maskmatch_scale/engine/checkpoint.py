@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maskmatch_scale.engine.protocol import Engine, StoredTeacher
-from maskmatch_scale.engine.setup import Runtime
+from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.files import write_whole
 from maskmatch_scale.recipe import Recipe

@@ -20,12 +20,12 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, patch_environment
 from torch import Tensor, nn
 
-from maskmatch_scale.engine.arithmetic import autocast, autocast_dtype
 from maskmatch_scale.engine.ema import ReplicatedTeacher
 from maskmatch_scale.engine.optim import parameter_groups
+from maskmatch_scale.engine.precision import autocast, autocast_dtype
 from maskmatch_scale.engine.protocol import StepOrder, StoredTeacher
+from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.engine.schedule import GroupSettings
-from maskmatch_scale.engine.setup import Runtime
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.models.segmenter import Segmenter
 from maskmatch_scale.models.units import visible_count
@@ -70,6 +70,10 @@ class DdpEngine:
             warnings.simplefilter("ignore", FutureWarning)
             self._module = self._accelerator.prepare_model(module)
         self._optimizer = self._accelerator.prepare_optimizer(optimizer)
+
+    @staticmethod
+    def check_settings(recipe: Recipe, world_size: int) -> None:
+        """See `Engine`: accelerate has no settings beside the recipe."""
 
     def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """See `Engine`."""

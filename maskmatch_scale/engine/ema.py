@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from maskmatch_scale.engine.arithmetic import autocast, autocast_dtype
+from maskmatch_scale.engine.precision import autocast, autocast_dtype
 from maskmatch_scale.engine.protocol import Engine, StoredTeacher
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.recipe import Recipe
 
 
@@ -52,6 +53,24 @@ class Engine(Protocol):
     """Norm of the whole gradient of the last step, before clipping."""
     skipped: bool
     """Whether the last step was not taken, because fp16 gradients overflowed."""
+
+    def __init__(self, module: nn.Module, student: nn.Module, recipe: Recipe, runtime: Runtime) -> None:
+        """Take the module over.
+
+        Args:
+            module: called once a micro-batch; its ``segmenter`` is the student whose parameters are optimised.
+            student: that segmenter.
+            recipe: of the run.
+            runtime: this rank.
+        """
+
+    @staticmethod
+    def check_settings(recipe: Recipe, world_size: int) -> None:
+        """Look for mistakes in settings of the engine's own library, before anything is built or written.
+
+        Raises:
+            UserError: names the file and its key.
+        """
 
     def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """The module's (loss, sums) for one micro-batch."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskmatch_scale.engine.arithmetic import autocast
 from maskmatch_scale.engine.ema import Teacher
+from maskmatch_scale.engine.precision import autocast
 from maskmatch_scale.engine.protocol import Engine
 from maskmatch_scale.engine.setup import import_deepspeed
 

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskmatch_scale.engine.arithmetic import autocast, autocast_dtype
 from maskmatch_scale.engine.deepspeed_json import merged
 from maskmatch_scale.engine.ema import ReplicatedTeacher
 from maskmatch_scale.engine.masters import FlatAverage, FlatMasters
 from maskmatch_scale.engine.optim import base_lr, parameter_groups
+from maskmatch_scale.engine.precision import autocast, autocast_dtype
 from maskmatch_scale.engine.protocol import StepOrder, StoredTeacher
+from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.engine.schedule import GroupSettings
-from maskmatch_scale.engine.setup import Runtime, import_deepspeed
+from maskmatch_scale.engine.setup import import_deepspeed
 from maskmatch_scale.recipe import Recipe
 
 
@@ -88,6 +89,12 @@ class ZeroEngine:
         if "optimizer" not in config:
             given = {"optimizer": torch.optim.AdamW(groups, lr=self.base_lr, betas=recipe.optim.betas)}
         self._engine, *_ = import_deepspeed().initialize(model=module, config=config, **given)
+
+    @staticmethod
+    def check_settings(recipe: Recipe, world_size: int) -> None:
+        """See `Engine`: `engine.deepspeed_json`, if there is one."""
+        if recipe.engine.deepspeed_json:
+            deepspeed_config(recipe, world_size)
 
     def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """See `Engine`."""

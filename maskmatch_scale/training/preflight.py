@@ -16,10 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from maskmatch_scale.data.batches.stream import TrainingStream
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import ShardStream, load_index
-from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.build import check_settings
 from maskmatch_scale.engine.checkpoint import check_checkpoint, find_checkpoint, load_stream_state
-from maskmatch_scale.engine.setup import Place, Runtime
+from maskmatch_scale.engine.precision import choose_precision
+from maskmatch_scale.engine.ranks import Place, Runtime
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.models import Segmenter
@@ -73,7 +73,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     student = build_student(recipe, describe_data(recipe, index))
     check_model(recipe, student)
     has_batchnorm = any(isinstance(module, _BatchNorm) for module in student.modules())
-    precision, reason = setup.choose_precision(recipe, batchnorm=has_batchnorm)
+    precision, reason = choose_precision(recipe, batchnorm=has_batchnorm)
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": precision})})
     check_settings(recipe, place.world_size)
     recipe, batches = _open_batches(recipe, student.num_classes, place, index)

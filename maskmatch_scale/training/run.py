@@ -13,7 +13,7 @@ from maskmatch_scale.engine.build import build_engine
 from maskmatch_scale.engine.checkpoint import load_checkpoint
 from maskmatch_scale.engine.ema import build_teacher
 from maskmatch_scale.engine.protocol import Engine, StoredTeacher
-from maskmatch_scale.engine.setup import Runtime
+from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.method.maskmatch import MaskMatch, class_weights
 from maskmatch_scale.method.views import Neighbour
 from maskmatch_scale.models import Segmenter

@@ -13,7 +13,7 @@ from torch import nn
 
 from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.ddp import DdpEngine, accelerator_of
-from maskmatch_scale.engine.setup import Place, Runtime
+from maskmatch_scale.engine.ranks import Place, Runtime
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.runs.model import open_run
 from maskmatch_scale.train import train

@@ -6,7 +6,7 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
-from maskmatch_scale.engine.setup import Place, Runtime
+from maskmatch_scale.engine.ranks import Place, Runtime
 
 RANKS = 3
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maskmatch_scale.engine.setup import choose_precision
+from maskmatch_scale.engine.precision import choose_precision
 from maskmatch_scale.errors import UserError
 
 

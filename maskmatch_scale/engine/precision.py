@@ -1,0 +1,61 @@
+"""The precision of a run: how it is chosen, and what weights are multiplied in."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+from maskmatch_scale.errors import UserError
+from maskmatch_scale.recipe import Recipe
+
+Precision = Literal["fp32", "bf16", "fp16", "autocast-bf16"]
+
+
+def choose_precision(recipe: Recipe, *, batchnorm: bool) -> tuple[Precision, str]:
+    """The precision of a run on this machine, and why; called before any process group exists.
+
+    Args:
+        recipe: its `engine` section is read.
+        batchnorm: whether the model has a BatchNorm.
+
+    Raises:
+        UserError: the machine or the model cannot do what the recipe asks for; says what can be done.
+    """
+    engine, wanted = recipe.engine, recipe.engine.precision
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    has_bf16 = gpu is None or torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "auto":
+        if gpu is None:
+            return "fp32", "engine.precision=auto, and there is no GPU"
+        if not has_bf16:
+            return "fp32", f"engine.precision=auto, and a {gpu} has no bf16 arithmetic"
+        if batchnorm:
+            return "autocast-bf16", "engine.precision=auto, and this model's BatchNorm rules out bf16 weights"
+        if engine.zero_stage == 0:
+            return "autocast-bf16", "engine.precision=auto, and engine.zero_stage=0 rules out bf16 weights"
+        return "bf16", "engine.precision=auto, and nothing speaks against bf16 weights with fp32 masters"
+    if wanted == "fp16" and gpu is None:
+        raise UserError(
+            "engine.precision=fp16: it needs a GPU, and this machine has none; use fp32, bf16 or autocast-bf16"
+        )
+    if wanted in ("bf16", "autocast-bf16") and not has_bf16:
+        raise UserError(f"engine.precision={wanted}: a {gpu} has no bf16 arithmetic; use fp16 or fp32")
+    if wanted in ("bf16", "fp16") and batchnorm and engine.library == "deepspeed":
+        raise UserError(
+            f"engine.precision={wanted}: this model has a BatchNorm, whose buffers DeepSpeed leaves in fp32; use "
+            "engine.precision=autocast-bf16, or a head without one (model.head=linear)"
+        )
+    return wanted, "engine.precision"
+
+
+def autocast_dtype(recipe: Recipe) -> torch.dtype | None:
+    """What fp32 weights (the teacher's, and the student's under an autocast precision) are multiplied in."""
+    precision = recipe.engine.precision
+    return None if precision == "fp32" else torch.float16 if precision == "fp16" else torch.bfloat16
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    """16-bit arithmetic on fp32 weights, or nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
