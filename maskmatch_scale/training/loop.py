@@ -36,8 +36,7 @@ def train(recipe: Recipe, resume: str | None = None, *, callbacks: Sequence[Call
     recipe, folder = checked.recipe, checked.folder
     runtime = setup.start(checked.place, recipe.engine)
     preflight.check_agreement(runtime, recipe, checked.batches, checked.checkpoint)
-    if recipe.data.rare_class_crops or recipe.method.class_weights != "none":
-        checked.batches.count_class_pixels(runtime.sum_over_ranks)  # now, once: loader processes inherit it
+    preflight.count_class_pixels(runtime, recipe, checked.batches)
     if runtime.rank == 0:
         open_folder(folder, recipe, checked.data, continued=checked.continues_in_place)
     runtime.barrier()

@@ -125,6 +125,19 @@ def _checkpoint_to_resume(folder: RunFolder, resume: str | None) -> Path | None:
     return find_checkpoint(Path(resume))
 
 
+def count_class_pixels(runtime: Runtime, recipe: Recipe, batches: TrainingStream) -> None:
+    """Count the pixels of every class where the recipe weights classes by them; all ranks call it together.
+
+    It is done before anything is written, because it reads every labelled sample; and once, because loader processes
+    inherit the result.
+
+    Raises:
+        BadSample: a label map that cannot be used.
+    """
+    if recipe.data.rare_class_crops or recipe.method.class_weights != "none":
+        batches.count_class_pixels(runtime.sum_over_ranks)
+
+
 def check_agreement(runtime: Runtime, recipe: Recipe, batches: TrainingStream, checkpoint: Path | None) -> None:
     """Refuse ranks that are about to train different runs: a machine has another recipe, other shards, no checkpoint.
 

@@ -1,0 +1,100 @@
+"""An engine is one class of `protocol.Engine` and one line of `build.ENGINES`; nothing else of the package knows it."""
+
+import json
+from contextlib import nullcontext
+
+import torch
+
+from maskmatch_scale.engine import build
+from maskmatch_scale.engine.ema import ReplicatedTeacher
+from maskmatch_scale.engine.optim import parameter_groups
+from maskmatch_scale.engine.protocol import StepOrder
+from maskmatch_scale.engine.schedule import GroupSettings
+from maskmatch_scale.train import train
+from tests.conftest import TINY_VIT
+
+
+class PlainEngine:
+    """One process, torch's AdamW, no library."""
+
+    name = "plain torch"
+
+    def __init__(self, module, student, recipe, runtime):
+        self.recipe, self.student, self.module = recipe, student, module
+        self.grad_norm, self.skipped = None, False
+        self.order = StepOrder(recipe.engine.accumulation)
+        groups = parameter_groups(student, recipe.optim)
+        self.groups = GroupSettings(groups, recipe, runtime.world_size)
+        self.base_lr = self.groups.base_lr
+        self.optimizer = torch.optim.AdamW(groups, lr=self.base_lr, betas=recipe.optim.betas)
+
+    @staticmethod
+    def check_settings(recipe, world_size):
+        pass
+
+    def forward(self, *arguments):
+        self.order.forward()
+        return self.module(*arguments)
+
+    def backward(self, loss):
+        self.order.backward()
+        (loss / self.recipe.engine.accumulation).backward()
+
+    def leave_out(self):
+        self.order.leave_out()
+        self.optimizer.zero_grad()
+
+    def step(self, number):
+        self.order.step()
+        self.groups.set_lr(self.optimizer.param_groups, number)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def lr(self, number):
+        return self.groups.lr(number)
+
+    def full_fp32_parameters(self, *, keep):
+        return {name: value.detach().clone() for name, value in self.student.named_parameters() if keep}
+
+    def arithmetic(self):
+        return nullcontext()
+
+    def store_teacher(self, average):
+        return ReplicatedTeacher(average, self)
+
+    def averager(self, averages):
+        students = list(self.student.parameters())
+        return lambda decay: torch._foreach_lerp_(list(averages), [p.detach() for p in students], 1 - decay)
+
+    def save(self, folder):
+        torch.save({"weights": self.student.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / "all.pth")
+
+    def load(self, folder):
+        state = torch.load(folder / "all.pth")
+        self.student.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.groups.restore(self.optimizer.param_groups)
+
+
+def losses(run):
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+def test_a_further_engine_trains_resumes_and_equals_the_others(make_recipe, tmp_path, monkeypatch):
+    sections = {
+        "model": {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT},
+        "engine": {"library": "accelerate", "zero_stage": 0, "accumulation": 2},
+    }
+    settings = {"steps": 4, "checkpoint_every": 2, "evaluate_every": 2}
+    known = train(make_recipe(**sections, run=settings | {"dir": str(tmp_path / "known")}))
+    # The key's value is borrowed: a real engine would have one of its own.
+    monkeypatch.setitem(build.ENGINES, "accelerate", f"{__name__}:PlainEngine")
+    whole = train(make_recipe(**sections, run=settings | {"dir": str(tmp_path / "whole")}))
+    assert "plain torch" in (whole / "log" / "rank-0.txt").read_text()
+    assert losses(whole) == losses(known)
+    part = make_recipe(**sections, run=settings | {"dir": str(tmp_path / "part")})
+    continued = train(part, resume=str(whole / "checkpoints" / "step-00000002"))
+    assert losses(continued) == losses(whole)[2:]

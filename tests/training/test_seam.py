@@ -1,0 +1,118 @@
+"""A tracker, a monitor or a stopping rule is one class: nothing of the loop, the step or other callbacks is touched."""
+
+import json
+
+import pytest
+
+from maskmatch_scale.errors import TrainingStopped
+from maskmatch_scale.train import train
+from maskmatch_scale.training.callbacks import Callback
+
+
+class Tracker(Callback):
+    """Keeps what a tracking service would be sent."""
+
+    def __init__(self, run):
+        super().__init__(run)
+        self.sent = []
+        self.lines = []
+
+    def records_read(self, records):
+        self.sent += [(record["step"], record["loss"]) for record in records]
+
+    def said(self, line):
+        self.lines.append(line)
+
+
+class Monitor(Callback):
+    """Writes down every moment at which it is called, and keeps a count over restarts."""
+
+    def __init__(self, run):
+        super().__init__(run)
+        self.moments = []
+        self.steps_seen = run.resumed.get("steps_seen", 0)
+
+    def started(self):
+        self.moments.append("started")
+
+    def before_step(self, step):
+        self.moments.append(f"before_step {step}")
+
+    def after_step(self, done, figures):
+        self.steps_seen += 1
+        self.moments.append(f"after_step {done}")
+
+    def records_read(self, records):
+        self.moments.append(f"records_read {[record['step'] for record in records]}")
+
+    def between_steps(self, done):
+        self.moments.append(f"between_steps {done}")
+
+    def ended(self):
+        self.moments.append("ended")
+
+    def finished(self):
+        self.moments.append("finished")
+
+    def state(self):
+        return {"steps_seen": self.steps_seen}
+
+
+class StopAtLoss(Callback):
+    """A stopping rule: looks at every record, stops the run with a checkpoint."""
+
+    def wants_records(self, done):
+        return True
+
+    def records_read(self, records):
+        if records[-1]["step"] == 2:
+            self.run.stop_reason = f"step 2: the loss is {records[-1]['loss']:.3f}, which is enough"
+
+
+def made(kinds):
+    """Callback makers that keep what they made."""
+    found = []
+
+    def maker(kind):
+        def make(run):
+            found.append(kind(run))
+            return found[-1]
+
+        return make
+
+    return [maker(kind) for kind in kinds], found
+
+
+def test_a_tracker_sees_what_the_file_has(make_recipe):
+    makers, found = made([Tracker])
+    run = train(make_recipe(run={"steps": 4, "log_every": 3}), callbacks=makers)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert found[0].sent == [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
+    assert [line.partition(":")[0] for line in found[0].lines] == ["step 4", "step 4"]  # teacher and student
+
+
+def test_a_monitor_is_called_at_every_moment_and_keeps_its_state(make_recipe):
+    makers, found = made([Monitor])
+    settings = {"log_every": 2, "evaluate_every": 0, "checkpoint_every": 2}
+    run = train(make_recipe(run=settings | {"steps": 3}), callbacks=makers)
+    assert found[0].moments == [
+        *("started", "before_step 0", "after_step 1", "between_steps 1"),
+        *("before_step 1", "after_step 2", "records_read [1, 2]", "between_steps 2"),
+        *("before_step 2", "after_step 3", "records_read [3]", "between_steps 3", "ended", "finished"),
+    ]
+    assert json.loads((run / "checkpoints" / "step-00000002" / "state.json").read_text())["steps_seen"] == 2
+    assert json.loads((run / "summary.json").read_text())["steps_seen"] == 3
+    train(make_recipe(run=settings | {"steps": 5}), "auto", callbacks=makers)
+    assert found[1].steps_seen == 5
+
+
+def test_a_stopping_rule_stops_with_a_checkpoint(make_recipe):
+    recipe = make_recipe(run={"steps": 9, "log_every": 9, "evaluate_every": 2})
+    makers, found = made([Monitor, StopAtLoss])
+    with pytest.raises(TrainingStopped, match="which is enough"):
+        train(recipe, callbacks=makers)
+    assert found[0].moments[-2:] == ["between_steps 2", "ended"]
+    checkpoints = found[0].run.folder.checkpoints
+    assert (checkpoints / "latest").read_text() == "step-00000002"
+    records = [json.loads(line) for line in found[0].run.folder.metrics.read_text().splitlines()]
+    assert {record["kind"] for record in records} == {"train"}  # no evaluation of a run that stops
