@@ -139,7 +139,7 @@ def count_class_pixels(runtime: Runtime, recipe: Recipe, batches: TrainingStream
 
 
 def check_agreement(runtime: Runtime, recipe: Recipe, batches: TrainingStream, checkpoint: Path | None) -> None:
-    """Refuse ranks that are about to train different runs: a machine has another recipe, other shards, no checkpoint.
+    """Refuse to train if ranks would train different runs: their recipes, shards or checkpoints differ.
 
     All ranks call it together.
 
@@ -149,9 +149,9 @@ def check_agreement(runtime: Runtime, recipe: Recipe, batches: TrainingStream, c
     step = int(checkpoint.name.removeprefix("step-")) if checkpoint is not None else 0
     data = recipe.data.model_copy(update={"cache_dir": None})
     facts = {
-        "recipe": repr(recipe.model_copy(update={"data": data})),
-        "checkpoint to continue from (--resume)": str(step),
-        "shards, or another place in them": json.dumps(batches.state(step)),
+        "the recipe": repr(recipe.model_copy(update={"data": data})),
+        "the checkpoint to continue from (--resume)": str(step),
+        "the list of shards, or the place in it,": json.dumps(batches.state(step)),
     }
     known = torch.zeros(runtime.world_size, len(facts), dtype=torch.int64, device=runtime.device)
     known[runtime.rank] = torch.tensor([derive_seed(0, fact) for fact in facts.values()])
@@ -160,8 +160,8 @@ def check_agreement(runtime: Runtime, recipe: Recipe, batches: TrainingStream, c
         differing = (known[:, number] != known[0, number]).nonzero()
         if len(differing):
             error = UserError(
-                f"rank {int(differing[0])} has another {what} than rank 0; every machine needs the same files under "
-                "the same paths (run.dir on a disk that all of them see)"
+                f"{what} of rank {int(differing[0])} differs from that of rank 0; every machine needs the same files "
+                "under the same paths, and run.dir on a disk that all machines share"
             )
             error.on_all_ranks = True
             raise error

@@ -236,9 +236,9 @@ def test_a_lost_shard_counts_its_own_samples_alone(make_recipe, shapes, tmp_path
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ("recipe", "rank 1 has another recipe than rank 0"),
-        ("checkpoint", "another checkpoint to continue from"),
-        ("shards", "another shards, or another place in them"),
+        ("recipe", "the recipe of rank 1 differs from that of rank 0"),
+        ("checkpoint", "the checkpoint to continue from"),
+        ("shards", "the list of shards, or the place in it"),
     ],
 )
 def test_ranks_that_would_train_different_runs(make_recipe, shapes, tmp_path, changed, message):
