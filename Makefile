@@ -37,7 +37,7 @@ lint: install ## ruff, mypy --strict, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-$(VENV)/peers/.installed: benchmarks/loader_peers.txt
+$(VENV)/peers/.installed: benchmarks/loader/peers.txt
 	$(PYTHON) -m venv $(VENV)/peers
 	$(VENV)/peers/bin/python -m pip install -q -r $<
 	touch $@

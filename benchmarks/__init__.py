@@ -1,4 +1,7 @@
-"""One file a question, run as `python -m benchmarks.NAME --out FILE.json`; the protocol is in README.md beside this."""
+"""One module or package for each question, run as `python -m benchmarks.NAME --out FILE.json`.
+
+The protocol is in README.md beside this file.
+"""
 
 import os
 

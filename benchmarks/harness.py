@@ -7,6 +7,7 @@ import os
 import platform
 import random
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 ROOT = Path(__file__).resolve().parent.parent
 
 Run = Callable[[], object]
-"""A variant: one pass of it."""
+"""One pass of a variant."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one variant, one entry a repeat."""
+    """Seconds of one variant, one entry for each repeat."""
 
     seconds: tuple[float, ...]
     """By the clock that counts: the process's CPU time on a CPU, wall time on a GPU."""
@@ -39,22 +40,22 @@ class Timing:
 
     @property
     def minimum(self) -> float:
-        """The least disturbed repeat."""
+        """Seconds of the fastest repeat, which was disturbed least."""
         return min(self.seconds)
 
     @property
     def median(self) -> float:
-        """Far above the minimum: the machine was disturbed, trust the run less."""
+        """Median seconds. Where it is far above the minimum, the machine was disturbed: trust the run less."""
         return median(self.seconds)
 
     @property
     def wall_minimum(self) -> float:
-        """The least on the wall."""
+        """Wall time of the fastest repeat."""
         return min(self.wall)
 
     @property
     def wall_median(self) -> float:
-        """Far above `median`: other processes had the processor meanwhile."""
+        """Median wall time. Where it is far above `median`, other processes used the processor meanwhile."""
         return median(self.wall)
 
 
@@ -63,15 +64,15 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Time variants in turn: one round of warm-up, then `repeats` rounds of every variant once.
 
-    A slow minute of a shared machine then falls on all variants alike. The order is drawn anew every round (the same
-    draws in every run), so that none always finds the cache as the same neighbour left it.
+    So a slow minute of a shared machine affects all variants alike. The order is drawn anew in every round (the same
+    draws in every run), so that no variant always runs after the same other one and finds its cache contents.
 
     Args:
         variants: what to time; each leaves nothing behind for the next.
         repeats: rounds that count.
-        device: decides the clock. CPU: the process's CPU time, which other processes cannot use up. CUDA: wall time
-            between synchronisations. Both clocks are kept.
-        warmed_up: every variant has run already, so no round of warm-up is needed.
+        device: decides which clock counts. CPU: the process's CPU time, which does not contain that of other processes.
+            CUDA: wall time between synchronisations. Both clocks are kept.
+        warmed_up: every variant has already run, so no warm-up round is needed.
     """
     order = random.Random(0)
     names = list(variants)
@@ -98,9 +99,10 @@ def _now(device: torch.device) -> tuple[float, float]:
 def count_gmacs(run: Run) -> float:
     """Multiply–adds of one pass in 10⁹: matrix products, attention, convolutions; nothing elementwise.
 
-    Counted where torch dispatches them, with two corrections: attention by its plain formula, because the counter does
-    not see the CPU's flash kernel, and the backward of grouped convolutions, which torch 2.14 counts as if ungrouped
-    (SegFormer-b2: forward + backward would be 12 forwards).
+    They are counted where torch dispatches them, with two corrections. Attention is counted by its plain formula,
+    because the counter does not see the CPU's flash kernel. The backward of grouped convolutions is counted by a
+    formula of our own, because torch 2.14 counts it as if they were not grouped (SegFormer-b2: forward + backward would
+    be 12 forwards).
     """
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}
@@ -130,14 +132,14 @@ def _convolution_backward_flops(
 
 
 def peak_mb(run: Run, held: Sequence[torch.Tensor], device: torch.device) -> float:
-    """Tensor memory in 10⁶ bytes: `held`, plus the most that one pass holds at once beside it.
+    """Tensor memory in 10⁶ bytes: `held`, plus the most that one pass allocates at once beside it.
 
-    CPU: torch's own allocations and frees, in order, from its profiler. CUDA: `torch.cuda.max_memory_allocated` less
-    what was allocated before. Neither sees workspaces that oneDNN or cuDNN take for themselves, nor the interpreter.
+    CPU: torch's own allocations and frees, in order, from its profiler. CUDA: `torch.cuda.max_memory_allocated` minus
+    what was allocated before. Neither contains the workspaces of oneDNN or cuDNN, nor the interpreter.
 
     Args:
         run: the pass.
-        held: weights, buffers and inputs, which are there before and after it.
+        held: weights, buffers and inputs, which exist before and after the pass.
         device: where it runs.
     """
     if device.type == "cuda":
@@ -171,9 +173,9 @@ GATHERS = frozenset(
 def gather_share(run: Run, device: torch.device) -> float | None:
     """Share of one pass's time, 0–1, that goes into `GATHERS`; None if the profiler sees no time at all.
 
-    By torch's profiler, each operator without those it calls. CPU: CPU time. CUDA: time of the kernels. Every `cat` is
-    counted, also those of the library (a ViT's class token). The index arithmetic before a gather and the memory that
-    it leaves cold are not.
+    Measured by torch's profiler, as the time of each operator without the operators that it calls. CPU: CPU time. CUDA:
+    time of the kernels. Every `cat` is counted, also those of the library (a ViT's class token). Not counted: the index
+    arithmetic before a gather, and cache misses that it causes later.
 
     Args:
         run: the pass.
@@ -209,15 +211,15 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
 }
 """10¹² FLOP/s of a GPU, dense (half of what data sheets print "with sparsity"): bfloat16 and float16 alike, and TF32.
 
-From NVIDIA's data sheets. A name stands in `torch.cuda.get_device_name` as whole words; the first that does counts, so
-longer names come first.
+From NVIDIA's data sheets. A name matches if `torch.cuda.get_device_name` contains it as whole words. The first match
+counts, so longer names come first.
 """
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
     """10¹² FLOP/s that the device can reach with this dtype; None for a CPU and for a GPU that is not in the table.
 
-    float32 is measured against TF32, the fastest that a GPU multiplies it, whether or not torch is allowed to.
+    float32 is compared with TF32, its fastest arithmetic, whether or not torch is allowed to use it.
     """
     return _peak_by_name(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
 
@@ -237,7 +239,8 @@ def describe_machine(device: torch.device, sources: Sequence[str]) -> dict[str, 
 
     Args:
         device: where the variants run.
-        sources: files or folders of the repository that the figures depend on; the commit is marked if they differ.
+        sources: files or folders of the repository on which the figures depend; if they have changed, the commit is
+            marked.
     """
     return {
         "cpu": _cpu_name(),
@@ -273,6 +276,11 @@ def _commit(sources: Sequence[str]) -> str | None:
         return git("rev-parse", "--short", "HEAD") + (" with uncommitted changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def say(line: str) -> None:
+    """A line of progress, or of what is wrong, on standard error."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def check_out(out: Path) -> None:
@@ -315,7 +323,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) ->
 
 
 def _cell(value: object) -> str:
-    """Three significant figures, but a power of ten only where there is no other way; a dash for what is not known."""
+    """Three significant figures, from 100 on a whole number; a dash for what is not known."""
     if not isinstance(value, float):
         return "–" if value is None else str(value)
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"

@@ -1,4 +1,4 @@
-"""The quickstart's table, kept: what `make quickstart` measured, with the machine it ran on.
+"""The table of the quickstart: what `make quickstart` measured, with the machine it ran on.
 
 make quickstart
 python -m benchmarks.quickstart --out benchmarks/results/quickstart.json
@@ -23,7 +23,7 @@ COLUMNS = ("run", "backbone", "method", "split", "miou", "pixel_accuracy", "imag
 
 
 def rows_of(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """One row a run and held-out split, with the teacher's figures."""
+    """One row for each run and held-out split, with the teacher's figures."""
     rows = []
     for row in as_rows([summarise(run) for run in runs]):
         for score in row["scores"]:

@@ -49,65 +49,73 @@ class SourceRecipe(Section):
     root: str
     """Shard folder: a local one, or a URL."""
     stream: str | None = None
-    """Stream of its index; null = `labelled` or `unlabelled`, as the list that it stands in."""
+    """Stream of its index; null = `labelled` in `data.labelled`, `unlabelled` in `data.unlabelled`."""
     name: str | None = None
-    """What its order is drawn from; null = the stream's name. Sources of one list need different ones."""
+    """Name from which the random order of its samples is drawn; null = the stream's name. The sources of one list need
+    different names."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Its share of the samples, relative to the others'."""
+    """How often it is read, relative to the weights of the other sources."""
 
 
 class DataRecipe(Section):
     """Where samples come from, and the weak view made of them."""
 
     root: str
-    """Shard folder: tar shards and their index.json (`maskmatch shards write`). A local folder, an http(s):// URL, or
-    any that fsspec opens (s3://, gs://)."""
+    """Shard folder: tar shards and their index.json, as `maskmatch shards write` makes it. A local folder, an
+    http(s):// URL, or a URL that fsspec opens (s3://, gs://)."""
     labelled: tuple[SourceRecipe, ...] = ()
-    """Sources of labelled samples; empty = the stream `labelled` of `root`. All must have the classes of `root`."""
+    """Sources of labelled samples; empty = the stream `labelled` of `data.root`. All must have the classes of
+    `data.root`."""
     unlabelled: tuple[SourceRecipe, ...] = ()
-    """Sources of unlabelled samples; empty = the stream `unlabelled` of `root`. Labels in their shards are not read."""
+    """Sources of unlabelled samples; empty = the stream `unlabelled` of `data.root`. Labels in their shards are not
+    read."""
     labelled_count: Annotated[int, Field(ge=0)] | None = None
     """How many labelled samples are drawn from the labelled sources; null = all of them. 0 = a run without labels,
-    which needs `model.pretrained`."""
+    which needs a trained model in `model.pretrained`."""
     split_seed: int = 0
-    """Which labelled samples are drawn."""
+    """Seed of the draw of `data.labelled_count` samples."""
     unlabelled_per_labelled: Annotated[int, Field(ge=1)] = 1
-    """Unlabelled images in a batch for each labelled one (for each of `engine.micro_batch` in a run without labels)."""
+    """Unlabelled images in a batch for each labelled one. In a run without labels: for each of `engine.micro_batch`."""
     shuffle_window: Annotated[int, Field(ge=1)] = 4096
-    """Samples that are shuffled with each other, within shards that are shuffled as wholes. 1 = shards alone."""
+    """Number of samples that are shuffled among each other, after the order of the shards was shuffled. 1 = only the
+    order of the shards is shuffled."""
     lanes: Annotated[int, Field(ge=1)] | None = None
-    """Parts of an epoch that are read side by side; null = as many as ranks, so that each reads shards of its own. A
-    number keeps the order the same whatever the ranks; it must divide the labelled images of a global micro-batch."""
+    """Number of parts of an epoch that are read side by side; null = as many as ranks, so that each rank reads shards
+    of its own. A fixed number keeps the order of samples the same for every number of ranks; it must divide the
+    labelled images of a global micro-batch."""
     bad_labelled: BadSamples = "fail"
-    """A labelled sample that cannot be used: fail = the run stops and names it; skip = another takes its place."""
+    """What happens when a labelled sample cannot be used. fail: the run stops and names it. skip: another sample takes
+    its place."""
     bad_unlabelled: BadSamples = "skip"
-    """Likewise for unlabelled samples. Skipped ones are counted in metrics.jsonl and listed in RUN/skipped/."""
+    """The same for unlabelled samples. Skipped samples are counted in metrics.jsonl and listed in RUN/skipped/."""
     max_bad_share: Probability = 0.01
     """Share of the samples read that may be skipped before the run stops."""
     max_image_px: Annotated[int, Field(ge=1)] = 100_000_000
-    """Largest image, in pixels, that is decoded; a larger one is a bad sample."""
+    """Largest number of pixels of an image that is decoded; a sample with a larger image cannot be used."""
     exif_orientation: bool = False
-    """Turn unlabelled images as their EXIF data says. Labelled ones stay as they are stored, as their label maps do."""
+    """Rotate and mirror unlabelled images as their EXIF orientation says. Labelled images stay as they are stored, like
+    their label maps."""
     cache_dir: str | None = None
     """Folder for shards fetched from elsewhere, shared by the ranks of a machine; null = ~/.cache/maskmatch_scale."""
     cache_gb: Positive = 50.0
-    """Bound on that folder, in 10⁹ bytes; what was used least recently goes first."""
+    """Largest size of `data.cache_dir`, in 10⁹ bytes; shards that were used least recently are deleted first."""
     fetch_timeout_s: Positive = 60.0
-    """Seconds without data after which a fetch is tried again."""
+    """Seconds without new data after which the fetch of a shard is tried again."""
     fetch_attempts: Annotated[int, Field(ge=1)] = 8
-    """Tries of a fetch, with growing pauses, before the shard counts as unreadable."""
+    """Number of tries to fetch a shard, with growing pauses between them, before it counts as unreadable."""
     allow_pipe: bool = False
     """Whether an index may name `pipe:` shards, which run a shell command."""
     crop_px: SidesPx = (512, 512)
     """Height and width of a training crop in px (one number: a square)."""
     scale_range: ScaleRange = (0.5, 2.0)
-    """Weak view: factor by which an image is resized before the crop, log-uniform between the two."""
+    """Weak view: range of the factor by which an image is resized before the crop, drawn log-uniformly."""
     flip_probability: Probability = 0.5
-    """Weak view: share of crops mirrored left-right. 0 where handedness means something (text, music)."""
+    """Weak view: share of crops mirrored left to right. Use 0 where left and right differ in meaning (text, music)."""
     rare_class_crops: Probability = 0.0
-    """Share of labelled crops laid around a pixel of a class drawn by frequency^-1/2, so that rare classes are seen."""
+    """Share of labelled crops that are placed around a pixel of a drawn class. Classes are drawn with probability
+    proportional to frequency^-1/2, so that rare classes are seen more often."""
     workers: Annotated[int, Field(ge=0)] = 2
-    """Loader processes a rank; 0 loads between steps."""
+    """Loader processes of each rank; 0 = samples are loaded in the training process, between steps."""
 
 
 class ModelRecipe(Section):
@@ -116,18 +124,19 @@ class ModelRecipe(Section):
     backbone: str
     """`timm/<name>`, `transformers/segformer-b0` … `-b5`, or `transformers/<folder with a config.json>`."""
     head: Literal["segformer", "linear", "pixel_shuffle", "dpt"] | None = None
-    """null = the family's usual one (segformer for SegFormer, linear for ViT)."""
+    """Segmentation head; null = the family's usual one (segformer for SegFormer, linear for ViT)."""
     num_classes: Annotated[int, Field(ge=2, le=255)] | None = None
-    """null = as many as the index of the data names."""
+    """Number of classes; null = as many as the index of the data names."""
     unit_px: Annotated[int, Field(ge=1)] | None = None
     """Side of a masking unit in px; null = the family's usual one."""
     pretrained: bool | str | None = None
-    """null or false = random, true = the library's own weights, or a local file or folder, also an export of ours."""
+    """Initial weights. null or false: random. true: the library's pretrained weights. A path: a local file or folder of
+    weights, a run, a checkpoint or an export."""
     backbone_options: dict[str, Any] = {}
-    """Keyword arguments for timm.create_model, or keys of SegformerConfig, that replace the library's."""
+    """Keyword arguments for timm.create_model, or keys of SegformerConfig, that replace the library's defaults."""
     batchnorm: Literal["synchronised", "per_rank", "frozen"] = "synchronised"
-    """BatchNorm in a SegFormer's head: statistics of a micro-batch over all ranks, of each rank's own, or the running
-    ones, never changed."""
+    """BatchNorm in a SegFormer's head. synchronised: statistics of a micro-batch over all ranks. per_rank: statistics
+    of each rank's own images. frozen: the running statistics, which never change."""
 
 
 class MaskRecipe(Section):
@@ -136,13 +145,14 @@ class MaskRecipe(Section):
     keep: Annotated[float, Field(gt=0, le=1)] | None = 0.3
     """Share of units the student sees; null turns the masked loss off."""
     mode: Literal["drop", "zero"] = "drop"
-    """drop: masked units are not computed. zero: their pixels are painted (MIC's way, saves nothing)."""
+    """drop: masked units are not computed. zero: pixels of masked units are set to zero, as in MIC, which saves no
+    computation."""
     view: Literal["weak", "strong"] = "weak"
-    """Which view is masked."""
+    """View that is masked."""
     pixels: Literal["all", "masked", "visible"] = "all"
-    """Where the masked loss is taken."""
+    """Pixels over which the masked loss is taken: all, those of masked units, or those of visible units."""
     weight: Annotated[float, Field(ge=0)] = 1.0
-    """λ_m."""
+    """λ_m: weight of the masked loss."""
 
 
 class StrongViewRecipe(Section):
@@ -161,15 +171,15 @@ class StrongViewRecipe(Section):
     grey_probability: Probability = 0.2
     """Share of images turned grey."""
     blur_sigma_px: ScaleRange = (0.1, 2.0)
-    """Gaussian blur: standard deviation in px."""
+    """Gaussian blur: range of the standard deviation, in px."""
     blur_probability: Probability = 0.5
     """Share of images blurred."""
     noise: Annotated[float, Field(ge=0)] = 0.0
-    """Gaussian noise: largest standard deviation (drawn from 0 to this), pixel values 0–1."""
+    """Gaussian noise: its standard deviation is drawn from 0 to this number, for pixel values 0–1."""
     cutmix_probability: Probability = 0.5
-    """Share of images that get a box of their neighbour in the batch."""
+    """CutMix: share of images that get a box of their neighbour in the global batch."""
     cutmix_area: ScaleRange = (0.02, 0.4)
-    """Box area as a share of the image."""
+    """CutMix: range of the box's area, as a share of the image."""
 
 
 class MethodRecipe(Section):
@@ -179,19 +189,23 @@ class MethodRecipe(Section):
     """Weak-to-strong base."""
     mask: MaskRecipe = MaskRecipe()
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 1.5)
-    """Q: scales at which the teacher labels an image; [1.0] switches the ensemble off."""
+    """Q: scales at which the teacher predicts an image; the mean of these predictions gives the pseudo-labels. [1.0]
+    switches the ensemble off."""
     threshold: Probability = 0.95
-    """τ: a pixel counts where the teacher's confidence reaches it."""
+    """τ: a pixel's pseudo-label counts where the teacher's confidence is at least this."""
     unlabelled_weight: Annotated[float, Field(ge=0)] = 1.0
     """λ_u: weight of the base's unlabelled loss."""
     burn_in: Probability = 0.0
-    """Share of the run at its start with the labelled loss alone; nothing unlabelled is read or computed in it."""
+    """Share of the run, at its start, that trains with the labelled loss alone; no unlabelled sample is read or
+    computed in it."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.996
-    """α: largest decay of the teacher's average; the decay at step t is min(1 - 1/(t+1), α)."""
+    """α: largest decay of the teacher's moving average; the decay at step t is min(1 - 1/(t+1), α)."""
     ema_buffers: Literal["average", "copy"] = "average"
-    """Floating buffers of the teacher (BatchNorm's running statistics): averaged like weights, or the student's own."""
+    """Floating-point buffers of the teacher (BatchNorm's running statistics). average: averaged like weights. copy:
+    copied from the student."""
     class_weights: Literal["none", "inverse_sqrt"] = "none"
-    """Weights of the labelled loss; inverse_sqrt: (share of the drawn labelled pixels)^-1/2, mean 1 over pixels."""
+    """Weights of the classes in the labelled loss. inverse_sqrt: (the class's share of the pixels of the drawn labelled
+    samples)^-1/2, scaled to mean 1 over pixels."""
     strong_view: StrongViewRecipe = StrongViewRecipe()
 
 
@@ -201,61 +215,67 @@ class OptimRecipe(Section):
     lr: Positive = 1e-4
     """Peak learning rate."""
     lr_reference_batch: Annotated[int, Field(ge=1)] | None = None
-    """Labelled images a step for which `lr` was chosen: `lr` is multiplied by (those of this run) / (this number), the
-    linear scaling rule. null = `lr` as it stands, whatever the batch."""
+    """Labelled images per step for which `optim.lr` was chosen. The rate is multiplied by (labelled images per step of
+    this run) / (this number), the linear scaling rule. null = the rate is not scaled."""
     head_lr_multiplier: Positive = 1.0
-    """Factor on it for the head and the context decoder."""
+    """Factor on `optim.lr` for the head and the context decoder."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """ViT: every block learns at this factor of the rate of the next deeper one (BEiT: 0.65 to 0.9); 1 = all alike."""
+    """ViT only: each block's rate is this factor times the rate of the block after it (BEiT: 0.65 to 0.9). 1 = the same
+    rate everywhere."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's weight decay."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)
+    """AdamW's β₁ and β₂."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of linear rise to the peak learning rate."""
+    """Steps over which the learning rate rises linearly to its peak."""
     schedule: Literal["poly", "cosine", "constant"] = "poly"
-    """Fall to zero at the last step."""
+    """How the learning rate falls to zero at the last step; constant = it does not fall."""
     poly_power: Positive = 0.9
+    """Exponent of the schedule `poly`."""
     clip_norm: Positive | None = None
-    """Largest norm of the whole gradient; null = never clipped."""
+    """Largest norm of the whole gradient; a larger gradient is scaled down to it. null = never clipped."""
 
 
 class EngineRecipe(Section):
     """How the step runs on the hardware."""
 
     library: Literal["deepspeed", "accelerate"] = "deepspeed"
-    """deepspeed: ZeRO on any number of ranks. accelerate: one process or plain data parallelism (zero_stage 0)."""
+    """deepspeed: ZeRO on any number of ranks. accelerate: one process or plain data parallelism, with
+    `engine.zero_stage` 0."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO stage."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "autocast-bf16"] = "fp32"
-    """bf16, fp16: such weights with fp32 masters. autocast-bf16: fp32 weights, bf16 arithmetic. auto: the fastest of
-    fp32, bf16 and autocast-bf16 that is right for this model on this machine."""
+    """bf16, fp16: weights of that type with fp32 master weights. autocast-bf16: fp32 weights, bf16 arithmetic. auto:
+    the fastest of fp32, bf16 and autocast-bf16 that is right for this model on this machine."""
     micro_batch: Annotated[int, Field(ge=1)] = 2
-    """Labelled images a rank in one forward and backward."""
+    """Labelled images of each rank in one forward and backward pass."""
     accumulation: Annotated[int, Field(ge=1)] = 1
-    """Micro-batches a rank in one step."""
+    """Micro-batches of each rank in one optimizer step."""
     offload_optimizer: bool = False
-    """Keep optimizer state and fp32 masters in host memory and take the step there (ZeRO-1 to 3)."""
+    """Keep optimizer state and fp32 master weights in host memory and run the optimizer step there (ZeRO-1 to 3)."""
     offload_parameters: bool = False
-    """Keep the shards of the weights in host memory, too (ZeRO-3)."""
+    """Keep the shards of the weights in host memory too (ZeRO-3)."""
     activation_checkpointing: bool = False
-    """Run the backbone's blocks again in backward instead of keeping what they computed: the same gradients, less
-    memory, one more forward pass of the blocks."""
+    """Compute the backbone's blocks a second time in the backward pass instead of keeping their activations: the same
+    gradients, less memory, one more forward pass of the blocks."""
     compile: bool = False
-    """torch.compile the blocks of a ViT, the student's and the teacher's (ZeRO-0 to 2)."""
+    """Compile the blocks of a ViT with torch.compile, those of student and teacher (ZeRO-0 to 2)."""
     deepspeed_json: str | None = None
-    """File with further DeepSpeed settings: ZeRO++, buckets, communication. What the recipe says too must agree."""
+    """JSON file with further DeepSpeed settings: ZeRO++, buckets, communication. Settings that the recipe has too must
+    agree with it."""
     collective_timeout_s: Annotated[int, Field(ge=1)] = 1800
-    """Seconds that a rank waits for the others in one collective before the job ends with an error."""
+    """Seconds that a rank waits for the other ranks in one collective before the job ends with an error."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads a rank; null = cores shared out among the ranks of a machine."""
+    """CPU threads of each rank; null = the cores of the machine divided by its ranks."""
 
 
 class EvaluationRecipe(Section):
     """Sliding-window evaluation at the label's own resolution."""
 
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    """Smallest share by which neighbouring windows (of data.crop_px) overlap."""
+    """Smallest share by which neighbouring windows overlap; a window has the size `data.crop_px`."""
     window_batch: Annotated[int, Field(ge=1)] = 8
-    """Windows in one forward."""
+    """Windows in one forward pass."""
     pictures: Annotated[int, Field(ge=0)] = 4
     """Held-out samples whose predictions are kept for the report."""
 
@@ -266,23 +286,24 @@ class RunRecipe(Section):
     dir: str
     """Run directory."""
     steps: Annotated[int, Field(ge=0)] = 0
-    """Optimiser steps; 0 = as many as `epochs` need."""
+    """Number of optimizer steps; 0 = as many as `run.epochs` needs."""
     epochs: Positive | None = None
-    """Instead of steps: how many samples are read, as a multiple of all unlabelled ones (in a supervised run: labelled
-    ones). Of several sources each has its share by weight, not by size."""
+    """Length of the run instead of `run.steps`: how often all unlabelled samples are read (in a supervised run: all
+    labelled samples). Several sources share these reads by their weights, not by their sizes."""
     last_batch: Literal["drop", "pad"] = "pad"
-    """With `epochs`, where the samples do not fill the last step: drop = leave them out, pad = fill it from the next
-    epoch."""
+    """With `run.epochs`, when the samples do not fill the last step. drop: leave them out. pad: fill the step from the
+    next epoch."""
     seed: int = 0
-    """Everything random but the labelled draw follows from it."""
+    """Seed of everything random except the draw of labelled samples (`data.split_seed`)."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 1000
-    """Steps between checkpoints; 0 = at the end only."""
+    """Steps between checkpoints; 0 = only at the end."""
     evaluate_every: Annotated[int, Field(ge=0)] = 1000
-    """Steps between evaluations on `dev`; 0 = at the end only."""
+    """Steps between evaluations on the split `dev`; 0 = only at the end."""
     log_every: Annotated[int, Field(ge=1)] = 10
-    """Steps between lines of progress; metrics wait on the device until then."""
+    """Steps between lines of progress; metrics stay on the device until then."""
     max_nonfinite_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps with a non-finite loss that are left out before the run stops (above 0: one device sync a step)."""
+    """Number of steps with a non-finite loss that are left out before the run stops. Above 0 it costs one device
+    synchronisation per step."""
 
 
 class Recipe(Section):

@@ -1,7 +1,7 @@
 """What is refused together: combinations of keys of which each is valid, but which train wrongly or not at all.
 
 Each rule is one row: a condition, and a message that names the keys, the reason and the remedy. Rules that need the
-model or the machine are elsewhere: `training/preflight.py`, `engine/setup.py`.
+model or the machine are elsewhere: `training/preflight.py`, `engine/precision.py`.
 """
 
 from __future__ import annotations

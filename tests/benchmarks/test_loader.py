@@ -13,16 +13,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 _WITHOUT_PEERS = "; ".join(
-    ["import benchmarks._loader_worker as w", "w._versions = lambda *names: dict.fromkeys(names)", "w.main()"]
+    ["import benchmarks.loader.worker as w", "w._versions = lambda *names: dict.fromkeys(names)", "w.main()"]
 )
 
 
 @pytest.fixture
 def loader(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import loader
+    from benchmarks.loader import __main__
 
-    return loader
+    return __main__
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_the_whole_run_but_for_the_peers(loader, tmp_path, capsys):
 
 
 def test_every_loader_makes_the_same_batches_of_the_same_images(loader, task):
-    from benchmarks import _loader_variants as variants
+    from benchmarks.loader import variants
 
     for name in ("bare", "ours", "webdataset"):
         images, valid = _first(variants.VARIANTS[name](task))
@@ -93,7 +93,7 @@ def _first(loader):
 @pytest.mark.parametrize(("name", "library"), [("litdata", "litdata"), ("streaming", "streaming")])
 def test_a_peer_where_it_is_installed(loader, task, name, library):
     pytest.importorskip(library)
-    from benchmarks import _loader_variants as variants
+    from benchmarks.loader import variants
 
     variants.write_peer(name, task.shards, task.peers)
     images, _ = _first(variants.VARIANTS[name](task))
@@ -101,7 +101,7 @@ def test_a_peer_where_it_is_installed(loader, task, name, library):
 
 
 def test_cpu_time_of_loader_processes_is_counted(loader):
-    from benchmarks._loader_worker import cpu_seconds
+    from benchmarks.loader.worker import cpu_seconds
 
     before = cpu_seconds()
     burning = iter(torch.utils.data.DataLoader(range(3), num_workers=1, collate_fn=_burn, batch_size=1))
@@ -119,9 +119,11 @@ def _burn(_):
 
 
 def test_the_slope_of_a_line(loader):
+    from benchmarks.loader.report import slope
+
     rows = [{"samples": n * 1000, "pss_mb": 500 + (100 - n if n < 50 else n / 10)} for n in range(100)]
-    assert loader.slope(rows)[0] == pytest.approx(1)
-    assert loader.slope(rows)[1] == pytest.approx(0, abs=1e-6)
+    assert slope(rows)[0] == pytest.approx(1)
+    assert slope(rows)[1] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_server_answers_ranges(loader, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ Main = Callable[[Sequence[str]], int]
 def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Main]:
     """The command in this process: importing torch and timm anew costs more than the run."""
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import masked_vs_full
+    from benchmarks.masked_vs_full.__main__ import main
 
     threads = torch.get_num_threads()
-    yield masked_vs_full.main
+    yield main
     torch.set_num_threads(threads)
 
 
@@ -126,7 +125,7 @@ def test_the_gpu_preset_on_a_cpu(main: Main, backbone: str, tmp_path: Path) -> N
 
 def test_presets_own_sizes_are_rounded_to_whole_units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.masked_vs_full import parse, prepare
+    from benchmarks.masked_vs_full.__main__ import parse, prepare
 
     options = ["--out", str(tmp_path / "x.json"), "--preset", "gpu", "--device", "cpu"]
     giant = ["--backbone", "timm/vit_giant_patch14_dinov2"]
@@ -141,7 +140,7 @@ def test_formula_and_dispatched_count_agree(monkeypatch: pytest.MonkeyPatch, bac
     """What is counted is what each mode needs, and our code computes no product more, masked or not."""
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.harness import count_gmacs
-    from benchmarks.masked_vs_full import Case, Variant, make_pass
+    from benchmarks.masked_vs_full.cases import Case, Variant, make_pass
     from maskmatch_scale.models.units import sample_visible
 
     for name in (backbone, "timm/vit_tiny_patch16_224"):
@@ -155,71 +154,6 @@ def test_formula_and_dispatched_count_agree(monkeypatch: pytest.MonkeyPatch, bac
                 run = make_pass(variant.encoder(segmenter, library), images, segmenter, kind)
                 needed = variant.gmacs(segmenter, 128, kind)
                 assert count_gmacs(run) == pytest.approx(needed, rel=1e-9), (name, mode, kind)
-
-
-def test_both_clocks_and_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.harness import time_interleaved
-
-    calls: list[str] = []
-    variants = {name: lambda name=name: calls.append(name) or time.sleep(0.01) for name in "ab"}
-    timings = time_interleaved(variants, 2, torch.device("cpu"))
-    assert (calls.count("a"), calls.count("b")) == (3, 3)
-    for timing in timings.values():
-        assert len(timing.seconds) == len(timing.wall) == 2
-        assert timing.wall_minimum >= 0.01 > timing.minimum  # asleep: time passes, but none of the process's own
-    calls.clear()
-    time_interleaved(variants, 2, torch.device("cpu"), warmed_up=True)
-    assert len(calls) == 4
-
-
-def test_share_of_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.harness import gather_share
-
-    rows, index = torch.randn(4096, 64), torch.randint(4096, (40_000,))
-    cpu = torch.device("cpu")
-    mostly, none = gather_share(lambda: rows.index_select(0, index), cpu), gather_share(lambda: rows @ rows.T, cpu)
-    assert mostly is not None
-    assert mostly > 0.5
-    assert none == 0
-
-
-def test_peak_of_a_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.harness import _peak_by_name, peak_tflops
-
-    for name, half in {
-        "NVIDIA A100-SXM4-80GB": 312,
-        "NVIDIA H100 80GB HBM3": 989,
-        "NVIDIA H100 PCIe": 756,
-        "NVIDIA H200": 989,
-        "NVIDIA L40S": 362,
-        "NVIDIA L4": 121,
-        "NVIDIA A10G": None,
-        "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
-    }.items():
-        assert _peak_by_name(name, torch.bfloat16) == half, name
-    assert _peak_by_name("NVIDIA L4", torch.float32) == 60
-    assert peak_tflops(torch.device("cpu"), torch.float32) is None
-
-
-def test_counts_a_grouped_convolution_and_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.harness import count_gmacs, peak_mb
-
-    images = torch.zeros(2, 8, 10, 10, requires_grad=True)
-    conv = torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)
-    macs = 2 * 8 * 100 * 9
-    assert count_gmacs(lambda: conv(images)) * 1e9 == pytest.approx(macs)
-    assert count_gmacs(lambda: conv(images).sum().backward()) * 1e9 == pytest.approx(3 * macs)
-
-    def two_then_one() -> torch.Tensor:
-        first, second = torch.zeros(250_000), torch.zeros(250_000)
-        return first + second.shape[0]  # a third, while both are alive
-
-    held = [torch.zeros(500_000)]
-    assert peak_mb(two_then_one, held, torch.device("cpu")) == pytest.approx(5, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 @pytest.fixture
 def main(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
-    from benchmarks.train_step import main
+    from benchmarks.train_step.__main__ import main
 
     return main
 

@@ -1,4 +1,4 @@
-"""Bytes on a rank: tensors that are alive, what ZeRO's formulas say of them, and what collectives are handed."""
+"""Bytes on a rank: of the tensors that are alive, by ZeRO's formulas, and of what collectives transfer."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.engine_overhead_variants import Variant
+from benchmarks.engine_overhead.variants import Variant
 
 GRADIENTS = "all gradients there"
-"""Backward is over, DeepSpeed has not reduced what it reduces after it: the moment that ZeRO's formulas speak of."""
+"""Backward is over and DeepSpeed has reduced nothing of what it reduces after it: the moment of ZeRO's formulas."""
 BEFORE_STEP = "before the optimizer's step"
-"""`backward` has returned: what is not this rank's has been freed."""
+"""`backward` has returned: gradients that are not this rank's have been freed."""
 
 
 Storages = dict[tuple[str, int], torch.UntypedStorage]
-"""By (device, address). Holds them: an address is not given away while it is known here."""
+"""Storages by (device, address). They are kept alive here, so that no address is used again."""
 
 
 def storages() -> Storages:
     """Every distinct storage that a tensor in Python reaches.
 
-    What autograd's graph alone holds (activations) is not among them; a parameter's gradient is.
+    Storages that only autograd's graph holds (activations) are not among them; gradients of parameters are.
     """
     gc.collect()
     found: Storages = {}
     for thing in gc.get_objects():
-        if not issubclass(type(thing), Tensor):  # isinstance() would ask proxies, which answer for others
+        if not issubclass(
+            type(thing), Tensor
+        ):  # isinstance() would be answered by proxies for the objects they stand for
             continue
         gradient = thing.grad if thing.is_leaf else None
         for tensor in (thing, gradient):
@@ -40,7 +42,7 @@ def storages() -> Storages:
 
 
 def work_space(deepspeed_engine: Any) -> Storages:
-    """DeepSpeed's buckets, whose size is a setting: through them gradients go to the other ranks."""
+    """DeepSpeed's buckets, in which gradients are sent to other ranks; their size is a setting."""
     found: Storages = {}
     for bucket in getattr(deepspeed_engine.optimizer, "ipg_buckets", {}).values():
         buffers = bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]
@@ -51,7 +53,7 @@ def work_space(deepspeed_engine: Any) -> Storages:
 
 
 def nbytes_beside(now: Storages, known: Storages) -> int:
-    """Bytes of what is in ``now`` and not ``known``."""
+    """Bytes of the storages that are in ``now`` and not in ``known``."""
     return sum(storage.nbytes() for key, storage in now.items() if key not in known)
 
 
@@ -92,10 +94,10 @@ def formula_text(whole: dict[str, int], divided: dict[str, int]) -> str:
 
 
 class CollectiveBytes(TorchDispatchMode):
-    """Counts collectives where torch dispatches them, whoever calls: `bytes` and `calls`.
+    """Counts all collectives that torch dispatches: their `bytes` and `calls`.
 
-    The bytes of a collective are those of the larger side, what a rank hands over or what it gets: an all-gather
-    counts the gathered whole. A barrier counts as a call, without bytes.
+    The bytes of a collective are those of the larger side, what a rank sends or what it receives: an all-gather
+    counts the whole result. A barrier counts as a call, without bytes.
     """
 
     def __init__(self) -> None:
@@ -104,7 +106,7 @@ class CollectiveBytes(TorchDispatchMode):
         self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let it pass, and count it if it is one of c10d's."""
+        """Run the operator, and count it if it is one of c10d's."""
         if func.namespace in ("c10d", "_c10d_functional"):
             self.calls += 1
             if "barrier" not in str(func):

@@ -1,26 +1,24 @@
-"""What is measured of the package's stream alone: memory over a long run, continuing, the state, large indexes."""
+"""What is measured of the package's stream alone: memory over a long run, resuming, the state, large indexes."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks._loader_variants import Task
+from benchmarks.loader.simulated import simulated_index
+from benchmarks.loader.task import SAMPLES_PER_SHARD, Task
 from maskmatch_scale.data.batches.loading import batches
 from maskmatch_scale.data.batches.stream import TrainingStream
-from maskmatch_scale.data.shards.index import ShardEntry, ShardIndex, ShardTable
+from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.recipe import Recipe, parse_recipe
 
-SAMPLES_PER_SHARD = 250
 _SEED = 1
 
 
@@ -50,13 +48,13 @@ def make_stream(task: Task, world_size: int = 1, index: ShardIndex | None = None
 
 
 def _pss_mb() -> float:
-    """Of this process and its loader processes; what they share counts once."""
+    """Memory of this process and its loader processes (PSS); shared pages count once."""
     here = psutil.Process()
     return sum(process.memory_full_info().pss for process in (here, *here.children(recursive=True))) / 1e6
 
 
 def memory(task: Task, samples: int, points: int) -> list[dict[str, Any]]:
-    """Memory while a consumer takes so many samples, looked at so many times."""
+    """Memory while a consumer takes ``samples`` samples, measured ``points`` times."""
     steps = samples // task.batch
     every = max(1, steps // points)
     rows = []
@@ -67,7 +65,7 @@ def memory(task: Task, samples: int, points: int) -> list[dict[str, Any]]:
 
 
 def resume(task: Task, step: int, repeats: int) -> dict[str, Any]:
-    """Seconds from nothing to the first batch after ``step`` steps, and those of one shard's plain download."""
+    """Seconds from the start to the first batch after ``step`` steps, and of the plain download of one shard."""
     state = json.loads(json.dumps(make_stream(task).state(step)))
     seconds, plain = [], []
     for _ in range(repeats):
@@ -89,14 +87,14 @@ def resume(task: Task, step: int, repeats: int) -> dict[str, Any]:
 
 
 def state_bytes(task: Task, shards: int, ranks: int, changes: int) -> list[dict[str, Any]]:
-    """Bytes of the state of a job whose number of ranks changes in mid-epoch, again and again."""
-    index = ShardIndex.parse(b"".join(_simulated(shards, "{:08d}.tar")), "simulated")
+    """Bytes of the state of a job whose number of ranks changes ``changes`` times within an epoch."""
+    index = ShardIndex.parse(b"".join(simulated_index(shards, "{:08d}.tar")), "simulated")
     local = replace(task, root="simulated", batch=1)
     fewer = ranks * 3 // 4
     stream, step = make_stream(local, ranks, index), 0
     rows = [{"shards": shards, "ranks": ranks, "changes": 0, "bytes": len(json.dumps(stream.state(0)))}]
     for change in range(1, changes + 1):
-        # A tenth of the epoch later, and not on any round number: every lane has something left.
+        # A tenth of the epoch later, and not at a round number, so that every lane has samples left.
         step += shards * SAMPLES_PER_SHARD // 10 // ranks + 7
         state = stream.state(step)
         stream = make_stream(local, fewer if change % 2 else ranks, index)
@@ -107,7 +105,7 @@ def state_bytes(task: Task, shards: int, ranks: int, changes: int) -> list[dict[
 
 
 def index(task: Task, path: str) -> dict[str, Any]:
-    """Seconds and memory of reading a large index, and of the first epoch's order. In a fresh process."""
+    """Seconds and memory of reading a large index and of computing the first epoch's order, in a fresh process."""
     before, begin = _peak_mb(), time.perf_counter()
     loaded = ShardIndex.load(path)
     load_s = time.perf_counter() - begin
@@ -136,27 +134,7 @@ def index(task: Task, path: str) -> dict[str, Any]:
 
 
 def _peak_mb() -> float:
-    """Most resident memory that this process ever had."""
+    """Largest resident memory of this process so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
     return int(peak) * 1024 / 1e6
-
-
-def write_simulated_index(path: Path, shards: int, table: ShardTable | None = None) -> None:
-    """An index of so many shards; they are those of ``table`` over and over, or none that exist."""
-    with path.open("wb") as out:
-        out.writelines(_simulated(shards, "unlabelled-{:08d}.tar", table or ()))
-
-
-def _simulated(shards: int, name: str, table: Sequence[ShardEntry] = ()) -> Iterator[bytes]:
-    yield b'{"format": 1, "source": "simulated", "streams": {"unlabelled": {"labelled": false, "shards": [\n'
-    real = [(entry.file, entry.samples, entry.bytes) for entry in table]
-    for number in range(shards):
-        digest = hashlib.sha256(b"%d" % number).hexdigest()
-        file, samples, size = (name.format(number), SAMPLES_PER_SHARD, 25_000_000)
-        if real:
-            file, samples, size = real[number % len(real)]
-        end = "" if number == shards - 1 else ","
-        entry = f'{{"file": "{file}", "samples": {samples}, "bytes": {size}, "sha256": "{digest}"}}{end}\n'
-        yield entry.encode()
-    yield b"]}}}\n"

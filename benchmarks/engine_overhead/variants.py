@@ -26,8 +26,8 @@ LR = 1e-4
 class Variant:
     """One way to take the step.
 
-    `ddp` is what a user of plain torch writes; `alone` is that without a word between the ranks, the control of the
-    check that all variants do the same work; `deepspeed` is our ZeroEngine.
+    `ddp` is what a user of plain torch writes. `alone` is the same without communication between ranks: the control of
+    the check that all variants do the same work. `deepspeed` is our ZeroEngine.
     """
 
     library: str
@@ -36,7 +36,7 @@ class Variant:
     persistence: int | None = None
     """stage3_param_persistence_threshold, elements; None: DeepSpeed's default (1e5)."""
     fused: bool = False
-    """DDP with torch's fused AdamW; all others take torch's AdamW as it comes."""
+    """DDP with torch's fused AdamW; all others use the implementation that torch chooses."""
 
     @property
     def name(self) -> str:
@@ -47,12 +47,12 @@ class Variant:
 
     @property
     def baseline(self) -> Variant:
-        """DDP in the same arithmetic; DDP has no bf16 weights with fp32 masters, so bf16 is held against autocast."""
+        """DDP in the same arithmetic. DDP has no bf16 weights with fp32 masters, so bf16 is compared with autocast."""
         return Variant("ddp", "fp32" if self.precision == "fp32" else "autocast-bf16")
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Which row of a table this is."""
+        """The columns that identify the variant in a table."""
         return {
             "variant": self.name,
             "library": self.library,
@@ -73,11 +73,11 @@ BF16 = (
     *(Variant("deepspeed", "bf16", stage) for stage in (1, 2, 3)),
     *(Variant("deepspeed", "autocast-bf16", stage) for stage in range(4)),
 )
-"""bf16 before autocast-bf16: DeepSpeed's autocast marks the process, and optimizers built after it look at the mark."""
+"""bf16 comes before autocast-bf16: DeepSpeed's autocast sets a flag in the process that later optimizers read."""
 
 
 class Supervised(nn.Module):
-    """The labelled view alone: what every variant wraps."""
+    """The labelled view and its loss: the module that every variant wraps."""
 
     def __init__(self, segmenter: Segmenter) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class DdpTrainer:
         self._dtype = autocast_dtype(recipe)
         groups = parameter_groups(segmenter, recipe.optim)
         lr = base_lr(recipe, runtime.world_size)
-        # None, not False: then torch chooses as it does for everyone who leaves the argument out.
+        # None, not False: then torch chooses as if the argument were left out.
         self._optimizer = torch.optim.AdamW(groups, lr=lr, betas=recipe.optim.betas, fused=variant.fused or None)
 
     def backward(self, images: Tensor, labels: Tensor) -> None:
@@ -144,7 +144,7 @@ class DdpTrainer:
 
 
 class ZeroTrainer:
-    """Our engine, as `train.py` drives it."""
+    """Our engine, called as the training loop calls it."""
 
     def __init__(self, segmenter: Segmenter, recipe: Recipe, runtime: Runtime) -> None:
         self.student = segmenter
@@ -152,7 +152,7 @@ class ZeroTrainer:
 
     @property
     def deepspeed(self) -> Any:
-        """DeepSpeed's own engine, to look into."""
+        """DeepSpeed's own engine, whose buffers are looked at."""
         return self.engine._engine
 
     def backward(self, images: Tensor, labels: Tensor) -> None:
@@ -170,14 +170,14 @@ class ZeroTrainer:
 
 
 def build_trainer(variant: Variant, segmenter: Segmenter, recipe: Recipe, runtime: Runtime) -> Trainer:
-    """The variant around ``segmenter``, which it takes over."""
+    """The variant around ``segmenter``, which belongs to it from then on."""
     if variant.library == "deepspeed":
         return ZeroTrainer(segmenter, recipe, runtime)
     return DdpTrainer(segmenter, recipe, runtime, variant)
 
 
 def build_student(options: dict[str, Any], backbone: str, device: torch.device) -> Segmenter:
-    """The same random weights at every call and on every rank; no context decoder, for no view is masked."""
+    """A segmenter with the same random weights at every call and on every rank, without context decoder."""
     torch.manual_seed(0)
     segmenter = build_segmenter(
         backbone,
@@ -196,7 +196,7 @@ def build_recipe(variant: Variant, options: dict[str, Any], folder: Path, more: 
     Args:
         variant: stage, precision and persistence threshold.
         options: of the benchmark; `batch` images a rank.
-        folder: of this rank alone; the file with further settings of DeepSpeed is put there.
+        folder: of this rank alone, for the file with further DeepSpeed settings.
         more: further keys of DeepSpeed's `zero_optimization`.
     """
     zero = dict(more or {})
@@ -220,7 +220,7 @@ def build_recipe(variant: Variant, options: dict[str, Any], folder: Path, more: 
 
 
 def build_batch(options: dict[str, Any], runtime: Runtime, images: int) -> tuple[Tensor, Tensor]:
-    """Noise, another on every rank: fp32 images (B, 3, H, W) and int64 labels (B, H, W)."""
+    """Noise that differs on every rank: fp32 images (B, 3, H, W) and int64 labels (B, H, W)."""
     draw = torch.Generator().manual_seed(1000 + runtime.rank)
     side = options["image_size"]
     pixels = torch.randn(images, 3, side, side, generator=draw)

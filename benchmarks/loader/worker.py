@@ -1,4 +1,4 @@
-"""A process of the benchmark of the loader: it measures what its standard input asks for, a line of JSON each.
+"""A process that measures loaders: each line of its standard input is a request in JSON, answered by a line.
 
 Runs under this interpreter, or under the one of an environment that has litdata and mosaicml-streaming.
 """
@@ -19,11 +19,12 @@ from typing import Any, TextIO
 import psutil
 import torch
 
-from benchmarks._loader_variants import VARIANTS, Task, write_peer
+from benchmarks.loader.task import Task
+from benchmarks.loader.variants import VARIANTS, write_peer
 
 
 def cpu_seconds() -> float:
-    """Of this process, those that it has ended, and those that it has now (these to 10 ms each)."""
+    """CPU seconds of this process, of children that have ended, and of those that run (these to 10 ms each)."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     total = time.process_time() + ended.ru_utime + ended.ru_stime
     for process in psutil.Process().children(recursive=True):
@@ -39,7 +40,7 @@ def measure(variant: str, task: Task, warm: int, count: int, paced: int, step_s:
     Args:
         variant: one of `VARIANTS`.
         task: what it does.
-        warm: batches before those that count; with 0 the loader's start counts.
+        warm: batches before those that count; with 0 the start of the loader counts too.
         count: batches that count.
         paced: batches of the second part.
         step_s: seconds that the consumer sleeps after each of these.
@@ -90,7 +91,7 @@ def _versions(*names: str) -> dict[str, str | None]:
 
 
 def answer(request: dict[str, Any]) -> Any:
-    """What a request is answered with."""
+    """The result of a request."""
     what, given = request.pop("what"), request.pop("task", None)
     if what == "versions":
         return _versions(*request["names"])
@@ -99,20 +100,20 @@ def answer(request: dict[str, Any]) -> Any:
     task = Task(**{**given, "shards": tuple(given["shards"])})
     if what == "measure":
         return measure(task=task, **request)
-    from benchmarks import _loader_stream
+    from benchmarks.loader import stream
 
-    return getattr(_loader_stream, what)(task, **request)
+    return getattr(stream, what)(task, **request)
 
 
 def main() -> None:
-    """Answer until there is no more to answer. What libraries print goes to standard error."""
+    """Answer requests until standard input ends. What libraries print goes to standard error."""
     answers: TextIO = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(1)
     for line in sys.stdin:
         try:
             result = {"result": answer(json.loads(line))}
-        except Exception as error:  # told to the one who asked
+        except Exception as error:  # reported to the process that asked
             result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]}
         answers.write(json.dumps(result) + "\n")
         answers.flush()

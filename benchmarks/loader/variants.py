@@ -1,6 +1,6 @@
 """The loaders that are compared. Each reads the same JPEGs and makes the same views of them, batch by batch.
 
-What a loader needs is imported when it is asked for: litdata and mosaicml-streaming run in an environment that has
+What a loader needs is imported only when it is used: litdata and mosaicml-streaming run in an environment that has
 neither webdataset nor the rest of the package's dependencies.
 """
 
@@ -11,7 +11,6 @@ import random
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,32 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.loader.task import PREFETCH, Task
 from maskmatch_scale.data.batches.augment import WeakView
 from maskmatch_scale.data.images.decode import decode_image
 from maskmatch_scale.seeds import generator
-
-PREFETCH = 2
-"""Batches that a loader process makes ahead, in every variant: what `batches` of the package takes."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every loader does."""
-
-    root: str
-    """Shard folder or its URL."""
-    shards: tuple[str, ...]
-    """Paths or URLs of the shards, for loaders that take a list."""
-    peers: str
-    """Folder with the same JPEGs in litdata's and mosaicml-streaming's formats."""
-    cache: str
-    """Folder for what ours fetches."""
-    batch: int
-    crop_px: int
-    window: int
-    workers: int
-    cold: bool = False
-    """Whether the cache is emptied first."""
 
 
 @lru_cache(maxsize=8)
@@ -54,9 +31,9 @@ def _view(crop_px: int) -> WeakView:
 
 
 def prepare(data: bytes, crop_px: int, *what: str | int) -> tuple[Tensor, Tensor]:
-    """One sample's JPEG to its weak view and which of it is no padding: the package's own decoder and augmentation.
+    """The weak view of one JPEG and the mask of its valid pixels, by the package's own decoder and augmentation.
 
-    Decoded without the copy to planes: the view cuts a piece out, and is the same.
+    It is decoded without the copy to planes: the view cuts a piece out and is the same either way.
     """
     image = decode_image(data, "sample", contiguous=False)
     view, _, valid = _view(crop_px)(image, None, generator(0, "benchmark", *what))
@@ -86,10 +63,10 @@ def read_shard(path: str) -> Iterator[tuple[str, bytes]]:
 
 
 def bare(task: Task) -> Iterator[Any]:
-    """Encoded bytes that lie in memory, decoded and augmented and nothing else.
+    """JPEGs in memory, decoded and augmented and nothing else.
 
-    With ``workers``, so many processes do it side by side, as they would in a loader, and keep what they make: cores
-    that are busy together are slower than one alone, and no loader can change that.
+    With ``workers``, so many processes do it at the same time, as in a loader, but hand nothing over. Cores that are
+    busy at the same time are slower than one alone, and no loader can change that.
     """
     if task.workers == 0:
         yield from _bare(task, 0)
@@ -131,7 +108,7 @@ def _bare(task: Task, number: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def ours(task: Task) -> Iterator[Any]:
     """The package's stream, unlabelled images alone."""
-    from benchmarks._loader_stream import make_stream
+    from benchmarks.loader.stream import make_stream
     from maskmatch_scale.data.batches.loading import batches
 
     if task.cold:
@@ -144,7 +121,7 @@ def _keyed(sample: tuple[str, bytes], crop_px: int) -> tuple[Tensor, Tensor]:
 
 
 def webdataset(task: Task) -> Iterable[Any]:
-    """Plain webdataset: shards drawn anew for ever, a shuffle buffer as large as our window."""
+    """Plain webdataset: shards drawn with replacement without end, a shuffle buffer as large as our window."""
     import webdataset as wds
 
     pipeline = (
@@ -197,7 +174,7 @@ def _mosaic_dataset(folder: str, batch: int, crop_px: int) -> Any:
 
 def streaming(task: Task) -> Iterable[Any]:
     """mosaicml-streaming's StreamingDataset in torch's DataLoader over its own shards of raw bytes."""
-    # It holds shared memory under a name made from its folder: one for all rounds.
+    # It holds shared memory under a name made from its folder, so one dataset serves all rounds.
     return _loaded(DataLoader, _mosaic_dataset(str(Path(task.peers) / "mds"), task.batch, task.crop_px), task)
 
 

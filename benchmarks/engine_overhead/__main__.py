@@ -1,7 +1,4 @@
-"""What the engine costs: a step at every ZeRO stage against torch's DDP, the teacher's average, bytes of model states.
-
-python -m benchmarks.engine_overhead --out benchmarks/results/engine_overhead.json
-"""
+"""The command line: ``python -m benchmarks.engine_overhead --out FILE.json``; starts the workers."""
 
 from __future__ import annotations
 
@@ -18,41 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
-from benchmarks.harness import ROOT, check_out, describe_machine, markdown, markdown_table, write_json
+from benchmarks.engine_overhead.report import draw, judge, page
+from benchmarks.harness import ROOT, check_out, describe_machine, write_json
 from maskmatch_scale.models import build_segmenter
 
+SOURCES = ("benchmarks/engine_overhead", "benchmarks/harness.py", "maskmatch_scale/engine", "maskmatch_scale/models")
 EXAMPLES = """examples:
   python -m benchmarks.engine_overhead --out benchmarks/results/engine_overhead.json
   python -m benchmarks.engine_overhead --out /tmp/large.json --memory-backbone timm/vit_base_patch16_224 --rounds 3
 """
-SOURCES = (
-    *(
-        "benchmarks/engine_overhead.py",
-        "benchmarks/engine_overhead_worker.py",
-        "benchmarks/engine_overhead_variants.py",
-    ),
-    *(
-        "benchmarks/engine_overhead_states.py",
-        "benchmarks/harness.py",
-        "maskmatch_scale/engine",
-        "maskmatch_scale/models",
-    ),
-)
-TARGETS = {1: 1.05, 2: 1.10, 3: 1.35}
-"""Largest ratio of a ZeRO stage's step to DDP's, by the least wall time over rounds of the slowest rank."""
-EMA_TARGET = 0.01
-"""Largest share of the supervised step that the teacher's update may take; at stage 3 it may not send a byte."""
-MEMORY_TARGET = 0.05
-"""Largest deviation of the measured bytes from the formula."""
-COLUMNS = ("variant", "step_s", "step_s_median", "ratio", "target", "met", "ratio_median", "cpu_ratio", "apart")
-TEACHER_COLUMNS = ("variant", "teacher", "ema_s", "ema_share", "met", "ema_bytes", "ema_collectives", "forward_bytes")
-MEMORY_COLUMNS = ("variant", "part", "moment", "formula", "formula_mb", "memory_mb", "deviation", "met", "buckets_mb")
 
 
 def launch(options: Mapping[str, Any], ranks: int) -> dict[str, list[dict[str, Any]]]:
-    """Run the worker on ``ranks`` ranks under the deepspeed launcher; its rows of steps, teachers and memory.
+    """Run the workers on ``ranks`` ranks under the deepspeed launcher; their rows of steps, teachers and memory.
 
     Raises:
         RuntimeError: a rank failed; its last lines.
@@ -71,7 +47,7 @@ def launch(options: Mapping[str, Any], ranks: int) -> dict[str, list[dict[str, A
             devices = [f"--num_accelerators={ranks}"]
             environment["DS_ACCELERATOR"] = "cpu"
         command = [commands / "deepspeed", *devices, "--no_local_rank", f"--master_port={_free_port()}"]
-        command += ["--module", "benchmarks.engine_overhead_worker", file]
+        command += ["--module", "benchmarks.engine_overhead.worker", file]
         done = subprocess.run(
             list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
@@ -86,48 +62,6 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def judge(found: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Add `target` and `met` to every row; None where there is no target."""
-    for row in found["rows"]:
-        target = TARGETS.get(row["zero_stage"])
-        row |= {"target": target, "met": None if target is None else row["ratio"] <= target}
-    for row in found["teachers"]:
-        silent = row["zero_stage"] != 3 or row["ema_bytes"] == 0
-        row |= {"target": EMA_TARGET, "met": row["ema_share"] <= EMA_TARGET and silent}
-    for row in found["memory"]:
-        row |= {"target": MEMORY_TARGET, "met": abs(row["deviation"]) <= MEMORY_TARGET}
-
-
-def draw(rows: Sequence[Mapping[str, Any]], memory: Sequence[Mapping[str, Any]]) -> Figure:
-    """Left: every variant's step as a multiple of DDP's, with its target; right: model states, measured and formula."""
-    figure = Figure((13, 5.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    names = [row["variant"].removeprefix("deepspeed ") for row in rows]
-    places = range(len(rows))
-    left.barh(places, [row["ratio"] for row in rows], color="#4477aa", height=0.7)
-    for place, row in zip(places, rows):
-        left.text(row["ratio"] + 0.01, place, f"{row['ratio']:.2f}", va="center", fontsize=8)
-        if row["target"] is not None:
-            left.plot([row["target"]] * 2, [place - 0.42, place + 0.42], color="#cc3311", linewidth=2)
-    left.set_yticks(places, names, fontsize=8)
-    left.invert_yaxis()
-    left.set_xlim(0.8, max(1.45, max(row["ratio"] for row in rows) + 0.1))
-    left.set_xlabel("wall time of a step as a multiple of DDP's (red: target)")
-    states = [row for row in memory if row["part"] == "student" and row["moment"] == "before the optimizer's step"]
-    places = range(len(states))
-    right.barh(
-        [p - 0.2 for p in places], [r["formula_mb"] for r in states], height=0.38, label="formula", color="#bbbbbb"
-    )
-    right.barh(
-        [p + 0.2 for p in places], [r["memory_mb"] for r in states], height=0.38, label="measured", color="#4477aa"
-    )
-    right.set_yticks(places, [f"{r['variant'].removeprefix('deepspeed ')}\n{r['formula']}" for r in states], fontsize=7)
-    right.invert_yaxis()
-    right.set_xlabel("model states on a rank without the teacher, 10⁶ bytes")
-    right.legend(frameon=False)
-    return figure
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -173,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if ranks < 2 or (device.type == "cuda" and ranks > torch.cuda.device_count()):
             raise ValueError(f"--ranks: {ranks}; it must be at least 2, and on GPUs there must be as many")
         check_out(options.out)
-        for backbone in (options.backbone, options.memory_backbone):  # found now, not under the launcher
+        for backbone in (options.backbone, options.memory_backbone):  # mistakes are found now, not under the launcher
             with torch.device("meta"):
                 segmenter = build_segmenter(
                     backbone, options.classes, head="linear", backbone_options=options.backbone_options
@@ -196,10 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     judge(found)
     rows, teachers, memory = found["rows"], found["teachers"], found["memory"]
     write_json(options.out, machine, rows, teachers=teachers, memory=memory)
-    page = markdown("engine_overhead", machine, rows, COLUMNS)
-    page += "\n## The teacher's average\n\n" + markdown_table(teachers, TEACHER_COLUMNS)
-    page += "\n## Model states on a rank\n\n" + markdown_table(memory, MEMORY_COLUMNS)
-    options.out.with_suffix(".md").write_text(page, encoding="utf-8")
+    options.out.with_suffix(".md").write_text(page(machine, found), encoding="utf-8")
     draw(rows, memory).savefig(options.out.with_suffix(".png"), dpi=110)
     print(f"wrote {options.out}, and .md and .png beside it")
     return 0

@@ -1,4 +1,4 @@
-"""One rank of engine_overhead, started by the deepspeed launcher: `--module benchmarks.engine_overhead_worker FILE`.
+"""One rank of engine_overhead, started by the deepspeed launcher: `--module benchmarks.engine_overhead.worker FILE`.
 
 FILE holds the options of the command line, `result` the file that rank 0 writes: timings, teachers and memory as rows.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from benchmarks.engine_overhead_states import (
+from benchmarks.engine_overhead.states import (
     BEFORE_STEP,
     GRADIENTS,
     CollectiveBytes,
@@ -29,7 +29,7 @@ from benchmarks.engine_overhead_states import (
     storages,
     work_space,
 )
-from benchmarks.engine_overhead_variants import (
+from benchmarks.engine_overhead.variants import (
     BF16,
     FP32,
     Trainer,
@@ -50,14 +50,14 @@ WARM_UP = 3
 TOLERANCE = {"fp32": 0.01, "autocast-bf16": 0.05, "bf16": 0.25}
 """Largest distance from DDP's weights after the warm-up, as a share of the distance that DDP's have moved.
 
-bf16 weights are held against DDP's fp32 weights under autocast. AdamW's first steps are near ±lr whatever the
-gradient's size, so that a weight whose gradient is mostly rounding goes its own way: hence the wide limit. The control
-says what it can still tell apart: ranks that do not talk must be twice as far away.
+bf16 weights are compared with DDP's fp32 weights under autocast. AdamW's first steps are near ±lr whatever the
+gradient's size, so a weight whose gradient is mostly rounding moves at random: hence the wide limit. A control shows
+that the check can still fail: ranks that do not communicate must be at least twice as far away.
 """
 DECAY = 0.996
 BUCKETS = 64
-"""While memory is measured DeepSpeed's buckets hold this part of the parameters. Their bytes are taken off
-(`buckets_mb`), and with them gradients that still wait there; the default of 5e8 elements would hold them all.
+"""While memory is measured, DeepSpeed's buckets hold 1/64 of the parameters. Their bytes are subtracted (`buckets_mb`),
+and so are gradients that still lie in them; the default of 5e8 elements would hold all gradients.
 """
 
 
@@ -101,7 +101,7 @@ class Bench:
         self.folder = folder
 
     def family(self, variants: Sequence[Variant]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Build all variants, hold their weights against DDP's, time them in turns; rows of steps and of teachers."""
+        """Build all variants, compare their weights with DDP's, time them in turns; rows of steps and of teachers."""
         batch = build_batch(self.options, self.runtime, self.options["batch"])
         built: dict[Variant, tuple[Trainer, StoredTeacher | None]] = {}
         apart: dict[Variant, float] = {}
@@ -125,7 +125,7 @@ class Bench:
         clock, order, done = Clock(self.runtime), random.Random(0), WARM_UP
         for round_ in range(self.options["rounds"] + 1):
             if round_ == 1:
-                clock.entries.clear()  # the first round is warm-up: the teachers' update has not run yet
+                clock.entries.clear()  # the first round is a warm-up for the teachers' update, which has not run before
             for variant in order.sample(list(built), len(built)):
                 trainer, teacher = built[variant]
                 clock.time(f"step {variant.name}", lambda: self._step(trainer, batch, done))  # noqa: B023
@@ -144,7 +144,7 @@ class Bench:
         return steps, teachers
 
     def _build(self, variant: Variant) -> tuple[Trainer, StoredTeacher | None]:
-        """A variant with a model of its own; under our engine with its teacher, copied before as in `train.py`."""
+        """A variant with a model of its own. Under our engine it has a teacher, a copy as in the training loop."""
         recipe = build_recipe(variant, self.options, self.folder)
         student = build_student(self.options, self.options["backbone"], self.runtime.device)
         trainer = build_trainer(variant, student, recipe, self.runtime)
@@ -158,7 +158,7 @@ class Bench:
         trainer.update(number)
 
     def _check(self, apart: dict[Variant, float]) -> None:
-        """Stop, on every rank, if a variant has done other work than DDP."""
+        """Stop on every rank if a variant has not done the same work as DDP."""
         shown = ", ".join(f"{variant.name}: {value:.2g}" for variant, value in apart.items())
         if self.runtime.rank == 0:
             print(f"apart from DDP after {WARM_UP} steps: {shown}", flush=True)
@@ -204,7 +204,7 @@ class Bench:
         times: dict[str, tuple[list[float], list[float]]],
         images: Tensor,
     ) -> dict[str, Any]:
-        """Time and bytes of an update; the bytes of a forward are the control of the counting."""
+        """Time and bytes of an update; the bytes of a forward show that the counting works."""
         with CollectiveBytes() as update:
             teacher.update(DECAY)
         with CollectiveBytes() as forward:
@@ -226,7 +226,7 @@ class Bench:
         }
 
     def memory(self, variant: Variant) -> list[dict[str, Any]]:
-        """What the model states of one variant take on this rank, against the formulas; rows of rank 0."""
+        """Bytes of the model states of one variant on this rank, and by the formulas; rows of rank 0."""
         options = self.options
         batch = build_batch(options, self.runtime, 1)
         before = storages()
@@ -301,7 +301,7 @@ def _against(parameters: int, size: int, predicted: float, text: str) -> dict[st
 
 
 def _before_call(thing: Any, method: str, look: Callable[[], None]) -> None:
-    """Look once, before the next call of a method of this one object."""
+    """Call ``look`` once, before the next call of a method of this one object."""
     plain = getattr(thing, method)
 
     def looked(*arguments: Any, **named: Any) -> Any:
@@ -334,8 +334,8 @@ def main(file: Path) -> None:
     families = [FP32, BF16] if options["bf16"] else [FP32]
     result: dict[str, list[dict[str, Any]]] = {"rows": [], "teachers": [], "memory": []}
     gc.collect()
-    gc.freeze()  # the libraries' own objects, of which there are many, need not be looked through each time
-    # Memory first: what the timed variants leave behind is then not in the way. Autocast marks the process: last.
+    gc.freeze()  # the many objects of the libraries need not be searched every time
+    # Memory first, before the timed variants leave anything behind. Autocast sets a flag in the process, so it is last.
     for family in families:
         for variant in family:
             if variant.precision != "autocast-bf16" and not variant.fused:

@@ -1,0 +1,174 @@
+"""One backbone with both steps, ours and the straightforward one, part by part."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.train_step.straightforward import Straightforward, up
+from maskmatch_scale.data.batches.stream import Batch
+from maskmatch_scale.method.bases import PseudoLabels
+from maskmatch_scale.method.maskmatch import MaskMatch, Step
+from maskmatch_scale.models import build_segmenter
+from maskmatch_scale.models.cost import encoder_macs, encoder_train_macs
+from maskmatch_scale.models.units import visible_count, zero_masked_pixels
+from maskmatch_scale.recipe import MaskRecipe, MethodRecipe
+
+SCALES = (0.5, 1.0, 1.5)
+
+
+@dataclass
+class Case:
+    """One backbone; both steps start from the same weights and see the same views."""
+
+    backbone: str
+    image_size: int
+    classes: int
+    images: int
+    keep: float
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        size = self.image_size
+        self.segmenter = build_segmenter(self.backbone, self.classes, image_size=size).to(self.device)
+        # Threshold 0: every pixel counts, whatever the confidence of random weights.
+        recipe = MethodRecipe(mask=MaskRecipe(keep=self.keep), scales=SCALES, threshold=0.0)
+        self.maskmatch = MaskMatch(self.segmenter, recipe, 0, 255).to(self.device).train()
+        self.teacher = copy.deepcopy(self.segmenter).eval().requires_grad_(False)
+        self.plain = Straightforward(self.segmenter, self.backbone, size).to(self.device).train()
+        self.plain_teacher = copy.deepcopy(self.plain).eval().requires_grad_(False)
+        draw = torch.Generator().manual_seed(0)
+        shape = (self.images, 3, size, size)
+        batch = Batch(
+            torch.randint(256, shape, dtype=torch.uint8, generator=draw),
+            torch.randint(self.classes, (self.images, size, size), generator=draw),
+            torch.randint(256, shape, dtype=torch.uint8, generator=draw),
+            torch.ones(self.images, size, size, dtype=torch.bool),
+            tuple(range(self.images)),
+        )
+        self.step: Step = self.maskmatch.prepare(batch.to(self.device))
+        self.scale = 1 / self.maskmatch.denominators(self.step).clamp(min=1)
+        self.optimizers = {
+            module: torch.optim.AdamW(module.parameters(), lr=1e-5) for module in (self.segmenter, self.plain)
+        }
+
+    # --- ours, part by part ------------------------------------------------------------------------------------------
+
+    def pseudo_label(self) -> PseudoLabels:
+        """The teacher at three scales."""
+        pseudo = self.maskmatch.pseudo_label(self.step, self.teacher)
+        assert pseudo is not None
+        return pseudo
+
+    def forward_backward(self, pseudo: PseudoLabels) -> Tensor:
+        """All views, all losses."""
+        loss, sums = self.maskmatch(self.step, pseudo, self.scale)
+        loss.backward()
+        return sums
+
+    def update(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Optimizer and teacher, the same for both implementations."""
+        self.optimizers[student].step()
+        self.optimizers[student].zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1e-3)
+
+    def ours(self) -> None:
+        """One step of this package."""
+        self.forward_backward(self.pseudo_label())
+        self.update(self.segmenter, self.teacher)
+
+    # --- the straightforward step ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def plain_pseudo_label(self) -> PseudoLabels:
+        """Full-resolution probabilities of every scale, then their mean."""
+        assert self.step.unlabelled is not None
+        images = self.maskmatch.normalise(self.step.unlabelled.weak.images)
+        patch = self.segmenter.patch_px
+        maps = []
+        for scale in SCALES:
+            sides = [max(patch, round(side * scale / patch) * patch) for side in images.shape[2:]]
+            maps.append(up(self.plain_teacher(up(images, sides)), images.shape[2:]).softmax(1))
+        confidence, labels = torch.stack(maps).mean(0).max(1)
+        return PseudoLabels(labels, confidence >= 0.0)
+
+    def plain_pass(self, images: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+        """One view: forward, full-resolution logits, cross-entropy, backward."""
+        logits = up(self.plain(self.maskmatch.normalise(images)), target.shape[1:])
+        loss = F.cross_entropy(logits, target.masked_fill(~counted, -100), reduction="sum") / counted.sum()
+        loss.backward()
+        return loss.detach()
+
+    def plain_labelled(self) -> Tensor:
+        """L_x."""
+        return self.plain_pass(self.step.labelled_images, self.step.labels, self.step.labelled_pixels)
+
+    def plain_strong(self, pseudo: PseudoLabels) -> Tensor:
+        """L_u."""
+        (view,) = self.step.views
+        mixed = pseudo.mixed(view.cutmix)
+        return self.plain_pass(view.images, mixed.labels, mixed.confident & view.valid)
+
+    def plain_masked(self, pseudo: PseudoLabels) -> Tensor:
+        """L_m with masked pixels zeroed."""
+        assert self.step.masked is not None
+        masked = self.step.masked
+        grid = self.segmenter.unit_grid(self.image_size, self.image_size)
+        # Zero in normalised space, as `mode="zero"` does: normalise, zero, and undo the normalisation for plain_pass.
+        images = self.maskmatch.normalise(masked.view.images)
+        painted = zero_masked_pixels(images, masked.visible, grid, self.segmenter.unit_px)
+        painted = painted * self.maskmatch.std + self.maskmatch.mean
+        return self.plain_pass(painted, pseudo.labels, pseudo.confident & masked.counted)
+
+    def straightforward(self) -> None:
+        """One step with three passes."""
+        pseudo = self.plain_pseudo_label()
+        self.plain_labelled()
+        self.plain_strong(pseudo)
+        self.plain_masked(pseudo)
+        self.update(self.plain, self.plain_teacher)
+
+    # --- what must agree ---------------------------------------------------------------------------------------------
+
+    def disagreement(self) -> dict[str, float]:
+        """How far both steps differ where their formulas are the same: labels (share of pixels), L_x and L_u.
+
+        They are compared in eval mode: without dropout, and because in training mode our BatchNorm normalises the views
+        of one batch together, theirs each view by itself.
+        """
+        modules = (self.maskmatch, self.plain)
+        for module in modules:
+            module.eval()
+        ours, theirs = self.pseudo_label(), self.plain_pseudo_label()
+        sums = self.maskmatch(self.step, ours, self.scale)[1] * self.scale
+        plain_x, plain_u = self.plain_labelled(), self.plain_strong(ours)
+        for module in modules:
+            module.zero_grad(set_to_none=True)
+            module.train()
+        return {
+            "labels_differ": float((ours.labels != theirs.labels).double().mean()),
+            "loss_x_differs": abs(float(sums[0] - plain_x)),
+            "loss_u_differs": abs(float(sums[1] - plain_u)),
+        }
+
+    # --- counts ------------------------------------------------------------------------------------------------------
+
+    def limit(self) -> float:
+        """Amdahl's limit of masking: the backbone's multiply–adds of a step without dropping, over those with it."""
+        unit, size = self.segmenter.unit_px, self.image_size
+        visible = visible_count(self.segmenter.unit_grid(size, size), self.keep)
+        patch = self.segmenter.patch_px
+        teacher = sum(
+            encoder_macs(self.segmenter, side, side)
+            for side in (max(patch, round(size * scale / patch) * patch) for scale in SCALES)
+        )
+        whole = encoder_train_macs(self.segmenter, size, size)
+        assert size % unit == 0
+        dropped = encoder_train_macs(self.segmenter, size, size, visible)
+        return (teacher + 3 * whole) / (teacher + 2 * whole + dropped)

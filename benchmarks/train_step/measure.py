@@ -1,0 +1,136 @@
+"""Measuring one case: time and memory of both steps and of their parts, as rows of the result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.harness import Run, peak_mb, say, time_interleaved
+from benchmarks.train_step.cases import Case
+
+
+def measure(case: Case, repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of the two steps, and rows of their parts."""
+    say(f"{case.backbone}: checking that both steps agree")
+    differences = case.disagreement()
+    pseudo = case.pseudo_label()
+    masked_off = replace(case.step, masked=None)
+    masked = case.step.masked
+    assert masked is not None
+
+    def views_only() -> None:
+        case.maskmatch(masked_off, pseudo, case.scale)[0].backward()
+
+    def masked_pass() -> None:
+        (case.maskmatch._masked_loss_sum(masked, pseudo) * 1e-6).backward()
+
+    def masked_encoder() -> None:
+        levels = case.segmenter.encode(case.maskmatch.normalise(masked.view.images), masked.visible)
+        torch.autograd.backward(levels, [torch.zeros_like(level) for level in levels])
+
+    detached = [level.detach().requires_grad_() for level in case.segmenter.encode(
+        case.maskmatch.normalise(masked.view.images), masked.visible
+    )]  # fmt: skip
+    grid = case.segmenter.unit_grid(case.image_size, case.image_size)
+
+    def context() -> None:
+        assert case.segmenter.context is not None
+        guesses = case.segmenter.context(detached, masked.visible, grid)
+        torch.autograd.backward(guesses, [torch.zeros_like(guess) for guess in guesses])
+
+    parts: dict[str, dict[str, Run]] = {
+        "ours": {
+            "teacher, three scales": case.pseudo_label,
+            "labelled and strong view": views_only,
+            "masked view": masked_pass,
+            "of it: encoder": masked_encoder,
+            "of it: context decoder": context,
+            "optimizer and EMA": lambda: case.update(case.segmenter, case.teacher),
+        },
+        "straightforward": {
+            "teacher, three scales": case.plain_pseudo_label,
+            "labelled view": case.plain_labelled,
+            "strong view": lambda: case.plain_strong(pseudo),
+            "masked view": lambda: case.plain_masked(pseudo),
+            "optimizer and EMA": lambda: case.update(case.plain, case.plain_teacher),
+        },
+    }
+    runs: dict[str, Run] = {"ours": case.ours, "straightforward": case.straightforward}
+    runs |= {f"{step}/{part}": run for step, of_step in parts.items() for part, run in of_step.items()}
+    # Both steps once: AdamW makes its state in the first one.
+    case.ours()
+    case.straightforward()
+    peaks = {}
+    for name, module, teacher in (
+        ("ours", case.segmenter, case.teacher),
+        ("straightforward", case.plain, case.plain_teacher),
+    ):
+        held = [*module.parameters(), *teacher.parameters()]
+        peaks[name] = peak_mb(runs[name], held, case.device)
+    say(f"{case.backbone}: {len(runs)} variants × {repeats}")
+    timings = time_interleaved(_with_gradients(runs, case), repeats, case.device)
+    base = {"backbone": case.backbone, "image_size": case.image_size, "classes": case.classes, "images": case.images}
+    limit = case.limit()
+    rows = []
+    for name in ("ours", "straightforward"):
+        speedup = timings["straightforward"].minimum / timings[name].minimum
+        rows.append(
+            {
+                **base,
+                "step": name,
+                "keep": case.keep,
+                "seconds_min": timings[name].minimum,
+                "seconds_median": timings[name].median,
+                "speedup": speedup,
+                "limit": limit if name == "ours" else 1.0,
+                "efficiency": speedup / limit if name == "ours" else 1.0,
+                "peak_mb": peaks[name],
+                "repeats": repeats,
+                **differences,
+            }
+        )
+        say(f"  {name}: {timings[name].minimum:.2f} s, {speedup:.2f}×, limit of masking alone {limit:.2f}×")
+    part_rows = [
+        {
+            **base,
+            "step": step,
+            "part": part,
+            "seconds_min": timings[f"{step}/{part}"].minimum,
+            "share": timings[f"{step}/{part}"].minimum / timings[step].minimum,
+        }
+        for step, of_step in parts.items()
+        for part in of_step
+    ]
+    return rows, part_rows
+
+
+def _with_gradients(runs: dict[str, Run], case: Case) -> dict[str, Run]:
+    """The runs, each without gradients left from another; the part of the optimizer gets gradients of zero."""
+
+    def with_some(run: Run, module: nn.Module) -> Run:
+        def step() -> None:
+            for parameter in module.parameters():
+                parameter.grad = zeros[parameter]
+            run()
+
+        zeros = {parameter: torch.zeros_like(parameter) for parameter in module.parameters()}
+        return step
+
+    def without(run: Run) -> Run:
+        def step() -> None:
+            run()
+            for module in (case.segmenter, case.plain):
+                module.zero_grad(set_to_none=True)
+
+        return step
+
+    ready = {}
+    for name, run in runs.items():
+        if name.endswith("optimizer and EMA"):
+            ready[name] = with_some(run, case.segmenter if name.startswith("ours") else case.plain)
+        else:
+            ready[name] = without(run)
+    return ready
