@@ -29,7 +29,7 @@ from benchmarks.harness import (
     time_interleaved,
     write_json,
 )
-from maskmatch_scale.data.batches.stream import Batch
+from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.method.bases import PseudoLabels
 from maskmatch_scale.method.maskmatch import MaskMatch, Step
 from maskmatch_scale.models import Segmenter, build_segmenter

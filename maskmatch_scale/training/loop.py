@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskmatch_scale import __version__
-from maskmatch_scale.data.batches.loading import batches
-from maskmatch_scale.data.batches.stream import Batch, TrainingStream
+from maskmatch_scale.data.batches.batch import Batch
+from maskmatch_scale.data.batches.loading import load_batches
+from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.faults import REASONS
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import ShardStream, load_index
@@ -107,12 +108,12 @@ def train(recipe: Recipe, resume: str | None = None) -> Path:
     return run
 
 
-def _open_stream(recipe: Recipe, num_classes: int, place: Place, index: ShardIndex) -> tuple[Recipe, TrainingStream]:
+def _open_stream(recipe: Recipe, num_classes: int, place: Place, index: ShardIndex) -> tuple[Recipe, TrainingBatches]:
     """The training stream, and the recipe with the number of its steps."""
 
-    def stream_of(recipe: Recipe) -> TrainingStream:
+    def stream_of(recipe: Recipe) -> TrainingBatches:
         unlabelled = uses_unlabelled(recipe.method)
-        return TrainingStream(recipe, num_classes, place.rank, place.world_size, unlabelled=unlabelled, index=index)
+        return TrainingBatches(recipe, num_classes, place.rank, place.world_size, unlabelled=unlabelled, index=index)
 
     stream = stream_of(recipe)
     labelled = stream.unlabelled is None
@@ -123,7 +124,7 @@ def _open_stream(recipe: Recipe, num_classes: int, place: Place, index: ShardInd
     return counted, stream if counted is recipe else stream_of(counted)
 
 
-def _check_agreement(runtime: Runtime, recipe: Recipe, stream: TrainingStream, checkpoint: Path | None) -> None:
+def _check_agreement(runtime: Runtime, recipe: Recipe, stream: TrainingBatches, checkpoint: Path | None) -> None:
     """Refuse ranks that are about to train different runs: a machine has another recipe, other shards, no checkpoint.
 
     Raises:
@@ -170,7 +171,7 @@ class _Run:
 
     recipe: Recipe
     data: RunData
-    stream: TrainingStream
+    stream: TrainingBatches
     student: Segmenter
     runtime: Runtime
     folder: Path
@@ -214,7 +215,7 @@ class _Run:
         self.spent_before = {name: float(state.get(name, 0.0)) for name in ("seconds", "cpu_s")}
         self.began, self.cpu_began = time.monotonic(), _cpu_s()
         accumulation, steps = recipe.engine.accumulation, recipe.run.steps
-        loader = batches(
+        loader = load_batches(
             self.stream, start * accumulation, steps * accumulation, pin_memory=runtime.device.type == "cuda"
         )
         with TrainingProgress(steps, start, shown=runtime.rank == 0) as self.progress:
