@@ -24,8 +24,8 @@ class Batch:
     unlabelled_valid: Tensor
     """bool (U, h, w), False on padding."""
     unlabelled_positions: tuple[int, ...]
-    """A number for each unlabelled image that stands for its place (source, epoch, number in the epoch). Its strong
-    views are drawn from it."""
+    """For each unlabelled image a number made from its place (source, epoch, number in the epoch). What a method draws
+    for the image (strong views, masks) is drawn from that number."""
     skipped: tuple[Skip, ...] = ()
     """Samples that could not be used and were skipped for this batch."""
 

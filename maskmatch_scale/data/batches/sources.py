@@ -33,7 +33,7 @@ class Side:
         sources: in the order of the recipe.
         per_rank: images of a rank in one micro-batch.
         start: the first step that takes images of this side.
-        leg: the mix. What it gives before ``start`` is not used.
+        leg: the mix, as it is now.
     """
 
     name: SideName

@@ -16,8 +16,8 @@ from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.shards.members import DIRECTORY, TarMembers, read_at, unsafe_member
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "webp", "png")
-"""Extensions of members that are read as the image. Of several members the first extension in this list counts; a
-``.png`` beside another image is the label map."""
+"""Extensions of members that are read as the image. If a sample has several, the first in this list counts. In a
+labelled stream a ``.png`` is the label map, and never the image."""
 
 PICKLED_EXTENSIONS = ("pkl", "pickle", "pyd", "pth", "pt", "ckpt", "joblib", "dill")
 """Extensions of members that webdataset's decoder or others would unpickle, which runs any code. Never read here."""
