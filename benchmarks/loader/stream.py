@@ -14,8 +14,8 @@ import psutil
 
 from benchmarks.loader.simulated import simulated_index
 from benchmarks.loader.task import SAMPLES_PER_SHARD, Task
-from maskmatch_scale.data.batches.loading import batches
-from maskmatch_scale.data.batches.stream import TrainingStream
+from maskmatch_scale.data.batches.loading import load_batches
+from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.recipe import Recipe, parse_recipe
 
@@ -42,9 +42,9 @@ def _recipe(task: Task, micro_batch: int) -> Recipe:
     )
 
 
-def make_stream(task: Task, world_size: int = 1, index: ShardIndex | None = None) -> TrainingStream:
+def make_stream(task: Task, world_size: int = 1, index: ShardIndex | None = None) -> TrainingBatches:
     """The stream of rank 0; no labelled images, `task.batch` unlabelled ones a step and rank."""
-    return TrainingStream(_recipe(task, task.batch), 2, 0, world_size, unlabelled=True, index=index)
+    return TrainingBatches(_recipe(task, task.batch), 2, 0, world_size, unlabelled=True, index=index)
 
 
 def _pss_mb() -> float:
@@ -58,7 +58,7 @@ def memory(task: Task, samples: int, points: int) -> list[dict[str, Any]]:
     steps = samples // task.batch
     every = max(1, steps // points)
     rows = []
-    for step, _ in enumerate(batches(make_stream(task), 0, steps)):
+    for step, _ in enumerate(load_batches(make_stream(task), 0, steps)):
         if step % every == 0:
             rows.append({"samples": step * task.batch, "pss_mb": _pss_mb()})
     return rows
@@ -79,7 +79,7 @@ def resume(task: Task, step: int, repeats: int) -> dict[str, Any]:
         begin = time.perf_counter()
         stream = make_stream(task)
         stream.resume(state)
-        made = batches(stream, step, 1 << 30)
+        made = load_batches(stream, step, 1 << 30)
         next(made)
         seconds.append(time.perf_counter() - begin)
         made.close()
@@ -119,7 +119,7 @@ def index(task: Task, path: str) -> dict[str, Any]:
     order_s = time.perf_counter() - begin
     begin = time.perf_counter()
     for step in range(-(-1000 // task.batch)):
-        for _, place in stream._places(stream.unlabelled, step):
+        for _, place in stream.places(stream.unlabelled, step):
             source.locate(place)
     places_s = time.perf_counter() - begin
     return {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.train_step.straightforward import Straightforward, up
-from maskmatch_scale.data.batches.stream import Batch
+from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.method.bases import PseudoLabels
 from maskmatch_scale.method.maskmatch import MaskMatch, Step
 from maskmatch_scale.models import build_segmenter

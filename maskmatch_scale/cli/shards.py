@@ -37,14 +37,14 @@ def verify(
     allow_pipe: _AllowPipe = False,
 ) -> None:
     """Check every shard and every sample against the index; names each fault."""
-    from maskmatch_scale.data.shards.reading import OpenShards, load_index
+    from maskmatch_scale.data.shards.reading import ShardOpener, load_index
     from maskmatch_scale.data.tools.verify import verify as faults_of
 
     data = _data(root, cache_dir, allow_pipe)
     index = load_index(root, data)
     count = 0
     faults = faults_of(
-        root, deep=not shallow, progress=True, workers=workers, index=index, open_shard=OpenShards(root, data)
+        root, deep=not shallow, progress=True, workers=workers, index=index, open_shard=ShardOpener(root, data)
     )
     for fault in faults:
         count += 1
@@ -70,7 +70,7 @@ def show(
 ) -> None:
     """A contact sheet: samples of each stream, label maps in the colours of their classes."""
     from maskmatch_scale.data.remote.address import is_remote
-    from maskmatch_scale.data.shards.reading import OpenShards, load_index
+    from maskmatch_scale.data.shards.reading import ShardOpener, load_index
     from maskmatch_scale.data.tools.show import contact_sheet
 
     data = _data(root, cache_dir, allow_pipe)
@@ -79,7 +79,7 @@ def show(
         folder = Path() if is_remote(root) else Path(root).parent if root.endswith(".json") else Path(root)
         out = folder / "contact-sheet.png"
     sheet = contact_sheet(
-        root, out, stream=stream, count=count, seed=seed, index=index, open_shard=OpenShards(root, data)
+        root, out, stream=stream, count=count, seed=seed, index=index, open_shard=ShardOpener(root, data)
     )
     Console().print(str(sheet), soft_wrap=True, highlight=False, markup=False)
 
@@ -108,7 +108,7 @@ def index_command(
     """An index for shards that exist: counts, measures and checksums each; goes on where it was interrupted."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from maskmatch_scale.data.shards.reading import remote_options
+    from maskmatch_scale.data.shards.reading import fetch_options
     from maskmatch_scale.data.tools.survey import survey
     from maskmatch_scale.data.writing.sources.labels import load_classes
 
@@ -136,7 +136,7 @@ def index_command(
             streams,
             with_labels,
             Path(out),
-            remote_options(_data(out, cache_dir, allow_pipe)),
+            fetch_options(_data(out, cache_dir, allow_pipe)),
             classes=named.names if named else (),
             palette=named.palette if named else (),
             ignore_index=ignore_index,

@@ -1,30 +1,30 @@
-"""What can be wrong with data: errors for users, and the reasons for which a sample cannot be used."""
+"""What can be wrong with data: errors for users, and the reasons why a sample cannot be used."""
 
 from __future__ import annotations
 
 from maskmatch_scale.errors import UserError
 
 REASONS = (
-    "shard_unreadable",  # not there, not fetched, wrong bytes, no tar
+    "shard_unreadable",  # does not exist, cannot be fetched, has wrong bytes, or is no tar
     "truncated",  # the tar ends before the sample does
-    "empty",  # a member of no bytes
+    "empty",  # a member has no bytes
     "no_image",  # no member of the sample is an image
     "not_an_image",  # corrupt, or of a format that is not read
     "too_large",  # more pixels than data.max_image_px
     "no_label",
-    "not_a_label",  # corrupt, or no single-channel PNG
+    "not_a_label",  # corrupt, or not a PNG of one channel
     "label_size",  # another size than the image
-    "label_value",  # a value that is no class and not ignore_index
+    "label_value",  # a value that is neither a class nor ignore_index
     "duplicate_key",
-    "interleaved_keys",  # members of one sample do not lie next to each other
+    "interleaved_keys",  # members of one sample are not adjacent
     "unsafe_name",  # a link, a device, an absolute name, or one with `..`
-    "pickled",  # a member that only unpickling could read
+    "pickled",  # a member that can be read by unpickling only
 )
-"""Why a sample cannot be used: the keys under which `metrics.jsonl` counts skipped samples."""
+"""Why a sample cannot be used. `metrics.jsonl` counts skipped samples under these keys."""
 
 
 class DataError(UserError):
-    """Something is wrong with the data a user gave; the message names folder, shard or sample and what to do."""
+    """Something is wrong with the user's data; the message names folder, shard or sample, and says what to do."""
 
 
 class BadSample(DataError):  # noqa: N818 - named after what it is about

@@ -7,7 +7,7 @@
         student.safetensors     whole fp32 weights, for evaluation and export
         ema.safetensors         whole fp32 teacher
         buffers/                with `model.batchnorm: per_rank`: each rank's own running statistics
-        stream.json             what the training stream continues from (data/batches/stream.py), one for all ranks
+        stream.json             what the training stream continues from (data/batches/training.py), one for all ranks
         state.json              step, ranks, engine, ZeRO stage, precision, seconds spent so far
 
 Everything is written into `.step-00000400.writing` and renamed when every rank has finished, so that a crash leaves the

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from maskmatch_scale.data.batches.stream import Batch
+from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.method.bases import Base, PseudoLabels
 from maskmatch_scale.method.bases.fixmatch import FixMatch
 from maskmatch_scale.method.bases.supervised import Supervised

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from maskmatch_scale.data.batches.loading import batches
+from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.engine import setup
 from maskmatch_scale.errors import TrainingStopped
 from maskmatch_scale.recipe import Recipe
@@ -52,7 +52,7 @@ def _take_steps(run: Run) -> None:
     """The loop; `callbacks/base.py` lists the moments."""
     steps, accumulation = run.recipe.run.steps, run.recipe.engine.accumulation
     on_gpu = run.runtime.device.type == "cuda"
-    loader = batches(run.batches, run.start * accumulation, steps * accumulation, pin_memory=on_gpu)
+    loader = load_batches(run.batches, run.start * accumulation, steps * accumulation, pin_memory=on_gpu)
     try:
         for callback in run.callbacks:
             callback.started()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from maskmatch_scale.data.batches.stream import TrainingStream
+from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import ShardStream, load_index
 from maskmatch_scale.engine.build import check_settings
@@ -39,7 +39,7 @@ class Checked:
     """With the precision that was chosen, and with the number of its steps."""
     precision_reason: str
     data: RunData
-    batches: TrainingStream
+    batches: TrainingBatches
     """Of this rank; where the run continues, from where the checkpoint was taken."""
     student: Segmenter
     """In host memory."""
@@ -101,12 +101,12 @@ def check_model(recipe: Recipe, student: Segmenter) -> None:
         raise UserError(f"data.crop_px={list(recipe.data.crop_px)}: {error}") from None
 
 
-def _open_batches(recipe: Recipe, num_classes: int, place: Place, index: ShardIndex) -> tuple[Recipe, TrainingStream]:
+def _open_batches(recipe: Recipe, num_classes: int, place: Place, index: ShardIndex) -> tuple[Recipe, TrainingBatches]:
     """The training batches, and the recipe with the number of its steps."""
 
-    def batches_of(recipe: Recipe) -> TrainingStream:
+    def batches_of(recipe: Recipe) -> TrainingBatches:
         unlabelled = uses_unlabelled(recipe.method)
-        return TrainingStream(recipe, num_classes, place.rank, place.world_size, unlabelled=unlabelled, index=index)
+        return TrainingBatches(recipe, num_classes, place.rank, place.world_size, unlabelled=unlabelled, index=index)
 
     batches = batches_of(recipe)
     labelled = batches.unlabelled is None
@@ -125,7 +125,7 @@ def _checkpoint_to_resume(folder: RunFolder, resume: str | None) -> Path | None:
     return find_checkpoint(Path(resume))
 
 
-def count_class_pixels(runtime: Runtime, recipe: Recipe, batches: TrainingStream) -> None:
+def count_class_pixels(runtime: Runtime, recipe: Recipe, batches: TrainingBatches) -> None:
     """Count the pixels of every class where the recipe weights classes by them; all ranks call it together.
 
     It is done before anything is written, because it reads every labelled sample; and once, because loader processes
@@ -138,7 +138,7 @@ def count_class_pixels(runtime: Runtime, recipe: Recipe, batches: TrainingStream
         batches.count_class_pixels(runtime.sum_over_ranks)
 
 
-def check_agreement(runtime: Runtime, recipe: Recipe, batches: TrainingStream, checkpoint: Path | None) -> None:
+def check_agreement(runtime: Runtime, recipe: Recipe, batches: TrainingBatches, checkpoint: Path | None) -> None:
     """Refuse to train if ranks would train different runs: their recipes, shards or checkpoints differ.
 
     All ranks call it together.

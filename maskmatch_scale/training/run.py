@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskmatch_scale.data.batches.stream import TrainingStream
+from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.engine.build import build_engine
 from maskmatch_scale.engine.checkpoint import load_checkpoint
 from maskmatch_scale.engine.ema import build_teacher
@@ -38,7 +38,7 @@ class Run:
     precision_reason: str
     data: RunData
     folder: RunFolder
-    batches: TrainingStream
+    batches: TrainingBatches
     runtime: Runtime
     student: Segmenter
     maskmatch: MaskMatch

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from maskmatch_scale.data.batches.stream import Batch
+from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.data.faults import REASONS
 from maskmatch_scale.data.order.source import Skip
 from maskmatch_scale.method.maskmatch import PARTS, Step

@@ -1,4 +1,4 @@
-"""Shards that are wrong in every way that has a name, made in memory: what readers and training must survive."""
+"""Shards with every fault that has a name, made in memory. Readers and training must survive them."""
 
 from __future__ import annotations
 
@@ -85,16 +85,16 @@ class BadShard:
 
     data: bytes
     faults: tuple[tuple[str, str], ...]
-    """(key, reason) of every bad sample that the headers give away, in order."""
+    """(key, reason) of each bad sample that is found from the headers, in order."""
     deep_faults: tuple[tuple[str, str], ...] = ()
-    """Those that only decoding finds."""
+    """(key, reason) of each bad sample that only decoding finds."""
     labelled: bool = True
     good: tuple[str, ...] = ("good",)
     """Keys of the samples that are fine."""
 
     @property
     def samples(self) -> int:
-        """Samples in it, bad ones included."""
+        """Number of samples, bad ones included."""
         return len(self.faults) + len(self.deep_faults) + len(self.good)
 
 
@@ -107,7 +107,7 @@ def _label_case(label: bytes, reason: str) -> BadShard:
 
 
 def bad_shards() -> dict[str, BadShard]:
-    """One shard a kind of fault."""
+    """One shard for each kind of fault, by its name."""
     one, label = jpeg(1), label_png(1)
     values = draw_shapes(1)[1]
     last = _with_good(*sample("bad", 1))
@@ -169,7 +169,7 @@ def bad_shards() -> dict[str, BadShard]:
 
 
 def png_header(height: int, width: int) -> bytes:
-    """A small PNG that claims a size."""
+    """A small PNG whose header claims this size."""
     data = bytearray(encode(np.zeros((1, 1), np.uint8), "PNG"))
     data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
 

@@ -1,4 +1,4 @@
-"""A real HTTP server that serves a folder and misbehaves to order.
+"""A real HTTP server that serves a folder, with the faults that a test asks for.
 
 ::
 
@@ -7,8 +7,8 @@
         fetch(f"{server.url}/a.tar")      # 500, 500, a cut, then fine
         server.requests                   # [Request(path="a.tar", range=None, sent=0), …]
 
-It keeps HTTP/1.1 connections alive, answers ranges, and sends strong ETags, unless told otherwise. It acts as a proxy
-too: of an absolute address it looks at the path alone.
+It keeps HTTP/1.1 connections alive, answers ranges, and sends strong ETags, unless told otherwise. It can also be used
+as a proxy: of an absolute address it reads the path only.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _BLOCK = 1 << 16
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with a request; several may together. Offsets count within the answer's body."""
+    """What goes wrong with a request; several things may. Offsets are those in the body of the answer."""
 
     times: int | None = None
-    """With how many requests of a path; None: with all that come."""
+    """How many requests of a path have this fault; None: all."""
     status: int = 0
     """Answer this status and no file."""
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Request:
     sent: int = 0
     """Bytes of the body so far."""
     headers: Message = field(default_factory=Message)
-    """By name, of whatever case."""
+    """By name, in upper or lower case."""
 
 
 class FaultyServer:
@@ -81,9 +81,9 @@ class FaultyServer:
 
     Args:
         folder: what is served.
-        faults: by path relative to the folder, "*" for all others; a fault, or several that come one after the other.
-            Who has come through all of them is served well.
-        ranges: whether Range is understood; else a whole file is sent.
+        faults: by path relative to the folder, "*" for all other paths: a fault, or several that come one after the
+            other. After the last of them, the path is served without faults.
+        ranges: whether Range headers are answered; if not, the whole file is sent.
         etags: whether files carry an ETag.
     """
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maskmatch_scale.data.batches.loading import batches
-from maskmatch_scale.data.batches.stream import TrainingStream
+from maskmatch_scale.data.batches.loading import load_batches
+from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.method.maskmatch import MaskMatch
 from maskmatch_scale.method.teacher import ema_decay
 from maskmatch_scale.models import build_segmenter
@@ -25,7 +25,7 @@ def build(family, recipe, **options):
     module = (
         MaskMatch(segmenter, recipe.method, recipe.run.seed, 255, batchnorm_frozen=True, **options).double().train()
     )
-    (batch,) = batches(TrainingStream(recipe, 3, 0, 1, unlabelled=True), 0, 1)
+    (batch,) = load_batches(TrainingBatches(recipe, 3, 0, 1, unlabelled=True), 0, 1)
     return module, batch
 
 
@@ -103,7 +103,7 @@ def test_masked_positions_are_predicted_from_their_surroundings(make_recipe, fam
 def test_switched_off_parts_cost_nothing(make_recipe):
     plain = make_recipe(method={"base": "supervised", "mask": {"keep": None}})
     module, _ = build("vit", plain)
-    (batch,) = batches(TrainingStream(plain, 3, 0, 1, unlabelled=False), 0, 1)
+    (batch,) = load_batches(TrainingBatches(plain, 3, 0, 1, unlabelled=False), 0, 1)
     step = module.prepare(batch)
     assert step.unlabelled is step.masked is module.pseudo_label(step, module.segmenter) is None
     _, sums = module(step, None, torch.ones(3, dtype=torch.float64))

@@ -245,7 +245,7 @@ def test_ranks_that_would_train_different_runs(make_recipe, shapes, tmp_path, ch
     """Each sees its own files: what two ranks know is put together here as an all-reduce would."""
     import torch
 
-    from maskmatch_scale.data.batches.stream import TrainingStream
+    from maskmatch_scale.data.batches.training import TrainingBatches
     from maskmatch_scale.training import preflight
 
     def known(rank, recipe, checkpoint):
@@ -259,7 +259,7 @@ def test_ranks_that_would_train_different_runs(make_recipe, shapes, tmp_path, ch
 
         runtime = Runtime()
         runtime.rank = rank
-        stream = TrainingStream(recipe, 3, rank, 2, unlabelled=True)
+        stream = TrainingBatches(recipe, 3, rank, 2, unlabelled=True)
         with pytest.raises(UserError):  # the other rank's row is still empty
             preflight.check_agreement(runtime, recipe, stream, checkpoint)
         return runtime, stream

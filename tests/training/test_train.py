@@ -110,12 +110,12 @@ def test_overfits_four_labelled_crops(make_recipe, tmp_path, family):
         run={"steps": 150 if family == "segformer" else 300, "evaluate_every": 0, "log_every": 50},
     )
     run = train(recipe)
-    from maskmatch_scale.data.batches.stream import TrainingStream
+    from maskmatch_scale.data.batches.training import TrainingBatches
     from maskmatch_scale.data.shards.index import ShardIndex
     from maskmatch_scale.evaluation.miou import ConfusionMatrix
 
     _, segmenter, _ = open_run(run, "ema")
-    stream = TrainingStream(recipe, 3, 0, 1, unlabelled=False)
+    stream = TrainingBatches(recipe, 3, 0, 1, unlabelled=False)
     matrix = ConfusionMatrix(3, ShardIndex.load(recipe.data.root).ignore_index)
     batch = stream[0]
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (segmenter.mean, segmenter.std))

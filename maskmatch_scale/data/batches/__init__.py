@@ -1,1 +1,1 @@
-"""From places in the order to batches: decoding, the weak view, loader processes, and passes over held-out samples."""
+"""From places in the order to batches: the sources of a run, the weak view, loader processes, and held-out samples."""

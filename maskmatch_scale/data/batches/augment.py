@@ -1,8 +1,8 @@
-"""The weak view: random resize, crop and flip, image and label together.
+"""The weak view: random resize, crop and flip, of image and label map together.
 
-torchvision's v2 transforms draw from global state, so the parameters are drawn here from an explicit generator and
-applied through v2's functional forms. The window is cut out of the source first and resized once: the same view as
-resizing the whole image by a factor and cropping, at the cost of the crop alone.
+The v2 transforms of torchvision draw from global state. So the parameters are drawn here, from an explicit generator,
+and applied by the functional forms of v2. A window is cut out of the image first, and then resized to the size of the
+crop. That gives the same view as resizing the whole image by a factor and cropping it, but only the crop is resized.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from maskmatch_scale.seeds import uniform
 
 @dataclass(frozen=True)
 class WeakView:
-    """What the weak view may do; see the `data` section of the recipe."""
+    """Draws weak views.
+
+    Attributes:
+        crop_px: (h, w) of a view.
+        scale_range: least and greatest factor by which an image is resized.
+        flip_probability: of a mirrored view.
+        ignore_index: label value of padding.
+    """
 
     crop_px: tuple[int, int]
     scale_range: tuple[float, float]
@@ -30,12 +37,12 @@ class WeakView:
     def __call__(
         self, image: Tensor, label: Tensor | None, source: torch.Generator, around: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """One random view.
+        """Draw one view.
 
         Args:
             image: uint8 (3, H, W).
             label: uint8 (H, W), or None for an unlabelled image.
-            source: every number is drawn from it.
+            source: the generator that every number is drawn from.
             around: (y, x) of a pixel of the image that the view must contain.
 
         Returns:
@@ -51,7 +58,7 @@ class WeakView:
         left = self._start(window[1], width, around[1] if around else None, source)
         mirrored = float(torch.rand((), generator=source)) < self.flip_probability
 
-        # Where the window is larger than the image, what is there is laid top left and the rest is padding.
+        # If the window is larger than the image, the image is put in its top left corner, and the rest is padding.
         inside = (min(window[0], height - top), min(window[1], width - left))
         target = (
             rows if inside[0] == window[0] else max(1, round(inside[0] * rows / window[0])),
@@ -74,7 +81,14 @@ class WeakView:
 
     @staticmethod
     def _start(window: int, side: int, pixel: int | None, source: torch.Generator) -> int:
-        """First row (or column) of the window, drawn uniformly among those that are allowed."""
+        """First row (or column) of the window, drawn uniformly from those that are allowed.
+
+        Args:
+            window: rows (or columns) of the window, px.
+            side: rows (or columns) of the image, px.
+            pixel: row (or column) that the window must contain, or None.
+            source: the generator.
+        """
         low, high = 0, max(0, side - window)
         if pixel is not None:
             low, high = max(low, pixel - window + 1), min(high, pixel)
@@ -82,15 +96,15 @@ class WeakView:
 
 
 def rare_class_pixel(label: Tensor, class_weight: Tensor, source: torch.Generator) -> tuple[int, int] | None:
-    """A pixel of a class drawn by weight among the classes of this label map (rare-class sampling of DAFormer).
+    """Draw a class of this label map by weight, and a pixel of that class (rare-class sampling of DAFormer).
 
     Args:
         label: uint8 (H, W).
-        class_weight: float (classes,), any scale; classes that the map lacks are left out.
+        class_weight: float (classes,), of any scale; classes that are not in the map are left out.
         source: the generator.
 
     Returns:
-        (y, x), or None if the map holds no class of positive weight.
+        (y, x), or None if no class of the map has a positive weight.
     """
     counts = torch.bincount(label.flatten().long(), minlength=len(class_weight))[: len(class_weight)]
     weight = class_weight * (counts > 0)

@@ -1,4 +1,4 @@
-"""A single pass over a labelled split: every sample once, whatever the number of ranks."""
+"""One pass over a labelled split: every sample once, whatever the number of ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class EvaluationSample:
     """One sample of a held-out split."""
 
     number: int
-    """In the split."""
+    """Its number in the split."""
     key: str
     image: Tensor
     """uint8 (3, H, W)."""
@@ -32,14 +32,17 @@ def evaluation_samples(
 ) -> Iterator[EvaluationSample]:
     """This rank's share of a labelled split of `data.root`, each sample once over all ranks.
 
-    A rank reads neighbouring samples, so that it needs only some of the shards. Bad samples are errors.
+    A rank reads consecutive samples, so that it needs only some of the shards.
 
     Args:
-        data: recipe's section.
-        split: stream name.
-        rank: whose share; the first ranks have one more where it does not come out even.
+        data: the section of the recipe.
+        split: name of the stream.
+        rank: whose share. If the samples cannot be shared out equally, the first ranks have one more.
         world_size: number of ranks.
-        numbers: these samples instead.
+        numbers: numbers of the samples to read instead of the rank's share.
+
+    Raises:
+        DataError: the split has no labels, or a sample cannot be used.
     """
     stream = ShardStream(data.root, split, data)
     if not stream.labels:

@@ -1,9 +1,9 @@
-"""Batches made ahead by loader processes.
+"""Batches that loader processes make ahead of time.
 
-A process hands a batch over in shared memory. torch's loader takes fresh memory for each one, and the first touch of a
-page can cost more than what is written to it. Here the memory is taken once: batch n goes to slot n mod slots, and what
-the queue carries is its number. A slot is free again when its batch was copied out of it, which is before the loader is
-asked for the next one.
+A process hands a batch over in shared memory. The loader of torch allocates new memory for each batch, and the first
+access to each page of it can take longer than writing the batch. Here the memory is allocated once, in *slots* for one
+batch each: batch n is put in slot n mod slots, and only the rest of the batch goes through the queue of the loader. A
+slot may be used again when its batch was copied out of it, which is before the loader is asked for the next batch.
 """
 
 from __future__ import annotations
@@ -15,85 +15,97 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from maskmatch_scale.data.batches.stream import Batch, TrainingStream
+from maskmatch_scale.data.batches.batch import Batch
+from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.order.source import Skip
 
 _AHEAD = 2
-"""Batches that each process makes ahead."""
+"""Batches that each process makes ahead of time."""
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """Shared memory for one batch, as large as the largest."""
+    """Shared memory for one batch, large enough for the largest."""
 
     tensors: tuple[Tensor, ...]
 
     @classmethod
     def like(cls, batch: Batch) -> _Slot:
-        places = tuple(torch.empty_like(tensor) for tensor in batch.tensors)
-        for place in places:
-            place.share_memory_()  # type: ignore[no-untyped-call]
-        return cls(places)
+        """A slot for batches that are no larger than this one."""
+        tensors = tuple(torch.empty_like(tensor) for tensor in batch.tensors)
+        for tensor in tensors:
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+        return cls(tensors)
 
-    def put(self, batch: Batch) -> _Made:
-        """Copy a batch's pixels here; returns the rest of it."""
-        for place, tensor in zip(self.tensors, batch.tensors, strict=True):
-            place[: len(tensor)].copy_(tensor)
-        return _Made(tuple(map(len, batch.tensors)), batch.unlabelled_positions, batch.skipped)
+    def put(self, batch: Batch) -> _Rest:
+        """Copy the tensors of a batch into this slot; returns the rest of the batch."""
+        for shared, tensor in zip(self.tensors, batch.tensors, strict=True):
+            shared[: len(tensor)].copy_(tensor)
+        return _Rest(tuple(map(len, batch.tensors)), batch.unlabelled_positions, batch.skipped)
 
-    def take(self, made: _Made, *, pin_memory: bool) -> Batch:
-        """A copy of the batch that lies here, page-locked if asked."""
-        found = [place[:size] for place, size in zip(self.tensors, made.sizes, strict=True)]
+    def take(self, rest: _Rest, *, pin_memory: bool) -> Batch:
+        """A copy of the batch in this slot, in page-locked memory if asked."""
+        found = [shared[:size] for shared, size in zip(self.tensors, rest.sizes, strict=True)]
         images, labels, views, valid = (part.pin_memory() if pin_memory else part.clone() for part in found)
-        return Batch(images, labels, views, valid, made.positions, made.skipped)
+        return Batch(images, labels, views, valid, rest.positions, rest.skipped)
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What the queue carries of a batch: no tensor, whose memory would be shared anew."""
+class _Rest:
+    """A batch without its tensors: for a tensor, the queue of the loader would allocate shared memory again."""
 
     sizes: tuple[int, ...]
+    """Images in each tensor of the batch."""
     positions: tuple[int, ...]
     skipped: tuple[Skip, ...]
 
 
-class _Filling(Dataset["_Made | DataError"]):
-    """Micro-batch number → its batch, in its slot."""
+class _Filling(Dataset["_Rest | DataError"]):
+    """Number of a micro-batch → its rest, when its tensors are in their slot."""
 
-    def __init__(self, stream: TrainingStream, start: int, slots: list[_Slot]) -> None:
-        self.stream, self.start, self.slots = stream, start, slots
+    def __init__(self, made: TrainingBatches, start: int, slots: list[_Slot]) -> None:
+        self.made, self.start, self.slots = made, start, slots
 
-    def __getitem__(self, number: int) -> _Made | DataError:
+    def __getitem__(self, number: int) -> _Rest | DataError:
         try:
-            batch = self.stream[number]
+            batch = self.made[number]
         except DataError as error:
-            return error  # raised here it would arrive wrapped in its traceback
+            return error  # returned, because torch would add a traceback to the message of one that is raised
         return self.slots[(number - self.start) % len(self.slots)].put(batch)
 
 
-def batches(stream: TrainingStream, start: int, stop: int, *, pin_memory: bool = False) -> Generator[Batch, None, None]:
-    """Micro-batches ``start`` … ``stop`` - 1 in order, loaded ahead by ``data.workers`` processes.
+def load_batches(
+    made: TrainingBatches, start: int, stop: int, *, pin_memory: bool = False
+) -> Generator[Batch, None, None]:
+    """Micro-batches ``start`` … ``stop`` - 1 in order, made ahead of time by ``data.workers`` processes.
+
+    Args:
+        made: makes them.
+        start: number of the first.
+        stop: number after the last.
+        pin_memory: whether tensors are in page-locked memory.
 
     Raises:
-        DataError: a sample that cannot be used, when its batch is due.
+        DataError: when it is the turn of a batch with a sample that cannot be used; see
+            :meth:`TrainingBatches.__getitem__`.
     """
-    workers = min(stream.recipe.data.workers, stop - start)
+    workers = min(made.recipe.data.workers, stop - start)
     if workers <= 0:
         for number in range(start, stop):
-            batch = stream[number]
+            batch = made[number]
             yield batch.with_tensors([t.pin_memory() for t in batch.tensors]) if pin_memory else batch
         return
-    # One more than are under way: the next is begun when a batch is handed out, before it is copied.
-    slots = [_Slot.like(stream.largest_batch()) for _ in range(workers * _AHEAD + 1)]
+    # One more than can be under way: torch asks for another batch when it hands one out, before that one is copied.
+    slots = [_Slot.like(made.largest_batch()) for _ in range(workers * _AHEAD + 1)]
     loader = DataLoader(
-        _Filling(stream, start, slots),
+        _Filling(made, start, slots),
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
         prefetch_factor=_AHEAD,
     )
-    for number, made in enumerate(loader):
-        if isinstance(made, DataError):
-            raise made
-        yield slots[number % len(slots)].take(made, pin_memory=pin_memory)
+    for number, rest in enumerate(loader):
+        if isinstance(rest, DataError):
+            raise rest
+        yield slots[number % len(slots)].take(rest, pin_memory=pin_memory)

@@ -1,1 +1,1 @@
-"""Which sample comes when: the order of an epoch, queues of epochs, and the exact mix of several sources."""
+"""Which sample comes when: the order of an epoch, the queue of epochs of a source, and the exact mix of sources."""

@@ -1,12 +1,13 @@
-"""Several weighted sources as one endless stream, dealt out to lanes; and its state, from which it continues.
+"""Several weighted sources mixed exactly and for ever, dealt to lanes; and the state from which a run continues.
 
-Every lane takes its samples by a schedule of its own: after m samples each source has had its share of them, to less
-than one sample a source (two sources; with more of them their roundings add up). Lanes are shifted against each other,
-so that a global batch holds every source, too. All of it is arithmetic on m: nothing is drawn, nothing is kept.
+Every lane takes its samples by a schedule of its own. After any number of samples, the samples that a lane has had of a
+source differ from the source's exact share by less than one. That holds for two sources; with more of them, rounding
+errors add up. The schedules of the lanes are shifted against each other, so that a global batch also holds every
+source. All of it is computed from the number of the sample: nothing is drawn, and nothing is stored.
 
-A *leg* is a stretch of a run over which nothing about the mix changes: sources, weights, lanes, images a batch. Within
-one, the state is the number of the step. Where a run continues with another mix or another number of ranks, a
-new leg begins with what the old one has left.
+A *leg* is a stretch of a run in which nothing about the mix changes: not the sources, their weights, the lanes, or the
+images per step. Within a leg, the number of the step is the whole state. Where a run continues with another mix or
+another number of ranks, a new leg begins with what the old one has left.
 """
 
 from __future__ import annotations
@@ -17,17 +18,24 @@ from fractions import Fraction
 from typing import Any
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.order.epoch import Interval, Place, Queue
+from maskmatch_scale.data.order.queue import Interval, Place, Queue
 
 
 def shares(weights: Sequence[float]) -> tuple[Fraction, ...]:
-    """Weights as exact shares of what the sources before have left: the last one's is 1."""
+    """The share of each source in what the sources before it leave. They are exact; that of the last one is 1."""
     exact = [Fraction(str(weight)) for weight in weights]
     return tuple(weight / sum(exact[number:]) for number, weight in enumerate(exact))
 
 
 def pick(chances: Sequence[Fraction], lane: int, lanes: int, number: int) -> tuple[int, int]:
-    """Source of a lane's sample ``number``, and how many of that source the lane has had before it."""
+    """The source that sample ``number`` of a lane is from, and how many of that source the lane has had before.
+
+    Args:
+        chances: as :func:`shares` returns them.
+        lane: of ``lanes``.
+        lanes: how many there are.
+        number: ≥ 0.
+    """
     for source, chance in enumerate(chances):
         had = _had(chance, lane, lanes, number)
         if _had(chance, lane, lanes, number + 1) > had:
@@ -37,7 +45,7 @@ def pick(chances: Sequence[Fraction], lane: int, lanes: int, number: int) -> tup
 
 
 def counts(chances: Sequence[Fraction], lane: int, lanes: int, number: int) -> list[int]:
-    """How many of every source are among a lane's first ``number`` samples."""
+    """How many samples of each source are among the first ``number`` of a lane; arguments as in :func:`pick`."""
     result = []
     for chance in chances:
         had = _had(chance, lane, lanes, number)
@@ -47,21 +55,21 @@ def counts(chances: Sequence[Fraction], lane: int, lanes: int, number: int) -> l
 
 
 def _had(chance: Fraction, lane: int, lanes: int, number: int) -> int:
-    # Bresenham's line, with a start in its first pixel that differs by lane.
+    # Height at ``number`` of Bresenham's line of slope ``chance``. Its start within the first step depends on the lane.
     above, below = chance.numerator, chance.denominator
     return (number * above + lane * below // lanes) // below
 
 
 @dataclass(frozen=True)
-class Part:
-    """What the mix knows of a source."""
+class SourceInfo:
+    """The facts about a source that the mix depends on."""
 
     name: str
     weight: float
     samples: int
     """Of an epoch."""
     content: str
-    """Digest of its shard list and of what else decides its order: window, drawn samples."""
+    """Digest of its list of shards and of what else decides its order: seed, window, drawn samples."""
 
 
 @dataclass(frozen=True)
@@ -69,27 +77,27 @@ class Leg:
     """A stretch of a run with one mix.
 
     Attributes:
-        start: step with which it begins.
-        lanes: that samples are dealt to.
+        start: the step that it begins with.
+        lanes: number of lanes that samples are dealt to.
         batch: images of a step over all ranks and micro-batches, a multiple of ``lanes``.
-        parts: the sources.
-        queues: what each of them had left when the leg began.
+        sources: what is mixed.
+        queues: what each of the sources had left when the leg began.
     """
 
     start: int
     lanes: int
     batch: int
-    parts: tuple[Part, ...]
+    sources: tuple[SourceInfo, ...]
     queues: tuple[Queue, ...]
 
     @classmethod
-    def first(cls, start: int, lanes: int, batch: int, parts: Sequence[Part]) -> Leg:
-        """The leg of a run that begins."""
-        return cls(start, lanes, batch, tuple(parts), tuple(Queue(part.samples, lanes) for part in parts))
+    def first(cls, start: int, lanes: int, batch: int, sources: Sequence[SourceInfo]) -> Leg:
+        """The first leg of a run."""
+        return cls(start, lanes, batch, tuple(sources), tuple(Queue(source.samples, lanes) for source in sources))
 
     def __post_init__(self) -> None:
         assert self.batch % self.lanes == 0
-        object.__setattr__(self, "_chances", shares([part.weight for part in self.parts]))
+        object.__setattr__(self, "_chances", shares([source.weight for source in self.sources]))
 
     @property
     def chances(self) -> tuple[Fraction, ...]:
@@ -98,83 +106,97 @@ class Leg:
         return chances
 
     @property
-    def a_lane(self) -> int:
-        """Images of a step and lane."""
+    def per_lane(self) -> int:
+        """Images of one lane in a step."""
         return self.batch // self.lanes
 
     def at(self, step: int, lane: int, number: int) -> tuple[int, Place]:
-        """Source, and place in its epochs, of image ``number`` of a lane in step ``step`` ≥ start."""
+        """The source of image ``number`` of a lane in a step, and the image's place in the epochs of that source.
+
+        Args:
+            step: ≥ ``start``.
+            lane: 0 ≤ lane < ``lanes``.
+            number: 0 ≤ number < ``per_lane``.
+        """
         assert step >= self.start
-        source, had = pick(self.chances, lane, self.lanes, (step - self.start) * self.a_lane + number)
+        source, had = pick(self.chances, lane, self.lanes, (step - self.start) * self.per_lane + number)
         return source, self.queues[source].at(lane, had)
 
-    def next(self, step: int, start: int, lanes: int, batch: int, parts: Sequence[Part]) -> Leg:
-        """The leg that follows when this one ends before step ``step``; it begins with step ``start``.
+    def next(self, step: int, start: int, lanes: int, batch: int, sources: Sequence[SourceInfo]) -> Leg:
+        """The leg that follows when this one ends before step ``step``; this leg itself if nothing changes.
 
-        The same leg if nothing changed. Of samples that were not taken none is lost, but order and lanes differ. A
-        source that was not there, or whose shards are others now, begins with a new epoch.
+        No sample is lost that was not taken, but order and lanes differ. A source that was not there before, or that
+        has other shards now, begins a new epoch.
+
+        Args:
+            step: the first step that this leg does not make.
+            start: the first step in which the recipe wants samples of this mix.
+            lanes: as in :class:`Leg`.
+            batch: as in :class:`Leg`.
+            sources: as in :class:`Leg`.
         """
-        # A leg that has begun goes on as it is, unless its side is to rest again: then, or where it has not begun, it
-        # begins when it should, and never with a step that is over.
+        # A leg that has begun keeps its start, unless the recipe now wants no samples yet. Any other leg begins with
+        # the step that the recipe wants, but never with one that is over.
         has_begun = step > self.start and step >= start
         begins = self.start if has_begun else max(start, step)
-        if (lanes, batch, tuple(parts), begins) == (self.lanes, self.batch, self.parts, self.start):
+        if (lanes, batch, tuple(sources), begins) == (self.lanes, self.batch, self.sources, self.start):
             return self
-        taken = max(0, step - self.start) * self.a_lane
+        taken = max(0, step - self.start) * self.per_lane
         had = [counts(self.chances, lane, self.lanes, taken) for lane in range(self.lanes)]
-        old = {part.name: number for number, part in enumerate(self.parts)}
+        old = {source.name: number for number, source in enumerate(self.sources)}
         queues = []
-        for part in parts:
-            where = old.get(part.name)
+        for source in sources:
+            where = old.get(source.name)
             if where is None:
-                queues.append(Queue(part.samples, lanes))
+                queues.append(Queue(source.samples, lanes))
                 continue
             queue = self.queues[where].after([of_lane[where] for of_lane in had], lanes)
-            if self.parts[where].content != part.content:
-                queue = Queue(part.samples, lanes, (), queue.epoch)
+            if self.sources[where].content != source.content:
+                queue = Queue(source.samples, lanes, (), queue.epoch)
             queues.append(queue)
-        return Leg(max(start, step), lanes, batch, tuple(parts), tuple(queues))
+        return Leg(max(start, step), lanes, batch, tuple(sources), tuple(queues))
 
-    def changed(self, parts: Sequence[Part]) -> list[str]:
-        """Names of sources that have other shards, or another order, than this leg's."""
-        now = {part.name: part.content for part in parts}
-        return [part.name for part in self.parts if now.get(part.name, part.content) != part.content]
+    def changed(self, sources: Sequence[SourceInfo]) -> list[str]:
+        """Names of the sources that have other shards, or another order, than they have in this leg."""
+        now = {source.name: source.content for source in sources}
+        return [source.name for source in self.sources if now.get(source.name, source.content) != source.content]
 
     def as_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` reads; a few hundred bytes and up to some 30 a lane."""
+        """What :meth:`from_json` reads: a few hundred bytes, and after a change of the mix up to about 30 per lane."""
         return {
             "start": self.start,
             "lanes": self.lanes,
             "batch": self.batch,
             "sources": [
                 {
-                    "name": part.name,
-                    "weight": part.weight,
-                    "samples": part.samples,
-                    "content": part.content,
+                    "name": source.name,
+                    "weight": source.weight,
+                    "samples": source.samples,
+                    "content": source.content,
                     "left": [list(interval) for interval in queue.left],
                     "epoch": queue.epoch,
                 }
-                for part, queue in zip(self.parts, self.queues, strict=True)
+                for source, queue in zip(self.sources, self.queues, strict=True)
             ],
         }
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Leg:
-        """Read back.
+        """Read what :meth:`as_json` returned.
 
         Raises:
-            DataError: that is no state of a stream.
+            DataError: the state is not that of a leg.
         """
         try:
             lanes = int(state["lanes"])
-            parts = tuple(
-                Part(str(s["name"]), float(s["weight"]), int(s["samples"]), str(s["content"])) for s in state["sources"]
+            sources = tuple(
+                SourceInfo(str(s["name"]), float(s["weight"]), int(s["samples"]), str(s["content"]))
+                for s in state["sources"]
             )
             queues = tuple(
                 Queue(int(s["samples"]), lanes, tuple(Interval(*map(int, i)) for i in s["left"]), int(s["epoch"]))
                 for s in state["sources"]
             )
-            return cls(int(state["start"]), lanes, int(state["batch"]), parts, queues)
+            return cls(int(state["start"]), lanes, int(state["batch"]), sources, queues)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"the checkpoint's stream state cannot be read ({error!r})") from None

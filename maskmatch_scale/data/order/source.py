@@ -1,4 +1,4 @@
-"""One source of training samples: its shards, its order, and what stands in for a sample that cannot be used."""
+"""One source of the mix: the order of its samples, and which sample replaces one that cannot be used."""
 
 from __future__ import annotations
 
@@ -12,45 +12,50 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskmatch_scale.data.faults import BadSample, DataError
-from maskmatch_scale.data.order.epoch import EpochOrder, Place
-from maskmatch_scale.data.order.mix import Part
+from maskmatch_scale.data.order.epoch import EpochOrder
+from maskmatch_scale.data.order.mix import SourceInfo
+from maskmatch_scale.data.order.queue import Place
 from maskmatch_scale.data.remote.address import is_remote
 from maskmatch_scale.data.shards.reading import RawSample, ShardStream
 from maskmatch_scale.seeds import derive_seed
 
 Prepared = TypeVar("Prepared")
 
-_STAND_INS = 64
-"""Samples that are tried in a bad one's place."""
+_REPLACEMENTS_PER_RANGE = 16
+"""Samples that are drawn in place of a bad one: so many from its window, from the next window, and from its epoch."""
 
 _ORDERS_KEPT = 4
-"""Epochs whose order is kept at hand: lanes are in the same one or in neighbouring ones."""
+"""Epochs whose order is kept in memory. All lanes are in the same epoch or in neighbouring ones."""
 
 _WINDOWS_KEPT = 1024
-"""Windows of which is known what was asked for."""
+"""Windows for which is kept which of their shards have not been asked for yet."""
 
 
 @dataclass(frozen=True)
 class Skip:
-    """A sample that was passed over."""
+    """A sample that could not be used and was skipped."""
 
     source: str
     shard: str
     key: str | None
+    """None if the shard cannot be read far enough to know it."""
     reason: str
+    """One of :data:`~maskmatch_scale.data.faults.REASONS`."""
     message: str
 
 
-class Source:
-    """Samples of one stream of shards, for ever, in an order that depends on (seed, name, epoch, shards) alone.
+class WeightedSource:
+    """The samples of one stream of shards, without end, with a weight in the mix.
+
+    The order of an epoch depends on seed, name, epoch, shards, window and lanes alone.
 
     Args:
         stream: its shards.
         name: that its order is drawn from.
-        seed: of the run.
+        seed: of the run and side.
         window: samples that are shuffled with each other.
-        weight: share of the mix.
-        skip: whether bad samples are passed over; else they are errors.
+        weight: its share of the mix, relative to those of the other sources.
+        skip: whether bad samples are skipped; otherwise they are errors.
         numbers: int64, ascending: the samples of the stream that are used; None = all.
     """
 
@@ -72,15 +77,16 @@ class Source:
         self.skip = skip
         self.numbers = numbers
         self.sizes = stream.shards.samples
+        """int64 (shards,): used samples per shard."""
         self._first = stream.shards.starts
         if numbers is not None:
             self._first = np.searchsorted(numbers, stream.shards.starts)
             self.sizes = np.diff(self._first)
-        self.part = Part(name, weight, int(self.sizes.sum()), self._digest())
-        self._orders: OrderedDict[tuple[int, int], EpochOrder] = OrderedDict()
-        self.elsewhere = is_remote(stream.root) or stream.shards.has_addresses
+        self.info = SourceInfo(name, weight, int(self.sizes.sum()), self._digest())
+        self.is_remote = is_remote(stream.root) or stream.shards.has_addresses
         """Whether its shards have to be fetched."""
-        self._waiting: OrderedDict[tuple[int, int], list[int]] = OrderedDict()
+        self._orders: OrderedDict[tuple[int, int], EpochOrder] = OrderedDict()
+        self._not_asked_for: OrderedDict[tuple[int, int], list[int]] = OrderedDict()
 
     def _digest(self) -> str:
         digest = hashlib.blake2b(repr((self.seed, self.window)).encode(), digest_size=8)
@@ -91,7 +97,7 @@ class Source:
         return digest.hexdigest()
 
     def order(self, epoch: int, lanes: int) -> EpochOrder:
-        """Order of an epoch that is dealt to so many lanes."""
+        """The order of an epoch that is dealt to this number of lanes."""
         order = self._orders.get((epoch, lanes))
         if order is None:
             while len(self._orders) >= _ORDERS_KEPT:
@@ -101,29 +107,30 @@ class Source:
         return order
 
     def locate(self, place: Place) -> tuple[int, int]:
-        """(shard, place within it) of the sample that stands at ``place``."""
-        return self._within(*self.order(place.epoch, place.lanes)[place.place])
+        """(shard, number within it) of the sample at ``place``."""
+        return self._in_shard(*self.order(place.epoch, place.lanes)[place.place])
 
-    def _within(self, shard: int, among_used: int) -> tuple[int, int]:
+    def _in_shard(self, shard: int, among_used: int) -> tuple[int, int]:
+        """(shard, number within it) of a used sample, from its number among the used ones of the shard."""
         if self.numbers is None:
             return shard, among_used
         number = int(self.numbers[int(self._first[shard]) + among_used])
         return shard, number - int(self.stream.shards.starts[shard])
 
     def load(self, place: Place, prepare: Callable[[RawSample], Prepared]) -> tuple[Prepared, list[Skip]]:
-        """Read the sample at ``place`` and prepare it; if it is bad and may be skipped, one that stands in for it.
+        """Read the sample at ``place`` and prepare it; if it is bad and may be skipped, prepare another one instead.
 
         Args:
-            place: in the source's epochs.
-            prepare: decodes and augments; raises BadSample.
+            place: in the epochs of this source.
+            prepare: decodes a sample; raises BadSample.
 
         Returns:
-            What ``prepare`` returned, and what was passed over: the sample that stands at ``place``, once, whatever was
-            tried after it.
+            What ``prepare`` returned; and the sample at ``place`` if it was skipped. It is listed once, even if
+            replacements were bad too.
 
         Raises:
-            BadSample: it is bad and this source skips nothing.
-            DataError: neither it nor any that might stand in can be used.
+            BadSample: the sample is bad, and this source skips none.
+            DataError: neither the sample nor any replacement can be used.
         """
         skipped: list[Skip] = []
         tried, last = 0, ""
@@ -141,28 +148,29 @@ class Source:
         raise DataError(f"source {self.name!r}: {tried} samples in a row cannot be used; the last: {last}")
 
     def _candidates(self, place: Place) -> Iterator[tuple[int, int]]:
-        """The sample at a place, then those that may stand in for it: a rule that looks at the place alone.
+        """(shard, number within it) of the sample at a place, then of its replacements. They depend on the place alone.
 
-        First some of the sample's own window, in whatever order; then, in case that is one lost shard, of the window
-        before or behind it in the run, whose shards a lane has just had or is about to need; at last of the epoch.
+        Replacements are drawn first from the window of the sample; then, in case one lost shard fills that window, from
+        the window before or after it in the run, whose shards a lane has just read or is about to read; and last from
+        the whole epoch.
         """
         yield self.locate(place)
         order = self.order(place.epoch, place.lanes)
         tried = {place.place}
         for start, stop in (order.window_of(place.place), order.neighbouring_window(place.place), (0, len(order))):
-            for attempt in range(_STAND_INS // 4):
+            for attempt in range(_REPLACEMENTS_PER_RANGE):
                 drawn = start + derive_seed(order.seed, "stands in", place.place, start, attempt) % (stop - start)
                 if drawn not in tried:
                     tried.add(drawn)
-                    yield self._within(*order[drawn])
+                    yield self._in_shard(*order[drawn])
 
     def prefetch(self, place: Place) -> None:
         """Fetch the shards of the window around ``place`` in the background."""
         order = self.order(place.epoch, place.lanes)
         start, stop = order.window_of(place.place)
-        waiting = self._waiting.setdefault((place.epoch, start), order.shards_of(start, stop)[::-1])
-        while len(self._waiting) > _WINDOWS_KEPT:
-            self._waiting.popitem(last=False)
-        # Only some at a time are taken on; the others are asked for again with the next sample.
-        while waiting and self.stream.prefetch(waiting[-1]):
-            waiting.pop()
+        shards = self._not_asked_for.setdefault((place.epoch, start), order.shards_of(start, stop)[::-1])
+        while len(self._not_asked_for) > _WINDOWS_KEPT:
+            self._not_asked_for.popitem(last=False)
+        # Few prefetches are allowed at once. The other shards are asked for when the next sample of the window is read.
+        while shards and self.stream.prefetch(shards[-1]):
+            shards.pop()

@@ -1,1 +1,1 @@
-"""Files that lie elsewhere: their addresses, how they are fetched, and the cache that keeps them on this machine."""
+"""Files on other machines: their addresses, fetching them, and the cache that keeps them on this one."""

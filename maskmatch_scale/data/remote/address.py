@@ -1,9 +1,9 @@
-"""Addresses of files: which are elsewhere, how they are put together, and how they are shown.
+"""Addresses of files: which are remote, how a folder and a file are joined, and how they are shown in messages.
 
-An address is a local path, or one of::
+The location of a file is a local path or an address, which is one of::
 
-    https://host/folder/x.tar    (http:// as well)
-    s3://bucket/folder/x.tar     as every other scheme://, file:// included
+    https://host/folder/x.tar    or http://
+    s3://bucket/folder/x.tar     or any other scheme://, also file://
     pipe:COMMAND                 what a shell command prints
 """
 
@@ -26,20 +26,20 @@ _MOST_NAMES = 10_000_000
 
 
 def is_remote(location: str | Path) -> bool:
-    """Whether a location is an address to fetch from: ``scheme://…`` (``file://`` too) or ``pipe:…``. A Path is not."""
+    """Whether a location is an address: ``scheme://…`` (also ``file://``) or ``pipe:…``. A Path never is."""
     return isinstance(location, str) and (location.startswith(PIPE) or _SCHEME.match(location) is not None)
 
 
 def join(root: str, file: str) -> str:
-    """Where a file of an index is.
+    """The location of a file that an index lists.
 
     Args:
-        root: the shard folder, or the index itself (``….json``): a path or an address. Its query (a signed folder's
-            token) is kept.
-        file: relative to the folder, an absolute path, or an address of its own.
+        root: the shard folder, or the index itself (``….json``): a path or an address. Its query (the token of a signed
+            address) is kept.
+        file: a path relative to the folder, an absolute path, or an address of its own.
 
     Raises:
-        DataError: the root is a ``pipe:``, which names one file and no folder.
+        DataError: the root is a ``pipe:``, which stands for one file and not for a folder.
     """
     if is_remote(file) or file.startswith("/"):
         return file
@@ -56,7 +56,7 @@ def join(root: str, file: str) -> str:
         path = path.rpartition("/")[0]
     if is_http(root):
         file = quote(file)
-    if {".", ".."} & set(file.split("/")):  # object stores take them for names
+    if {".", ".."} & set(file.split("/")):  # to an object store these are ordinary names
         host, _, folder_path = path.partition("/")
         path = host + posixpath.normpath(f"/{folder_path}/{file}").replace("//", "/")
     else:
@@ -65,14 +65,14 @@ def join(root: str, file: str) -> str:
 
 
 def expand(pattern: str) -> list[str]:
-    """All the files that a pattern stands for, in order.
+    """All the locations that a pattern stands for, in order.
 
     Args:
-        pattern: a path or address, with braces (``x-{000..127}.tar``, ``{a,b}.tar``), a path also with ``*``, ``?`` and
-            ``[…]``.
+        pattern: a path or an address. Both may have braces (``x-{000..127}.tar``, ``{a,b}.tar``); a path may also have
+            ``*``, ``?`` and ``[…]``.
 
     Raises:
-        DataError: nothing matches, a path is not there, or an address has a ``*``.
+        DataError: nothing matches, a path does not exist, or an address has a ``*``.
     """
     numbers = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
     if math.prod(abs(int(last) - int(first)) + 1 for first, last in numbers) > _MOST_NAMES:
@@ -101,7 +101,10 @@ def expand(pattern: str) -> list[str]:
 
 
 def shown(url: str) -> str:
-    """An address for messages: without user, password and query, which may be keys; of a command only its files."""
+    """An address as messages show it: without user, password and query, which may be secrets.
+
+    Of a command, only its name and the files that it names are shown.
+    """
     if url.startswith(PIPE):
         words = [word for word in url.removeprefix(PIPE).split() if not re.match(r"\w+=", word)]
         files = [shown(word.strip("'\"")) for word in words[1:] if _names_a_file(word.strip("'\""))]
@@ -110,13 +113,24 @@ def shown(url: str) -> str:
     return re.sub(r"(?<=://)[^/]*@", "", address, count=1)
 
 
+def scrubbed(text: str, url: str) -> str:
+    """What a library or command said of an address, in one line and without the secrets of the address."""
+    text = text.replace(url, shown(url))
+    if url.startswith(PIPE):
+        text = text.replace(url.removeprefix(PIPE), shown(url))
+    text = re.sub(r"(\w://)[^\s/@]*@", r"\1", text)
+    text = re.sub(r"\?[^\s'\"]*=[^\s'\"]*", "", text)
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:300]} …"
+
+
 def is_http(url: str) -> bool:
     """Whether an address is fetched by HTTP."""
     return url.lower().startswith(("http://", "https://"))
 
 
 def _cut_query(url: str) -> tuple[str, str]:
-    """(address, ``?query`` or ``#fragment``)."""
+    """An address in two: up to its query or fragment, and from there on."""
     match = re.search(r"[?#]", url)
     return (url[: match.start()], url[match.start() :]) if match else (url, "")
 

@@ -1,4 +1,4 @@
-"""The index of a shard folder: what lies in which shard.
+"""The index of a shard folder: its streams, and the shards of each.
 
 A shard folder holds webdataset tar shards and one ``index.json``::
 
@@ -7,8 +7,8 @@ A shard folder holds webdataset tar shards and one ``index.json``::
       labelled-000000.tar      members: <key>.jpg <key>.png   (image, label map), keys adjacent
       unlabelled-000000.tar    members: <key>.jpg             (no labels at all)
 
-A stream is a named list of shards. The list is kept in columns, so that a million shards cost a few hundred bytes each
-in the file and about a hundred in memory, and workers that are forked share them.
+A stream is a named list of shards. In memory the list is kept in columns. So of a million shards, each takes about a
+hundred bytes in memory (a few hundred in the file), and forked loader processes share that memory.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ class ShardEntry(_Frozen):
     """One tar file of a stream."""
 
     file: str
-    """Relative to the index, or an absolute path or URL."""
+    """Path relative to the index, absolute path, or address."""
     samples: int = Field(ge=1)
     bytes: int = Field(ge=1)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class ShardTable(Sequence[ShardEntry]):
-    """The shards of a stream, in columns: a sequence of :class:`ShardEntry` that are made when they are asked for.
+    """The shards of a stream, in columns: a sequence of :class:`ShardEntry`, each made when it is asked for.
 
     Args:
-        entries: one mapping (as in ``index.json``) or :class:`ShardEntry` a shard.
+        entries: for each shard a mapping, as in ``index.json``, or a :class:`ShardEntry`.
 
     Raises:
-        ValueError: an entry lacks a field, or has one of another type or range; names the entry.
+        ValueError: an entry lacks a field, has an unknown one, or has one of a wrong type or range; names the entry.
     """
 
     samples: NDArray[np.int64]
-    """Samples a shard."""
+    """int64 (shards,): samples per shard."""
     bytes: NDArray[np.int64]
-    """Bytes a shard."""
+    """int64 (shards,): bytes per shard."""
 
     def __init__(self, entries: Iterable[Mapping[str, Any] | ShardEntry]) -> None:
         rows = [entry.model_dump() if isinstance(entry, ShardEntry) else entry for entry in entries]
@@ -79,21 +79,22 @@ class ShardTable(Sequence[ShardEntry]):
         self._names = b"".join(files)
         self._ends = np.cumsum(np.array([len(file) for file in files], dtype=np.int64))
         self.digests = digests
+        """The SHA-256 of all shards, 32 bytes each."""
         self.starts: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.samples)])
-        """Number of the first sample of every shard in the stream, and the number of all at the end."""
+        """int64 (shards + 1,): number in the stream of the first sample of each shard; last, the number of samples."""
 
     def __len__(self) -> int:
         """Number of shards."""
         return len(self.samples)
 
     def file(self, number: int) -> str:
-        """File of shard ``number``, as the index has it."""
+        """File of shard ``number``, as it is in the index."""
         start = int(self._ends[number - 1]) if number else 0
         return self._names[start : int(self._ends[number])].decode()
 
     @property
     def has_addresses(self) -> bool:
-        """Whether some file is not a path: a URL, or a pipe."""
+        """Whether some file may be an address and not a path: it has a colon."""
         return b":" in self._names
 
     def sha256(self, number: int) -> str:
@@ -125,7 +126,7 @@ class ShardTable(Sequence[ShardEntry]):
     __hash__ = None  # type: ignore[assignment]
 
     def as_json(self) -> list[dict[str, Any]]:
-        """What :meth:`__init__` takes."""
+        """The entries, as :meth:`__init__` takes them."""
         return [
             {"file": file, "samples": samples, "bytes": size, "sha256": self.sha256(number)}
             for number, (file, samples, size) in enumerate(
@@ -141,6 +142,7 @@ class ShardTable(Sequence[ShardEntry]):
 
 
 def _first_fault(rows: Sequence[Any]) -> str:
+    """The first entry that is not well formed, and why."""
     for number, row in enumerate(rows):
         try:
             ShardEntry.model_validate(row, strict=True)
@@ -179,13 +181,13 @@ class ShardIndex(_Frozen):
     source: str
     """Name of the source that wrote the shards."""
     settings: dict[str, object] = {}
-    """What the source was asked for (seed, sizes …): a restart with other settings is refused."""
+    """Settings of the source (seed, sizes …). Writing is continued with the same settings only."""
     classes: tuple[str, ...] = ()
-    """Class names; a label map's value v < len(classes) is class ``classes[v]``. Empty where nothing is labelled."""
+    """Class names. Value v < len(classes) of a label map is class ``classes[v]``. Empty if no stream is labelled."""
     palette: tuple[tuple[int, int, int], ...] = ()
-    """One RGB colour a class, 0–255, for pictures."""
+    """One RGB colour per class, 0–255, for pictures."""
     ignore_index: int = Field(default=255, ge=0, le=255)
-    """Label value of pixels that count for nothing."""
+    """Value of a label map's pixels that count for nothing."""
     streams: dict[str, StreamEntry]
 
     @model_validator(mode="after")
@@ -236,7 +238,7 @@ class ShardIndex(_Frozen):
             raise DataError(f"{where}: not JSON ({error}); write the shards again") from None
 
     def to_json(self) -> bytes:
-        """What :meth:`parse` reads: one line a shard."""
+        """What :meth:`parse` reads, with one line per shard."""
         content = self.model_dump(mode="json")
         streams = content.pop("streams")
         head = json.dumps(content, indent=1, ensure_ascii=False)[:-2]
@@ -248,7 +250,11 @@ class ShardIndex(_Frozen):
         return f'{head},\n "streams": {{\n{",".join(parts)}\n }}\n}}\n'.encode()
 
     def stream(self, name: str) -> StreamEntry:
-        """The stream called ``name``; DataError naming the streams there are if there is none."""
+        """The stream called ``name``.
+
+        Raises:
+            DataError: there is none; the message names those that there are.
+        """
         if name not in self.streams:
             raise DataError(f"stream {name!r} is not in the index; it has: {', '.join(self.streams)}")
         return self.streams[name]

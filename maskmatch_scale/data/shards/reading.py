@@ -1,7 +1,7 @@
-"""Reading the encoded samples of a stream by their place, wherever its shards lie.
+"""Reading the encoded samples of a stream by their place, from local and from remote shards.
 
-The place of a sample is (shard, number within the shard). A shard of another machine is fetched whole into a cache on
-this one; a tar's headers are read once a process, after which a sample costs one seek.
+The place of a sample is (shard, number within the shard). A remote shard is fetched whole into a cache on this machine.
+Each process reads the headers of a shard once; after that, a sample costs one seek.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ from typing import Any, BinaryIO
 
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.remote.address import is_remote, join
-from maskmatch_scale.data.remote.fetch import Remote
-from maskmatch_scale.data.remote.shard_cache import ShardCache, read_bytes
+from maskmatch_scale.data.remote.fetch import read_bytes
+from maskmatch_scale.data.remote.shard_cache import ShardCache
+from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex
 from maskmatch_scale.data.shards.tar import TarTable, read_table
 from maskmatch_scale.recipe import DataRecipe
 
 MOST_CHECKED_AT_START = 10_000
-"""Shards whose presence and size are looked at before a run; more take too long: they are looked at when due."""
+"""If a stream has no more local shards, it is checked when it is opened that they exist and have their sizes. For more
+that would take too long; then each shard is checked when it is read."""
 
 _MOST_OPEN = 128
-"""Shards that a process holds open."""
+"""Shards that a process keeps open."""
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """One sample as it lies in its shard, still encoded."""
+    """One sample as it is in its shard, still encoded."""
 
     key: str
     shard: str
@@ -43,10 +45,10 @@ class RawSample:
         return f"{self.shard}: {self.key}"
 
 
-def remote_options(data: DataRecipe) -> Remote:
-    """How a recipe wants shards of other machines to be fetched."""
+def fetch_options(data: DataRecipe) -> FetchOptions:
+    """How a recipe wants remote shards to be fetched."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Remote(
+    return FetchOptions(
         cache=Path(data.cache_dir) if data.cache_dir else home / "maskmatch_scale" / "shards",
         limit_bytes=int(data.cache_gb * 1e9),
         timeout_s=data.fetch_timeout_s,
@@ -56,50 +58,50 @@ def remote_options(data: DataRecipe) -> Remote:
 
 
 def load_index(root: str, data: DataRecipe | None = None) -> ShardIndex:
-    """The index of a shard folder, local or not; ``root`` may also name the index itself.
+    """Read the index of a shard folder.
 
     Args:
-        root: a folder, a URL, or either of an index.
-        data: how it is fetched; None = by the defaults.
+        root: path or address of a folder, or of the index itself.
+        data: how it is fetched if it is remote; None = by the defaults.
 
     Raises:
         DataError: there is none, it cannot be fetched, or it does not parse.
     """
     if not is_remote(root):
-        return _local_index(root, _changed(root))
+        return _local_index(root, _modified(root))
     where = root if root.partition("?")[0].endswith(".json") else join(root, INDEX_NAME)
-    return ShardIndex.parse(read_bytes(where, remote_options(data or DataRecipe(root=root))), where)
+    return ShardIndex.parse(read_bytes(where, fetch_options(data or DataRecipe(root=root))), where)
 
 
 @dataclass(frozen=True)
-class OpenShards:
-    """Opens shards of a folder by their names in its index, wherever they lie; picklable.
+class ShardOpener:
+    """Opens shards of a folder by their names in its index; picklable.
 
     Args:
-        root: the folder or its index, local or not.
-        data: how shards are fetched; None = by the defaults.
+        root: path or address of the folder or of its index.
+        data: how remote shards are fetched; None = by the defaults.
     """
 
     root: str
     data: DataRecipe | None = None
 
     def __call__(self, file: str) -> BinaryIO:
-        """Open one.
+        """Open the shard that the index calls ``file``.
 
         Raises:
-            OSError: a local one that is not there.
-            DataError: one that cannot be fetched.
+            OSError: it is local and does not exist.
+            DataError: it is remote and cannot be fetched.
         """
         location = join(self.root, file)
         if is_remote(location):
-            return ShardCache(remote_options(self.data or DataRecipe(root=self.root))).open(location)
-        if not Path(location).is_file():  # a pipe would wait for ever
+            return ShardCache(fetch_options(self.data or DataRecipe(root=self.root))).open(location)
+        if not Path(location).is_file():  # opening a named pipe would wait for ever
             raise FileNotFoundError(f"{location}: the index names this shard but the file is not there")
         return Path(location).open("rb")
 
 
-def _changed(root: str) -> tuple[int, int]:
-    """Time and size of a local index, to tell when it is another one."""
+def _modified(root: str) -> tuple[int, int]:
+    """Modification time (ns) and size (bytes) of a local index: if they are others, the index may be another one."""
     path = Path(root) if root.endswith(".json") else Path(root) / INDEX_NAME
     try:
         status = path.stat()
@@ -109,8 +111,8 @@ def _changed(root: str) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=2)
-def _local_index(root: str, changed: tuple[int, int]) -> ShardIndex:
-    """Evaluations read the index again and again; one of a million shards takes seconds."""
+def _local_index(root: str, modified: tuple[int, int]) -> ShardIndex:
+    """Cached, because each evaluation asks for the index, and reading one of a million shards takes seconds."""
     return ShardIndex.load(root)
 
 
@@ -118,16 +120,17 @@ class ShardStream:
     """Random access to the encoded samples of one stream of a shard folder.
 
     Args:
-        root: the shard folder: a local one, or a URL.
+        root: path or address of the shard folder.
         name: the stream's name in the index.
-        data: how shards are fetched; None = by the defaults.
+        data: how remote shards are fetched; None = by the defaults.
         index: of the folder, if it was read already.
         labels: whether label maps are read; None = as the index says.
-        strict: whether a shard that is not what the index says is an error; else its samples are as bad as they are.
+        strict: whether a shard that is not as the index says is an error. If not, only those of its samples are bad
+            that cannot be read.
 
     Raises:
-        DataError: no such stream; labels asked for that are not there; with ``strict`` also a local shard that is
-            missing or has another size than the index says.
+        DataError: there is no such stream; labels are wanted and it has none; with ``strict`` also: a local shard is
+            missing, or has another size than the index says.
     """
 
     def __init__(
@@ -152,7 +155,7 @@ class ShardStream:
         if self.labels and not self.entry.labelled:
             raise DataError(f"{root}: stream {name!r} has no labels")
         self.strict = strict
-        self._options = remote_options(data)
+        self._options = fetch_options(data)
         self._open: OrderedDict[int, tuple[BinaryIO, TarTable] | BadSample] = OrderedDict()
         self._process = os.getpid()
         if strict and len(self.shards) <= MOST_CHECKED_AT_START:
@@ -165,20 +168,20 @@ class ShardStream:
         return self.entry.samples
 
     def __getstate__(self) -> dict[str, Any]:
-        """Open files do not travel to another process."""
+        """Without the open files, which another process cannot use."""
         return self.__dict__ | {"_open": OrderedDict()}
 
     @cached_property
     def cache(self) -> ShardCache:
-        """Of shards from elsewhere; its folder is made when it is needed."""
+        """The cache of remote shards; its folder is made at the first use."""
         return ShardCache(self._options)
 
     def location(self, shard: int) -> str:
-        """Path or URL of a shard."""
+        """Path or address of a shard."""
         return join(self.root, self.shards.file(shard))
 
     def locate(self, number: int) -> tuple[int, int]:
-        """(shard, place within it) of sample ``number`` of the stream."""
+        """(shard, number within it) of sample ``number`` of the stream."""
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)} in stream {self.name!r}")
         shard = int(self.shards.starts.searchsorted(number, side="right")) - 1
@@ -189,11 +192,11 @@ class ShardStream:
         return self.read(*self.locate(number))
 
     def read(self, shard: int, place: int) -> RawSample:
-        """Read sample ``place`` of a shard.
+        """Read sample number ``place`` of a shard.
 
         Raises:
             BadSample: the sample, or its whole shard, cannot be used.
-            DataError: with ``strict``, the shard is not what the index says.
+            DataError: with ``strict``: the shard is not as the index says.
         """
         file, table = self._table(shard)
         name = self.shards.file(shard)
@@ -205,7 +208,7 @@ class ShardStream:
         return RawSample(table.key(place), name, image, label)
 
     def key(self, shard: int, place: int) -> str | None:
-        """A sample's key, if its shard's headers can be read that far."""
+        """The key of a sample; None if the headers of its shard cannot be read that far."""
         try:
             _, table = self._table(shard)
         except BadSample:
@@ -213,22 +216,23 @@ class ShardStream:
         return table.key(place) if place < len(table) else None
 
     def prefetch(self, shard: int) -> bool:
-        """Fetch a shard of another machine in the background; False if too many are under way."""
+        """Fetch a remote shard in the background; False if too many are being fetched: ask again later."""
         location = self.location(shard)
         if not is_remote(location):
             return True
         return self.cache.prefetch(location, int(self.shards.bytes[shard]), self.shards.sha256(shard))
 
     def _table(self, shard: int) -> tuple[BinaryIO, TarTable]:
+        """A shard, open, and its table; it is kept open."""
         if self._process != os.getpid():
-            # A forked process shares file positions with its parent: it opens its own.
+            # Files that a parent process opened share their positions with it: a forked process opens its own.
             self._process, self._open = os.getpid(), OrderedDict()
         found = self._open.get(shard)
         if found is None:
             try:
                 found = self._read_table(shard)
             except BadSample as bad:
-                found = bad  # not tried again for each of its samples
+                found = bad  # kept, so that the shard is not tried again for each of its samples
             while len(self._open) >= _MOST_OPEN:
                 _, oldest = self._open.popitem(last=False)
                 if not isinstance(oldest, BadSample):
@@ -240,6 +244,7 @@ class ShardStream:
         return found
 
     def _read_table(self, shard: int) -> tuple[BinaryIO, TarTable]:
+        """Open a shard, and read its table."""
         location, said = self.location(shard), int(self.shards.samples[shard])
         if is_remote(location):
             file = self.cache.open(location, int(self.shards.bytes[shard]), self.shards.sha256(shard))
@@ -247,7 +252,7 @@ class ShardStream:
             if self.strict:
                 self._check(shard)
             try:
-                file = Path(location).open("rb")  # noqa: SIM115 - held open
+                file = Path(location).open("rb")  # noqa: SIM115 - kept open
             except OSError as error:
                 raise BadSample("shard_unreadable", f"{location}: {error.strerror}; write the shard again") from None
         table = read_table(file, location, labelled=self.labels)
@@ -256,6 +261,7 @@ class ShardStream:
         return file, table
 
     def _check(self, shard: int) -> None:
+        """Raise a DataError if a local shard does not exist or has another size than the index says."""
         path, said = Path(self.location(shard)), int(self.shards.bytes[shard])
         if not path.is_file():
             raise DataError(f"{path}: the index names this shard but the file is not there; write the shards again")

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.images.decode import decode_image, decode_label
 from maskmatch_scale.data.shards.index import ShardIndex, StreamEntry
-from maskmatch_scale.data.shards.reading import OpenShards, load_index
+from maskmatch_scale.data.shards.reading import ShardOpener, load_index
 from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.data.tools.verify import OpenShard
 from maskmatch_scale.seeds import generator
@@ -73,7 +73,7 @@ def contact_sheet(
         DataError: no index, or no such stream.
     """
     index = index or load_index(str(root))
-    open_shard = open_shard or OpenShards(str(root))
+    open_shard = open_shard or ShardOpener(str(root))
     names = [stream] if stream is not None else list(index.streams)
     pixels = np.zeros(256, np.int64)
     sections = []

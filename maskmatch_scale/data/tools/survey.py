@@ -12,8 +12,8 @@ from typing import Any
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.remote.address import expand, is_remote
-from maskmatch_scale.data.remote.fetch import Remote
 from maskmatch_scale.data.remote.shard_cache import ShardCache
+from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex, ShardTable, StreamEntry, sha256
 from maskmatch_scale.data.shards.tar import read_table
 
@@ -25,7 +25,7 @@ def survey(
     streams: Mapping[str, Sequence[str]],
     labelled: Sequence[str],
     out: Path,
-    options: Remote,
+    options: FetchOptions,
     *,
     classes: Sequence[str] = (),
     palette: Sequence[tuple[int, int, int]] = (),
@@ -115,7 +115,7 @@ def _identity(location: str, labelled: bool) -> str:
     return identity
 
 
-def _look_at_all(shards: Sequence[tuple[str, bool]], options: Remote, workers: int) -> Iterator[dict[str, Any]]:
+def _look_at_all(shards: Sequence[tuple[str, bool]], options: FetchOptions, workers: int) -> Iterator[dict[str, Any]]:
     if workers == 1 or len(shards) < 2:
         yield from (_look_at(location, labelled, options) for location, labelled in shards)
         return
@@ -132,7 +132,7 @@ def _look_at_all(shards: Sequence[tuple[str, bool]], options: Remote, workers: i
         pool.shutdown(cancel_futures=True)
 
 
-def _look_at(location: str, labelled: bool, options: Remote) -> dict[str, Any]:
+def _look_at(location: str, labelled: bool, options: FetchOptions) -> dict[str, Any]:
     path = _fetched(location, options) if is_remote(location) else Path(location)
     with path.open("rb") as file:
         table = read_table(file, location, labelled=labelled)
@@ -149,7 +149,7 @@ def _look_at(location: str, labelled: bool, options: Remote) -> dict[str, Any]:
     }
 
 
-def _fetched(location: str, options: Remote) -> Path:
+def _fetched(location: str, options: FetchOptions) -> Path:
     cache = ShardCache(options)
     cache.forget(location)  # it may have changed since, and no checksum is known that would tell
     return cache.fetch(location)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.images.decode import MAX_PIXELS, decode_image, decode_label
 from maskmatch_scale.data.shards.index import ShardEntry, ShardIndex, StreamEntry
-from maskmatch_scale.data.shards.reading import OpenShards, load_index
+from maskmatch_scale.data.shards.reading import ShardOpener, load_index
 from maskmatch_scale.data.shards.tar import TarTable, read_table
 
 OpenShard = Callable[[str], BinaryIO]
@@ -90,7 +90,7 @@ def verify(
         DataError: no index, or one that does not parse; a process was killed.
     """
     index = index or load_index(str(root))
-    open_shard = open_shard or OpenShards(str(root))
+    open_shard = open_shard or ShardOpener(str(root))
     check = _Check(len(index.classes), index.ignore_index, deep, max_pixels, open_shard)
     shards = sum(len(stream.shards) for stream in index.streams.values())
     if workers is None:

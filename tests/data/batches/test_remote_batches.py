@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from maskmatch_scale.data.batches.loading import batches
-from maskmatch_scale.data.batches.stream import TrainingStream
+from maskmatch_scale.data.batches.loading import load_batches
+from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.train import train
+from tests.data.batches.common import same
 from tests.data.faulty_server import Fault, FaultyServer
 
 
@@ -18,15 +19,9 @@ def over(server, tmp_path, cache="cache", **more):
     return {"root": server.url, "cache_dir": str(tmp_path / cache), **patience, **more}
 
 
-def same(one, other):
-    return all(
-        getattr(one, name).equal(getattr(other, name)) for name in ("labelled_images", "labels", "unlabelled_images")
-    )
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_same_batches_as_from_a_folder(shapes, make_recipe, tmp_path, workers):
-    plain = list(batches(TrainingStream(make_recipe(), 3, 0, 1, unlabelled=True), 0, 6))
+    plain = list(load_batches(TrainingBatches(make_recipe(), 3, 0, 1, unlabelled=True), 0, 6))
     names = [shard.file for stream in ShardIndex.load(shapes).streams.values() for shard in stream.shards]
     faults = {
         names[0]: [Fault(times=2, status=503)],
@@ -36,7 +31,7 @@ def test_the_same_batches_as_from_a_folder(shapes, make_recipe, tmp_path, worker
     }
     with FaultyServer(shapes, faults) as server:
         recipe = make_recipe(data=over(server, tmp_path, workers=workers), run={"steps": 6})
-        fetched = list(batches(TrainingStream(recipe, 3, 0, 1, unlabelled=True), 0, 6))
+        fetched = list(load_batches(TrainingBatches(recipe, 3, 0, 1, unlabelled=True), 0, 6))
     assert all(map(same, plain, fetched))
     assert not any(batch.skipped for batch in fetched)
 
@@ -57,9 +52,9 @@ def test_ranks_with_caches_of_their_own_read_an_epoch_of_bytes_between_them(
                 run={"steps": steps},
                 model={"backbone": "transformers/segformer-b0", "pretrained": "x"},
             )
-            stream = TrainingStream(recipe, 3, rank, world_size, unlabelled=True)
+            made = TrainingBatches(recipe, 3, rank, world_size, unlabelled=True)
             for number in range(steps):
-                stream[number]
+                made[number]
         sent = sum(request.sent for request in server.requests if request.path.endswith(".tar"))
     assert sent == total
 
@@ -104,5 +99,5 @@ def test_shards_of_an_index_may_lie_anywhere(shapes, make_recipe, tmp_path):
                 shard["file"] = str(shapes / shard["file"])
         (tmp_path / "index.json").write_text(json.dumps(content))
         data = over(server, tmp_path) | {"root": str(tmp_path)}
-        fetched = TrainingStream(make_recipe(data=data), 3, 0, 1, unlabelled=True)[0]
-    assert same(fetched, TrainingStream(make_recipe(), 3, 0, 1, unlabelled=True)[0])
+        fetched = TrainingBatches(make_recipe(data=data), 3, 0, 1, unlabelled=True)[0]
+    assert same(fetched, TrainingBatches(make_recipe(), 3, 0, 1, unlabelled=True)[0])

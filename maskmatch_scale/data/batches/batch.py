@@ -1,0 +1,68 @@
+"""One rank's micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from maskmatch_scale.data.order.source import Skip
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's micro-batch: B labelled and U unlabelled images of h × w px. It is made in host memory."""
+
+    labelled_images: Tensor
+    """uint8 (B, 3, h, w), the weak view; B may be 0."""
+    labels: Tensor
+    """uint8 (B, h, w), ignore_index where nothing counts."""
+    unlabelled_images: Tensor
+    """uint8 (U, 3, h, w), the weak view; U may be 0."""
+    unlabelled_valid: Tensor
+    """bool (U, h, w), False on padding."""
+    unlabelled_positions: tuple[int, ...]
+    """For each unlabelled image a number made from its place (source, epoch, number in the epoch). What a method draws
+    for the image (strong views, masks) is drawn from that number."""
+    skipped: tuple[Skip, ...] = ()
+    """Samples that could not be used and were skipped for this batch."""
+
+    @classmethod
+    def empty(cls, labelled: int, unlabelled: int, size: tuple[int, int]) -> Batch:
+        """A batch of uninitialised memory.
+
+        Args:
+            labelled: number of labelled images, B.
+            unlabelled: number of unlabelled images, U.
+            size: (h, w) in px.
+        """
+        rows, columns = size
+        return cls(
+            torch.empty(labelled, 3, rows, columns, dtype=torch.uint8),
+            torch.empty(labelled, rows, columns, dtype=torch.uint8),
+            torch.empty(unlabelled, 3, rows, columns, dtype=torch.uint8),
+            torch.empty(unlabelled, rows, columns, dtype=torch.bool),
+            (),
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All tensors, in the order in which :meth:`with_tensors` takes them."""
+        return self.labelled_images, self.labels, self.unlabelled_images, self.unlabelled_valid
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:
+        """The same batch with other tensors, such as copies in other memory."""
+        labelled_images, labels, unlabelled_images, unlabelled_valid = tensors
+        return replace(
+            self,
+            labelled_images=labelled_images,
+            labels=labels,
+            unlabelled_images=unlabelled_images,
+            unlabelled_valid=unlabelled_valid,
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        return self.with_tensors([tensor.to(device, non_blocking=True) for tensor in self.tensors])

@@ -1,0 +1,64 @@
+"""How many pixels of each class the labelled samples of a run have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from maskmatch_scale.data.faults import BadSample
+from maskmatch_scale.data.order.epoch import Cut
+from maskmatch_scale.data.order.source import WeightedSource
+from maskmatch_scale.data.shards.reading import RawSample
+
+
+class ClassPixels:
+    """Pixels of each class in the used samples of labelled sources. They are counted once, at the first use.
+
+    Args:
+        sources: the labelled sources.
+        num_classes: classes of the model.
+        label_map: decodes a sample's label map to uint8 (H, W); raises BadSample.
+    """
+
+    def __init__(
+        self, sources: Sequence[WeightedSource], num_classes: int, label_map: Callable[[RawSample], Tensor]
+    ) -> None:
+        self._sources, self._num_classes, self._label_map = sources, num_classes, label_map
+        self._total: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """int64 (classes,). Reads all label maps if they were not counted before.
+
+        Raises:
+            BadSample: a label map cannot be used, and its source skips none.
+        """
+        if self._total is None:
+            self._total = self._count(0, 1)
+        return self._total
+
+    def count_on_all_ranks(self, rank: int, world_size: int, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Count now, each rank a share of the samples. All ranks must call it together.
+
+        Args:
+            rank: this one.
+            world_size: number of ranks.
+            sum_over_ranks: sums an int64 (classes,) over all ranks.
+        """
+        self._total = sum_over_ranks(self._count(rank, world_size))
+
+    def _count(self, rank: int, world_size: int) -> Tensor:
+        total = torch.zeros(self._num_classes, dtype=torch.int64)
+        for source in self._sources:
+            numbers = range(len(source.stream)) if source.numbers is None else source.numbers.tolist()
+            cut = Cut(len(numbers), world_size)
+            for number in numbers[cut.start(rank) : cut.start(rank + 1)]:
+                try:
+                    label = self._label_map(source.stream[number])
+                except BadSample:
+                    if not source.skip:
+                        raise
+                    continue
+                total += torch.bincount(label.flatten(), minlength=256)[: self._num_classes]
+        return total

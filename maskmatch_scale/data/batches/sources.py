@@ -1,0 +1,190 @@
+"""The labelled and the unlabelled sources of a run, as its recipe names them: checked, opened, and mixed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.order.mix import Leg, SourceInfo
+from maskmatch_scale.data.order.source import WeightedSource
+from maskmatch_scale.data.shards.index import ShardIndex
+from maskmatch_scale.data.shards.reading import ShardStream
+from maskmatch_scale.recipe import Recipe, SourceRecipe
+from maskmatch_scale.seeds import derive_seed, generator
+
+log = logging.getLogger("maskmatch_scale")
+
+SideName = Literal["labelled", "unlabelled"]
+
+
+@dataclass
+class Side:
+    """The labelled or the unlabelled sources of a run, and their mix.
+
+    Attributes:
+        name: which of the two.
+        sources: in the order of the recipe.
+        per_rank: images of a rank in one micro-batch.
+        start: the first step that takes images of this side.
+        leg: the mix, as it is now.
+    """
+
+    name: SideName
+    sources: list[WeightedSource]
+    per_rank: int
+    start: int
+    leg: Leg
+
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch of all sources together."""
+        return sum(source.info.samples for source in self.sources)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards of some source have to be fetched."""
+        return any(source.is_remote for source in self.sources)
+
+    def resume(self, state: Mapping[str, Any] | None, step: int) -> None:
+        """Continue after ``step`` steps.
+
+        Args:
+            state: what ``leg.as_json`` returned then; None if the run did not have this side.
+            step: steps that were made.
+
+        Raises:
+            DataError: the state cannot be read.
+        """
+        infos, lanes, batch = _infos(self.sources), self.leg.lanes, self.leg.batch
+        if state is None:
+            self.leg = Leg.first(max(self.start, step), lanes, batch, infos)
+            return
+        old = Leg.from_json(state)
+        for changed in old.changed(infos):
+            log.warning("%s source %r is not as it was at step %d: it begins a new epoch", self.name, changed, step)
+        self.leg = old.next(step, self.start, lanes, batch, infos)
+
+
+def open_side(name: SideName, recipe: Recipe, index: ShardIndex, lanes: int, world_size: int) -> Side:
+    """Open the sources of one side, and mix them from the beginning.
+
+    Args:
+        name: which side.
+        recipe: sections data, engine, run and method are read.
+        index: of ``data.root``.
+        lanes: see :func:`count_lanes`.
+        world_size: number of ranks.
+
+    Raises:
+        DataError: a source is missing or empty, or sources do not fit together.
+    """
+    data, engine = recipe.data, recipe.engine
+    labelled = name == "labelled"
+    skip = (data.bad_labelled if labelled else data.bad_unlabelled) == "skip"
+    wanted: tuple[SourceRecipe, ...] = getattr(data, name) or (SourceRecipe(root=data.root),)
+    names = [source.name or source.stream or name for source in wanted]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"data.{name}: two sources are called {twice!r}; give each a `name` of its own")
+    streams = [_open_stream(source, name, recipe, index, strict=not skip) for source in wanted]
+    numbers: Sequence[NDArray[np.int64] | None] = [None] * len(streams)
+    if labelled:
+        numbers = draw_labelled([len(stream) for stream in streams], data.labelled_count, data.split_seed)
+    sources = [
+        WeightedSource(
+            stream,
+            source_name,
+            derive_seed(recipe.run.seed, name),
+            data.shuffle_window,
+            weight=source.weight,
+            skip=skip,
+            numbers=drawn,
+        )
+        for stream, source_name, source, drawn in zip(streams, names, wanted, numbers, strict=True)
+        if drawn is None or len(drawn)
+    ]
+    per_rank = engine.micro_batch * (1 if labelled else data.unlabelled_per_labelled)
+    start = 0 if labelled else recipe.burn_in_steps
+    leg = Leg.first(start, lanes, per_rank * world_size * engine.accumulation, _infos(sources))
+    return Side(name, sources, per_rank, start, leg)
+
+
+def _infos(sources: Sequence[WeightedSource]) -> list[SourceInfo]:
+    return [source.info for source in sources]
+
+
+def _open_stream(
+    source: SourceRecipe, side: SideName, recipe: Recipe, index: ShardIndex, *, strict: bool
+) -> ShardStream:
+    """The stream of shards of a source.
+
+    Args:
+        source: the source.
+        side: its side; also the name of its stream if the source names none.
+        recipe: section data is read.
+        index: of ``data.root``.
+        strict: see :class:`ShardStream`.
+
+    Raises:
+        DataError: the stream is missing or empty, or its labels do not mean what those of ``data.root`` mean.
+    """
+    data, labels = recipe.data, side == "labelled"
+    stream_name = source.stream or side
+    own_index = index if source.root == data.root else None
+    stream = ShardStream(source.root, stream_name, data, index=own_index, labels=labels, strict=strict)
+    if len(stream) == 0:
+        raise DataError(f"{source.root}: stream {stream_name!r} has no samples; training needs at least one")
+    if labels and (stream.index.classes, stream.index.ignore_index) != (index.classes, index.ignore_index):
+        raise DataError(
+            f"{source.root}: its classes or its ignore_index are not those of {data.root}; write it again with "
+            "an id map that gives the same"
+        )
+    return stream
+
+
+def count_lanes(recipe: Recipe, world_size: int) -> int:
+    """Number of lanes: ``data.lanes``, or one per rank.
+
+    Raises:
+        DataError: it does not divide the images of a micro-batch over all ranks.
+    """
+    data, micro_batch = recipe.data, recipe.engine.micro_batch
+    lanes = data.lanes or world_size
+    if micro_batch * world_size % lanes:
+        raise DataError(
+            f"data.lanes={lanes} does not divide the {micro_batch * world_size} images that {world_size} "
+            f"ranks take at a time (engine.micro_batch={micro_batch}); choose a divisor, or null: one lane a rank"
+        )
+    return lanes
+
+
+def draw_labelled(sizes: Sequence[int], count: int | None, split_seed: int) -> list[NDArray[np.int64] | None]:
+    """Draw the labelled samples that a run may use, from all sources together.
+
+    Args:
+        sizes: samples of each source.
+        count: how many are drawn; None = all are used.
+        split_seed: seed of the draw.
+
+    Returns:
+        For each source the numbers of its drawn samples, int64, ascending; None where all are used.
+
+    Raises:
+        DataError: more are wanted than there are.
+    """
+    if count is None:
+        return [None] * len(sizes)
+    total = sum(sizes)
+    if count > total:
+        raise DataError(f"data.labelled_count={count}: there are {total} labelled samples; ask for fewer or write more")
+    drawn = torch.randperm(total, generator=generator(split_seed, "labelled split"))[:count].sort().values.numpy()
+    edges = np.concatenate([[0], np.cumsum(sizes)])
+    parts = np.split(drawn, np.searchsorted(drawn, edges[1:-1]))
+    return [part - edge for part, edge in zip(parts, edges[:-1], strict=True)]

@@ -1,0 +1,185 @@
+"""The training batches of one rank: exact in their mix, and continued exactly.
+
+Step s takes the next images of each side, labelled and unlabelled. The global batch of a side has one slot per image,
+and each rank has its own slots of it. So
+
+* the ratio of labelled to unlabelled images is exact in every batch on every rank, and each source has its share;
+* the view of a sample is drawn from its place (source, epoch, number in the epoch), whichever process makes it;
+* the state is the number of the step, and what each source had left when the mix last changed
+  (:mod:`~maskmatch_scale.data.order.mix`). It is a small piece of JSON, the same on all ranks. It does not depend on
+  loader processes, nor on the batches that they have made ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from maskmatch_scale.data.batches.batch import Batch
+from maskmatch_scale.data.batches.class_pixels import ClassPixels
+from maskmatch_scale.data.batches.sources import Side, count_lanes, open_side
+from maskmatch_scale.data.batches.views import SampleViews, label_map
+from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.order.queue import Place
+from maskmatch_scale.data.order.source import Skip, WeightedSource
+from maskmatch_scale.data.shards.index import ShardIndex
+from maskmatch_scale.data.shards.reading import load_index
+from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.seeds import derive_seed
+
+STATE_FORMAT = 1
+
+
+class TrainingBatches(Dataset[Batch]):
+    """Number of a micro-batch → :class:`Batch` of one rank. Any process may make any batch.
+
+    Args:
+        recipe: sections data, engine, run and method are read.
+        num_classes: classes of the model; a label above them is a bad sample.
+        rank: whose batches.
+        world_size: number of ranks.
+        unlabelled: whether unlabelled images are read at all.
+        index: of ``data.root``, if it was read already.
+
+    Raises:
+        DataError: a source is missing or empty, sources do not fit together, or lanes do not divide the batch.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        num_classes: int,
+        rank: int,
+        world_size: int,
+        *,
+        unlabelled: bool,
+        index: ShardIndex | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.rank = rank
+        self.world_size = world_size
+        self.index = index or load_index(recipe.data.root, recipe.data)
+        self.lanes = count_lanes(recipe, world_size)
+        self.labelled: Side | None = None
+        """None where ``data.labelled_count`` is 0."""
+        if recipe.data.labelled_count != 0:
+            self.labelled = open_side("labelled", recipe, self.index, self.lanes, world_size)
+        self.unlabelled: Side | None = None
+        """None where no unlabelled images are read."""
+        if unlabelled:
+            self.unlabelled = open_side("unlabelled", recipe, self.index, self.lanes, world_size)
+        ignore_index = self.index.ignore_index
+        self._class_pixels = ClassPixels(
+            self.labelled.sources if self.labelled else [],
+            num_classes,
+            partial(label_map, num_classes=num_classes, ignore_index=ignore_index),
+        )
+        self._views = SampleViews(recipe, num_classes, ignore_index, self._class_pixels.total)
+
+    @property
+    def labelled_samples(self) -> int:
+        """Labelled samples of an epoch: those that were drawn."""
+        return self.labelled.samples if self.labelled else 0
+
+    @property
+    def unlabelled_samples(self) -> int:
+        """Unlabelled samples of an epoch."""
+        return self.unlabelled.samples if self.unlabelled else 0
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What :meth:`resume` continues from after ``step`` steps: JSON, the same on every rank."""
+        return {
+            "format": STATE_FORMAT,
+            "step": step,
+            "labelled": self.labelled.leg.as_json() if self.labelled else None,
+            "unlabelled": self.unlabelled.leg.as_json() if self.unlabelled else None,
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where ``state`` was taken, also with other ranks, batches, sources or weights.
+
+        Raises:
+            DataError: the state cannot be read.
+        """
+        if state.get("format") != STATE_FORMAT:
+            raise DataError(f"the checkpoint's stream state has format {state.get('format')}; {STATE_FORMAT} is read")
+        step = int(state["step"])
+        for side in (self.labelled, self.unlabelled):
+            if side is not None:
+                side.resume(state[side.name], step)
+
+    def class_pixels(self) -> Tensor:
+        """Pixels of each class in the drawn labelled samples: int64 (classes,). Reads them if they were not counted."""
+        return self._class_pixels.total()
+
+    def count_class_pixels(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Count them now, each rank a share of the samples. All ranks must call it together."""
+        self._class_pixels.count_on_all_ranks(self.rank, self.world_size, sum_over_ranks)
+
+    def __getitem__(self, number: int) -> Batch:
+        """Micro-batch ``number`` of the run: step · accumulation + micro-step.
+
+        Raises:
+            DataError: a sample cannot be used, and it may not be skipped or nothing can replace it.
+        """
+        images, labels, views, valid = self._empty(0, 0).tensors
+        skipped: list[Skip] = []
+        positions: list[int] = []
+        step = number // self.recipe.engine.accumulation
+        if self.labelled is not None:
+            made = [self._views.labelled(source, place) for source, place in self.places(self.labelled, number)]
+            images, labels = torch.stack([view for view, _, _ in made]), torch.stack([label for _, label, _ in made])
+            skipped += [skip for _, _, skips in made for skip in skips]
+        if self.unlabelled is not None and step >= self.unlabelled.start:
+            places = list(self.places(self.unlabelled, number))
+            drawn = [self._views.unlabelled(source, place) for source, place in places]
+            views, valid = torch.stack([view for view, _, _ in drawn]), torch.stack([mask for _, mask, _ in drawn])
+            skipped += [skip for _, _, skips in drawn for skip in skips]
+            seed = self.recipe.run.seed
+            positions = [derive_seed(seed, "place", source.name, p.epoch, p.place) for source, p in places]
+        return Batch(images, labels, views, valid, tuple(positions), tuple(skipped))
+
+    def largest_batch(self) -> Batch:
+        """A batch of uninitialised memory, as large as any of this rank."""
+        return self._empty(*(side.per_rank if side else 0 for side in (self.labelled, self.unlabelled)))
+
+    def _empty(self, labelled: int, unlabelled: int) -> Batch:
+        return Batch.empty(labelled, unlabelled, self.recipe.data.crop_px)
+
+    def places(self, side: Side, number: int) -> Iterator[tuple[WeightedSource, Place]]:
+        """The source and place of each of this rank's images of one side in micro-batch ``number``.
+
+        Those are the rank's slots of the global batch; each slot belongs to a lane.
+        """
+        accumulation, leg = self.recipe.engine.accumulation, side.leg
+        step, micro = divmod(number, accumulation)
+        each = leg.per_lane // accumulation
+        for slot in range(self.rank * side.per_rank, (self.rank + 1) * side.per_rank):
+            lane, within = divmod(slot, each)
+            source, place = leg.at(step, lane, micro * each + within)
+            if side.is_remote:
+                self._prefetch(side, step, lane, micro * each + within)
+            yield side.sources[source], place
+
+    def _prefetch(self, side: Side, step: int, lane: int, number: int) -> None:
+        """Fetch shards in the background: those of the window that a lane is in, and of the one half a window later.
+
+        The former are there already, except when a run begins or continues.
+
+        Args:
+            side: of the image.
+            step: of the image.
+            lane: of the image.
+            number: of the image, among those of the lane in this step.
+        """
+        samples = max(source.info.samples for source in side.sources)
+        ahead = min(self.recipe.data.shuffle_window, samples // self.lanes) // 2
+        for due in (step, step + 1 + ahead // side.leg.per_lane):
+            if due < self.recipe.run.steps:  # nothing is fetched that is needed only after the end of the run
+                source, place = side.leg.at(due, lane, number)
+                side.sources[source].prefetch(place)

@@ -1,0 +1,106 @@
+"""A place in the order to the weak view of its sample: read, decoded, and cut by parameters drawn from the place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from maskmatch_scale.data.batches.augment import WeakView, rare_class_pixel
+from maskmatch_scale.data.images.decode import decode_image, decode_label
+from maskmatch_scale.data.order.queue import Place
+from maskmatch_scale.data.order.source import Skip, WeightedSource
+from maskmatch_scale.data.shards.reading import RawSample
+from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.seeds import generator
+
+
+def label_map(raw: RawSample, num_classes: int, ignore_index: int, size: tuple[int, int] | None = None) -> Tensor:
+    """The label map of a labelled sample, decoded.
+
+    Args:
+        raw: the sample.
+        num_classes: values from here on are refused, except ``ignore_index``.
+        ignore_index: value of pixels that count for nothing.
+        size: (H, W) that it must have, in px; None allows any.
+
+    Returns:
+        uint8 (H, W).
+
+    Raises:
+        BadSample: it cannot be used.
+    """
+    assert raw.label is not None
+    return decode_label(raw.label, raw.name, num_classes=num_classes, ignore_index=ignore_index, size=size)
+
+
+class SampleViews:
+    """Weak views of the samples of a run. The view of a place is the same whichever process makes it.
+
+    Args:
+        recipe: section data and ``run.seed`` are read.
+        num_classes: classes of the model.
+        ignore_index: label value of pixels that count for nothing.
+        class_pixels: int64 (classes,): pixels of each class in the labelled samples. It is called for crops around a
+            pixel of a rare class only.
+    """
+
+    def __init__(self, recipe: Recipe, num_classes: int, ignore_index: int, class_pixels: Callable[[], Tensor]) -> None:
+        data = recipe.data
+        self._data, self._seed = data, recipe.run.seed
+        self._num_classes, self._ignore_index = num_classes, ignore_index
+        self._class_pixels = class_pixels
+        self._weak_view = WeakView(data.crop_px, data.scale_range, data.flip_probability, ignore_index)
+
+    def labelled(self, source: WeightedSource, place: Place) -> tuple[Tensor, Tensor, list[Skip]]:
+        """The view of a labelled sample.
+
+        Returns:
+            image uint8 (3, h, w); label map uint8 (h, w), ignore_index on padding; the sample at ``place`` if another
+            one replaces it.
+
+        Raises:
+            DataError: see :meth:`WeightedSource.load`.
+        """
+
+        def decode(raw: RawSample) -> tuple[Tensor, Tensor]:
+            image = decode_image(raw.image, raw.name, max_pixels=self._data.max_image_px, contiguous=False)
+            size = (image.shape[-2], image.shape[-1])
+            return image, label_map(raw, self._num_classes, self._ignore_index, size)
+
+        (image, label), skipped = source.load(place, decode)
+        draws = generator(self._seed, "labelled view", source.name, place.epoch, place.place)
+        around = None
+        if float(torch.rand((), generator=draws)) < self._data.rare_class_crops:
+            pixels = self._class_pixels()
+            weight = pixels.clamp(min=1).double().rsqrt() * (pixels > 0)
+            around = rare_class_pixel(label, weight, draws)
+        view, target, _ = self._weak_view(image, label, draws, around)
+        assert target is not None
+        return view, target, skipped
+
+    def unlabelled(self, source: WeightedSource, place: Place) -> tuple[Tensor, Tensor, list[Skip]]:
+        """The view of an unlabelled sample.
+
+        Returns:
+            image uint8 (3, h, w); valid bool (h, w), False on padding; the sample at ``place`` if another one replaces
+            it.
+
+        Raises:
+            DataError: see :meth:`WeightedSource.load`.
+        """
+
+        def decode(raw: RawSample) -> Tensor:
+            return decode_image(
+                raw.image,
+                raw.name,
+                max_pixels=self._data.max_image_px,
+                exif_orientation=self._data.exif_orientation,
+                contiguous=False,
+            )
+
+        image, skipped = source.load(place, decode)
+        draws = generator(self._seed, "unlabelled view", source.name, place.epoch, place.place)
+        view, _, valid = self._weak_view(image, None, draws)
+        return view, valid, skipped

@@ -1,0 +1,142 @@
+"""The endless queue of a source: one epoch after the other, dealt to lanes.
+
+Sample X of the whole job goes to lane X mod lanes. So all lanes are equally far, and the first N samples that a job
+takes are the N of the first epoch. What is left of a queue can be dealt to another number of lanes; no sample is lost
+then, and none comes twice.
+
+A *round* is what is dealt at once: round 0 is what was left of epochs that had been begun when the queue was made, and
+each later round is one whole epoch. Each round is cut into one run per lane.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+from maskmatch_scale.data.order.epoch import Cut
+
+
+class Place(NamedTuple):
+    """The place of a sample in the endless sequence of a source's epochs."""
+
+    epoch: int
+    lanes: int
+    """Number of lanes that the order of this epoch was made for."""
+    place: int
+    """In the epoch."""
+
+
+class Interval(NamedTuple):
+    """Consecutive places of one epoch: from ``start`` up to, but without, ``stop``."""
+
+    epoch: int
+    lanes: int
+    """Number of lanes that the order of this epoch was made for."""
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Queue:
+    """What is left of the endless sequence of a source's epochs, dealt to lanes.
+
+    Attributes:
+        samples: of an epoch.
+        lanes: number of lanes that it is dealt to.
+        left: what is left of epochs that were begun, in the order in which it comes. Whole epochs follow.
+        epoch: the first whole one.
+    """
+
+    samples: int
+    lanes: int
+    left: tuple[Interval, ...] = ()
+    epoch: int = 0
+
+    def at(self, lane: int, count: int) -> Place:
+        """What a lane takes next when it has taken ``count`` samples."""
+        return self._place(*self._split(lane, count))
+
+    def _split(self, lane: int, count: int) -> tuple[int, int, int]:
+        """Where a lane is after ``count`` samples: the round, its run of the round, and the number within the run."""
+        number = count * self.lanes + lane  # among the samples of all lanes
+        rest = self._rest
+        round_, begun_at = 0, 0
+        if number >= rest:
+            whole_epochs = (number - rest) // self.samples
+            round_, begun_at = 1 + whole_epochs, rest + whole_epochs * self.samples
+        # A round need not end with the last lane. The lane whose turn it is when a round begins has its first run.
+        run = (lane - begun_at) % self.lanes
+        return round_, run, (number - begun_at - run) // self.lanes
+
+    @property
+    def _rest(self) -> int:
+        """Samples of round 0."""
+        return sum(interval.stop - interval.start for interval in self.left)
+
+    def _cut(self, round_: int) -> Cut:
+        return Cut(self.samples if round_ else self._rest, self.lanes)
+
+    def _place(self, round_: int, run: int, within: int) -> Place:
+        """The place of sample number ``within`` of a run."""
+        place = self._cut(round_).start(run) + within
+        if round_:
+            return Place(self.epoch + round_ - 1, self.lanes, place)
+        ends = self._ends
+        number = bisect_right(ends, place)
+        interval = self.left[number]
+        return Place(interval.epoch, interval.lanes, interval.stop - (ends[number] - place))
+
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        return _running_ends(self.left)
+
+    def after(self, counts: Sequence[int], lanes: int) -> Queue:
+        """The queue that is left when lane i has taken ``counts[i]`` samples, dealt to another number of lanes."""
+        if not any(counts):
+            return Queue(self.samples, lanes, self.left, self.epoch)
+        heads = [self._split(lane, count) for lane, count in enumerate(counts)]
+        first, last = min(head[0] for head in heads), max(head[0] for head in heads)
+        left: list[Interval] = []
+        for round_ in range(first, last + 1):
+            cut = self._cut(round_)
+            begun_at = 0 if round_ == 0 else self._rest + (round_ - 1) * self.samples
+            for run in range(self.lanes):
+                at, _, within = heads[(run + begun_at) % self.lanes]
+                start = cut.start(run) + (within if at == round_ else 0)
+                if at <= round_ and start < cut.start(run + 1):
+                    left.extend(self._intervals(round_, start, cut.start(run + 1)))
+        return Queue(self.samples, lanes, tuple(_joined(left)), self.epoch + last)
+
+    def _intervals(self, round_: int, start: int, stop: int) -> Iterator[Interval]:
+        """Places [start, stop) of a round, as intervals of epochs."""
+        if round_:
+            yield Interval(self.epoch + round_ - 1, self.lanes, start, stop)
+            return
+        for interval, (before, end) in zip(self.left, pairwise((0, *self._ends))):
+            low, high = max(start, before), min(stop, end)
+            if low < high:
+                yield interval._replace(start=interval.start + low - before, stop=interval.start + high - before)
+
+
+@lru_cache(maxsize=64)
+def _running_ends(left: tuple[Interval, ...]) -> tuple[int, ...]:
+    """Where each interval ends if they are laid end to end."""
+    return tuple(accumulate(interval.stop - interval.start for interval in left))
+
+
+def _joined(intervals: Sequence[Interval]) -> Iterator[Interval]:
+    """The same places in fewer intervals: where one begins at the end of the one before, both become one."""
+    held: Interval | None = None
+    for interval in intervals:
+        if held is not None and held[:2] == interval[:2] and held.stop == interval.start:
+            held = held._replace(stop=interval.stop)
+            continue
+        if held is not None:
+            yield held
+        held = interval
+    if held is not None:
+        yield held

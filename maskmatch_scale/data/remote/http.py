@@ -1,0 +1,170 @@
+"""Files from ``http://`` and ``https://`` addresses, by urllib3."""
+
+from __future__ import annotations
+
+import email.utils
+import os
+import re
+import time
+from contextlib import suppress
+from urllib.parse import unquote
+from urllib.request import getproxies, proxy_bypass
+
+import urllib3
+
+from maskmatch_scale.data.remote.transfer import Fault, Transfer
+
+_BLOCK = 1 << 20
+_LONGEST_RETRY_AFTER_S = 60.0
+_REDIRECTS = 5
+_CONNECTIONS = 8
+_STATUS_ADVICE = {
+    401: "it needs a user and a password (https://user:password@…) or a signed address",
+    403: "no permission, or a signed address has expired",
+    404: "check the address, and that the index belongs to this folder",
+    410: "check the address, and that the index belongs to this folder",
+}
+_MAY_PASS = (408, 425, 429)
+"""Answers 4xx that another try may not get."""
+
+_pools: dict[tuple[int, str | None], urllib3.PoolManager] = {}
+"""Connections by process and proxy. A forked process keeps those of its parent and does not close them: one of their
+locks may have been held when it was forked, and would never be released."""
+
+
+def get(transfer: Transfer) -> None:
+    """Fetch a file in one try; only what is missing, if the server can send that.
+
+    Raises:
+        Fault: the try has failed.
+    """
+    # Of compressed answers, lengths and ranges would not be those of the file.
+    headers = {"Accept-Encoding": "identity", "User-Agent": "maskmatch_scale"}
+    if transfer.received:
+        headers["Range"] = f"bytes={transfer.received}-"
+        if transfer.version is not None:
+            headers["If-Range"] = transfer.version
+    try:
+        address = urllib3.util.parse_url(transfer.url)
+        if address.auth:
+            headers |= urllib3.util.make_headers(basic_auth=unquote(address.auth))
+        response = _pool(address).request(
+            "GET",
+            address._replace(auth=None, fragment=None).url,
+            headers=headers,
+            preload_content=False,
+            timeout=urllib3.Timeout(connect=transfer.timeout_s, read=transfer.timeout_s),
+            # urllib3 follows redirects and tries nothing again: only our own tries know what has arrived.
+            retries=urllib3.Retry(
+                _REDIRECTS, connect=0, read=0, status=0, other=0, redirect=_REDIRECTS, respect_retry_after_header=False
+            ),
+        )
+    except urllib3.exceptions.HTTPError as error:
+        raise _fault(error, transfer.timeout_s) from None
+    whole = False
+    try:
+        _check_head(transfer, response)
+        while block := _read(response, transfer.timeout_s):
+            transfer.write(block)
+        whole = True
+    finally:
+        if whole:
+            response.release_conn()
+        else:
+            response.close()  # the next request must not read what is left of this answer
+
+
+def _pool(address: urllib3.util.Url) -> urllib3.PoolManager:
+    proxy = None if proxy_bypass(address.host or "") else getproxies().get(address.scheme or "")
+    key = os.getpid(), proxy
+    if key not in _pools:
+        if proxy is None:
+            _pools[key] = urllib3.PoolManager(maxsize=_CONNECTIONS)
+        else:
+            auth = urllib3.util.parse_url(proxy).auth
+            headers = urllib3.util.make_headers(proxy_basic_auth=unquote(auth)) if auth else None
+            _pools[key] = urllib3.ProxyManager(proxy, maxsize=_CONNECTIONS, proxy_headers=headers)
+    return _pools[key]
+
+
+def _check_head(transfer: Transfer, response: urllib3.BaseHTTPResponse) -> None:
+    """Compare the status and headers of an answer with what was asked for; note length and version of the file."""
+    headers, status = response.headers, response.status
+    if status == 206 and transfer.received:
+        start, total = _content_range(headers.get("Content-Range", ""))
+        if start != transfer.received:
+            transfer.restart()
+            raise Fault("it answers with another range than was asked for")
+        if total is not None:
+            transfer.expect(total)
+    elif status == 200:
+        if transfer.received:
+            transfer.restart()
+        with suppress(KeyError, ValueError):
+            total = int(headers["Content-Length"])
+            transfer.expect(total)
+        version = headers.get("ETag", "")
+        transfer.version = version if version.startswith('"') else None  # W/"…" may stand for different bytes
+    else:
+        if status in (206, 416):
+            transfer.restart()
+        raise Fault(
+            f"HTTP {status} {response.reason or ''}".strip(),
+            _STATUS_ADVICE.get(status, ""),
+            final=300 <= status < 500 and status not in (*_MAY_PASS, 416),
+            wait_s=_retry_after(headers.get("Retry-After", "")),
+        )
+
+
+def _content_range(value: str) -> tuple[int | None, int | None]:
+    """First byte and length of the file, as a Content-Range header says; None for what it does not say."""
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", value.strip())
+    if match is None:
+        return None, None
+    return int(match[1]), None if match[2] == "*" else int(match[2])
+
+
+def _retry_after(value: str) -> float:
+    """Seconds that a Retry-After header asks for, up to a bound; 0 if it does not parse."""
+    if value.strip().isdecimal():
+        seconds = float(value)
+    else:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (TypeError, ValueError):
+            return 0.0
+    return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER_S)
+
+
+def _read(response: urllib3.BaseHTTPResponse, timeout_s: float) -> bytes:
+    try:
+        # read1 returns what has arrived. read would wait for a whole block, and not notice that bytes trickle.
+        return response.read1(_BLOCK, decode_content=False)
+    except urllib3.exceptions.HTTPError as error:
+        raise _fault(error, timeout_s) from None
+
+
+def _fault(error: BaseException, timeout_s: float) -> Fault:
+    """The fault that an error of urllib3 is, in our own words: its own name the address with its query."""
+    if isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason is not None:
+        error = error.reason
+    if isinstance(error, urllib3.exceptions.ProxyError):
+        return Fault(f"the proxy: {_fault(error.original_error, timeout_s)}", "check http_proxy and https_proxy")
+    if isinstance(error, urllib3.exceptions.ResponseError):
+        return Fault(f"more than {_REDIRECTS} redirects", "check the address", final=True)
+    if isinstance(error, urllib3.exceptions.LocationValueError):
+        return Fault("not a valid address", "check the address", final=True)
+    if isinstance(error, urllib3.exceptions.NameResolutionError):
+        return Fault("the host's name is not known", "check the address and the network")
+    if isinstance(error, urllib3.exceptions.NewConnectionError):
+        reason = error.__cause__
+        return Fault(f"no connection ({getattr(reason, 'strerror', None) or 'refused'})")
+    if isinstance(error, urllib3.exceptions.ConnectTimeoutError):
+        return Fault(f"no connection in {timeout_s:g} s")
+    if isinstance(error, urllib3.exceptions.ReadTimeoutError):
+        return Fault(f"stalled: no byte in {timeout_s:g} s")
+    if isinstance(error, urllib3.exceptions.SSLError):
+        return Fault(f"TLS: {error}", "check the server's certificate (SSL_CERT_FILE names a bundle of your own)")
+    if isinstance(error, (urllib3.exceptions.ProtocolError, urllib3.exceptions.IncompleteRead)):
+        return Fault("the connection was cut")
+    return Fault(f"{type(error).__name__}: {error}")

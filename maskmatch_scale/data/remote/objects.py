@@ -1,0 +1,101 @@
+"""Files from object stores and every other ``scheme://`` that fsspec knows."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, TypeVar
+
+from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.remote.address import scrubbed, shown
+from maskmatch_scale.data.remote.transfer import Fault, Transfer
+
+_T = TypeVar("_T")
+
+_BLOCK = 4 << 20
+"""Bytes of one request to a store. They must arrive within the time-out."""
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""The extra of this package that brings the library for a scheme."""
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+def get(transfer: Transfer) -> None:
+    """Fetch what is missing of a file, in one try.
+
+    Raises:
+        Fault: the try has failed.
+        DataError: the library for this scheme is not installed.
+    """
+    try:
+        file, total = _ask(transfer, lambda: _open(transfer.url))
+    except ImportError as error:
+        scheme = transfer.url.partition("://")[0].rpartition(":")[2]
+        extra = _EXTRAS.get(scheme)
+        raise DataError(
+            f"{shown(transfer.url)}: {scheme}:// needs a library that is not installed; "
+            + (f"pip install 'maskmatch_scale[{extra}]'" if extra else scrubbed(str(error), transfer.url))
+        ) from None
+    with _closing(file):
+        if total is not None:
+            transfer.expect(total)
+        if transfer.received:
+            _ask(transfer, lambda: file.seek(transfer.received))
+        while block := _ask(transfer, lambda: file.read(_BLOCK)):
+            transfer.write(block)
+
+
+def _open(url: str) -> tuple[IO[bytes], int | None]:
+    """The file, opened, and its bytes if the store says them."""
+    import fsspec
+
+    try:
+        # Not kept by us: fsspec itself keeps one file system per process, and uses none that a parent made.
+        system, path = fsspec.core.url_to_fs(url)
+    except ValueError as error:
+        if "Protocol not known" not in str(error):
+            raise
+        raise Fault("no such kind of address", "check what stands before ://", final=True) from None
+    system.invalidate_cache()  # forget the listings that an earlier try read
+    return system.open(path, "rb", block_size=_BLOCK), system.size(path)
+
+
+def _ask(transfer: Transfer, call: Callable[[], _T]) -> _T:
+    """Call a library that has no time-outs, in a thread that is abandoned if it takes too long."""
+    answers: queue.SimpleQueue[tuple[_T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((call(), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=run, name="fsspec", daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=transfer.timeout_s)
+    except queue.Empty:
+        raise Fault(f"stalled: no answer in {transfer.timeout_s:g} s") from None
+    if error is None:
+        return answer  # type: ignore[return-value]
+    if isinstance(error, (Fault, ImportError)) or not isinstance(error, Exception):
+        raise error
+    raise Fault(
+        f"{type(error).__name__}: {error}",
+        "check the address and the permissions" if isinstance(error, _FINAL) else "",
+        final=isinstance(error, _FINAL),
+    ) from None
+
+
+@contextmanager
+def _closing(file: IO[bytes]) -> Iterator[None]:
+    """Close a file of fsspec's at the end, without waiting for it."""
+
+    def close() -> None:
+        with suppress(Exception):
+            file.close()
+
+    try:
+        yield
+    finally:
+        threading.Thread(target=close, daemon=True).start()
