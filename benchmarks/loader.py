@@ -31,7 +31,7 @@ from benchmarks._loader_data import PhotoSource, serving
 from benchmarks._loader_stream import SAMPLES_PER_SHARD, write_simulated_index
 from benchmarks._loader_variants import PREFETCH, Task
 from benchmarks.harness import ROOT, check_out, describe_machine, markdown, markdown_table, write_json
-from maskmatch_scale.data.writing.write import write_shards
+from maskmatch_scale.data.writing import write_shards
 
 EXAMPLES = """examples:
   python -m benchmarks.loader --out benchmarks/results/loader.json --other-python .venv/peers/bin/python

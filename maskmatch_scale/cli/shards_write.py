@@ -1,4 +1,4 @@
-"""The `maskmatch shards` commands. Nothing heavy is imported until one runs."""
+"""`maskmatch shards write SOURCE`: a command for each data source. Nothing heavy is imported until one runs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from maskmatch_scale.errors import UserError
 
 if TYPE_CHECKING:
     from maskmatch_scale.data.shards.index import ShardIndex
-    from maskmatch_scale.data.writing.sources.image_files import ImageFiles, Options
+    from maskmatch_scale.data.writing.sources.image_files import ImageFiles
+    from maskmatch_scale.data.writing.sources.options import Options
 
 shards_app = typer.Typer(help="Write and check shard folders.", no_args_is_help=True)
 
 
 class _Sources(typer.core.TyperGroup):
-    """A source that is not there is a user's mistake like any other: one line."""
+    """The commands. A source that does not exist is a user's mistake like any other, told in one line."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         command = super().get_command(ctx, cmd_name)
@@ -54,7 +55,7 @@ def write_scores(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: the cores.")] = None,
 ) -> None:
     """Real scores, engraved and aged like scans, with exact labels."""
-    from maskmatch_scale.data.writing.write import write_shards
+    from maskmatch_scale.data.writing import write_shards
     from maskmatch_scale.scores.source import ScoresSource
 
     pages = ScoresSource(
@@ -68,7 +69,7 @@ _LABELS, _SPLITS, _WRITING = "Label maps", "Splits", "Writing"
 
 @dataclass(frozen=True)
 class SharedOptions:
-    """What every source of image files takes. A field is an option; those of `Options` are handed on to it."""
+    """The options of every source of image files, a field each. The source gets those that `Options` has too."""
 
     classes: Annotated[
         str | None,
@@ -141,8 +142,8 @@ class SharedOptions:
     ] = None
 
     def of_source(self, **others: Any) -> Options:
-        """The part that the source needs, and options of this source alone."""
-        from maskmatch_scale.data.writing.sources.image_files import Options
+        """The options that the source needs, together with `others` that only this source has."""
+        from maskmatch_scale.data.writing.sources.options import Options
 
         known = {field.name for field in fields(Options)}
         return Options(**{name: value for name, value in vars(self).items() if name in known}, **others)
@@ -159,7 +160,8 @@ _Val = Annotated[
 def _source(name: str, example: str) -> Callable[[Callable[..., ImageFiles]], Callable[..., ImageFiles]]:
     """Register a function that makes a source as the command that writes it.
 
-    The command takes what the function takes, OUT, and in place of the parameter `shared` all :class:`SharedOptions`.
+    The command takes the function's parameters and OUT; the parameter `shared` is replaced by the options of
+    :class:`SharedOptions`.
     """
 
     def register(make: Callable[..., ImageFiles]) -> Callable[..., ImageFiles]:
@@ -295,8 +297,8 @@ def _coco_stuff(
 
 
 def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
+    from maskmatch_scale.data.writing import SKIPPED_NAME, write_shards
     from maskmatch_scale.data.writing.sources.image_files import DUPLICATES_NAME
-    from maskmatch_scale.data.writing.write import SKIPPED_NAME, write_shards
 
     console = Console(stderr=True)
     for note in source.notes:

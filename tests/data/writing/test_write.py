@@ -16,7 +16,8 @@ from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.data.writing.write import EncodedSample, Stream, _cut, write_shards
+from maskmatch_scale.data.writing import EncodedSample, StreamItems, write_shards
+from maskmatch_scale.data.writing.shard import cut
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ class Squares:
         return {"seed": self.seed, "labelled": self.labelled, "unlabelled": self.unlabelled}
 
     @property
-    def streams(self) -> Mapping[str, Stream]:
+    def streams(self) -> Mapping[str, StreamItems]:
         return {
-            "labelled": Stream(True, [Item(n, True) for n in range(self.labelled)]),
-            "unlabelled": Stream(
+            "labelled": StreamItems(True, [Item(n, True) for n in range(self.labelled)]),
+            "unlabelled": StreamItems(
                 False,
                 [
                     Item(n, False, self.kill_file if n == self.kill_at else "", n in self.bad)
@@ -239,9 +240,9 @@ def test_a_source_may_drop_and_order_its_samples(tmp_path: Path) -> None:
     calls = []
 
     class Reversed(Squares):
-        def prepare(self, out: Path, *, resumed: bool, workers: int, progress: bool) -> Mapping[str, Stream]:
+        def prepare(self, out: Path, *, resumed: bool, workers: int, progress: bool) -> Mapping[str, StreamItems]:
             calls.append((out, resumed))
-            return {"labelled": Stream(True, self.streams["labelled"].items[::-1][:3])}
+            return {"labelled": StreamItems(True, self.streams["labelled"].items[::-1][:3])}
 
     index = write_shards(Reversed(), tmp_path, workers=1, progress=False)
     assert list(index.streams) == ["labelled"]
@@ -253,8 +254,8 @@ def test_a_source_may_drop_and_order_its_samples(tmp_path: Path) -> None:
 
 
 def test_ten_million_items_are_cut_quickly() -> None:
-    cut = _cut("many", Stream(False, range(10_000_000)), 256)
-    assert (len(cut), sum(map(len, cut))) == (39_063, 10_000_000)
+    shards = cut("many", StreamItems(False, range(10_000_000)), 256)
+    assert (len(shards), sum(map(len, shards))) == (39_063, 10_000_000)
 
 
 def test_a_finished_folder_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,16 +13,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.writing.sources.image_files import (
-    ImageFiles,
-    Options,
-    files_below,
-    folder,
-    hold_out_dev,
-    images_below,
-)
-from maskmatch_scale.data.writing.sources.labels import built_in_classes
-from maskmatch_scale.data.writing.sources.splits import Pair, read_split, split_train
+from maskmatch_scale.data.writing.sources.classes import built_in_classes
+from maskmatch_scale.data.writing.sources.image_files import ImageFiles
+from maskmatch_scale.data.writing.sources.listing import files_below, folder, images_below
+from maskmatch_scale.data.writing.sources.options import Options
+from maskmatch_scale.data.writing.sources.splits import Pair, hold_out_dev, read_split, split_train
 
 _PLACES = ("stuffthingmaps", "stuffthingmaps_trainval2017", "annotations", "labels")
 _TRAIN_IDS = "_labelTrainIds.png"

@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from maskmatch_scale.data.writing.write import progress_of
+from maskmatch_scale.progress import progress_of
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ def _in_chunks(
 
     chunks = [numbers[start : start + _AT_ONCE].tolist() for start in range(0, len(numbers), _AT_ONCE)]
     name, wanted = f"duplicates by {what}", progress and len(numbers) > 0
-    with progress_of(name, len(numbers), wanted, "files", even_if_quick=False) as advance:
+    with progress_of(name, len(numbers), unit="files", wanted=wanted, elsewhere="lines if slow") as advance:
         for start in range(0, len(chunks), _BATCH_CHUNKS):
             for found in chain.from_iterable(pool.map(work, chunks[start : start + _BATCH_CHUNKS])):
                 advance()

@@ -10,13 +10,9 @@ import re
 from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.writing.sources.image_files import (
-    ImageFiles,
-    Options,
-    files_below,
-    folder,
-    images_below,
-)
+from maskmatch_scale.data.writing.sources.image_files import ImageFiles
+from maskmatch_scale.data.writing.sources.listing import files_below, folder, images_below
+from maskmatch_scale.data.writing.sources.options import Options
 from maskmatch_scale.data.writing.sources.splits import Pair, hold_out, read_split, split_train
 
 _LABEL_FOLDERS = ("labels", "masks", "annotations")

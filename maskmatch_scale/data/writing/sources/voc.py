@@ -11,9 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.writing.sources.image_files import ImageFiles, Options, folder, hold_out_dev
-from maskmatch_scale.data.writing.sources.labels import built_in_classes
-from maskmatch_scale.data.writing.sources.splits import Pair, read_split, split_train
+from maskmatch_scale.data.writing.sources.classes import built_in_classes
+from maskmatch_scale.data.writing.sources.image_files import ImageFiles
+from maskmatch_scale.data.writing.sources.listing import folder
+from maskmatch_scale.data.writing.sources.options import Options
+from maskmatch_scale.data.writing.sources.splits import Pair, hold_out_dev, read_split, split_train
 
 _SETS = "ImageSets/Segmentation"
 _AUGMENTED = ("trainaug.txt", "train_aug.txt")

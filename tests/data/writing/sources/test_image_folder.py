@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from maskmatch_scale.data.writing.sources.image_files import keys_of
+from maskmatch_scale.data.writing.sources.keys import keys_of
 
 
 @pytest.fixture
