@@ -157,7 +157,7 @@ _Val = Annotated[
 ]
 
 
-def _source(name: str, example: str) -> Callable[[Callable[..., ImageFiles]], Callable[..., ImageFiles]]:
+def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFiles]], Callable[..., ImageFiles]]:
     """Register a function that makes a source as the command that writes it.
 
     The command takes the function's parameters and OUT; the parameter `shared` is replaced by the options of
@@ -194,7 +194,7 @@ def _source(name: str, example: str) -> Callable[[Callable[..., ImageFiles]], Ca
     return register
 
 
-@_source("folder", "photos data/photos --labels masks --classes names.txt --dev 0.1 --val 0.2")
+@source_command("folder", "photos data/photos --labels masks --classes names.txt --dev 0.1 --val 0.2")
 def _folder(
     root: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images.")],
     shared: SharedOptions,
@@ -218,7 +218,7 @@ def _folder(
     return image_folder(root, shared.of_source(val=val), images=images, labels=labels, label_suffix=label_suffix)
 
 
-@_source("list", "scans.csv data/scans --classes names.txt --val 200")
+@source_command("list", "scans.csv data/scans --classes names.txt --val 200")
 def _list(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="CSV with a header line, or JSON lines.")],
     shared: SharedOptions,
@@ -239,7 +239,7 @@ def _list(
     return image_list(file, shared.of_source(val=val), root=root, **columns)
 
 
-@_source("voc", "VOCdevkit/VOC2012 data/voc --aug")
+@source_command("voc", "VOCdevkit/VOC2012 data/voc --aug")
 def _voc(
     root: Annotated[Path, typer.Argument(help="VOC2012.")],
     shared: SharedOptions,
@@ -254,7 +254,7 @@ def _voc(
     return voc(root, shared.of_source(), aug=aug, all_images=all_images)
 
 
-@_source("cityscapes", "cityscapes data/cityscapes --train-extra")
+@source_command("cityscapes", "cityscapes data/cityscapes --train-extra")
 def _cityscapes(
     root: Annotated[Path, typer.Argument(help="Folder of leftImg8bit and gtFine.")],
     shared: SharedOptions,
@@ -268,7 +268,7 @@ def _cityscapes(
     return cityscapes(root, shared.of_source(), train_extra=train_extra)
 
 
-@_source("ade20k", "ADEChallengeData2016 data/ade20k --dev 500")
+@source_command("ade20k", "ADEChallengeData2016 data/ade20k --dev 500")
 def _ade20k(
     root: Annotated[Path, typer.Argument(help="ADEChallengeData2016.")],
     shared: SharedOptions,
@@ -282,7 +282,7 @@ def _ade20k(
     return ade20k(root, shared.of_source(), converted=converted)
 
 
-@_source("coco-stuff", "coco data/coco-stuff --unlabeled2017")
+@source_command("coco-stuff", "coco data/coco-stuff --unlabeled2017")
 def _coco_stuff(
     root: Annotated[Path, typer.Argument(help="Folder of images and stuffthingmaps.")],
     shared: SharedOptions,

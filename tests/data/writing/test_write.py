@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,6 @@ from PIL import Image
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.writing import EncodedSample, StreamItems, write_shards
-from maskmatch_scale.data.writing.shard import cut
 
 
 @dataclass(frozen=True)
@@ -253,11 +254,6 @@ def test_a_source_may_drop_and_order_its_samples(tmp_path: Path) -> None:
     assert calls == [(tmp_path, False), (tmp_path, True)]
 
 
-def test_ten_million_items_are_cut_quickly() -> None:
-    shards = cut("many", StreamItems(False, range(10_000_000)), 256)
-    assert (len(shards), sum(map(len, shards))) == (39_063, 10_000_000)
-
-
 def test_a_finished_folder_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = write_shards(Squares(), tmp_path, workers=1, progress=False)
     monkeypatch.setattr("maskmatch_scale.data.writing.write._render_all", None)
@@ -334,3 +330,12 @@ def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
 def test_progress_without_a_terminal_is_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shards(Squares(), tmp_path, workers=1)
     assert "squares: 25/25 samples" in capsys.readouterr().err
+
+
+def test_processes_that_render_need_no_torch() -> None:
+    """Importing torch takes seconds in each of them."""
+    code = (
+        "import sys, maskmatch_scale.data.writing.sources.image_files, maskmatch_scale.scores.source;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -16,7 +16,7 @@ from maskmatch_scale.data.writing.sources.splits import Pair, hold_out_dev, read
 
 
 def ade20k(root: Path, options: Options, *, converted: bool = False) -> ImageFiles:
-    """List it.
+    """List the samples of ADE20K.
 
     Args:
         root: `ADEChallengeData2016`, or the folder it lies in.

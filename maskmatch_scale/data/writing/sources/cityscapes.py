@@ -19,7 +19,7 @@ _IDS, _TRAIN_IDS = "_gtFine_labelIds.png", "_gtFine_labelTrainIds.png"
 
 
 def cityscapes(root: Path, options: Options, *, train_extra: bool = False) -> ImageFiles:
-    """List it.
+    """List the samples of Cityscapes.
 
     Args:
         root: the folder of `leftImg8bit` and `gtFine`.

@@ -1,8 +1,8 @@
 """COCO-Stuff 164k with the label maps of `stuffthingmaps_trainval2017.zip`: 171 classes.
 
 `train2017` is `labelled`, `val2017` is `val`. The label maps hold 182 ids less one, 11 of which are never used; they
-become the 171 classes of mmsegmentation, and 255 is ignored. Its converted `*_labelTrainIds.png` are taken where the
-others are not there.
+become the 171 classes of mmsegmentation, and 255 is ignored. Where a label map is missing, mmsegmentation's converted
+`*_labelTrainIds.png` is taken.
 
 UniMatch's COCO has other label maps (`masks`, 81 classes). Its split files choose the same images here, but for its own
 label maps use the source `folder` with the classes `coco`.
@@ -24,7 +24,7 @@ _TRAIN_IDS = "_labelTrainIds.png"
 
 
 def coco_stuff(root: Path, options: Options, *, unlabeled2017: bool = False) -> ImageFiles:
-    """List it.
+    """List the samples of COCO-Stuff.
 
     Args:
         root: the folder of `images/train2017` (or `train2017`), and of `train2017` with the label maps below one of

@@ -1,7 +1,8 @@
 """Files of equal bytes, found without reading all of every file.
 
-Of ten million photographs nearly all share their size with another, so equal sizes are only the first sieve; the second
-is the last few kilobytes, which differ between nearly any two compressed images. What passes both is read in full.
+Files of equal sizes are compared by their last few kilobytes, which differ between nearly any two compressed images.
+Only those that agree there are read in full. Sizes alone are not enough: of ten million photographs nearly all share
+their size with another.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from maskmatch_scale.data.writing.sources.splits import Pair, listing_digest, so
 from maskmatch_scale.files import write_whole
 
 REVISION = 1
-"""Raise it with every change here or in a data set's module that changes what is written."""
+"""To be raised with every change, here or in the module of a data set, that changes what is written."""
 
 DUPLICATES_NAME = "duplicates.jsonl"
 """One line an image that was dropped: `stream`, `image`, and `same_as` with those of the image that was kept."""

@@ -35,7 +35,7 @@ def image_list(
     label_column: str = "label",
     stream_column: str = "stream",
 ) -> ImageFiles:
-    """Read it.
+    """List the samples that a list names.
 
     Args:
         file: `.csv`, or `.jsonl` with an object a line.
