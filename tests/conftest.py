@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from maskmatch_scale.data.shards.index import sha256
-from maskmatch_scale.data.writing.write import EncodedSample, Stream, write_shards
+from maskmatch_scale.data.writing import EncodedSample, StreamItems, write_shards
 from maskmatch_scale.recipe import Recipe, parse_recipe
 
 
@@ -35,9 +35,9 @@ class ShapesSource:
         return {"counts": dict(self.counts)}
 
     @property
-    def streams(self) -> Mapping[str, Stream]:
+    def streams(self) -> Mapping[str, StreamItems]:
         return {
-            name: Stream(name != "unlabelled", [(name, number) for number in range(count)])
+            name: StreamItems(name != "unlabelled", [(name, number) for number in range(count)])
             for name, count in self.counts.items()
         }
 

@@ -24,7 +24,7 @@ from benchmarks.loader.report import ROW, draw, judge, page
 from benchmarks.loader.server import serving
 from benchmarks.loader.simulated import write_simulated_index
 from benchmarks.loader.task import PREFETCH, SAMPLES_PER_SHARD, Task
-from maskmatch_scale.data.writing.write import write_shards
+from maskmatch_scale.data.writing import write_shards
 
 EXAMPLES = """examples:
   python -m benchmarks.loader --out benchmarks/results/loader.json --other-python .venv/peers/bin/python

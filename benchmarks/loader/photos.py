@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskmatch_scale.data.writing.write import EncodedSample, Stream
+from maskmatch_scale.data.writing import EncodedSample, StreamItems
 
 _SCENES = 16
 
@@ -35,10 +35,10 @@ class PhotoSource:
         return {"count": self.count, "width": self.width, "height": self.height, "quality": self.quality}
 
     @property
-    def streams(self) -> Mapping[str, Stream]:
+    def streams(self) -> Mapping[str, StreamItems]:
         """One stream without labels."""
         items = [(number, self.width, self.height, self.quality) for number in range(self.count)]
-        return {"unlabelled": Stream(False, items)}
+        return {"unlabelled": StreamItems(False, items)}
 
     @staticmethod
     def render(item: tuple[int, int, int, int]) -> EncodedSample:

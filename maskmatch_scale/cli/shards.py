@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -106,11 +104,9 @@ def index_command(
     allow_pipe: _AllowPipe = False,
 ) -> None:
     """An index for shards that exist: counts, measures and checksums each; goes on where it was interrupted."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from maskmatch_scale.data.shards.reading import fetch_options
     from maskmatch_scale.data.tools.survey import survey
-    from maskmatch_scale.data.writing.sources.labels import load_classes
+    from maskmatch_scale.data.writing.sources.classes import load_classes
 
     *unlabelled, out = patterns
     streams: dict[str, list[str]] = {}
@@ -125,24 +121,17 @@ def index_command(
     if with_labels and classes is None:
         raise UserError("labelled shards: --classes FILE must say what the label values mean")
     named = load_classes(classes) if classes else None
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-
-        def begin(total: int) -> Callable[[], None]:
-            task = bar.add_task("shards", total=total)
-            return lambda: bar.advance(task)
-
-        index = survey(
-            streams,
-            with_labels,
-            Path(out),
-            fetch_options(_data(out, cache_dir, allow_pipe)),
-            classes=named.names if named else (),
-            palette=named.palette if named else (),
-            ignore_index=ignore_index,
-            workers=workers or len(os.sched_getaffinity(0)),
-            begin=begin,
-        )
+    index = survey(
+        streams,
+        with_labels,
+        Path(out),
+        fetch_options(_data(out, cache_dir, allow_pipe)),
+        classes=named.names if named else (),
+        palette=named.palette if named else (),
+        ignore_index=ignore_index,
+        workers=workers,
+        progress=True,
+    )
     print_index(index, Path(out))
 
 

@@ -1,4 +1,4 @@
-"""The `maskmatch shards` commands. Nothing heavy is imported until one runs."""
+"""`maskmatch shards write SOURCE`: a command for each data source. Nothing heavy is imported until one runs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from maskmatch_scale.errors import UserError
 
 if TYPE_CHECKING:
     from maskmatch_scale.data.shards.index import ShardIndex
-    from maskmatch_scale.data.writing.sources.image_files import ImageFiles, Options
+    from maskmatch_scale.data.writing.sources.image_files import ImageFiles
+    from maskmatch_scale.data.writing.sources.options import Options
 
 shards_app = typer.Typer(help="Write and check shard folders.", no_args_is_help=True)
 
 
 class _Sources(typer.core.TyperGroup):
-    """A source that is not there is a user's mistake like any other: one line."""
+    """The commands. A source that does not exist is a user's mistake like any other, told in one line."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         command = super().get_command(ctx, cmd_name)
@@ -54,7 +55,7 @@ def write_scores(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: the cores.")] = None,
 ) -> None:
     """Real scores, engraved and aged like scans, with exact labels."""
-    from maskmatch_scale.data.writing.write import write_shards
+    from maskmatch_scale.data.writing import write_shards
     from maskmatch_scale.scores.source import ScoresSource
 
     pages = ScoresSource(
@@ -68,7 +69,7 @@ _LABELS, _SPLITS, _WRITING = "Label maps", "Splits", "Writing"
 
 @dataclass(frozen=True)
 class SharedOptions:
-    """What every source of image files takes. A field is an option; those of `Options` are handed on to it."""
+    """The options of every source of image files, a field each. The source gets those that `Options` has too."""
 
     classes: Annotated[
         str | None,
@@ -141,8 +142,8 @@ class SharedOptions:
     ] = None
 
     def of_source(self, **others: Any) -> Options:
-        """The part that the source needs, and options of this source alone."""
-        from maskmatch_scale.data.writing.sources.image_files import Options
+        """The options that the source needs, together with `others` that only this source has."""
+        from maskmatch_scale.data.writing.sources.options import Options
 
         known = {field.name for field in fields(Options)}
         return Options(**{name: value for name, value in vars(self).items() if name in known}, **others)
@@ -156,10 +157,11 @@ _Val = Annotated[
 ]
 
 
-def _source(name: str, example: str) -> Callable[[Callable[..., ImageFiles]], Callable[..., ImageFiles]]:
+def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFiles]], Callable[..., ImageFiles]]:
     """Register a function that makes a source as the command that writes it.
 
-    The command takes what the function takes, OUT, and in place of the parameter `shared` all :class:`SharedOptions`.
+    The command takes the function's parameters and OUT; the parameter `shared` is replaced by the options of
+    :class:`SharedOptions`.
     """
 
     def register(make: Callable[..., ImageFiles]) -> Callable[..., ImageFiles]:
@@ -192,7 +194,7 @@ def _source(name: str, example: str) -> Callable[[Callable[..., ImageFiles]], Ca
     return register
 
 
-@_source("folder", "photos data/photos --labels masks --classes names.txt --dev 0.1 --val 0.2")
+@source_command("folder", "photos data/photos --labels masks --classes names.txt --dev 0.1 --val 0.2")
 def _folder(
     root: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images.")],
     shared: SharedOptions,
@@ -216,7 +218,7 @@ def _folder(
     return image_folder(root, shared.of_source(val=val), images=images, labels=labels, label_suffix=label_suffix)
 
 
-@_source("list", "scans.csv data/scans --classes names.txt --val 200")
+@source_command("list", "scans.csv data/scans --classes names.txt --val 200")
 def _list(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="CSV with a header line, or JSON lines.")],
     shared: SharedOptions,
@@ -237,7 +239,7 @@ def _list(
     return image_list(file, shared.of_source(val=val), root=root, **columns)
 
 
-@_source("voc", "VOCdevkit/VOC2012 data/voc --aug")
+@source_command("voc", "VOCdevkit/VOC2012 data/voc --aug")
 def _voc(
     root: Annotated[Path, typer.Argument(help="VOC2012.")],
     shared: SharedOptions,
@@ -252,7 +254,7 @@ def _voc(
     return voc(root, shared.of_source(), aug=aug, all_images=all_images)
 
 
-@_source("cityscapes", "cityscapes data/cityscapes --train-extra")
+@source_command("cityscapes", "cityscapes data/cityscapes --train-extra")
 def _cityscapes(
     root: Annotated[Path, typer.Argument(help="Folder of leftImg8bit and gtFine.")],
     shared: SharedOptions,
@@ -266,7 +268,7 @@ def _cityscapes(
     return cityscapes(root, shared.of_source(), train_extra=train_extra)
 
 
-@_source("ade20k", "ADEChallengeData2016 data/ade20k --dev 500")
+@source_command("ade20k", "ADEChallengeData2016 data/ade20k --dev 500")
 def _ade20k(
     root: Annotated[Path, typer.Argument(help="ADEChallengeData2016.")],
     shared: SharedOptions,
@@ -280,7 +282,7 @@ def _ade20k(
     return ade20k(root, shared.of_source(), converted=converted)
 
 
-@_source("coco-stuff", "coco data/coco-stuff --unlabeled2017")
+@source_command("coco-stuff", "coco data/coco-stuff --unlabeled2017")
 def _coco_stuff(
     root: Annotated[Path, typer.Argument(help="Folder of images and stuffthingmaps.")],
     shared: SharedOptions,
@@ -295,8 +297,8 @@ def _coco_stuff(
 
 
 def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
+    from maskmatch_scale.data.writing import SKIPPED_NAME, write_shards
     from maskmatch_scale.data.writing.sources.image_files import DUPLICATES_NAME
-    from maskmatch_scale.data.writing.write import SKIPPED_NAME, write_shards
 
     console = Console(stderr=True)
     for note in source.notes:

@@ -6,8 +6,6 @@ and image and label are both made from the moved points. Everything after that c
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -78,13 +76,6 @@ def age(ink: Floats, verso: Floats, rng: np.random.Generator) -> NDArray[np.uint
     light = 1 + rng.uniform(0.02, 0.10) * _smooth(rng, size, 2)
     scanned = _blur(page * light, rng.uniform(0.25, 0.6)) + rng.uniform(1, 5) * _normal(rng, size)
     return np.clip(np.rint(scanned), 0, 255).astype(np.uint8)
-
-
-def encode_jpeg(grey: NDArray[np.uint8], quality: int) -> bytes:
-    """A grey JPEG of uint8 (H, W), quality 1–100."""
-    buffer = io.BytesIO()
-    Image.fromarray(grey).save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
 
 
 def _normal(rng: np.random.Generator, size: int) -> Floats:

@@ -16,12 +16,14 @@ from PIL import Image
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.data.tools.verify import verify
-from maskmatch_scale.data.writing.write import write_shards
+from maskmatch_scale.data.writing import write_shards
 from maskmatch_scale.scores import corpus as scores_corpus
 from maskmatch_scale.scores.ageing import MARGIN, bend
 from maskmatch_scale.scores.corpus import cut_measures, find_pieces
 from maskmatch_scale.scores.engraving import CLASSES, INK_THRESHOLD, OVERSAMPLING, downsample
-from maskmatch_scale.scores.source import FONTS, HELD_OUT_FONT, Page, ScoresSource, render_page
+from maskmatch_scale.scores.page import Page, render_page
+from maskmatch_scale.scores.source import ScoresSource
+from maskmatch_scale.scores.split import FONTS, HELD_OUT_FONT
 
 PACKAGES = ("music21", "verovio", "resvg_py")
 needs_extra = pytest.mark.skipif(

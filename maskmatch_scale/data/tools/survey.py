@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.pool import results, usable_cores
 from maskmatch_scale.data.remote.address import expand, is_remote
 from maskmatch_scale.data.remote.shard_cache import ShardCache
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex, ShardTable, StreamEntry, sha256
 from maskmatch_scale.data.shards.tar import read_table
+from maskmatch_scale.files import write_whole
+from maskmatch_scale.progress import progress_of
 
 _KNOWN_NAME = ".survey.jsonl"
 """What has been looked at, one shard a line, so that an interrupted survey goes on where it stopped."""
@@ -31,7 +32,7 @@ def survey(
     palette: Sequence[tuple[int, int, int]] = (),
     ignore_index: int = 255,
     workers: int | None = None,
-    begin: Callable[[int], Callable[[], None]] = lambda total: lambda: None,
+    progress: bool = False,
 ) -> ShardIndex:
     """Look at every shard and write ``out/index.json``.
 
@@ -43,11 +44,13 @@ def survey(
         classes: names by label value; empty where nothing is labelled.
         palette: one RGB colour a class, 0–255.
         ignore_index: label value that counts for nothing.
-        workers: processes; None = one a core.
-        begin: called with the number of shards to look at; what it returns is called after each.
+        workers: processes; None takes one a core. More than one start by `spawn`: a script that calls this needs an
+            `if __name__ == "__main__":` guard.
+        progress: whether to show a bar on stderr. In a log it is drawn once, at the end.
 
     Raises:
-        DataError: no shard matches, one cannot be read or is empty, or one stands in the list twice.
+        DataError: no shard matches, one cannot be read or is empty, or one stands in the list twice; a process was
+            killed.
     """
     out.mkdir(parents=True, exist_ok=True)
     locations = {
@@ -64,10 +67,16 @@ def survey(
         for place in found
         if _identity(place, name in labelled) not in known
     ]
-    advance = begin(len(missing))
-    with (out / _KNOWN_NAME).open("a") as file:
-        for entry in _look_at_all(missing, options, workers or len(os.sched_getaffinity(0))):
-            file.write(json.dumps(entry) + "\n")
+    workers = 1 if len(missing) < 2 else workers or usable_cores()
+    killed = "a process was killed (out of memory?); run the same command again: it goes on with the other shards"
+    with (
+        (out / _KNOWN_NAME).open("a") as file,
+        progress_of("", len(missing), unit="shards", wanted=progress, elsewhere="last bar") as advance,
+        # Not in order: a shard that is slow to fetch must not keep the others waiting, nor out of the notes.
+        results(_LookAt(options), missing, workers, if_killed=killed, ordered=False) as entries,
+    ):
+        for entry in entries:
+            file.write("\n" + json.dumps(entry) + "\n")  # a line break first: a kill may have left half a line
             file.flush()
             known[entry["identity"]] = entry
             advance()
@@ -84,14 +93,13 @@ def survey(
             for name, found in locations.items()
         },
     )
-    beside = out / f".{INDEX_NAME}.new"
-    beside.write_bytes(index.to_json())
-    beside.replace(out / INDEX_NAME)
+    write_whole(out / INDEX_NAME, index.to_json())
     (out / _KNOWN_NAME).unlink()
     return index
 
 
 def _known(out: Path) -> dict[str, dict[str, Any]]:
+    """What an interrupted survey has found, by identity."""
     path = out / _KNOWN_NAME
     found = {}
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -115,24 +123,19 @@ def _identity(location: str, labelled: bool) -> str:
     return identity
 
 
-def _look_at_all(shards: Sequence[tuple[str, bool]], options: FetchOptions, workers: int) -> Iterator[dict[str, Any]]:
-    if workers == 1 or len(shards) < 2:
-        yield from (_look_at(location, labelled, options) for location, labelled in shards)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    try:
-        waiting: set[Future[dict[str, Any]]] = set()
-        for location, labelled in shards:
-            waiting.add(pool.submit(_look_at, location, labelled, options))
-            if len(waiting) >= 2 * workers:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        yield from (future.result() for future in waiting)
-    finally:
-        pool.shutdown(cancel_futures=True)
+@dataclass(frozen=True)
+class _LookAt:
+    """Looks at shards, each given as its location and whether it has label maps; picklable."""
+
+    options: FetchOptions
+
+    def __call__(self, shard: tuple[str, bool]) -> dict[str, Any]:
+        location, labelled = shard
+        return _look_at(location, labelled, self.options)
 
 
 def _look_at(location: str, labelled: bool, options: FetchOptions) -> dict[str, Any]:
+    """What the index says of a shard, and its identity; raises :class:`DataError` for one that is empty or cut off."""
     path = _fetched(location, options) if is_remote(location) else Path(location)
     with path.open("rb") as file:
         table = read_table(file, location, labelled=labelled)
@@ -151,11 +154,12 @@ def _look_at(location: str, labelled: bool, options: FetchOptions) -> dict[str, 
 
 def _fetched(location: str, options: FetchOptions) -> Path:
     cache = ShardCache(options)
-    cache.forget(location)  # it may have changed since, and no checksum is known that would tell
+    cache.forget(location)  # it may have changed since, and there is no checksum to compare it with
     return cache.fetch(location)
 
 
 def _entry(found: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """A shard's entry in the index; what lies in the folder of the index is listed by its name alone."""
     location = str(found["location"])
     if not is_remote(location):
         path = Path(location).absolute()

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.decode import decode_image, decode_label
+from maskmatch_scale.data.images.label import decode_raw_values, is_8_bit_grey_png
 from tests.data.bad_shards import encode, png_header
 
 RANDOM = np.random.default_rng(0)
@@ -236,6 +237,14 @@ def test_labels_hold_the_values_stored():
         assert label.dtype == torch.uint8
         assert np.array_equal(label, expected), name
         label += 1
+
+
+@pytest.mark.parametrize(("bits", "colour"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (1, 3), (2, 3), (4, 3), (8, 3)])
+def test_writers_and_readers_see_the_same_values(bits, colour):
+    palette = RANDOM.bytes(3 * 2**bits) if colour == 3 else b""
+    data = png(LABELS.astype(np.uint16) & 2**bits - 1, bits, colour, palette)
+    assert np.array_equal(decode_raw_values(data, "x"), decode_label(data, "x"))
+    assert is_8_bit_grey_png(data) == (bits == 8 and colour == 0)
 
 
 def test_16_bit_labels_know_no_value_between_255_and_65535():

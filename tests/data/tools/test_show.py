@@ -8,7 +8,9 @@ from PIL import Image
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.data.tools.show import _drawn, _fitting, _font, _overlaid, _percent, contact_sheet
+from maskmatch_scale.data.tools.overlay import overlaid, percent
+from maskmatch_scale.data.tools.sheet import fitting, load_font
+from maskmatch_scale.data.tools.show import _drawn, contact_sheet
 from tests.data.bad_shards import bad_shards, encode, sample, tar_bytes
 
 from .test_verify import write_folder
@@ -37,7 +39,7 @@ def test_one_stream_or_all(shapes, tmp_path):
 def test_colours_are_those_of_the_index_and_ignored_pixels_are_striped(shapes):
     index = ShardIndex.load(shapes)
     label = np.repeat(np.array([0, 1, 2, 255], np.uint8), 100).reshape(1, 400).repeat(400, 0)
-    over = np.array(_overlaid(np.full((400, 400, 3), 100, np.uint8), label, index, 400))
+    over = np.array(overlaid(np.full((400, 400, 3), 100, np.uint8), label, index, 400))
     for value, colour in enumerate(index.palette):
         assert np.abs(over[200, 50 + 100 * value] - (0.75 * np.array(colour) + 25)).max() <= 1
     striped = {tuple(pixel) for pixel in over[:, 310:390].reshape(-1, 3).tolist()}
@@ -75,9 +77,9 @@ def test_samples_are_drawn_without_repeats():
 
 
 def test_long_names_lose_their_middle():
-    font = _font(14)
-    short = _fitting("a" * 5000 + "\n" + "b" * 5000, font, 120)
+    font = load_font(14)
+    short = fitting("a" * 5000 + "\n" + "b" * 5000, font, 120)
     assert font.getlength(short) <= 120
     assert short[0] == "a"
     assert short[-1] == "b"
-    assert [_percent(share) for share in (0, 1e-5, 0.0123, 0.5)] == ["not shown", "< 0.1%", "1.2%", "50%"]
+    assert [percent(share) for share in (0, 1e-5, 0.0123, 0.5)] == ["not shown", "< 0.1%", "1.2%", "50%"]

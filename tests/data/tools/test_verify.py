@@ -11,7 +11,8 @@ import pytest
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.shards.index import ShardIndex, sha256
-from maskmatch_scale.data.tools.verify import Fault, verify
+from maskmatch_scale.data.tools.shard_check import Fault
+from maskmatch_scale.data.tools.verify import verify
 from tests.data.bad_shards import CLASSES, bad_shards, not_tars, sample, tar_bytes
 
 

@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.data.writing.write import EncodedSample, Stream, _cut, write_shards
+from maskmatch_scale.data.writing import EncodedSample, StreamItems, write_shards
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,10 @@ class Squares:
         return {"seed": self.seed, "labelled": self.labelled, "unlabelled": self.unlabelled}
 
     @property
-    def streams(self) -> Mapping[str, Stream]:
+    def streams(self) -> Mapping[str, StreamItems]:
         return {
-            "labelled": Stream(True, [Item(n, True) for n in range(self.labelled)]),
-            "unlabelled": Stream(
+            "labelled": StreamItems(True, [Item(n, True) for n in range(self.labelled)]),
+            "unlabelled": StreamItems(
                 False,
                 [
                     Item(n, False, self.kill_file if n == self.kill_at else "", n in self.bad)
@@ -239,9 +241,9 @@ def test_a_source_may_drop_and_order_its_samples(tmp_path: Path) -> None:
     calls = []
 
     class Reversed(Squares):
-        def prepare(self, out: Path, *, resumed: bool, workers: int, progress: bool) -> Mapping[str, Stream]:
+        def prepare(self, out: Path, *, resumed: bool, workers: int, progress: bool) -> Mapping[str, StreamItems]:
             calls.append((out, resumed))
-            return {"labelled": Stream(True, self.streams["labelled"].items[::-1][:3])}
+            return {"labelled": StreamItems(True, self.streams["labelled"].items[::-1][:3])}
 
     index = write_shards(Reversed(), tmp_path, workers=1, progress=False)
     assert list(index.streams) == ["labelled"]
@@ -250,11 +252,6 @@ def test_a_source_may_drop_and_order_its_samples(tmp_path: Path) -> None:
     assert write_shards(Reversed(), tmp_path, workers=1, progress=False) == index
     assert write_shards(Reversed(), tmp_path, workers=1, progress=False) == index
     assert calls == [(tmp_path, False), (tmp_path, True)]
-
-
-def test_ten_million_items_are_cut_quickly() -> None:
-    cut = _cut("many", Stream(False, range(10_000_000)), 256)
-    assert (len(cut), sum(map(len, cut))) == (39_063, 10_000_000)
 
 
 def test_a_finished_folder_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,3 +330,12 @@ def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
 def test_progress_without_a_terminal_is_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shards(Squares(), tmp_path, workers=1)
     assert "squares: 25/25 samples" in capsys.readouterr().err
+
+
+def test_processes_that_render_need_no_torch() -> None:
+    """Importing torch takes seconds in each of them."""
+    code = (
+        "import sys, maskmatch_scale.data.writing.sources.image_files, maskmatch_scale.scores.source;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

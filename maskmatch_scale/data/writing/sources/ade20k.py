@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from maskmatch_scale.data.writing.sources.image_files import ImageFiles, Options, folder, hold_out_dev, images_below
-from maskmatch_scale.data.writing.sources.labels import built_in_classes
-from maskmatch_scale.data.writing.sources.splits import Pair, read_split, split_train
+from maskmatch_scale.data.writing.sources.classes import built_in_classes
+from maskmatch_scale.data.writing.sources.image_files import ImageFiles
+from maskmatch_scale.data.writing.sources.listing import folder, images_below
+from maskmatch_scale.data.writing.sources.options import Options
+from maskmatch_scale.data.writing.sources.splits import Pair, hold_out_dev, read_split, split_train
 
 
 def ade20k(root: Path, options: Options, *, converted: bool = False) -> ImageFiles:
-    """List it.
+    """List the samples of ADE20K.
 
     Args:
         root: `ADEChallengeData2016`, or the folder it lies in.

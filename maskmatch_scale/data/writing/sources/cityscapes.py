@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from maskmatch_scale.data.writing.sources.image_files import ImageFiles, Options, files_below, folder, hold_out_dev
-from maskmatch_scale.data.writing.sources.labels import built_in_classes
-from maskmatch_scale.data.writing.sources.splits import Pair, read_split, split_train
+from maskmatch_scale.data.writing.sources.classes import built_in_classes
+from maskmatch_scale.data.writing.sources.image_files import ImageFiles
+from maskmatch_scale.data.writing.sources.listing import files_below, folder
+from maskmatch_scale.data.writing.sources.options import Options
+from maskmatch_scale.data.writing.sources.splits import Pair, hold_out_dev, read_split, split_train
 
 _IMAGE = "_leftImg8bit.png"
 _IDS, _TRAIN_IDS = "_gtFine_labelIds.png", "_gtFine_labelTrainIds.png"
 
 
 def cityscapes(root: Path, options: Options, *, train_extra: bool = False) -> ImageFiles:
-    """List it.
+    """List the samples of Cityscapes.
 
     Args:
         root: the folder of `leftImg8bit` and `gtFine`.

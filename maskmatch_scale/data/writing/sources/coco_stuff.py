@@ -1,8 +1,8 @@
 """COCO-Stuff 164k with the label maps of `stuffthingmaps_trainval2017.zip`: 171 classes.
 
 `train2017` is `labelled`, `val2017` is `val`. The label maps hold 182 ids less one, 11 of which are never used; they
-become the 171 classes of mmsegmentation, and 255 is ignored. Its converted `*_labelTrainIds.png` are taken where the
-others are not there.
+become the 171 classes of mmsegmentation, and 255 is ignored. Where a label map is missing, mmsegmentation's converted
+`*_labelTrainIds.png` is taken.
 
 UniMatch's COCO has other label maps (`masks`, 81 classes). Its split files choose the same images here, but for its own
 label maps use the source `folder` with the classes `coco`.
@@ -13,23 +13,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.writing.sources.image_files import (
-    ImageFiles,
-    Options,
-    files_below,
-    folder,
-    hold_out_dev,
-    images_below,
-)
-from maskmatch_scale.data.writing.sources.labels import built_in_classes
-from maskmatch_scale.data.writing.sources.splits import Pair, read_split, split_train
+from maskmatch_scale.data.writing.sources.classes import built_in_classes
+from maskmatch_scale.data.writing.sources.image_files import ImageFiles
+from maskmatch_scale.data.writing.sources.listing import files_below, folder, images_below
+from maskmatch_scale.data.writing.sources.options import Options
+from maskmatch_scale.data.writing.sources.splits import Pair, hold_out_dev, read_split, split_train
 
 _PLACES = ("stuffthingmaps", "stuffthingmaps_trainval2017", "annotations", "labels")
 _TRAIN_IDS = "_labelTrainIds.png"
 
 
 def coco_stuff(root: Path, options: Options, *, unlabeled2017: bool = False) -> ImageFiles:
-    """List it.
+    """List the samples of COCO-Stuff.
 
     Args:
         root: the folder of `images/train2017` (or `train2017`), and of `train2017` with the label maps below one of

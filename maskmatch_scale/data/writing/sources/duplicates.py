@@ -1,7 +1,8 @@
 """Files of equal bytes, found without reading all of every file.
 
-Of ten million photographs nearly all share their size with another, so equal sizes are only the first sieve; the second
-is the last few kilobytes, which differ between nearly any two compressed images. What passes both is read in full.
+Files of equal sizes are compared by their last few kilobytes, which differ between nearly any two compressed images.
+Only those that agree there are read in full. Sizes alone are not enough: of ten million photographs nearly all share
+their size with another.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from maskmatch_scale.data.writing.write import progress_of
+from maskmatch_scale.progress import progress_of
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ def _in_chunks(
 
     chunks = [numbers[start : start + _AT_ONCE].tolist() for start in range(0, len(numbers), _AT_ONCE)]
     name, wanted = f"duplicates by {what}", progress and len(numbers) > 0
-    with progress_of(name, len(numbers), wanted, "files", even_if_quick=False) as advance:
+    with progress_of(name, len(numbers), unit="files", wanted=wanted, elsewhere="lines if slow") as advance:
         for start in range(0, len(chunks), _BATCH_CHUNKS):
             for found in chain.from_iterable(pool.map(work, chunks[start : start + _BATCH_CHUNKS])):
                 advance()

@@ -10,13 +10,9 @@ import re
 from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.writing.sources.image_files import (
-    ImageFiles,
-    Options,
-    files_below,
-    folder,
-    images_below,
-)
+from maskmatch_scale.data.writing.sources.image_files import ImageFiles
+from maskmatch_scale.data.writing.sources.listing import files_below, folder, images_below
+from maskmatch_scale.data.writing.sources.options import Options
 from maskmatch_scale.data.writing.sources.splits import Pair, hold_out, read_split, split_train
 
 _LABEL_FOLDERS = ("labels", "masks", "annotations")
@@ -30,14 +26,14 @@ def image_folder(
     labels: str | None = None,
     label_suffix: str = ".png",
 ) -> ImageFiles:
-    """List it.
+    """List the samples of a folder.
 
     Args:
         root: the folder; paths of split files are relative to it.
         options: `dev` and `val` may also name a folder below that of the images.
         images: the folder of the images, relative to `root`; None: `images` if there is one, or `root` itself.
-        labels: that of the label maps; None: the first of `labels`, `masks`, `annotations` that is there, if one is. It
-            may be the same.
+        labels: the folder of the label maps, relative to `root`; it may be that of the images. None: the first of
+            `labels`, `masks`, `annotations` that is there, if one is.
         label_suffix: what takes the place of an image's ending in the name of its label map.
     """
     folder(root, "give the folder of the images")
@@ -78,6 +74,7 @@ def image_folder(
 
 
 def _pairs(root: Path, images: str, labels: str | None, suffix: str, notes: list[str]) -> list[Pair]:
+    """Every image with its label map, if it has one. What the user should know is added to `notes`."""
     apart = labels is not None and labels != images and f"{labels}/".startswith(f"{images}/" if images else "")
     found = images_below(root, images, (labels,) if apart and labels is not None else ())
     if labels is None:

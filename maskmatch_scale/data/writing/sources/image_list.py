@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.writing.sources.image_files import ImageFiles, Options
+from maskmatch_scale.data.writing.sources.image_files import ImageFiles
+from maskmatch_scale.data.writing.sources.options import Options
 from maskmatch_scale.data.writing.sources.splits import Pair, hold_out
 
 _STREAM = re.compile("[a-z0-9_]+")
@@ -34,7 +35,7 @@ def image_list(
     label_column: str = "label",
     stream_column: str = "stream",
 ) -> ImageFiles:
-    """Read it.
+    """List the samples that a list names.
 
     Args:
         file: `.csv`, or `.jsonl` with an object a line.

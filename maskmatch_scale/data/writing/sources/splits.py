@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.writing.sources.options import Options
 
 
 class Pair(NamedTuple):
@@ -91,13 +92,13 @@ def split_train(
 def hold_out(pairs: Sequence[Pair], amount: str | None, seed: int, option: str) -> tuple[list[Pair], list[Pair]]:
     """Take samples away by a seeded hash of their images' paths.
 
-    The hash ranks the samples; those of lowest rank are held out. A sample that is added moves few others.
+    Those with the lowest hashes are held out, so that a sample which is added moves few others.
 
     Args:
         pairs: to take from.
         amount: a count (`200`) or a share with a point (`0.1`); None takes nothing.
         seed: of the hash.
-        option: its name, for the message; different options rank differently.
+        option: its name, for the message; different options hold out different samples.
 
     Returns:
         What remains and what is held out, each in the order of `pairs`.
@@ -114,14 +115,20 @@ def hold_out(pairs: Sequence[Pair], amount: str | None, seed: int, option: str) 
         raise DataError(f"{option} {amount}: it must be a count (200) or a share (0.1)") from None
     if not 0 <= count < max(1, len(pairs)):
         raise DataError(f"{option} {amount}: there are {len(pairs)} labelled samples to hold out from")
-    ranked = sorted(range(len(pairs)), key=lambda number: rank(seed, option, pairs[number].image))
-    held = frozenset(ranked[:count])
+    in_order = sorted(range(len(pairs)), key=lambda number: sort_key(seed, option, pairs[number].image))
+    held = frozenset(in_order[:count])
     rest = [pair for number, pair in enumerate(pairs) if number not in held]
     return rest, [pair for number, pair in enumerate(pairs) if number in held]
 
 
-def rank(seed: int, what: str, path: str) -> bytes:
-    """Eight bytes that put paths into an order of their own for every seed and purpose."""
+def hold_out_dev(listing: dict[str, list[Pair]], options: Options) -> dict[str, list[Pair]]:
+    """The listing with `dev` samples taken out of `labelled`, if they are asked for."""
+    rest, held = hold_out(listing["labelled"], options.dev, options.split_seed, "--dev")
+    return listing | {"labelled": rest, "dev": held}
+
+
+def sort_key(seed: int, what: str, path: str) -> bytes:
+    """A hash of eight bytes to sort paths by: every seed and every purpose `what` gives an order of its own."""
     return hashlib.blake2b(f"{seed} {what} {path}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 

@@ -1,7 +1,7 @@
 """Pascal VOC 2012 (`VOCdevkit/VOC2012`), with or without the additional labels of SBD.
 
-`ImageSets/Segmentation/train.txt` is `labelled`, `val.txt` is `val`. The label maps of `SegmentationClass` are used
-where there is one, and those of `SegmentationClassAug` for the rest. UniMatch's download has both in
+`ImageSets/Segmentation/train.txt` is `labelled`, `val.txt` is `val`. A label map is looked for in `SegmentationClass`
+first, then in `SegmentationClassAug`. UniMatch's download has both in
 `SegmentationClass`, and its split files name them so; they mean the same here.
 """
 
@@ -11,9 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.writing.sources.image_files import ImageFiles, Options, folder, hold_out_dev
-from maskmatch_scale.data.writing.sources.labels import built_in_classes
-from maskmatch_scale.data.writing.sources.splits import Pair, read_split, split_train
+from maskmatch_scale.data.writing.sources.classes import built_in_classes
+from maskmatch_scale.data.writing.sources.image_files import ImageFiles
+from maskmatch_scale.data.writing.sources.listing import folder
+from maskmatch_scale.data.writing.sources.options import Options
+from maskmatch_scale.data.writing.sources.splits import Pair, hold_out_dev, read_split, split_train
 
 _SETS = "ImageSets/Segmentation"
 _AUGMENTED = ("trainaug.txt", "train_aug.txt")
@@ -21,7 +23,7 @@ _LABELS = ("SegmentationClass", "SegmentationClassAug")
 
 
 def voc(root: Path, options: Options, *, aug: bool = False, all_images: bool = False) -> ImageFiles:
-    """List it.
+    """List the samples of Pascal VOC 2012.
 
     Args:
         root: `VOC2012`, or the folder it lies in.

@@ -54,7 +54,7 @@ def test_an_unknown_source_is_one_line(run):
 
 
 def test_tables_come_with_the_package():
-    from maskmatch_scale.data.writing.sources.labels import BUILT_IN, IGNORE, built_in_classes, colour_map
+    from maskmatch_scale.data.writing.sources.classes import BUILT_IN, IGNORE, built_in_classes, colour_map
 
     counts = {"voc": 21, "cityscapes": 19, "ade20k": 150, "coco_stuff": 171, "coco": 81}
     assert {name: len(built_in_classes(name).names) for name in BUILT_IN} == counts

@@ -1,4 +1,4 @@
-"""Folders of images: label maps of every kind, held-out samples, keys, duplicates, bad samples, interruption."""
+"""Folders of images: label maps of every kind, held-out samples, duplicates, bad samples, interruption."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
-
-from maskmatch_scale.data.writing.sources.image_files import keys_of
 
 
 @pytest.fixture
@@ -383,16 +379,3 @@ def test_a_killed_writer_ends_with_the_same_bytes(tree, names, run, shards, cont
     assert all((broken / name).stat().st_mtime_ns == time_ns for name, time_ns in done.items())
     # Three copies of `damaged` are duplicates of the first, which alone is left out as bad.
     assert len(shards(broken).keys("labelled")) == 55
-
-
-names_of_files = st.text(st.sampled_from("ab._/- "), min_size=1, max_size=6)
-
-
-@given(st.lists(names_of_files.map(lambda name: f"{name}.jpg"), unique=True, max_size=30), st.randoms())
-def test_keys_are_unique_and_do_not_depend_on_the_order(paths, random):
-    keys = keys_of(paths)
-    assert len(set(keys)) == len(paths)
-    assert all(key and not set("./") & set(key) and not key.startswith("__") for key in keys)
-    shuffled = list(paths)
-    random.shuffle(shuffled)
-    assert dict(zip(paths, keys)) == dict(zip(shuffled, keys_of(shuffled)))

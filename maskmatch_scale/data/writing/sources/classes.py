@@ -1,26 +1,16 @@
-"""Label maps as data sets have them, and the class values they become.
-
-Grey and palette images hold values, RGB images hold colours; both go through a table to class values. Whatever the
-table does not name is an error, for a value that is silently dropped is a class that is silently never learned.
-"""
+"""Names and colours of classes, and the label values that stand for them: tables of the package, files of the user."""
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-
-from maskmatch_scale.data.faults import BadSample, DataError
+from maskmatch_scale.data.faults import DataError
 
 IGNORE = 255
 """Label value, in what is written, of pixels that count for nothing."""
@@ -30,10 +20,8 @@ BUILT_IN = ("voc", "cityscapes", "ade20k", "coco_stuff", "coco")
 
 RGB = tuple[int, int, int]
 
-_FORMATS = ("PNG", "TIFF", "BMP", "GIF")
 _COLOUR = re.compile(r"(.*?)[\s,;]+(\d+)[\s,;]+(\d+)[\s,;]+(\d+)")
-_GREY_STEPS = {1: 255, 2: 85, 4: 17}
-"""By bits of a grey PNG: what Pillow multiplies its values by."""
+_YAML = (".json", ".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -60,129 +48,6 @@ class Classes:
         assert self.values is not None
         ids = {value: number for number, values in enumerate(self.values) for value in values}
         return ids | dict.fromkeys(self.ignored, IGNORE)
-
-
-@dataclass(frozen=True)
-class LabelRule:
-    """From the bytes of a label map to class values.
-
-    Args:
-        classes: number of classes.
-        id_map: class value, or `IGNORE`, by label value; None: values are class values, and 255 is ignored.
-        colours: likewise by colour of an RGB label map; None: such maps are refused.
-        unknown_as_ignore: ignore what the table does not name, instead of raising.
-    """
-
-    classes: int
-    id_map: Mapping[int, int] | None = None
-    colours: Mapping[RGB, int] | None = None
-    unknown_as_ignore: bool = False
-
-    def read(self, data: bytes, name: str) -> NDArray[np.uint8]:
-        """Decode a label map and map it.
-
-        Returns:
-            uint8 (H, W), class values and `IGNORE`.
-
-        Raises:
-            BadSample: `not_a_label` or `label_value`; names the file, the value and a pixel that has it.
-        """
-        pixels = _decode(data, name)
-        if pixels.ndim == 3:
-            return self._from_colours(pixels, name)
-        mapped = self._table[pixels]
-        if (mapped == _UNKNOWN).any():
-            if not self.unknown_as_ignore:
-                y, x = np.argwhere(mapped == _UNKNOWN)[0].tolist()
-                raise BadSample("label_value", f"{name}: value {pixels[y, x]} at x={x}, y={y} {self._why_unknown}")
-            mapped = np.where(mapped == _UNKNOWN, IGNORE, mapped)
-        values: NDArray[np.uint8] = mapped.astype(np.uint8)
-        return values
-
-    def keeps(self, data: bytes) -> bool:
-        """Whether a label map can be stored as it is: an 8-bit grey PNG whose values stay what they are."""
-        return self.id_map is None and data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:26] == b"\x08\x00"
-
-    def as_json(self) -> object:
-        """What label maps are made with, for the settings."""
-        colours = self.colours and sorted([*colour, value] for colour, value in self.colours.items())
-        return [self.classes, self.id_map and sorted(self.id_map.items()), colours]
-
-    @cached_property
-    def _table(self) -> NDArray[np.int16]:
-        table = np.full(1 << 16, _UNKNOWN, np.int16)
-        if self.id_map is None:
-            table[: self.classes] = np.arange(self.classes)
-            table[IGNORE] = IGNORE
-        else:
-            for value, number in self.id_map.items():
-                table[value] = number
-        return table
-
-    @property
-    def _why_unknown(self) -> str:
-        if self.id_map is None:
-            last = self.classes - 1
-            return f"is no class (0 to {last}) and not {IGNORE}; --id-map or --unknown-as-ignore says what it is"
-        return "is not in the id map; add it there, or give --unknown-as-ignore"
-
-    def _from_colours(self, pixels: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
-        if self.colours is None:
-            raise BadSample(
-                "not_a_label", f"{name}: an RGB label map; --classes with a colour a class says what it means"
-            )
-        packed = pixels.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
-        found, place = np.unique(packed, return_inverse=True)
-        values = np.full(len(found), IGNORE, np.uint8)
-        for number, colour in enumerate(found.tolist()):
-            rgb = (colour >> 16, colour >> 8 & 255, colour & 255)
-            if rgb in self.colours:
-                values[number] = self.colours[rgb]
-            elif not self.unknown_as_ignore:
-                y, x = np.argwhere(packed == colour)[0].tolist()
-                raise BadSample(
-                    "label_value",
-                    f"{name}: colour {rgb} at x={x}, y={y} is that of no class; add it to --classes (as `ignore` "
-                    "if it counts for nothing), or give --unknown-as-ignore",
-                )
-        return values[place].reshape(packed.shape)
-
-
-_UNKNOWN = -1
-
-
-def _decode(data: bytes, name: str) -> NDArray[Any]:
-    """Integers (H, W), or uint8 (H, W, 3) of an RGB image."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.format not in _FORMATS:
-                raise BadSample("not_a_label", f"{name}: a label map has to be a PNG, not a {image.format} (lossy?)")
-            if image.mode in ("RGB", "RGBA"):
-                return np.asarray(image.convert("RGB"))
-            if image.mode not in ("1", "L", "P", "I;16", "I;16B"):
-                what = f"label map of mode {image.mode}; grey (8 or 16 bits), palette or RGB is needed"
-                raise BadSample("not_a_label", f"{name}: {what}")
-            values = np.asarray(image).astype(np.uint16)
-            # Pillow stretches grey of fewer bits to 0–255, which would change the values.
-            if image.mode == "1":
-                values = (values > 0).astype(np.uint16)
-            elif image.mode == "L" and image.format == "PNG" and data[24] in _GREY_STEPS:
-                values //= _GREY_STEPS[data[24]]
-            return values
-    except BadSample:
-        raise
-    except UnidentifiedImageError:  # whose text holds an address
-        raise BadSample("not_a_label", f"{name}: no image of a format that is known here") from None
-    except Exception as error:
-        # Pillow's decoders raise nearly anything for damaged files.
-        raise BadSample("not_a_label", f"{name}: not a readable label map ({error})") from None
-
-
-def encode_label(values: NDArray[np.uint8]) -> bytes:
-    """An 8-bit grey PNG of uint8 (H, W)."""
-    buffer = io.BytesIO()
-    Image.fromarray(values).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def colour_map(count: int) -> tuple[RGB, ...]:
@@ -267,9 +132,6 @@ def load_id_map(path: Path, classes: Classes) -> dict[int, int]:
             raise DataError(f"{where}: {key}: {target!r} is no class (0 to {last}, or a name) and not `ignore`")
         ids[value] = targets[target]
     return ids
-
-
-_YAML = (".json", ".yaml", ".yml")
 
 
 def _parsed(path: Path, where: str) -> Any:

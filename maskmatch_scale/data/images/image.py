@@ -1,0 +1,162 @@
+"""Decoding images to NumPy arrays, and the rules about images that readers and writers of shards share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from maskmatch_scale.data.faults import BadSample
+from maskmatch_scale.data.images.opening import JPEG, MAX_PIXELS, bad, check_size, open_stored, quiet, said
+
+T = TypeVar("T")
+
+_SCANS = 20
+_SCANNED_PIXELS = 500_000_000
+"""A JPEG of more scans may have this many pixels times scans. Progressive ones have about ten scans; thousands of empty
+ones in a small file would take minutes to decode."""
+_START_OF_SCAN = b"\xff\xda"
+_LOST_PIXELS = ("Corrupt JPEG data", "Premature end")
+"""Complaints of libjpeg-turbo that mean lost pixels; others are harmless."""
+_ORIENTATION = 0x0112
+"""Number of the EXIF tag."""
+
+
+def decode_planes(
+    data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, exif_orientation: bool = False, contiguous: bool = True
+) -> NDArray[np.uint8]:
+    """The RGB planes of a JPEG, PNG or WebP: see :func:`maskmatch_scale.data.images.decode.decode_image`.
+
+    Returns:
+        uint8 (3, H, W), in memory that may be written to.
+
+    Raises:
+        BadSample: ``not_an_image`` or ``too_large``.
+    """
+    try:
+        pixels, orientation = _pixels(data, name, max_pixels, exif_orientation)
+    except BadSample:
+        raise
+    except Image.DecompressionBombError as error:  # WebP's class alone has Pillow's limit, 179 million pixels
+        raise bad("too_large", name, f"{said(error)}; shrink it") from None
+    except Exception as error:  # a decoder that is fed with anything may raise anything
+        raise bad("not_an_image", name, f"not a readable image ({said(error)}); replace it") from None
+    planes = _turned(pixels, orientation).transpose(2, 0, 1)
+    # Torch reads no backward strides. NumPy's copy takes half the time of torch's on one thread.
+    return np.ascontiguousarray(planes) if contiguous or orientation != 1 else planes
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width (px) of a JPEG that libjpeg-turbo has decoded to its end.
+
+    Returns:
+        None if Pillow has to look at the bytes: they are no JPEG, do not end as one, or hold something rare.
+
+    Raises:
+        ValueError: pixels are lost.
+    """
+    if not simplejpeg.is_jpeg(data):
+        return None
+
+    def decode() -> tuple[int, int]:
+        height, width = simplejpeg.decode_jpeg_header(data)[:2]
+        # Grey is enough to go through every byte.
+        simplejpeg.decode_jpeg(data, colorspace="GRAY")
+        return height, width
+
+    return _by_turbojpeg(decode)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """The image with its upper 8 bits, if it is grey of 16; any other image as it is."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
+
+
+def orientation_alone(image: Image.Image) -> Image.Exif:
+    """EXIF data with nothing but the orientation of an image, if it has one."""
+    exif = Image.Exif()
+    if turned := image.getexif().get(_ORIENTATION):
+        exif[_ORIENTATION] = turned
+    return exif
+
+
+def _pixels(data: bytes, name: str, max_pixels: int, exif_orientation: bool) -> tuple[NDArray[np.uint8], int]:
+    """Pixels (H, W, 3) and EXIF orientation, 1 to 8."""
+    if data.startswith(JPEG) and (turbo := _turbojpeg(data, name, max_pixels)) is not None:
+        return turbo, _orientation(data) if exif_orientation and b"Exif\0" in data else 1
+    with quiet():
+        image = open_stored(data)
+        check_size(image.height, image.width, name, max_pixels)
+        if data.startswith(JPEG):
+            _check_scans(data, image.height, image.width, name)
+        image.load()
+        pixels = np.array(eight_bits(image).convert("RGB"))  # a copy: torch wants memory that may be written to
+    return pixels, _orientation(data) if exif_orientation else 1
+
+
+def _turbojpeg(data: bytes, name: str, max_pixels: int) -> NDArray[np.uint8] | None:
+    """Pixels (H, W, 3), or None for a JPEG that Pillow has to read."""
+
+    def decode() -> NDArray[np.uint8] | None:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        check_size(height, width, name, max_pixels)
+        _check_scans(data, height, width, name)
+        if colours in ("CMYK", "YCCK"):
+            return None  # Pillow's conversion is exact
+        if colours == "Gray":
+            grey: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="GRAY")
+            return np.concatenate([grey.reshape(1, height, width)] * 3).transpose(1, 2, 0)
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB")
+        return pixels
+
+    return _by_turbojpeg(decode)
+
+
+def _by_turbojpeg(decode: Callable[[], T]) -> T | None:
+    """What a call of libjpeg-turbo returns, or None for harmless oddities and rare subsampling: Pillow has to try.
+
+    Raises:
+        ValueError: pixels are lost.
+    """
+    try:
+        return decode()
+    except BadSample:
+        raise
+    except ValueError as error:
+        if any(sign in str(error) for sign in _LOST_PIXELS):
+            raise
+        return None
+
+
+def _check_scans(data: bytes, height: int, width: int, name: str) -> None:
+    scans = data.count(_START_OF_SCAN)
+    if scans > _SCANS and scans * height * width > _SCANNED_PIXELS:
+        raise bad("not_an_image", name, f"a JPEG of {scans} scans, which takes too long to decode; save it anew")
+
+
+def _orientation(data: bytes) -> int:
+    try:
+        with quiet():
+            value = open_stored(data).getexif().get(_ORIENTATION, 1)
+    except Exception:  # broken metadata says nothing of the pixels
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Pixels (H, W, 3) upright, as a view. EXIF 2.3, tag 0x0112: 1 is upright, 2 mirrored, 3 upside down, 4 both;
+    5 to 8 are the same, lying on their side.
+    """
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels

@@ -1,0 +1,103 @@
+"""Opening image files with Pillow: which formats, how many pixels, and how faults are told.
+
+Two ways to open. What lies in a shard may come from anybody, so `open_stored` reaches only Pillow's classes for the
+three formats of shards, and not Pillow's own limit of size. A data set that somebody writes as shards may hold any
+format, so `open_any` asks all of Pillow's classes.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from PIL import Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
+
+from maskmatch_scale.data.faults import BadSample
+
+MAX_PIXELS = 100_000_000
+"""Default upper limit of pixels of an image or label map."""
+
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+"""How files of these formats begin."""
+_RIFF = b"RIFF"
+
+
+def open_stored(data: bytes) -> Image.Image:
+    """Pillow's image of a JPEG, PNG or WebP, told by its content. Its header is read, its pixels are not.
+
+    Raises:
+        ValueError: another format. Pillow's classes raise nearly any exception for damaged files.
+    """
+    file = io.BytesIO(data)
+    # The classes themselves: Image.open has limits of its own.
+    if data.startswith(PNG):
+        return PngImagePlugin.PngImageFile(file)
+    if data.startswith(_RIFF) and data[8:12] == b"WEBP":
+        return WebPImagePlugin.WebPImageFile(file)
+    if data.startswith(JPEG):
+        return JpegImagePlugin.JpegImageFile(file)
+    raise ValueError("neither JPEG nor PNG nor WebP")
+
+
+def open_any(data: bytes) -> Image.Image:
+    """Pillow's image of a file of any format that Pillow reads. Its header is read, its pixels are not.
+
+    Raises:
+        UnidentifiedImageError: no such format. Pillow's classes raise nearly any exception for damaged files.
+        DecompressionBombError: more than 179 million pixels, which is Pillow's own limit.
+    """
+    return Image.open(io.BytesIO(data))
+
+
+@contextmanager
+def file_faults(name: str, reason: str, what: str) -> Iterator[None]:
+    """Within, any exception becomes a :class:`BadSample`; those that are one already pass. Pillow's warnings are off.
+
+    Args:
+        name: of the file, for the message.
+        reason: one of :data:`maskmatch_scale.data.faults.REASONS`.
+        what: the file should be, for the message.
+    """
+    try:
+        with quiet():
+            yield
+    except BadSample:
+        raise
+    except UnidentifiedImageError:  # whose text holds an address
+        raise BadSample(reason, f"{name}: no image of a format that is known here") from None
+    except Exception as error:
+        # Pillow's decoders raise nearly any exception for damaged files.
+        raise BadSample(reason, f"{name}: not a readable {what} ({error})") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Pillow warns of odd metadata and palettes. Nobody who trains or writes shards can act on that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def check_size(height: int, width: int, name: str, max_pixels: int) -> None:
+    """Raise :class:`BadSample` `too_large` for more than `max_pixels` pixels."""
+    if height * width > max_pixels:
+        raise bad("too_large", name, f"{height} × {width} px, more than data.max_image_px={max_pixels}; shrink it")
+
+
+def bad(reason: str, name: str, what: str) -> BadSample:
+    """A fault of a sample in a shard, on one line.
+
+    Args:
+        reason: one of :data:`maskmatch_scale.data.faults.REASONS`.
+        name: shard and key. A name from a tar may hold line ends and escape sequences, which must reach no terminal.
+        what: is wrong.
+    """
+    shown = name if name.isprintable() else repr(name)[1:-1]
+    return BadSample(reason, f"{shown}: {what}")
+
+
+def said(error: Exception) -> str:
+    """The text of an exception on one line, or its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,111 @@
+"""One function applied to many items in several processes: the pool of those who write, verify and survey shards."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from maskmatch_scale.data.faults import DataError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_IN_FLIGHT_A_WORKER = 4
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def results(
+    function: Callable[[T], R], items: Iterable[T], workers: int, *, if_killed: str, ordered: bool = True
+) -> Iterator[Iterator[R]]:
+    """What a function returns for each item, computed in `workers` processes while the body runs.
+
+    At most four items a process are under way at once, so that neither items nor results pile up in memory. What the
+    function raises is raised here, and ends everything.
+
+    Args:
+        function: of one item. With several workers it is pickled, and sent to each process once: it may hold tables.
+        items: taken as they are needed; picklable if there are several workers.
+        workers: processes, started by `spawn`, with one thread each. One or fewer: the function runs in this process.
+        if_killed: the message if a process is killed.
+        ordered: whether the results come in the order of the items. Otherwise they come as they are ready, so that a
+            slow item holds up no other.
+
+    Raises:
+        DataError: a process was killed, by want of memory for example.
+    """
+    if workers <= 1:
+        yield map(function, items)
+        return
+    # spawn: the caller may hold threads and a GPU that a fork would break.
+    context = multiprocessing.get_context("spawn")
+    with _one_thread_each():
+        pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(function,))
+        try:
+            yield (_in_order if ordered else _as_ready)(pool, items, workers * _IN_FLIGHT_A_WORKER)
+        except BrokenProcessPool:
+            raise DataError(if_killed) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _in_order(pool: ProcessPoolExecutor, items: Iterable[Any], in_flight: int) -> Iterator[Any]:
+    waiting: deque[Future[Any]] = deque()
+    for item in items:
+        waiting.append(pool.submit(_apply, item))
+        if len(waiting) >= in_flight:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _as_ready(pool: ProcessPoolExecutor, items: Iterable[Any], in_flight: int) -> Iterator[Any]:
+    waiting: set[Future[Any]] = set()
+    for item in items:
+        waiting.add(pool.submit(_apply, item))
+        if len(waiting) >= in_flight:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+    while waiting:
+        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        yield from (future.result() for future in done)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes that start meanwhile have one thread each: numeric libraries read these variables as they load."""
+    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+_function: list[Callable[[Any], Any]] = []
+"""In a process of the pool: the function that it applies."""
+
+
+def _start_worker(function: Callable[[Any], Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells the user, once
+    _function.append(function)
+
+
+def _apply(item: Any) -> Any:
+    return _function[0](item)

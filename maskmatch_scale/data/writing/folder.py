@@ -1,0 +1,162 @@
+"""A folder that is being written: who may write to it, with which settings, and what an earlier writer has done.
+
+What lies in it::
+
+    .lock                   held while a writer is at work
+    .writing.json           the settings of what is being written; a restart with others is refused
+    .written.jsonl          the journal: a line for every shard that is done
+    labelled-000000.tar     a shard that is done
+    skipped.jsonl           at the end: every sample that was left out, if there was one
+    index.json              last of all; .writing.json and .written.jsonl are removed
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from maskmatch_scale.data.faults import BadSample, DataError
+from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex, sha256
+from maskmatch_scale.data.shards.tar import read_table
+from maskmatch_scale.data.writing.journal import JOURNAL_NAME, SKIPPED_NAME, Written, read_journal, read_skipped
+from maskmatch_scale.data.writing.protocol import DataSource
+from maskmatch_scale.data.writing.shard import Shard
+from maskmatch_scale.files import write_whole
+
+_PLAN_NAME = ".writing.json"
+_LOCK_NAME = ".lock"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a writer finds in its folder.
+
+    Attributes:
+        index: of a folder that was finished once; None otherwise.
+        resumed: whether an earlier writer with the same settings was at work here.
+    """
+
+    index: ShardIndex | None
+    resumed: bool
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Lock a folder. The kernel drops the lock when the process ends, however it ends.
+
+    Raises:
+        DataError: another process holds the lock.
+    """
+    with (out / _LOCK_NAME).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{out}: another process is writing shards here; wait for it") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def begin(out: Path, identity: Mapping[str, object], source: DataSource) -> Begun:
+    """Begin to write a folder, or go on.
+
+    Args:
+        out: the folder, locked.
+        identity: name and settings of the source, as JSON values.
+        source: asked for its streams only in a new folder, for listing them may take long.
+
+    Raises:
+        DataError: the folder was begun or finished with other settings, or holds shards of which nothing is known.
+    """
+    if (out / INDEX_NAME).exists():
+        index = ShardIndex.load(out)
+        _refuse_other_settings(out, {"source": index.source, **index.settings}, identity)
+        return Begun(index, resumed=True)
+    if (out / _PLAN_NAME).exists():
+        _refuse_other_settings(out, json.loads((out / _PLAN_NAME).read_bytes()), identity)
+        return Begun(None, resumed=True)
+    _refuse_strangers(out, source.streams)
+    for name in (JOURNAL_NAME, SKIPPED_NAME):
+        (out / name).unlink(missing_ok=True)
+    write_whole(out / _PLAN_NAME, json.dumps(identity, indent=2))
+    return Begun(None, resumed=False)
+
+
+def is_whole(out: Path, index: ShardIndex) -> bool:
+    """Whether every shard of a finished folder is there in its size."""
+    return all(
+        (out / shard.file).is_file() and (out / shard.file).stat().st_size == shard.bytes
+        for stream in index.streams.values()
+        for shard in stream.shards
+    )
+
+
+def written_before(out: Path, index: ShardIndex | None, shards: Iterable[Shard]) -> dict[str, Written]:
+    """The shards that need not be written again, by file name. Those that were damaged since are deleted.
+
+    Args:
+        out: the folder.
+        index: of a folder that was finished once.
+        shards: all that are to be in it.
+    """
+    known = read_journal(out)
+    if index is not None:
+        skipped = read_skipped(out)
+        for stream in index.streams.values():
+            for entry in stream.shards:
+                left_out = tuple(skipped.pop(entry.file, ()))
+                known.setdefault(entry.file, Written(**entry.model_dump(), skipped=left_out))
+        for file, lines in skipped.items():
+            known.setdefault(file, Written(file, 0, 0, "", tuple(lines)))
+    written = {}
+    for shard in shards:
+        path, done = out / shard.file, known.get(shard.file)
+        if done is not None and not done.samples:
+            written[shard.file] = done
+        elif path.is_file():
+            if done is None:
+                done = _looked_into(path, shard.stream.labelled)
+            if done is not None and done.bytes == path.stat().st_size:
+                written[shard.file] = done
+            else:
+                path.unlink()
+    return written
+
+
+def finish(out: Path, index: ShardIndex) -> None:
+    """Write the index, with which the folder is finished, and remove what only a writer needs."""
+    write_whole(out / INDEX_NAME, index.to_json())
+    for name in (_PLAN_NAME, JOURNAL_NAME):
+        (out / name).unlink(missing_ok=True)
+
+
+def _looked_into(path: Path, labelled: bool) -> Written | None:
+    """What a shard holds that the journal does not know; None if it is no whole tar."""
+    with path.open("rb") as file:
+        try:
+            table = read_table(file, path.name, labelled=labelled)
+        except BadSample:
+            return None
+    if table.truncated or not len(table):
+        return None
+    return Written(path.name, len(table), path.stat().st_size, sha256(path))
+
+
+def _refuse_other_settings(out: Path, written: Mapping[str, object], asked: Mapping[str, object]) -> None:
+    for key in sorted(written.keys() | asked.keys()):
+        if written.get(key) != asked.get(key):
+            raise DataError(
+                f"{out}: holds shards written with {key}={written.get(key)!r}, but {key}={asked.get(key)!r} is asked "
+                "for; choose another folder or delete this one"
+            )
+
+
+def _refuse_strangers(out: Path, streams: Iterable[str]) -> None:
+    """Shards in a folder that was neither begun nor finished are somebody's data."""
+    for name in streams:
+        if stranger := next(iter(sorted(out.glob(f"{name}-??????.tar"))), None):
+            raise DataError(f"{stranger}: is there, but no {INDEX_NAME} that says what it holds; choose another folder")

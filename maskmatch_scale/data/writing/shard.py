@@ -1,0 +1,144 @@
+"""One shard: which items of a stream it holds, and how its tar is written."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from maskmatch_scale.data.faults import BadSample, DataError
+from maskmatch_scale.data.shards.tar import IMAGE_EXTENSIONS
+from maskmatch_scale.data.writing.journal import Journal, Written
+from maskmatch_scale.data.writing.protocol import EncodedSample, StreamItems
+from maskmatch_scale.progress import Advance
+
+MIN_SHARDS = 8
+"""A stream is spread over at least so many shards (or one a sample), so that ranks have shards of their own."""
+
+Rendered = EncodedSample | BadSample
+"""A sample, or why it cannot be used."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Items `start` to `end` of a stream, and the name of the tar they go to."""
+
+    file: str
+    stream: StreamItems
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def items(self) -> Sequence[Any]:
+        """Of the stream, those of this shard."""
+        return self.stream.items[self.start : self.end]
+
+
+def cut(name: str, stream: StreamItems, samples_per_shard: int) -> list[Shard]:
+    """Spread a stream over shards: consecutive items, in numbers that differ by one at most.
+
+    Args:
+        name: of the stream.
+        stream: its items.
+        samples_per_shard: upper limit.
+    """
+    total = len(stream.items)
+    count = max(min(MIN_SHARDS, total), -(-total // samples_per_shard))
+    edges = [total * number // count for number in range(count + 1)] if count else [0]
+    return [
+        Shard(f"{name}-{number:06d}.tar", stream, start, end)
+        for number, (start, end) in enumerate(itertools.pairwise(edges))
+    ]
+
+
+def write_shard(
+    out: Path, shard: Shard, samples: Iterator[Rendered], journal: Journal, *, skip_bad: bool, advance: Advance
+) -> Written:
+    """Write a shard beside its place, enter it in the journal, and rename it.
+
+    Args:
+        out: the folder.
+        shard: which one.
+        samples: one for each of its items, in their order.
+        journal: of the folder.
+        skip_bad: leave out samples that cannot be used, instead of raising.
+        advance: called after each sample.
+
+    Raises:
+        BadSample: a sample cannot be used.
+        DataError: a sample would not read back: see :func:`_check`.
+    """
+    import webdataset
+
+    begun = out / f".{shard.file}"
+    keys: set[str] = set()
+    skipped = []
+    with begun.open("wb") as file:
+        digested = _Digested(file)
+        # A fixed time and raw bytes: nothing but the samples decides what the tar holds.
+        with webdataset.TarWriter(digested, encoder=False, mtime=0) as tar:
+            for number, sample in enumerate(samples, shard.start):
+                if isinstance(sample, BadSample):
+                    if not skip_bad:
+                        raise BadSample(sample.reason, f"{sample}; --skip-bad (skip_bad=True) leaves such samples out")
+                    line = {"shard": shard.file, "item": number, "reason": sample.reason, "message": str(sample)}
+                    skipped.append(line)
+                else:
+                    _check(sample, shard, keys)
+                    keys.add(sample.key)
+                    members = {"__key__": sample.key, sample.extension: sample.image}
+                    if sample.label is not None:
+                        members["png"] = sample.label
+                    tar.write(members)
+                advance()
+        file.flush()
+        os.fsync(file.fileno())
+    entry = Written(shard.file, len(keys), digested.bytes, digested.sha256(), tuple(skipped))
+    if not keys:
+        begun.unlink()
+        entry = Written(shard.file, 0, 0, "", tuple(skipped))
+    # The journal first: it alone knows what was left out. A line without its shard does no harm.
+    journal.enter(entry)
+    if keys:
+        begun.replace(out / shard.file)
+    return entry
+
+
+class _Digested:
+    """Counts and hashes the bytes on their way into a file, so that no shard is read again for its index."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        self.bytes += len(data)
+        return self._file.write(data)
+
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _check(sample: EncodedSample, shard: Shard, keys: set[str]) -> None:
+    """Raise :class:`DataError` for a sample that would not read back; `keys` are those of the shard so far."""
+    where = f"{shard.file}: sample {sample.key!r}"
+    labelled = shard.stream.labelled
+    if not sample.key or set("./") & set(sample.key):
+        raise DataError(f"{where}: a key may hold no dot and no slash (webdataset cuts names at the first dot)")
+    if sample.key in keys:
+        raise DataError(f"{shard.file}: two samples are called {sample.key!r}; keys must differ")
+    if sample.extension not in IMAGE_EXTENSIONS:
+        raise DataError(f"{where}: image extension {sample.extension!r} is none of {', '.join(IMAGE_EXTENSIONS)}")
+    if (sample.label is not None) != labelled:
+        state = "carries no label map" if labelled else "carries a label map"
+        raise DataError(f"{where} {state}, but its stream is {'' if labelled else 'un'}labelled")
+    if labelled and sample.extension == "png":
+        raise DataError(f"{where}: the .png of a labelled sample is its label map; store the image as jpg or webp")

@@ -1,0 +1,36 @@
+"""Options that all data sets of image files take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Options:
+    """As the user gave them.
+
+    Attributes:
+        classes: names instead of the data set's own: a file, or a table that comes along (:func:`load_classes`).
+        id_map: label values instead of the data set's own: a file (:func:`load_id_map`).
+        unknown_as_ignore: ignore label values that neither names.
+        split_labelled, split_unlabelled, split_val: files in UniMatch's format.
+        dev, val: labelled samples to hold out: a count or a share.
+        split_seed: of the samples that are held out.
+        max_side: longest side of an image, px; larger ones are shrunk.
+        shuffle_seed: of the order of samples; negative keeps that of the data set.
+        keep_duplicates: write images of equal bytes as often as they are there.
+    """
+
+    classes: str | None = None
+    id_map: Path | None = None
+    unknown_as_ignore: bool = False
+    split_labelled: Path | None = None
+    split_unlabelled: Path | None = None
+    split_val: Path | None = None
+    dev: str | None = None
+    val: str | None = None
+    split_seed: int = 0
+    max_side: int | None = None
+    shuffle_seed: int = 0
+    keep_duplicates: bool = False

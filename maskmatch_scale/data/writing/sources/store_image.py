@@ -1,0 +1,96 @@
+"""Images as they are stored: byte for byte if training can read them, otherwise without loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from PIL import Image
+
+from maskmatch_scale.data.faults import BadSample
+from maskmatch_scale.data.images.encode import encode_image
+from maskmatch_scale.data.images.image import eight_bits, jpeg_size, orientation_alone
+from maskmatch_scale.data.images.opening import MAX_PIXELS, file_faults, open_any
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+"""Files taken for images, in lower case."""
+
+_JPEG_QUALITY = 95
+_MAX_WEBP_PX = 16383
+_KEPT = {"JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "PNG": "png"}
+_WEBP = {"lossless": True, "method": 1, "quality": 20}  # of 2 MP in 0.3 s; slower settings save 1 %
+_16_BIT = ("I;16", "I;16B", "I;16L")
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "La", "RGBa", *_16_BIT)
+
+
+class Stored(NamedTuple):
+    """An image as it is stored."""
+
+    data: bytes
+    extension: str
+    size: tuple[int, int]
+    """Width and height, px."""
+    original: tuple[int, int]
+    """Width and height in the file that was read, px."""
+
+
+def store_image(data: bytes, name: str, *, labelled: bool, max_side: int | None = None) -> Stored:
+    """Decode an image, to be sure that it can be decoded, and encode it anew where it cannot stay as it is.
+
+    JPEG and WebP stay as they are, PNG too if there is no label (beside one, `.png` is the label map). Others become
+    lossless WebP: 16 bits are cut to the upper 8 and alpha is dropped, as in training. An image larger than `max_side`
+    is shrunk and becomes a JPEG of quality 95. An orientation in EXIF data stays there; pixels are not turned.
+
+    Args:
+        data: the bytes of the file.
+        name: of the file, for the message.
+        labelled: whether there is a label map.
+        max_side: longest side, px; None: any.
+
+    Raises:
+        BadSample: `empty`, `not_an_image` or `too_large`.
+    """
+    if not data:
+        raise BadSample("empty", f"{name}: a file of no bytes")
+    with file_faults(name, "not_an_image", "image"):
+        size = jpeg_size(data)
+        if size is not None and (max_side is None or max(size) <= max_side):
+            height, width = size
+            _refuse_huge((width, height), name)
+            return Stored(data, "jpg", (width, height), (width, height))
+        try:
+            with open_any(data) as image:
+                image.load()
+                return _store(image, data, name, labelled, max_side)
+        except Image.DecompressionBombError as error:
+            raise BadSample("too_large", f"{name}: {error}; cut it into tiles") from None
+
+
+def _store(image: Image.Image, data: bytes, name: str, labelled: bool, max_side: int | None) -> Stored:
+    size = image.size
+    if image.mode not in _MODES:
+        raise BadSample("not_an_image", f"{name}: mode {image.mode}; convert it to 8 bits a channel")
+    exif = orientation_alone(image)
+    if max_side is not None and max(size) > max_side:
+        small = _shrunk(size, max_side)
+        image = eight_bits(image).convert("L" if image.mode == "L" else "RGB").resize(small, Image.Resampling.LANCZOS)
+        return Stored(encode_image(image, "JPEG", quality=_JPEG_QUALITY, exif=exif), "jpg", small, size)
+    _refuse_huge(size, name)
+    if image.format in _KEPT and not (image.format == "PNG" and labelled):
+        return Stored(data, _KEPT[image.format], size, size)
+    if max(size) > _MAX_WEBP_PX:
+        what = f"{size[0]} × {size[1]} px are more than WebP holds ({_MAX_WEBP_PX} a side); --max-side shrinks it"
+        raise BadSample("too_large", f"{name}: {what}")
+    return Stored(encode_image(eight_bits(image).convert("RGB"), "WEBP", exif=exif, **_WEBP), "webp", size, size)
+
+
+def _refuse_huge(size: tuple[int, int], name: str) -> None:
+    """Raise for a width and height of more pixels than training reads by default."""
+    if size[0] * size[1] > MAX_PIXELS:
+        what = f"{size[0]} × {size[1]} px, more than {MAX_PIXELS} pixels; --max-side shrinks it"
+        raise BadSample("too_large", f"{name}: {what}")
+
+
+def _shrunk(size: tuple[int, int], max_side: int) -> tuple[int, int]:
+    """Width and height when the longer one becomes `max_side`."""
+    longer = max(size)
+    return tuple(max(1, round(side * max_side / longer)) for side in size)  # type: ignore[return-value]

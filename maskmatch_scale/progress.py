@@ -1,0 +1,81 @@
+"""Progress of a command on stderr: a bar with the time left on a terminal, lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, Protocol
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+Elsewhere = Literal["lines", "lines if slow", "last bar", "nothing"]
+"""What is written where stderr is no terminal: a line every ten seconds and one at the end; the same, but nothing if it
+all took less than ten seconds; the bar as it looks at the end; nothing."""
+
+
+class Advance(Protocol):
+    """Counts steps that are done."""
+
+    def __call__(self, steps: int = 1) -> None:
+        """`steps` more are done."""
+
+
+@contextmanager
+def progress_of(
+    task: str, total: int, *, unit: str, wanted: bool = True, elsewhere: Elsewhere = "lines"
+) -> Iterator[Advance]:
+    """Report how many steps of a task are done, while the body runs.
+
+    Args:
+        task: what is under way; empty if the unit says enough.
+        total: steps to come.
+        unit: what a step is, in the plural.
+        wanted: False reports nothing.
+        elsewhere: what is written where stderr is no terminal.
+
+    Yields:
+        A function to call after each step, or with a number after several.
+    """
+    if not wanted:
+        yield _nothing
+    elif sys.stderr.isatty() or elsewhere == "last bar":
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        # Where stderr is no terminal, rich draws the bar once, when it ends.
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            number = bar.add_task(f"{task}, {unit}" if task else unit, total=total)
+            yield lambda steps=1: bar.advance(number, steps)
+    elif elsewhere == "nothing":
+        yield _nothing
+    else:
+        yield _Lines(task or unit, total, unit, end_of_quick_tasks=elsewhere == "lines")
+
+
+def _nothing(steps: int = 1) -> None:
+    pass
+
+
+class _Lines:
+    """A line every few seconds, and one when all steps are done."""
+
+    def __init__(self, task: str, total: int, unit: str, *, end_of_quick_tasks: bool) -> None:
+        self._task, self._total, self._unit, self._done = task, total, unit, 0
+        self._say_the_end = end_of_quick_tasks
+        self._began = self._said = time.monotonic()
+
+    def __call__(self, steps: int = 1) -> None:
+        self._done += steps
+        now = time.monotonic()
+        if now - self._said >= _SECONDS_BETWEEN_LINES or (self._done == self._total and self._say_the_end):
+            self._said = now
+            self._say_the_end = True
+            rate = self._done / max(now - self._began, 1e-9)
+            left = (self._total - self._done) / rate
+            sys.stderr.write(
+                f"{self._task}: {self._done}/{self._total} {self._unit}, {rate:.1f} a second, {left:.0f} s left\n"
+            )
+            sys.stderr.flush()
