@@ -18,7 +18,7 @@ from maskmatch_scale.engine.checkpoint import CheckpointError, find_checkpoint, 
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.evaluation.evaluate import Window, evaluate_split
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
-from maskmatch_scale.evaluation.pictures import save_masked_pictures, save_pictures
+from maskmatch_scale.evaluation.save_pictures import save_masked_pictures, save_pictures
 from maskmatch_scale.models import Segmenter, build_segmenter
 from maskmatch_scale.models.weights import SEGMENTER_FILE, read_own
 from maskmatch_scale.recipe import Recipe, load_recipe
