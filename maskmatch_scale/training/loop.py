@@ -41,13 +41,15 @@ from maskmatch_scale.engine.zero import deepspeed_config
 from maskmatch_scale.errors import TrainingStopped, UserError
 from maskmatch_scale.evaluation.evaluate import evaluate_split
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
+from maskmatch_scale.method.ema import ema_decay
 from maskmatch_scale.method.maskmatch import PARTS, MaskMatch, class_weights, uses_unlabelled
-from maskmatch_scale.method.teacher import ema_decay
 from maskmatch_scale.method.views import Neighbour
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.batchnorm import synchronise_batchnorm
+from maskmatch_scale.models.families import check_capabilities
 from maskmatch_scale.models.units import visible_count
 from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.recipe.bases import has_unlabelled_loss
 from maskmatch_scale.record.metrics import MetricsLog
 from maskmatch_scale.record.progress import TrainingProgress
 from maskmatch_scale.record.report import write_report
@@ -156,6 +158,12 @@ def check_model(recipe: Recipe, student: Segmenter) -> None:
     Raises:
         UserError: names the key and what fits.
     """
+    try:
+        check_capabilities(
+            recipe.model.backbone, compile_blocks=recipe.engine.compile, layer_decay=recipe.optim.layer_decay
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
     try:
         if recipe.method.mask.keep is not None:
             visible_count(student.unit_grid(*recipe.data.crop_px), recipe.method.mask.keep)
@@ -297,7 +305,7 @@ class _Run:
         on_device = {"loss": total}
         if self.stream.labelled is not None:
             on_device["loss_x"] = losses[0]
-        if unlabelled and method.base != "supervised":
+        if unlabelled and has_unlabelled_loss(method.base):
             on_device["loss_u"] = losses[1]
         if unlabelled and method.mask.keep is not None:
             on_device["loss_m"] = losses[2]
