@@ -1,4 +1,4 @@
-"""Reading weights: the libraries' own and local files, into a segmenter's backbone and, where it fits, its head."""
+"""Reading weights from local files into a segmenter: into its backbone, and into its head where they fit."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 _log = logging.getLogger(__name__)
 
 SEGMENTER_FILE = "segmenter.json"
-"""Lies in every folder that `maskmatch export` writes, and in no other."""
+"""Every folder that `maskmatch export` writes has this file, and no other folder has."""
 
-# The last: where an export keeps a backbone that is no whole model of its library.
+# The last is where an export keeps the backbone alone, if its library has no model for the whole segmenter.
 _FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "backbone/model.safetensors")
 
 
 def find_weights(pretrained: str | Path) -> Path:
-    """The weights file that a path names, or holds.
+    """The weights file that a path names, or that lies in the folder that it names.
 
     Raises:
         ValueError: there is none.
@@ -34,7 +34,7 @@ def find_weights(pretrained: str | Path) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """State dict of a `.safetensors` or a torch file; nothing but tensors is unpickled.
+    """State dict of a `.safetensors` file or of a torch file, of which only tensors are unpickled.
 
     Raises:
         ValueError: the file cannot be read, or holds no state dict.
@@ -50,7 +50,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_own(path: Path) -> dict[str, Tensor] | None:
-    """State dict of an export or of a file that was saved from a segmenter; None for what has a library's own names."""
+    """State dict of an export, or of a file saved from a segmenter; None if the tensors have a library's own names."""
     if path.is_dir():
         return read_export(path) if (path / SEGMENTER_FILE).is_file() else None
     state = read_weights(find_weights(path))
