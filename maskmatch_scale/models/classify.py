@@ -111,7 +111,7 @@ class _Statistics:
     """None: they were taken over this rank's rows alone."""
 
     def gradient(self, scale: Tensor, total: Tensor, along: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Slope and level (E,) of the part slope · x + level of dx that is due to the statistics; None if there is none.
+        """Slope and level (E,) of the part slope · x + level of dx that comes from the statistics; None if none does.
 
         dx = scale · (dy − Σ dy / n − (x − mean) · Σ dy (x − mean) / (n · variance)), the sums over all n rows.
 
