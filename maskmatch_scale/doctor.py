@@ -1,7 +1,8 @@
-"""What this machine has, and what a backbone would cost on it: looked up before a run, in seconds.
+"""What this machine has, and what a backbone would cost on it: to be looked up before a run, in seconds.
 
-Models are built on the meta device, without memory or weights: the largest is looked at as fast as the smallest. Only
-they need timm and transformers, which take seconds to import and may be what is missing, so both are imported then.
+Models are built on the meta device, without memory or weights, so the largest takes no longer than the smallest.
+timm and transformers take seconds to import, and a machine that is being examined may lack them. Only `examine` needs
+them, so `maskmatch_scale.models`, which imports both, is imported there and not at the top.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
     from maskmatch_scale.models import Segmenter
 
 DEFAULT_IMAGE_SIZE = 512
-"""Pixels; rounded to whole units where it is not."""
+"""Pixels; rounded to whole units of the backbone."""
 
 _PACKAGES = ("torchvision", "timm", "transformers", "deepspeed", "webdataset", "safetensors")
 
 
 def describe_machine() -> dict[str, str]:
-    """Name and finding of everything that a run depends on; nothing is compiled, and no GPU is used."""
+    """What was found of everything that a run depends on, by name; compiles nothing and runs nothing on a GPU."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
     ninja = shutil.which("ninja") or importlib.util.find_spec("ninja")
@@ -85,7 +86,7 @@ def examine(backbone: str, image_size: int | None = None, keep: float = 0.3) -> 
 
     Returns:
         `backbone`, `supported` (True), `family`, `unit_px`, `strides` (pixels a token, one a level), `image_size`,
-        `rounded_from` (pixels, or None), `units`, `visible_units`, `tokens` (of an image, one a level),
+        `rounded_from` (pixels, or None), `units`, `visible_units`, `tokens` (of an image, one number a level),
         `prefix_tokens`, `parameters_m` (10⁶, of the backbone), `keep`, and per image `gmacs_full`, `gmacs_keep`,
         `ideal_speedup` of a forward pass, and the same with `_train` of forward and backward.
 
@@ -95,7 +96,6 @@ def examine(backbone: str, image_size: int | None = None, keep: float = 0.3) -> 
     if image_size is not None and image_size < 1:
         raise UserError(f"--image-size {image_size}: it must be at least 1 px")
     from maskmatch_scale.models.cost import encoder_macs, encoder_train_macs
-    from maskmatch_scale.models.segformer import SegformerEncoder
     from maskmatch_scale.models.units import visible_count
 
     rounded_from = None
@@ -109,7 +109,7 @@ def examine(backbone: str, image_size: int | None = None, keep: float = 0.3) -> 
         visible = visible_count((rows, cols), keep)
     except ValueError as error:
         raise UserError(f"not supported: {error}") from error
-    encoder = segmenter._encoder
+    encoder = segmenter.encoder
     gmacs = {
         "full": encoder_macs(segmenter, side, side) / 1e9,
         "keep": encoder_macs(segmenter, side, side, visible) / 1e9,
@@ -119,7 +119,7 @@ def examine(backbone: str, image_size: int | None = None, keep: float = 0.3) -> 
     return {
         "backbone": backbone,
         "supported": True,
-        "family": "SegFormer" if isinstance(encoder, SegformerEncoder) else "ViT",
+        "family": segmenter.family.title,
         "unit_px": segmenter.unit_px,
         "strides": list(encoder.strides),
         "image_size": side,
@@ -127,7 +127,7 @@ def examine(backbone: str, image_size: int | None = None, keep: float = 0.3) -> 
         "units": rows * cols,
         "visible_units": visible,
         "tokens": [(side // stride) ** 2 for stride in encoder.strides],
-        "prefix_tokens": int(getattr(encoder.model, "num_prefix_tokens", 0)),
+        "prefix_tokens": encoder.prefix_tokens,
         "parameters_m": sum(parameter.numel() for parameter in segmenter.backbone.parameters()) / 1e6,
         "keep": keep,
         **{f"gmacs_{name}": value for name, value in gmacs.items()},
@@ -156,14 +156,14 @@ def explain(found: dict[str, Any]) -> dict[str, str]:
     size = f"{side}×{side} px" + (
         f" (rounded from {found['rounded_from']} px to whole units)" if found["rounded_from"] else ""
     )
-    vit = found["family"] == "ViT"
+    several = len(found["strides"]) > 1
     return {
         "supported": f"yes, {found['family']}",
         "unit": f"{found['unit_px']} px",
-        "patch" if vit else "pixels a token": f"{strides} px" + ("" if vit else ", one a level"),
+        "pixels a token" if several else "patch": f"{strides} px" + (", one a level" if several else ""),
         "parameters": f"{found['parameters_m']:.1f} M, of the backbone",
         "image": size,
-        "tokens of an image": f"{tokens}{prefix}" + ("" if vit else ", one a level"),
+        "tokens of an image": f"{tokens}{prefix}" + (", one a level" if several else ""),
         "visible": f"{found['visible_units']} of {found['units']} units (keep {found['keep']:g})",
         "GMACs, forward": _saving(found, ""),
         "GMACs, forward and backward": _saving(found, "_train"),

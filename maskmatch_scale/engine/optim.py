@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
-from timm.models import group_parameters
 from torch import nn
 
+from maskmatch_scale.models import Segmenter
 from maskmatch_scale.recipe import OptimRecipe, Recipe
 
 _UNDECAYED = ("pos_embed", "cls_token", "reg_token", "dist_token", "mask_token")
-"""Parameters of more than one dimension that are no weights of a layer, by the end of their names."""
+"""How the names of parameters end that have more than one dimension but are no weights of a layer."""
 
 
 def parameter_groups(student: nn.Module, recipe: OptimRecipe) -> list[dict[str, Any]]:
     """The trainable parameters in torch's groups, by weight decay and learning rate.
 
-    Biases, norms, class and mask tokens and position embeddings are not decayed; the head and the context decoder
-    take ``head_lr_multiplier``. With ``layer_decay`` a parameter of a ViT of L blocks takes layer_decay^(L - l), l = 0
-    for the embeddings, 1 … L for the blocks, L for the final norm, too (BEiT, arXiv 2106.08254; layers as timm numbers
-    them). Every group has its share of the base learning rate in ``lr_scale``.
+    Biases, norms, class and mask tokens and position embeddings are not decayed. The head and the context decoder
+    learn at ``head_lr_multiplier`` times the base rate. With ``layer_decay`` a parameter of layer l of a backbone whose
+    deepest layer is L learns at layer_decay^(L - l) times the base rate (BEiT, arXiv 2106.08254); the layers are those
+    of `Segmenter.layer_ids`. ``lr_scale`` of a group is its factor on the base rate.
 
     Args:
-        student: a Segmenter (parameters under `backbone.`, `head.`, `context.`).
+        student: a `Segmenter`: its parameters lie under `backbone.`, `head.` and `context.`.
         recipe: the `optim` section.
+
+    Raises:
+        ValueError: ``layer_decay`` for a backbone whose layers are not numbered.
     """
-    layers = _timm_layers(student) if recipe.layer_decay < 1 else {}
+    layers = cast(Segmenter, student).layer_ids() if recipe.layer_decay < 1 else {}
     deepest = max(layers.values(), default=0)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
@@ -40,13 +43,6 @@ def parameter_groups(student: nn.Module, recipe: OptimRecipe) -> list[dict[str, 
         {"params": parameters, "weight_decay": recipe.weight_decay if decayed else 0.0, "lr_scale": scale}
         for (scale, decayed), parameters in groups.items()
     ]
-
-
-def _timm_layers(student: nn.Module) -> dict[str, int]:
-    """Number of the layer that each parameter of a ViT backbone belongs to, by its name in the student."""
-    backbone: Any = student.backbone
-    layers = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
-    return {f"backbone.{name}": layer for name, layer in layers.items()}
 
 
 def base_lr(recipe: Recipe, world_size: int) -> float:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskmatch_scale.export.load import Description
+from maskmatch_scale.export.description import Description
+from maskmatch_scale.export.kinds import kind_of
 from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.recipe import Recipe
@@ -41,7 +42,7 @@ def model_card(
     files = read_run(run)
     method = summarise_files(files).method
     scores = newest_scores((*files.progress, *files.scores), description)
-    library = "timm" if description.backbone.startswith("timm/") else "transformers"
+    library = kind_of(description.backbone).library
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: image-segmentation\n---",
         f"# {name}",
@@ -177,46 +178,7 @@ labels = scores.argmax(1)
 ```
 
 `segmenter.json` has the classes and their colours."""
-    if description.in_transformers:
-        theirs = f"""With transformers:
-
-```python
-from transformers import SegformerForSemanticSegmentation, SegformerImageProcessor
-
-model = SegformerForSemanticSegmentation.from_pretrained("{name}")
-processor = SegformerImageProcessor.from_pretrained("{name}")  # normalises, does not resize
-# image: PIL, RGB
-outputs = model(**processor(image, return_tensors="pt"))
-labels = processor.post_process_semantic_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]
-```"""
-    elif description.backbone.startswith("timm/"):
-        theirs = f"""The backbone alone with timm:
-
-```python
-import timm
-
-backbone = timm.create_model("local-dir:{name}/backbone", pretrained=True)
-tokens = backbone(images)  # (B, prefix + h · w, C), normalised
-```
-
-or by the arguments in `backbone/config.json`, and a head of your own:
-
-```python
-import json, timm
-
-arguments = json.load(open("{name}/backbone/config.json"))["model_args"]
-path = "{name}/backbone/model.safetensors"
-backbone = timm.create_model("{description.backbone.removeprefix("timm/")}", checkpoint_path=path, **arguments)
-```"""
-    else:
-        theirs = f"""The backbone alone with transformers:
-
-```python
-from transformers import SegformerModel
-
-backbone = SegformerModel.from_pretrained("{name}/backbone")
-features = backbone(images, output_hidden_states=True).hidden_states  # four maps (B, C, h, w)
-```"""
+    theirs = kind_of(description.backbone).card_section(name, description)
     return f"{theirs}\n\n{ours}"
 
 

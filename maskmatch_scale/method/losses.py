@@ -1,4 +1,4 @@
-"""Losses as sums over pixels; who calls divides by the valid pixels of the global batch."""
+"""Losses as sums over pixels; the caller divides them by the valid pixels of the global batch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ IGNORED = -100
 
 
 def cross_entropy_sum(logits: Tensor, target: Tensor, pixels: Tensor, class_weight: Tensor | None = None) -> Tensor:
-    """Σ over pixels of CE(up(logits), target), L_x, L_u and L_m of docs/method.md before their division.
+    """Σ over pixels of CE(up(logits), target): L_x, L_u and L_m of docs/method.md before their division.
 
-    Upsampled and taken in bands of rows, so that memory does not grow with classes × H × W. The gradient is that of the
-    plain formula; it is made beside the value, while a band lies in the cache, and kept at the logits' own resolution
-    (as in Liger Kernel's fused losses, arXiv 2410.10989).
+    Logits are upsampled and the loss is taken in bands of rows, so that memory does not grow with classes × H × W. The
+    gradient is that of the plain formula. It is computed together with the value, while a band lies in the cache, and
+    kept at the logits' own resolution, as in Liger Kernel's fused losses (arXiv 2410.10989).
 
     Args:
         logits: float (B, classes, h, w), upsampled bilinearly (align_corners=False) to the target's size.
@@ -73,7 +73,7 @@ def _logit_gradient(log_p: Tensor, target: Tensor, class_weight: Tensor | None) 
 
 
 def denominator(target: Tensor, pixels: Tensor, class_weight: Tensor | None = None) -> Tensor:
-    """What the sum is divided by: the pixels that count, or their weights (torch's weighted mean). float64 scalar."""
+    """What the sum is divided by: the number of pixels that count, or the sum of their weights. float64 scalar."""
     if class_weight is None:
         return pixels.sum().double()
     return class_weight.double()[target.masked_fill(~pixels, 0)].mul(pixels).sum()

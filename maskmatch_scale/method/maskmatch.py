@@ -1,9 +1,9 @@
-"""One step of MaskMatch: its views, its losses, in the order in which they happen.
+"""One step of MaskMatch: its views and its losses, in the order in which they are made.
 
 step = maskmatch.prepare(batch)                  views and visible units are drawn
-pixels = maskmatch.denominators(step)            summed over ranks and micro-batches by the caller
+pixels = maskmatch.denominators(step)            the caller sums them over ranks and micro-batches
 pseudo = maskmatch.pseudo_label(step, teacher)   the teacher labels the whole weak view
-loss, sums = maskmatch(step, pseudo, scale)      the student, all views in one call (DeepSpeed needs it so)
+loss, sums = maskmatch(step, pseudo, scale)      the student runs on all views in one call, as DeepSpeed needs it
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskmatch_scale.data.batches.batch import Batch
-from maskmatch_scale.method.bases import Base, PseudoLabels
-from maskmatch_scale.method.bases.fixmatch import FixMatch
-from maskmatch_scale.method.bases.supervised import Supervised
+from maskmatch_scale.method.bases import PseudoLabels, build_base
 from maskmatch_scale.method.losses import cross_entropy_sum, denominator
 from maskmatch_scale.method.pseudo_labels import multi_scale_pseudo_labels
 from maskmatch_scale.method.views import Neighbour, Unlabelled, View
 from maskmatch_scale.models.segmenter import Segmenter
 from maskmatch_scale.models.units import sample_visible, visible_count, visible_pixel_mask
 from maskmatch_scale.recipe import MaskRecipe, MethodRecipe
+from maskmatch_scale.recipe.bases import has_unlabelled_loss
 from maskmatch_scale.seeds import generator
 
-BASES: dict[str, Callable[[], Base]] = {"fixmatch": FixMatch, "supervised": Supervised}
 PARTS = ("loss_x", "loss_u", "loss_m")
-"""The losses of a step, in the order of every tensor of three below."""
+"""The losses of a step. Every tensor of shape (3,) below has them in this order."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +92,13 @@ class MaskMatch(nn.Module):
         self.ignore_index = ignore_index
         self.batchnorm_frozen = batchnorm_frozen
         self.neighbour = neighbour
-        self.base = BASES[recipe.base]()
+        self.base = build_base(recipe.base)
         self.register_buffer("mean", torch.tensor(segmenter.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(segmenter.std).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("class_weight", class_weight, persistent=False)
 
     def train(self, mode: bool = True) -> MaskMatch:
-        """As any module, but frozen BatchNorm stays in eval mode."""
+        """Like any module's, but frozen BatchNorm stays in eval mode."""
         super().train(mode)
         if self.batchnorm_frozen:
             for module in self.segmenter.modules():
@@ -113,7 +111,7 @@ class MaskMatch(nn.Module):
         return ((images - self.mean) / self.std).to(next(self.segmenter.parameters()).dtype)
 
     def prepare(self, batch: Batch) -> Step:
-        """Draw every view of a micro-batch on its device; one without unlabelled images (burn-in) gets no views."""
+        """Draw every view of a micro-batch, on its device. Without unlabelled images (burn-in) there are no views."""
         unlabelled, masked = None, None
         views: tuple[View, ...] = ()
         if uses_unlabelled(self.recipe) and batch.unlabelled_positions:
@@ -128,7 +126,7 @@ class MaskMatch(nn.Module):
         return Step(batch.labelled_images / 255, labels, labels != self.ignore_index, unlabelled, views, masked)
 
     def _masked_view(self, unlabelled: Unlabelled, recipe: MaskRecipe, keep: float) -> MaskedView:
-        view = unlabelled.weak if recipe.view == "weak" else unlabelled.strong
+        view = unlabelled.weak if recipe.view == "weak" else unlabelled.strong_view(0)
         grid = self.segmenter.unit_grid(view.images.shape[-2], view.images.shape[-1])
         k = visible_count(grid, keep)
         draws = [sample_visible(1, grid, k, generator(self.seed, "mask", p)) for p in unlabelled.positions]
@@ -159,7 +157,8 @@ class MaskMatch(nn.Module):
         labels, confidence = multi_scale_pseudo_labels(teacher, images, self.recipe.scales)
         pseudo = PseudoLabels(labels, confidence >= self.recipe.threshold)
         for view in (*step.views, *([step.masked.view] if step.masked else [])):
-            pseudo.mixed(view.cutmix)  # now: it may ask another rank, which has no place within an engine's forward
+            # Now and not in the forward pass: mixing may exchange with another rank, and an engine's forward must not.
+            pseudo.mixed(view.cutmix)
         return pseudo
 
     def forward(self, step: Step, pseudo: PseudoLabels | None, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,20 +167,22 @@ class MaskMatch(nn.Module):
         Args:
             step: from :meth:`prepare`.
             pseudo: from :meth:`pseudo_label`.
-            scale: float64 (3,): what each part's sum over pixels is multiplied with; the caller's one over the global
-                denominators, times whatever undoes the engine's averaging over ranks and micro-batches.
+            scale: float64 (3,): factor on each part's sum over pixels. The caller gives one over the global
+                denominator, times what undoes the engine's averaging over ranks and micro-batches.
 
         Returns:
-            The loss to go backward from (scalar), and the parts' sums over pixels, detached: float32 (3,).
+            The loss to call backward on (scalar), and the parts' sums over pixels, detached: float32 (3,).
         """
         zero = step.labelled_images.new_zeros(())
         sizes = [len(step.labelled_images), *(len(view.images) for view in step.views)]
-        # Labelled and strong views have one shape: one forward for all of them.
+        # Labelled images and views have one shape, so one forward pass takes them all.
         images = torch.cat([step.labelled_images, *(view.images for view in step.views)])
         sum_x = sum_u = sum_m = zero
         view_logits: list[Tensor] = []
         if len(images):
-            logits, *view_logits = self.segmenter(self.normalise(images)).split(sizes)
+            logits, *view_logits = self.segmenter(
+                self.normalise(images), perturb=self._perturbation(step, sizes)
+            ).split(sizes)
             if len(step.labels):
                 sum_x = cross_entropy_sum(logits, step.labels, step.labelled_pixels, self.class_weight)
         if pseudo is not None and step.views:
@@ -193,6 +194,24 @@ class MaskMatch(nn.Module):
         loss = (sums * (scale * weights).to(sums.dtype)).sum()
         return loss, sums.detach()
 
+    def _perturbation(self, step: Step, sizes: list[int]) -> Callable[[list[Tensor]], list[Tensor]] | None:
+        """The base's perturbation of features of one batch that holds labelled images and all views, if it has one.
+
+        Args:
+            step: of the batch.
+            sizes: numbers of labelled images and of images of each view; labelled features are not perturbed.
+        """
+        unlabelled = step.unlabelled
+        if not self.base.perturbs_features or unlabelled is None or not step.views:
+            return None
+
+        def perturb(features: list[Tensor]) -> list[Tensor]:
+            labelled, *views = zip(*(torch.split(level, sizes) for level in features))
+            perturbed = self.base.perturb([list(levels) for levels in views], unlabelled)
+            return [torch.cat(parts) for parts in zip(labelled, *perturbed, strict=True)]
+
+        return perturb
+
     def _masked_loss_sum(self, masked: MaskedView, pseudo: PseudoLabels) -> Tensor:
         """Σ over ω ∩ R of 1[c ≥ τ] CE(S(u_m, visible = V), ŷ)."""
         target = pseudo.mixed(masked.view.cutmix)
@@ -202,14 +221,14 @@ class MaskMatch(nn.Module):
 
 def uses_unlabelled(recipe: MethodRecipe) -> bool:
     """Whether any loss of the recipe looks at unlabelled images."""
-    return recipe.base != "supervised" or recipe.mask.keep is not None
+    return has_unlabelled_loss(recipe.base) or recipe.mask.keep is not None
 
 
 def class_weights(pixels: Tensor) -> Tensor:
     """`method.class_weights: inverse_sqrt`: (share of pixels)^-1/2, scaled so that its mean over pixels is 1.
 
     Args:
-        pixels: int64 (classes,) pixel counts; a class without pixels gets weight 0, it is never met.
+        pixels: int64 (classes,) pixel counts; a class without pixels gets weight 0, since no loss is taken on it.
 
     Returns:
         float32 (classes,).

@@ -18,10 +18,10 @@ def multi_scale_pseudo_labels(
     """ŷ and c of the method: argmax and max of p = mean over q of softmax(up(T(resize(u_w, q)))).
 
     Args:
-        segmenter: the teacher, in the mode (train or eval) its owner has put it in. Its ``patch_px``, if it has one, is
-            what sides are rounded to.
+        segmenter: the teacher, in the mode (train or eval) that the caller has put it in. Sides of resized images are
+            rounded to multiples of its ``patch_px``, if it has one.
         images: float (B, 3, H, W), normalised, the weak view.
-        scales: Q; sides of a resized image are whole patches, at least one.
+        scales: Q; a resized side is at least one patch.
 
     Returns:
         labels int64 (B, H, W), confidence float32 (B, H, W) in 0–1.
@@ -31,7 +31,7 @@ def multi_scale_pseudo_labels(
     logits = [segmenter(_resize(images, scale, patch_px)) for scale in scales]
     labels = torch.empty(batch, height, width, dtype=torch.int64, device=images.device)
     confidence = torch.empty_like(labels, dtype=torch.promote_types(logits[0].dtype, torch.float32))
-    # In bands of rows: what is kept of a scale are its logits, at their own resolution.
+    # In bands of rows, so that of each scale only its logits are kept, at their own resolution.
     with torch.autocast(images.device.type, enabled=False):
         for bands in zip(*(upsampling_rows(own, height, width) for own in logits), strict=True):
             total = bands[0].upsample(logits[0]).softmax(1)

@@ -1,16 +1,15 @@
-"""Strong views: photometric changes and CutMix, on batches, with every image's parameters drawn for itself.
+"""Strong views: photometric changes and CutMix, on batches, with parameters drawn for every image by itself.
 
-Parameters are drawn on the host from (seed, purpose, position in the unlabelled stream), applied to the whole batch on
-its device. So an image's views do not depend on who shares its batch, its rank or its worker; only CutMix's partner
-does, and that is the image beside it in the global batch.
+Parameters are drawn on the host from (seed, purpose, position in the unlabelled stream) and applied to the whole batch
+on its device. So an image's views do not depend on the other images of its batch, on its rank or on its worker. Only
+CutMix's partner does: it is the image beside it in the global batch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ class _Photometric:
 
 
 def _draw(recipe: StrongViewRecipe, source: torch.Generator) -> _Photometric:
-    # Every number is drawn, used or not: switching one operation off leaves the others' draws alone.
+    # Every number is drawn, whether it is used or not, so that switching one operation off changes no other's draw.
     def factor(strength: float) -> float:
         return uniform(source, max(0.0, 1 - strength), 1 + strength)
 
@@ -54,7 +53,12 @@ def _draw(recipe: StrongViewRecipe, source: torch.Generator) -> _Photometric:
     return _Photometric(*colours, grey, sigma if blurred else 0.0, noise, noise_seed)
 
 
-def photometric(images: Tensor, recipe: StrongViewRecipe, seed: int, positions: Sequence[int]) -> Tensor:
+def _purpose(what: str, view: int) -> str:
+    """What the numbers of a strong view are drawn for: each view has a purpose of its own."""
+    return what if view == 0 else f"{what} {view}"
+
+
+def photometric(images: Tensor, recipe: StrongViewRecipe, seed: int, positions: Sequence[int], view: int = 0) -> Tensor:
     """Colour jitter, grey, Gaussian blur and noise (the strong view of UniMatch, without CutMix).
 
     Args:
@@ -62,11 +66,12 @@ def photometric(images: Tensor, recipe: StrongViewRecipe, seed: int, positions: 
         recipe: strengths and probabilities.
         seed: of the run.
         positions: U positions in the unlabelled stream.
+        view: number of the strong view; each has draws of its own.
 
     Returns:
         float (U, 3, h, w), values 0–1.
     """
-    drawn = [_draw(recipe, generator(seed, "strong view", position)) for position in positions]
+    drawn = [_draw(recipe, generator(seed, _purpose("strong view", view), position)) for position in positions]
 
     def column(values: list[float]) -> Tensor:
         return images.new_tensor(values).view(-1, 1, 1, 1)
@@ -81,7 +86,7 @@ def photometric(images: Tensor, recipe: StrongViewRecipe, seed: int, positions: 
     out = torch.lerp(out, _grey(out).expand_as(out), grey)
     sigmas = [d.blur_sigma_px for d in drawn]
     if any(sigmas):
-        # The kernel is as wide as the recipe's widest, so that an image's blur does not depend on its batch.
+        # The kernel is as wide as the widest that the recipe allows, so an image's blur does not depend on its batch.
         out = _blur(out, sigmas, widest_px=recipe.blur_sigma_px[1])
     if any(d.noise for d in drawn):
         out = (out + torch.stack([_noise(d, out) for d in drawn])).clamp(0, 1)
@@ -130,9 +135,10 @@ class Neighbour:
     """The rank beside this one (0 ↔ 1, 2 ↔ 3, …), which has the partner of this rank's odd image."""
 
     even: bool
-    """Whether this rank's number is even: then the partner of its last image is there, else that of its first."""
+    """Whether this rank's number is even. The neighbour has the partner of an even rank's last image, and of an odd
+    rank's first one."""
     fetch: Callable[[Tensor, Tensor], Tensor]
-    """From this rank's first and last map the partner's map. All ranks must call it together."""
+    """Given this rank's first and last map, gives the partner's map. All ranks must call it together."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +148,9 @@ class CutMix:
     inside: Tensor
     """bool (U, h, w): where the partner shows."""
     partner: Tensor
-    """int64 (U,): the image beside it in the global batch; U stands for the neighbour's."""
+    """int64 (U,): number of the image beside it in the global batch; U stands for the neighbour's image."""
     neighbour: Neighbour | None = None
-    """The rank that has a partner, if one has."""
+    """The other rank that has the partner of one of the images; None if all partners are on this rank."""
 
     def __call__(self, maps: Tensor) -> Tensor:
         """Mix images (U, C, h, w), or per-pixel maps (U, h, w) such as labels, confidence and validity.
@@ -165,11 +171,12 @@ def draw_cutmix(
     size_px: tuple[int, int],
     device: torch.device,
     neighbour: Neighbour | None = None,
+    view: int = 0,
 ) -> CutMix:
     """One box an image (or none), its partner the neighbour (0 ↔ 1, 2 ↔ 3, …) in the global batch.
 
-    So pairs are the same however the global batch is shared out among ranks; with an odd number of images a rank some
-    reach over to the rank beside. In an odd global batch the last image takes its box from the first.
+    So pairs are the same however the global batch is shared out among ranks. With an odd number of images on each rank
+    some pairs lie on two neighbouring ranks. In an odd global batch the last image takes its box from the first.
 
     Args:
         recipe: cutmix_probability, cutmix_area.
@@ -178,11 +185,12 @@ def draw_cutmix(
         size_px: (h, w).
         device: of the result.
         neighbour: the rank beside this one; None if there is only one.
+        view: number of the strong view; each has draws of its own.
     """
     height, width = size_px
     inside = torch.zeros(len(positions), height, width, dtype=torch.bool)
     for mask, position in zip(inside, positions):
-        source = generator(seed, "cutmix", position)
+        source = generator(seed, _purpose("cutmix", view), position)
         if uniform(source, 0, 1) >= recipe.cutmix_probability:
             continue
         area = uniform(source, *recipe.cutmix_area) * height * width
@@ -218,7 +226,7 @@ class View:
 
 @dataclass(frozen=True)
 class Unlabelled:
-    """The unlabelled images of one micro-batch, and the views made of them (each made once)."""
+    """The unlabelled images of one micro-batch, and the views made of them."""
 
     weak: View
     positions: Sequence[int]
@@ -227,11 +235,22 @@ class Unlabelled:
     seed: int
     neighbour: Neighbour | None = None
     """The rank beside this one."""
+    _strong: dict[int, View] = field(default_factory=dict, repr=False, compare=False)
 
-    @cached_property
-    def strong(self) -> View:
-        """u_s = CutMix(photometric(u_w))."""
-        images, valid = self.weak.images, self.weak.valid
-        size = (images.shape[-2], images.shape[-1])
-        cutmix = draw_cutmix(self.recipe, self.seed, self.positions, size, images.device, self.neighbour)
-        return View(cutmix(photometric(images, self.recipe, self.seed, self.positions)), cutmix(valid), cutmix)
+    def strong_view(self, number: int) -> View:
+        """u_s = CutMix(photometric(u_w)), made once for each number.
+
+        Views of different numbers are drawn independently of each other. With a neighbour all ranks must ask for a
+        view together.
+
+        Args:
+            number: 0, 1, …
+        """
+        if number not in self._strong:
+            images, valid = self.weak.images, self.weak.valid
+            size = (images.shape[-2], images.shape[-1])
+            draw = self.recipe, self.seed, self.positions
+            cutmix = draw_cutmix(*draw, size, images.device, self.neighbour, view=number)
+            changed = photometric(images, *draw, view=number)
+            self._strong[number] = View(cutmix(changed), cutmix(valid), cutmix)
+        return self._strong[number]

@@ -1,7 +1,7 @@
-"""BatchNorm over the batch of all ranks, by a callable that sums over them: `models` know no process group.
+"""BatchNorm over the batch of all ranks, by a callable that sums over them, since `models` know no process group.
 
-torch's own SyncBatchNorm runs on GPUs only, and is a module that the head would have to call; the head's BatchNorm is
-computed in chunks with what follows it (`models/classify.py`).
+torch's own SyncBatchNorm runs on GPUs only, and it is a module that the head would have to call. The head's BatchNorm
+is computed in chunks together with the layers behind it (`models/classify.py`).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ def synchronise_batchnorm(module: nn.Module, sum_over_ranks: Callable[[Tensor], 
 
     Statistics, running statistics and the gradient of the input are then those of one process with all positions.
     Gradients of parameters stay each rank's own sums, which the engine adds up. Names of parameters and buffers do not
-    change; a copy by deepcopy is synchronised too.
+    change. A deep copy is synchronised too.
 
     Args:
-        module: a segmenter, or whatever holds a `SegformerHead`.
-        sum_over_ranks: from a float vector or matrix its sum over ranks, in the same dtype; not in place.
+        module: a segmenter, or another module that holds a `SegformerHead`.
+        sum_over_ranks: gives the sum over ranks of a float vector or matrix, in the same dtype; not in place.
 
     Returns:
         How many were found; 0 for a model without BatchNorm.
 
     Raises:
-        ValueError: a BatchNorm that some other module calls, so that it would stay each rank's own; nothing is changed.
+        ValueError: there is a BatchNorm outside `SegformerHead`, which would stay each rank's own. Nothing is changed.
     """
     norms = {m.batch_norm for m in module.modules() if isinstance(m, SegformerHead)}
     served = {norm for norm in norms if type(norm) in (nn.BatchNorm2d, SynchronisedBatchNorm2d)}
@@ -53,7 +53,7 @@ def synchronise_batchnorm(module: nn.Module, sum_over_ranks: Callable[[Tensor], 
 
 
 class _Shared:
-    """A function that copies of a module share: it may hold a process group, which cannot be copied."""
+    """A function that is not copied with a module, since it may hold a process group, which cannot be copied."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self._function = function

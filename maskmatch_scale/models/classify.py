@@ -1,9 +1,9 @@
 """The end of SegFormer's head, from fused features to logits, in chunks of positions.
 
-BatchNorm, ReLU, dropout and the 1×1 classifier act on each position by itself, but for the two sums over all positions
-in BatchNorm. So only the features before them are kept; all that comes after, dropout's draws among it, is computed
-again in backward, a chunk at a time, while it lies in the cache. A `SynchronisedBatchNorm2d` takes its sums over the
-positions of all ranks: a few vectors of E numbers are all that ranks exchange.
+BatchNorm, ReLU, dropout and the 1×1 classifier act on each position by itself, except that BatchNorm takes two sums
+over all positions. So only the features before BatchNorm are kept. Backward computes everything after them again,
+dropout's draws included, one chunk at a time, while the chunk lies in the cache. A `SynchronisedBatchNorm2d` takes its
+sums over the positions of all ranks, which exchange no more than a few vectors of E numbers.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from maskmatch_scale.models.resample import chunk_length
 
 
 class SynchronisedBatchNorm2d(nn.BatchNorm2d):
-    """A BatchNorm whose batch is that of all ranks, in `norm_relu_classify` (`batchnorm.synchronise_batchnorm`).
+    """A BatchNorm that `norm_relu_classify` takes over the batch of all ranks (`batchnorm.synchronise_batchnorm`).
 
     Attributes:
-        sum_over_ranks: from a float vector or matrix its sum over ranks, in the same dtype. Called in training alone,
-            twice in forward and once in backward, so all ranks must call the norm equally often, in the same order.
+        sum_over_ranks: gives the sum over ranks of a float vector or matrix, in the same dtype. Called in training
+            only, twice in forward and once in backward. So all ranks must call the norm equally often, in the same
+            order.
     """
 
     sum_over_ranks: Callable[[Tensor], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
-        """As ever in eval mode; in training, where the batch would be this rank's own, refused with RuntimeError."""
+        """In eval mode as any BatchNorm; in training RuntimeError, since its batch would be this rank's alone."""
         if self.training:
             raise RuntimeError("a synchronised BatchNorm was called by itself; norm_relu_classify normalises for it")
         return super().forward(input)
 
 
 def norm_relu_classify(rows: Tensor, norm: nn.BatchNorm2d, dropout: nn.Dropout, classifier: nn.Conv2d) -> Tensor:
-    """`classifier(dropout(relu(norm(rows))))`: the same value, gradients and running statistics.
+    """`classifier(dropout(relu(norm(rows))))`, with the same value, gradients and running statistics.
 
     Args:
-        rows: float (n, E), a position a row.
-        norm: BatchNorm over the positions, in whatever mode it is.
+        rows: float (n, E), one position a row.
+        norm: BatchNorm over the positions, in training or eval mode.
         dropout: elementwise.
         classifier: 1×1 convolution from E channels to K.
 
@@ -65,10 +66,10 @@ def norm_relu_classify(rows: Tensor, norm: nn.BatchNorm2d, dropout: nn.Dropout, 
 
 @dataclass(frozen=True)
 class _DropoutDraws:
-    """Which features dropout keeps, drawn again whenever asked instead of stored.
+    """Which features dropout keeps: drawn again each time they are asked for, and never stored.
 
-    Four features share one 64-bit number, so their probability is rounded to 1/65536: far quicker than one
-    draw a feature. `keep` is the rounded one.
+    Four features share one 64-bit number, which is far quicker than one draw a feature. It rounds their probability to
+    1/65536; `keep` is the rounded one.
     """
 
     seed: int
@@ -105,12 +106,12 @@ class _Statistics:
     inverse_deviation: Tensor
     """1 / √(variance + eps)."""
     count: int | Tensor | None = None
-    """How many rows they are of, on all ranks that share them; None: they do not depend on the rows."""
+    """Number of rows that they were taken over, on all ranks that share them; None: they do not depend on the rows."""
     sum_over_ranks: Callable[[Tensor], Tensor] | None = None
-    """None: they are of this rank's rows alone."""
+    """None: they were taken over this rank's rows alone."""
 
     def gradient(self, scale: Tensor, total: Tensor, along: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Slope and level (E,) of the line in x that dx gets because statistics depend on x; None if they do not.
+        """Slope and level (E,) of the part slope · x + level of dx that comes from the statistics; None if none does.
 
         dx = scale · (dy − Σ dy / n − (x − mean) · Σ dy (x − mean) / (n · variance)), the sums over all n rows.
 
@@ -139,7 +140,7 @@ def _batch_statistics(rows: Tensor, norm: nn.BatchNorm2d) -> _Statistics:
     """Mean and variance over rows (n, E), and the step that running statistics take towards them."""
     sum_over_ranks = norm.sum_over_ranks if isinstance(norm, SynchronisedBatchNorm2d) else None
     count: int | Tensor = len(rows)
-    # A sum in half precision stands still as soon as it is some hundred times a summand.
+    # A sum in half precision stops growing as soon as it is some hundred times as large as a summand.
     dtype = torch.promote_types(norm.weight.dtype, torch.float32)
     mean = torch.zeros(rows.shape[1], dtype=dtype, device=rows.device)
     for part, _ in _chunks(rows, dtype):
@@ -148,8 +149,8 @@ def _batch_statistics(rows: Tensor, norm: nn.BatchNorm2d) -> _Statistics:
         # Ranks may have different numbers of rows.
         summed = sum_over_ranks(torch.cat([mean, mean.new_full((1,), len(rows))]))
         mean, count = summed[:-1], summed[-1]
-    # A rank with two rows knows that there are enough, and need not wait for the device; with fewer it looks. If there
-    # are too few, every rank does: none is left waiting for the others.
+    # A rank with two rows or more knows that there are enough. Only one with fewer reads the count, for which it waits
+    # for the device. If there are too few in all, every rank reads it and raises; none is left waiting for the others.
     if len(rows) < 2 and count < 2:
         raise ValueError(f"images: {int(count)} position to normalise in training; BatchNorm needs at least 2")
     mean /= count
@@ -209,7 +210,7 @@ class _NormReluClassify(torch.autograd.Function):
                 active *= kept(active)
             grad_weight += gradient[part].T @ active.to(gradient.dtype)
             passed.copy_(gradient[part] @ weight)
-            # What ReLU or dropout set to zero lets no gradient through.
+            # No gradient passes where ReLU or dropout set a feature to zero.
             torch.ops.aten.threshold_backward.grad_input(passed, active, 0, grad_input=passed)
             grad_rows[part] = passed
             total += passed.sum(0)
@@ -220,7 +221,7 @@ class _NormReluClassify(torch.autograd.Function):
             if line is not None:
                 own.addcmul_(rows[part], line[0]).add_(line[1])
             grad_rows[part] = own
-        # Gradients of parameters are this rank's own sums, as torch's SyncBatchNorm has it: the engine adds them up.
+        # Gradients of parameters are this rank's own sums, as in torch's SyncBatchNorm. The engine adds them up.
         grad_gain, grad_shift = (along * statistics.inverse_deviation).to(gain.dtype), total.to(shift.dtype)
         return grad_rows, grad_gain, grad_shift, grad_weight.to(weight.dtype), gradient.sum(0), None, None
 
@@ -232,7 +233,7 @@ def _affine(gain: Tensor, shift: Tensor, statistics: _Statistics) -> tuple[Tenso
 
 
 def _chunks(rows: Tensor, dtype: torch.dtype, buffers: int = 0) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Slices of rows (n, E), each with buffers of its shape, the same memory every time."""
+    """Slices of rows (n, E), each with buffers of its shape; all buffers use the same memory."""
     length = chunk_length(rows.shape[1], rows.device)
     memory = torch.empty(buffers, min(length, len(rows)), rows.shape[1], dtype=dtype, device=rows.device)
     for start in range(0, len(rows), length):

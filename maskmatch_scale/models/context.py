@@ -1,10 +1,11 @@
-"""The context decoder: features for masked positions, guessed from the visible ones. Training only.
+"""The context decoder: features for masked positions, predicted from the visible ones. Training only.
 
-A masked position has nothing to be predicted from: SegFormer's head mixes no positions, a ViT's linear head neither.
-This small decoder stands between encoder and head in masked passes. Every unit is one token on the coarse unit grid:
-a linear summary of its features where it is visible, a mask token where it is not, both with their position. A few
-narrow transformer blocks let them talk, and a linear layer expands every masked token to all the features of its unit,
-at every level the head reads. Visible features pass by unchanged, so "all visible equals the full forward" stays true.
+Neither SegFormer's head nor a ViT's linear head mixes positions, so they alone could predict nothing at a masked one.
+This small decoder stands between encoder and head in masked passes. Every unit is one token on the coarse unit grid: a
+linear summary of its features where it is visible, a mask token where it is not, both with their position. A few
+narrow transformer blocks mix the tokens, and a linear layer expands every masked token to all the features of its
+unit, at every level that the head reads. Visible features are not changed, so with all units visible the result is
+that of the full forward pass.
 
 After MAE's decoder (He et al., arXiv 2111.06377); narrow and shallow, since the encoder should do the work.
 """
@@ -56,7 +57,7 @@ class ContextDecoder(nn.Module):
         batch, k = visible.shape
         summary = torch.stack([layer(level.flatten(2)) for layer, level in zip(self.summarise, features)]).sum(0)
         position = sincos_position(grid, self.mask_token)
-        # Order means nothing to attention, every token carries its position: visible first, then masked.
+        # Attention does not depend on the order of tokens, and each carries its position. Visible ones come first.
         tokens = torch.cat(
             [summary + position[visible], self.mask_token + position[masked_units(visible, grid)]], dim=1
         )
@@ -91,7 +92,7 @@ class _Block(nn.Module):
 def sincos_position(grid: Grid, like: Tensor) -> Tensor:
     """Fixed sine–cosine position of every unit, (rows · cols, width), with dtype and device of `like` (width,).
 
-    Wavelengths run from 2π to 2π · 100 units: images of a few units to a few hundred are told apart.
+    Wavelengths run from 2π to 2π · 100 units, so units are told apart in images of a few and of a few hundred units.
     """
     quarter = like.shape[0] // 4
     frequency = 100.0 ** (-torch.arange(quarter, device=like.device, dtype=torch.float64) / quarter)

@@ -19,8 +19,8 @@ LEVELS = 4
 def dpt_width(channels: int) -> int:
     """Width of the fused features for a backbone of so many channels: a sixth of it, in steps of 32, 32 to 256.
 
-    64 for ViT-S and 128 for ViT-B, as in Depth Anything (arXiv 2406.09414): at DPT's 256 throughout, the head, which
-    runs on whole images always, would cost more than a small encoder.
+    64 for ViT-S and 128 for ViT-B, as in Depth Anything (arXiv 2406.09414). The head always runs on whole images. With
+    DPT's 256 for every backbone it would cost more than a small encoder.
     """
     return min(256, max(32, channels // 6 // 32 * 32))
 
@@ -95,7 +95,7 @@ class _Fusion(nn.Module):
 
     def __init__(self, width: int, joins: bool) -> None:
         super().__init__()
-        # The coarsest level joins nothing; a layer for it would be redundant.
+        # The coarsest level is joined to nothing, so it needs no layers for that.
         self.project = nn.Conv2d(width, width, 1) if joins else None
         self.level = _Residual(width) if joins else None
         self.sum = _Residual(width)

@@ -58,7 +58,8 @@ def head_levels(name: str) -> int:
 def _pointwise(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """1×1 convolution of (B, C, h, w) by weight (out, C), to (B · h · w, out).
 
-    A matrix product, free of copies in channels-last memory; CPU convolutions of one thread are slow for it.
+    It is computed as a matrix product, which copies nothing in channels-last memory. On one CPU thread torch's
+    convolution is slower.
     """
     return F.linear(features.permute(0, 2, 3, 1).flatten(0, 2), weight, bias)
 
@@ -111,12 +112,12 @@ class _Projection(nn.Module):
 
 
 class SegformerHead(nn.Module):
-    """SegFormer's all-MLP head (arXiv 2105.15203), re-associated: the same logits for a fraction of the work.
+    """SegFormer's all-MLP head (arXiv 2105.15203), computed in another order: the same logits for less work.
 
-    As published: project every level to E channels, upsample, concatenate to 4·E channels, fuse by a 1×1 convolution.
-    Projection and fusion are linear and commute with upsampling, so they are multiplied together once and applied at
-    every level's own resolution; the 4·E-channel tensor never exists. Parameters keep transformers' names
-    (`SegformerDecodeHead`), so its checkpoints load both ways.
+    The published head projects every level to E channels, upsamples, concatenates to 4·E channels, and fuses them by a
+    1×1 convolution. Projection and fusion are linear and commute with upsampling. So here their weights are multiplied
+    together once and applied at every level's own resolution, and the tensor of 4·E channels never exists. Parameters
+    keep transformers' names (`SegformerDecodeHead`), so its checkpoints load both ways.
     """
 
     def __init__(
@@ -135,10 +136,10 @@ class SegformerHead(nn.Module):
         """Logits (B, classes, h · shuffle, w · shuffle), h × w the finest level's size."""
         weights, bias = self.fused_projections()
         if self.batch_norm.training:
-            # A batch's own mean takes every constant away again, so this bias has no gradient. What arithmetic leaves
-            # of one is rounding, which AdamW would turn into whole steps, different ones on every number of ranks.
+            # BatchNorm subtracts the batch's mean, and with it any constant, so this bias has no gradient. Rounding
+            # would leave a tiny one, and AdamW would turn it into steps of full size that depend on the ranks.
             bias = bias.detach() + 0 * bias
-        # One bias for the sum: upsampling leaves a constant alone.
+        # Upsampling does not change a constant, so the sum of levels needs one bias only.
         biases = [bias, *[None] * (len(weights) - 1)]
         levels = [_pointwise(level, weight, b) for level, weight, b in zip(features, weights, biases)]
         hidden = upsampled_sum(levels, _sizes(features))
@@ -150,7 +151,7 @@ class SegformerHead(nn.Module):
         projections: list[nn.Linear] = [module.proj for module in self.linear_projections]  # type: ignore[misc]
         # The published head concatenates coarsest first.
         fuse = self.linear_fuse.weight.flatten(1).chunk(len(projections), dim=1)[::-1]
-        # Autocast would round the product of two weights before it is ever used; both are float32 here.
+        # Both weights are float32 here. Autocast would round their product before it is used.
         with torch.autocast(self.linear_fuse.weight.device.type, enabled=False):
             weights = [f @ projection.weight for f, projection in zip(fuse, projections)]
             bias = torch.stack([f @ projection.bias for f, projection in zip(fuse, projections)]).sum(0)

@@ -1,9 +1,9 @@
-"""Bilinear upsampling in bands of rows, so that what is upsampled never exists whole.
+"""Bilinear upsampling in bands of rows, so that the upsampled maps never exist whole.
 
 A band of output rows depends on a few source rows: it is a small matrix times these rows. The matrix is that of
-`F.interpolate(mode="bilinear", align_corners=False)`; going backward is its transpose, a matrix product too. So
-`upsampled_sum` adds in a fixed order on every device; the bands of logits leave columns to torch, whose backward adds
-atomically on GPUs.
+`F.interpolate(mode="bilinear", align_corners=False)`, and backward multiplies by its transpose. So `upsampled_sum` adds
+in a fixed order on every device. `RowBand` leaves the columns to torch, whose backward adds atomically on GPUs, which
+is in no fixed order.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _CHUNK_ELEMENTS = {"cpu": 2**18}
-"""A CPU works through a chunk in several passes, so it should stay in the cache: 1 MB in float32."""
+"""A CPU works through a chunk in several passes, so a chunk should fit the cache: 1 MB in float32."""
 _CHUNK_ELEMENTS_ELSEWHERE = 2**26
-"""An accelerator wants work for all its units; 256 MB in float32 is little of its memory."""
+"""An accelerator needs work for all its processors; 256 MB in float32 is little of its memory."""
 
 
 _BAND_ROWS = {"cpu": 8}
@@ -36,7 +36,7 @@ def chunk_length(elements: int, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Band:
-    """Some neighbouring output rows and what they are made of: `output = weight @ source`."""
+    """Some neighbouring output rows, and the source rows that they are made of: `output = weight @ source`."""
 
     output: slice
     source: slice
@@ -74,7 +74,7 @@ class RowBand:
     width: int
 
     def upsample(self, maps: Tensor) -> Tensor:
-        """Of maps (B, C, h, w) make these rows, (B, C, rows, W), at least float32."""
+        """Make these rows, (B, C, rows, W) in at least float32, of maps (B, C, h, w)."""
         rows = at_least_float32(maps[:, :, self.source])
         if self.weight is not None:
             rows = self.weight @ rows
@@ -83,7 +83,7 @@ class RowBand:
         return F.interpolate(rows, size=(rows.shape[2], self.width), mode="bilinear", align_corners=False)
 
     def add_gradient(self, gradient: Tensor, into: Tensor) -> None:
-        """Add what the gradient (B, C, rows, W) of `upsample` is for the maps, to `into` (B, C, h, w)."""
+        """Add to `into` (B, C, h, w) the gradient of the maps, given that of `upsample`'s result (B, C, rows, W)."""
         batch, channels, rows, width = gradient.shape
         if width != into.shape[3]:
             size = [batch, channels, rows, into.shape[3]]
@@ -110,8 +110,8 @@ def upsampled_sum(levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) ->
     """Σ of maps, each bilinearly upsampled to the first one's size.
 
     Args:
-        levels: (B · h · w, C) of every level, positions row-major. The first is overwritten: these are the largest
-            tensors of a model, and no gradient needs the old values.
+        levels: (B · h · w, C) of every level, positions row-major. The first is overwritten, since these are the
+            largest tensors of a model and no gradient needs the old values.
         sizes: (h, w) of every level.
 
     Returns:

@@ -53,7 +53,7 @@ def sample_visible(batch: int, grid: Grid, k: int, generator: torch.Generator | 
     if not 1 <= k <= units:
         raise ValueError(f"k: {k} visible units out of {grid[0]}×{grid[1]}; it must be 1 … {units}")
     device = torch.device("cpu") if generator is None else generator.device
-    # float64: two equal draws, which would favour the lower index, are out of reach.
+    # float64, so that two equal draws are all but impossible; of two equal ones the lower index would win.
     noise = torch.rand(batch, units, generator=generator, device=device, dtype=torch.float64)
     return noise.argsort(dim=1)[:, :k].sort(dim=1).values
 
@@ -61,7 +61,7 @@ def sample_visible(batch: int, grid: Grid, k: int, generator: torch.Generator | 
 def check_visible(visible: Tensor, batch: int, grid: Grid, device: torch.device) -> None:
     """Refuse an index tensor that is not a mask of these images.
 
-    Values are looked at on the CPU only: on an accelerator that would stall the queue at every step.
+    Values are checked on the CPU only. On an accelerator the check would stall the queue at every step.
 
     Raises:
         ValueError: wrong dtype, shape or device; on the CPU also unsorted, repeated or out-of-range indices.
@@ -102,7 +102,7 @@ def zero_masked_pixels(images: Tensor, visible: Tensor, grid: Grid, unit_px: int
     Zero in normalised space is the mean colour: the mask of MIC (Hoyer et al., CVPR 2023, arXiv 2212.01322).
     """
     mask = visible_pixel_mask(visible, grid, unit_px)
-    # Not a product: a masked NaN or infinity must not survive either.
+    # Not a product with the mask, by which a masked NaN or infinity would survive.
     return images.masked_fill(~mask[:, None], 0)
 
 
@@ -137,7 +137,7 @@ def merge_units(tokens: Tensor, visible: Tensor, others: Tensor | None, grid: Gr
     rows, cols = grid
     if others is not None:
         tokens = torch.cat([tokens, others.to(tokens.dtype)], dim=1)
-        # One gather in unit order is cheaper, also backwards, than two scatters.
+        # One gather in unit order is cheaper than two scatters, in backward too.
         order = torch.cat([visible, masked_units(visible, grid)], dim=1).argsort(dim=1)
     elif k < rows * cols:
         tokens = torch.cat([tokens, tokens.new_zeros(batch, 1, r, r, channels)], dim=1)
@@ -157,7 +157,7 @@ def unit_slots(visible: Tensor, grid: Grid, fill: int) -> Tensor:
 
 
 class UnitPlan:
-    """The index arithmetic of one mask, done once and used by every layer of every stage.
+    """The index arithmetic of one mask, computed once and used by every layer of every stage.
 
     Attributes:
         visible: int64 (B, k).
@@ -199,8 +199,8 @@ class UnitPlan:
 class Halo:
     """Where the tokens of every visible unit's window lie: the unit itself and a margin of its neighbours' tokens.
 
-    Tokens of masked units, and those outside the image, read as zero, which is how the image border already is for a
-    zero-padded convolution.
+    Tokens of masked units and those outside the image are read as zero. A zero-padded convolution reads the outside of
+    the image in the same way.
 
     Attributes:
         index: int64 (B · k, side, side), rows of the flattened unit tokens; B · k · r² stands for zero.

@@ -1,29 +1,25 @@
-"""Reading weights: the libraries' own and local files, into a segmenter's backbone and, where it fits, its head."""
+"""Reading weights from local files into a segmenter: into its backbone, and into its head where they fit."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import SegformerForSemanticSegmentation
-
-from maskmatch_scale.models.segformer import OFFICIAL
 
 _log = logging.getLogger(__name__)
 
 SEGMENTER_FILE = "segmenter.json"
-"""Lies in every folder that `maskmatch export` writes, and in no other."""
+"""Every folder that `maskmatch export` writes has this file, and no other folder has."""
 
-# The last: where an export keeps a backbone that is no whole model of its library.
+# The last is where an export keeps the backbone alone, if its library has no model for the whole segmenter.
 _FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "backbone/model.safetensors")
 
 
 def find_weights(pretrained: str | Path) -> Path:
-    """The weights file that a path names, or holds.
+    """The weights file that a path names, or that lies in the folder that it names.
 
     Raises:
         ValueError: there is none.
@@ -38,7 +34,7 @@ def find_weights(pretrained: str | Path) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """State dict of a `.safetensors` or a torch file; nothing but tensors is unpickled.
+    """State dict of a `.safetensors` file or of a torch file, of which only tensors are unpickled.
 
     Raises:
         ValueError: the file cannot be read, or holds no state dict.
@@ -54,7 +50,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_own(path: Path) -> dict[str, Tensor] | None:
-    """State dict of an export or of a file that was saved from a segmenter; None for what has a library's own names."""
+    """State dict of an export, or of a file saved from a segmenter; None if the tensors have a library's own names."""
     if path.is_dir():
         return read_export(path) if (path / SEGMENTER_FILE).is_file() else None
     state = read_weights(find_weights(path))
@@ -93,36 +89,6 @@ def load_own(segmenter: nn.Module, state: dict[str, Tensor], source: object) -> 
     fresh = [name for name in current if name not in fits and not name.startswith("context.")]
     if fresh:
         _log.info("%s: %d tensors of the head stay at their random start, e.g. %s", source, len(fresh), fresh[0])
-
-
-def segformer_weights(source: str | Path, config: Any) -> dict[str, Tensor]:
-    """Weights of a SegFormer of transformers, in a segmenter's names (`backbone.…`, `head.…`).
-
-    transformers reads them itself, so checkpoints of its versions 4 and 5, and encoders trained on ImageNet, all load.
-    Tensors that the source does not hold are left out.
-
-    Args:
-        source: `segformer-b0` … `-b5` (the ImageNet encoders `nvidia/mit-b0` … of the hub), a folder, or a file.
-        config: the model's `SegformerConfig`.
-
-    Raises:
-        ValueError: the source cannot be read; a tensor of the encoder is missing or of another shape.
-    """
-    state = None
-    name: str | None = str(source).replace("segformer-", "nvidia/mit-") if source in OFFICIAL else str(source)
-    if Path(source).is_file():
-        state, name = read_weights(Path(source)), None
-    try:
-        model, info = SegformerForSemanticSegmentation.from_pretrained(
-            name, config=config, state_dict=state, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    except OSError as error:
-        raise ValueError(f"pretrained: transformers finds no weights at {name!r}: {error}") from error
-    absent = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
-    wrong = sorted(key for key in absent if key.startswith("segformer."))
-    if wrong:
-        raise ValueError(f"pretrained: {str(source)!r} does not fit the backbone, e.g. {wrong[0]}; is it another size?")
-    return {to_own_name(key): value for key, value in model.state_dict().items() if key not in absent}
 
 
 def to_own_name(name: str) -> str:

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from maskmatch_scale.errors import UserError
+from maskmatch_scale.recipe.bases import check_base
 from maskmatch_scale.recipe.soundness import unsound
 
 
@@ -185,7 +186,7 @@ class StrongViewRecipe(Section):
 class MethodRecipe(Section):
     """MaskMatch: a weak-to-strong base, with masks and a multi-scale ensemble on top."""
 
-    base: Literal["supervised", "fixmatch"] = "fixmatch"
+    base: Annotated[str, BeforeValidator(check_base)] = "fixmatch"
     """Weak-to-strong base."""
     mask: MaskRecipe = MaskRecipe()
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 1.5)

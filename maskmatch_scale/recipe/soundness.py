@@ -1,7 +1,8 @@
 """What is refused together: combinations of keys of which each is valid, but which train wrongly or not at all.
 
-Each rule is one row: a condition, and a message that names the keys, the reason and the remedy. Rules that need the
-model or the machine are elsewhere: `training/preflight.py`, `engine/precision.py`.
+Each rule is one row: a condition, and a message that names the keys, the reason and the remedy. Rules that need to
+know the backbone are in `models/families.py`, those that need the built model in `training/preflight.py`, those that
+need the machine in `engine/precision.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from maskmatch_scale.recipe.bases import has_unlabelled_loss
 
 if TYPE_CHECKING:
     from maskmatch_scale.recipe.sections import Recipe
@@ -69,18 +72,8 @@ def unsound(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "use engine.zero_stage=2 or engine.compile=false",
     )
     yield (
-        engine.compile and not recipe.model.backbone.startswith("timm/"),
-        f"model.backbone={recipe.model.backbone} with engine.compile=true: only the blocks of a ViT are compiled; "
-        "set engine.compile=false",
-    )
-    yield (
         engine.compile and engine.activation_checkpointing,
         "engine.compile=true with engine.activation_checkpointing=true: not proven right together; switch one off",
-    )
-    yield (
-        recipe.optim.layer_decay < 1 and not recipe.model.backbone.startswith("timm/"),
-        f"optim.layer_decay={recipe.optim.layer_decay} with model.backbone={recipe.model.backbone}: it is defined for "
-        "a ViT's blocks; set optim.layer_decay=1",
     )
     yield (
         bool(recipe.run.max_nonfinite_steps) and engine.accumulation > 1,
@@ -101,7 +94,7 @@ def _unsound_without_labels(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         f"data.labelled_count=0 with method.burn_in={method.burn_in}: a burn-in has the labelled loss alone, and "
         "there is none; set method.burn_in=0",
     )
-    unlabelled = method.base != "supervised" and method.unlabelled_weight > 0
+    unlabelled = has_unlabelled_loss(method.base) and method.unlabelled_weight > 0
     yield (
         none and not unlabelled and (method.mask.keep is None or method.mask.weight == 0),
         "data.labelled_count=0 and no unlabelled loss (method.base, method.unlabelled_weight, method.mask): there "

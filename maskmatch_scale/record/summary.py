@@ -12,6 +12,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
+from maskmatch_scale.recipe.bases import SUPERVISED, has_unlabelled_loss, title_of
 from maskmatch_scale.record.run_files import RunFiles, Score, number, read_run, split_rank
 
 START_UP_STEPS = 5
@@ -21,8 +22,6 @@ ONE_SEED = (
     "One seed a method: how far the same recipe moves with another seed is not known from these runs, "
     "so a small difference between two rows is no evidence that one is better. Train more seeds (run.seed) to tell."
 )
-
-_BASES = {"supervised": "supervised", "fixmatch": "FixMatch"}
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,7 @@ class RunSummary:
     @property
     def method(self) -> str:
         """The method by its name: supervised, FixMatch, MaskMatch, or a base with a mask."""
-        if self.base == "fixmatch" and self.mask_keep is not None:
-            return "MaskMatch"
-        return _BASES.get(self.base, self.base) + (" + mask" if self.mask_keep is not None else "")
+        return title_of(self.base, masked=self.mask_keep is not None)
 
     @property
     def backbone_name(self) -> str:
@@ -91,7 +88,7 @@ def summarise(run: Path) -> RunSummary:
 def summarise_files(run: RunFiles) -> RunSummary:
     """Sum up a run that was already read."""
     settings, closing = run.settings, run.closing or {}
-    base = str(settings.get("method.base", "supervised"))
+    base = str(settings.get("method.base", SUPERVISED))
     keep = number(settings.get("method.mask.keep"))
     masked = keep is not None and settings.get("method.mask.weight") != 0
     scales = settings.get("method.scales")
@@ -103,8 +100,8 @@ def summarise_files(run: RunFiles) -> RunSummary:
         base=base,
         mask_keep=keep if masked else None,
         mask_mode=str(settings.get("method.mask.mode", "drop")) if masked else None,
-        # A supervised run carries the recipe's scales too, but has nothing to use them on.
-        scales=tuple(scales) if isinstance(scales, list) and (masked or base != "supervised") else (),
+        # The recipe of a supervised run has scales too, but nothing to use them on.
+        scales=tuple(scales) if isinstance(scales, list) and (masked or has_unlabelled_loss(base)) else (),
         backbone=str(settings.get("model.backbone", "unknown backbone")),
         seed=_whole(settings.get("run.seed")),
         steps_done=steps_done,
@@ -118,10 +115,14 @@ def summarise_files(run: RunFiles) -> RunSummary:
 
 
 def in_order(runs: Sequence[RunSummary]) -> list[RunSummary]:
-    """The runs grouped by backbone; within one: supervised, other bases, masked; otherwise as given."""
+    """The runs by backbone; of one backbone those without a mask first, and supervised before other bases.
+
+    Runs that are alike in this, and backbones, keep the order in which they were given.
+    """
     backbones = list(dict.fromkeys(run.backbone for run in runs))
     return sorted(
-        runs, key=lambda run: (backbones.index(run.backbone), run.mask_keep is not None, run.base != "supervised")
+        runs,
+        key=lambda run: (backbones.index(run.backbone), run.mask_keep is not None, has_unlabelled_loss(run.base)),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.evaluation.evaluate import Window, evaluate_split
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
-from maskmatch_scale.evaluation.pictures import save_masked_pictures, save_pictures
+from maskmatch_scale.evaluation.save_pictures import save_masked_pictures, save_pictures
 from maskmatch_scale.files import write_whole
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.recipe import Recipe

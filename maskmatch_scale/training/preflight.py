@@ -23,6 +23,7 @@ from maskmatch_scale.engine.ranks import Place, Runtime
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.models import Segmenter
+from maskmatch_scale.models.families import check_capabilities
 from maskmatch_scale.models.units import visible_count
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.record.run_folder import RunFolder
@@ -69,6 +70,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
         UserError: the first mistake that is found.
     """
     place = Place.from_environment()
+    check_backbone(recipe)
     index = load_index(recipe.data.root, recipe.data)
     student = build_student(recipe, describe_data(recipe, index))
     check_model(recipe, student)
@@ -87,8 +89,22 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     return Checked(recipe, reason, describe_data(recipe, index, used), batches, student, place, checkpoint)
 
 
+def check_backbone(recipe: Recipe) -> None:
+    """Refuse what the backbone's family cannot do; nothing is built.
+
+    Raises:
+        UserError: names the key and what to do.
+    """
+    try:
+        check_capabilities(
+            recipe.model.backbone, compile_blocks=recipe.engine.compile, layer_decay=recipe.optim.layer_decay
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def check_model(recipe: Recipe, student: Segmenter) -> None:
-    """Refuse what this model cannot do.
+    """Refuse crops that this model cannot take.
 
     Raises:
         UserError: names the key and what fits.

@@ -12,8 +12,8 @@ from torch import Tensor
 from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.data.faults import REASONS
 from maskmatch_scale.data.order.source import Skip
+from maskmatch_scale.method.ema import ema_decay
 from maskmatch_scale.method.maskmatch import PARTS, Step
-from maskmatch_scale.method.teacher import ema_decay
 from maskmatch_scale.seeds import derive_seed
 from maskmatch_scale.training.run import Run
 

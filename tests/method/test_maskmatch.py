@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.data.batches.training import TrainingBatches
+from maskmatch_scale.method.ema import ema_decay
 from maskmatch_scale.method.maskmatch import MaskMatch
-from maskmatch_scale.method.teacher import ema_decay
 from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.models.units import visible_pixel_mask
 from tests.conftest import TINY_SEGFORMER, TINY_VIT

@@ -113,7 +113,22 @@ def test_strong_view_mixes_validity_with_the_pixels():
     valid = torch.ones(2, 16, 16, dtype=torch.bool)
     valid[1] = False
     weak = View(images(2, (16, 16)), valid, None)
-    strong = Unlabelled(weak, [0, 1], recipe(cutmix_probability=1.0), 0).strong
+    strong = Unlabelled(weak, [0, 1], recipe(cutmix_probability=1.0), 0).strong_view(0)
     assert strong.cutmix is not None
     assert strong.valid[0].equal(~strong.cutmix.inside[0])
     assert strong.images[0][:, strong.cutmix.inside[0]].allclose(weak.images[1][:, strong.cutmix.inside[0]], atol=1e-6)
+
+
+def test_strong_views_have_seeds_of_their_own_and_are_made_once():
+    weak = View(images(2, (16, 16)), torch.ones(2, 16, 16, dtype=torch.bool), None)
+    drawn = recipe(brightness=0.5, cutmix_probability=1.0, jitter_probability=1.0)
+    unlabelled = Unlabelled(weak, [4, 5], drawn, 3)
+    views = [unlabelled.strong_view(number) for number in range(3)]
+    assert unlabelled.strong_view(1) is views[1]
+    assert len({view.images.sum().item() for view in views}) == 3
+    assert not views[0].cutmix.inside.equal(views[1].cutmix.inside)
+    # Asked for in another order they are the same, and the first is drawn as the only one of a base with one is.
+    again = Unlabelled(weak, [4, 5], drawn, 3)
+    assert again.strong_view(2).images.equal(views[2].images)
+    mixed = draw_cutmix(drawn, 3, [4, 5], (16, 16), torch.device("cpu"))(photometric(weak.images, drawn, 3, [4, 5]))
+    assert views[0].images.equal(mixed)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from maskmatch_scale.models import build_segmenter, units
-from maskmatch_scale.models.vit import VitEncoder
+from maskmatch_scale.models.vit.encoder import VitEncoder
 
 from .conftest import VITS
 from .test_vit_reference import masked_reference
@@ -161,7 +161,7 @@ def test_checkpointed_blocks_have_the_same_gradients(family, head, masked):
     options = {**options, "depth": 4, "drop_path_rate": 0.5}
     plain = build_segmenter(name, 3, head=head, backbone_options=options).double().train()
     checkpointed = copy.deepcopy(plain)
-    checkpointed._encoder.checkpoint_blocks()
+    checkpointed.encoder.checkpoint_blocks()
     images, visible = masked_images(plain, 3, 4)
 
     runs = []
@@ -173,7 +173,7 @@ def test_checkpointed_blocks_have_the_same_gradients(family, head, masked):
             logits = segmenter(images, visible if masked else None)
             logits.square().sum().backward()
         results.append([logits.detach(), *(p.grad for n, p in segmenter.named_parameters() if p.grad is not None)])
-        assert all(tap.tokens is None for tap in segmenter._encoder.taps)
+        assert all(tap.tokens is None for tap in segmenter.encoder.taps)
     assert len(runs) == 2  # once more in backward
     for want, have in zip(*results, strict=True):
         scale = want.abs().max().clamp_min(1)

@@ -149,3 +149,25 @@ def test_a_copy_runs_its_own_weights(build, family, head):
             parameter.mul_(0.5)
     assert teacher(images, visible).equal(before)
     assert not segmenter(images, visible).equal(before)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("mode", [None, "drop", "zero"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_call_is_encode_perturb_decode(build, family, mode, training):
+    segmenter = build(family, head="pixel_shuffle").train(training)
+    images, visible = batch(segmenter)
+    masked = () if mode is None else (visible, mode)
+    logits = segmenter(images, *masked)
+    features = segmenter.encode(images, *masked)
+    assert segmenter.decode(features, images.shape[2:], *masked).equal(logits)
+    shapes = []
+
+    def halve(levels):
+        shapes.extend(level.shape for level in levels)
+        return [level / 2 for level in levels]
+
+    perturbed = segmenter(images, *masked, perturb=halve)
+    assert shapes == [level.shape for level in features]
+    assert segmenter.decode([level / 2 for level in features], images.shape[2:], *masked).equal(perturbed)
+    assert not perturbed.allclose(logits)

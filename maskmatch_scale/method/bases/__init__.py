@@ -1,17 +1,23 @@
 """Weak-to-strong bases that the masked loss and the multi-scale ensemble attach to, one file each.
 
-A base knows its views of the unlabelled images and the loss on them; the mask and the ensemble know no base.
+A base knows its views of the unlabelled images and the loss on them. The mask and the ensemble know no base.
+
+To add one: write NAME.py here with a class derived from `Base`, and add a line to the table in `recipe/bases.py`.
+`tests/method/test_bases.py` does so with bases of its own.
 """
 
 from __future__ import annotations
 
+import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar
 
 from torch import Tensor
 
 from maskmatch_scale.method.views import CutMix, Unlabelled, View
+from maskmatch_scale.recipe.bases import BASES
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class PseudoLabels:
     _mixed: dict[int, PseudoLabels] = field(default_factory=dict, repr=False, compare=False)
 
     def mixed(self, cutmix: CutMix | None) -> PseudoLabels:
-        """CutMixed like the images they belong to, once for every user of the same boxes."""
+        """The pseudo-labels CutMixed like the images they belong to; each CutMix is applied once and kept."""
         if cutmix is None:
             return self
         if id(cutmix) not in self._mixed:
@@ -33,12 +39,33 @@ class PseudoLabels:
         return self._mixed[id(cutmix)]
 
 
-class Base(Protocol):
+class Base(ABC):
     """A weak-to-strong method."""
 
-    def views(self, unlabelled: Unlabelled) -> tuple[View, ...]:
-        """The views the student is trained on; an empty tuple if the base has no unlabelled loss."""
+    perturbs_features: ClassVar[bool] = False
+    """Whether :meth:`perturb` is called."""
 
+    @abstractmethod
+    def views(self, unlabelled: Unlabelled) -> tuple[View, ...]:
+        """The views that the student is trained on; an empty tuple if the base has no unlabelled loss.
+
+        Args:
+            unlabelled: the weak view, and strong views by their number (`Unlabelled.strong_view`).
+        """
+
+    def perturb(self, features: Sequence[list[Tensor]], unlabelled: Unlabelled) -> Sequence[list[Tensor]]:
+        """Change the student's features of some views, between its backbone and its head.
+
+        Args:
+            features: for each view, in the order of :meth:`views`, one (U, C, h', w') a level, finest first.
+            unlabelled: its ``seed`` and ``positions`` are what random numbers should be drawn from (`seeds.generator`).
+
+        Returns:
+            The same numbers of views and levels, of the same shapes; what is given is not to be changed in place.
+        """
+        return features
+
+    @abstractmethod
     def loss_sum(self, logits: Sequence[Tensor], views: Sequence[View], pseudo: PseudoLabels) -> Tensor:
         """Σ over pixels of the loss on all views: float32 scalar.
 
@@ -47,3 +74,9 @@ class Base(Protocol):
             views: as :meth:`views` returned them.
             pseudo: of the weak view, not mixed yet.
         """
+
+
+def build_base(name: str) -> Base:
+    """The base that `method.base` names."""
+    base: Base = pkgutil.resolve_name(BASES[name].implementation)()
+    return base

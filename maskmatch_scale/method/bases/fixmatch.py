@@ -1,4 +1,7 @@
-"""FixMatch for segmentation: one strong view must give the pseudo-label of the weak one (UniMatch's baseline)."""
+"""FixMatch for segmentation: the student must give on a strong view what the teacher says of the weak view.
+
+As UniMatch's baseline has it (Yang et al., CVPR 2023, arXiv 2208.09910).
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from maskmatch_scale.method.bases import PseudoLabels
+from maskmatch_scale.method.bases import Base, PseudoLabels
 from maskmatch_scale.method.losses import cross_entropy_sum
 from maskmatch_scale.method.views import Unlabelled, View
 
 
-class FixMatch:
+class FixMatch(Base):
     """L_u = (1/|ω|) Σ_ω 1[c ≥ τ] CE(S(u_s), ŷ)."""
 
     def views(self, unlabelled: Unlabelled) -> tuple[View, ...]:
-        """The strong view alone."""
-        return (unlabelled.strong,)
+        """One strong view."""
+        return (unlabelled.strong_view(0),)
 
     def loss_sum(self, logits: Sequence[Tensor], views: Sequence[View], pseudo: PseudoLabels) -> Tensor:
         """Cross-entropy on the confident valid pixels of the strong view."""

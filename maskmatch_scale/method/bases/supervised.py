@@ -1,4 +1,4 @@
-"""No unlabelled loss: the baseline, and the base on which the masked loss can stand alone."""
+"""No unlabelled loss: the baseline. With a mask, the masked loss is then the only loss on unlabelled images."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from maskmatch_scale.method.bases import PseudoLabels
+from maskmatch_scale.method.bases import Base, PseudoLabels
 from maskmatch_scale.method.views import Unlabelled, View
 
 
-class Supervised:
+class Supervised(Base):
     """L_u = 0."""
 
     def views(self, unlabelled: Unlabelled) -> tuple[View, ...]:

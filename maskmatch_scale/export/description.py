@@ -1,0 +1,61 @@
+"""`segmenter.json`: what an exported segmenter is, apart from its tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from maskmatch_scale.errors import UserError
+from maskmatch_scale.models.weights import SEGMENTER_FILE
+
+
+class Description(BaseModel):
+    """The contents of `segmenter.json`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: Literal[1] = 1
+    backbone: str
+    """As in the recipe. Of a backbone that is a folder only the folder's name is kept: the export has its files."""
+    backbone_options: dict[str, Any]
+    """Keyword arguments of timm.create_model; empty for a SegFormer, whose configuration has them."""
+    head: str
+    num_classes: int
+    image_size: tuple[int, int]
+    """Height and width of the crops it was trained on, px; a ViT's position embedding is laid out for it."""
+    unit_px: int
+    classes: tuple[str, ...]
+    """Class v of the logits is ``classes[v]``; there may be fewer names than logits."""
+    palette: tuple[tuple[int, int, int], ...]
+    """One RGB colour a name, 0–255."""
+    ignore_index: int
+    """Label value of pixels that counted for nothing."""
+    mean: tuple[float, float, float]
+    """Of RGB in 0–1, to be subtracted from images."""
+    std: tuple[float, float, float]
+    """Of RGB in 0–1, to divide images by afterwards."""
+    weights: str
+    """`ema` or `student`."""
+    step: int
+    """Optimizer steps taken."""
+    versions: dict[str, str]
+    """Of the packages it was written with."""
+
+
+def read_description(folder: Path) -> Description:
+    """Read `segmenter.json`.
+
+    Raises:
+        UserError: there is none, or it does not parse.
+    """
+    path = folder / SEGMENTER_FILE
+    if not path.is_file():
+        raise UserError(f"{folder}: not an export (no {SEGMENTER_FILE}); write one with `maskmatch export RUN OUT`")
+    try:
+        return Description.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: {where}: {first['msg']}; export the run again") from None

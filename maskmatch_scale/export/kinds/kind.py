@@ -1,0 +1,76 @@
+"""What a kind of export must define."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from maskmatch_scale.export.description import Description
+from maskmatch_scale.models import Segmenter
+from maskmatch_scale.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported."""
+
+    tensors: Any
+    """The checkpoint's whole weights, an open safetensors file, in a segmenter's names."""
+    segmenter: Segmenter
+    """The run's model on the meta device: shapes and configuration."""
+    recipe: Recipe
+    description: Description
+
+
+class ExportKind(ABC):
+    """How backbones of one kind are described, written, loaded and explained."""
+
+    library: ClassVar[str]
+    """Name of the backbone's library, as model hubs call it."""
+
+    @abstractmethod
+    def name(self, backbone: str) -> str:
+        """`Description.backbone` for a recipe's `model.backbone`: without a path of this machine."""
+
+    @abstractmethod
+    def options(self, recipe: Recipe) -> dict[str, Any]:
+        """`Description.backbone_options`: what the exported files of the backbone do not say."""
+
+    @abstractmethod
+    def versions(self) -> dict[str, str]:
+        """The versions of the libraries that it is written with."""
+
+    def is_whole(self, description: Description) -> bool:
+        """Whether the backbone's library has this segmenter, head and all."""
+        return False
+
+    def write_whole(self, source: Source, folder: Path) -> None:
+        """Write the segmenter as a model of the library; called only if :meth:`is_whole`."""
+        raise NotImplementedError
+
+    def whole_call(self, folder: Path) -> str:
+        """The call that loads what :meth:`write_whole` wrote, for the user."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def write_backbone(self, source: Source, folder: Path) -> None:
+        """Write the backbone alone, as the library loads it.
+
+        Raises:
+            UserError: the library would build other tensors.
+        """
+
+    @abstractmethod
+    def backbone_in(self, folder: Path, description: Description) -> str:
+        """The name by which `build_segmenter` builds the backbone of an export."""
+
+    @abstractmethod
+    def card_section(self, name: str, description: Description) -> str:
+        """The section of the model card that says how the library loads an export, in Markdown.
+
+        Args:
+            name: of the export's folder.
+            description: of the export.
+        """

@@ -1,0 +1,95 @@
+"""ViTs of timm: the backbone is written by timm, with the arguments that build it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import save_for_hf
+from timm.models.eva import Eva
+from torch import nn
+
+from maskmatch_scale.errors import UserError
+from maskmatch_scale.export.description import Description
+from maskmatch_scale.export.kinds.kind import ExportKind, Source
+from maskmatch_scale.export.tensors import part_of
+from maskmatch_scale.recipe import Recipe
+
+# timm says these of the weights that are published under a model's name. They would be untrue of the exported ones.
+_OF_PUBLISHED_WEIGHTS = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "description")
+
+
+class TimmVit(ExportKind):
+    """`backbone/` with timm's own `config.json` and `model.safetensors`; timm has no head of ours."""
+
+    library = "timm"
+
+    def name(self, backbone: str) -> str:
+        """The name as it is."""
+        return backbone
+
+    def options(self, recipe: Recipe) -> dict[str, Any]:
+        """Those of the recipe."""
+        return recipe.model.backbone_options
+
+    def versions(self) -> dict[str, str]:
+        """Timm's."""
+        return {"timm": timm.__version__}
+
+    def write_backbone(self, source: Source, folder: Path) -> None:
+        """Have timm write it, with the arguments by which `timm.create_model` gives the same tokens when called.
+
+        Raises:
+            UserError: timm builds other tensors by them.
+        """
+        recipe, backbone = source.recipe, source.segmenter.backbone
+        # timm lays the last norm before or behind the pooling, by the kind of pooling. Without pooling it must be told.
+        norm_key = "use_fc_norm" if isinstance(backbone, Eva) else "fc_norm"
+        arguments = {
+            "dynamic_img_size": True,
+            "num_classes": 0,
+            **recipe.model.backbone_options,
+            "img_size": list(recipe.data.crop_px),
+            "global_pool": "",
+            norm_key: not isinstance(backbone.fc_norm, nn.Identity),
+        }
+        with torch.device("meta"):
+            model = timm.create_model(_timm_name(recipe.model.backbone), **arguments)
+        try:
+            model.load_state_dict(part_of(source.tensors, "backbone"), assign=True)
+        except RuntimeError as error:
+            raise UserError(f"model.backbone={recipe.model.backbone}: timm builds another model: {error}") from error
+        for key in _OF_PUBLISHED_WEIGHTS:
+            model.pretrained_cfg.pop(key, None)
+        save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
+
+    def backbone_in(self, folder: Path, description: Description) -> str:
+        """The name as it is: timm builds it, and the options are in the description."""
+        return description.backbone
+
+    def card_section(self, name: str, description: Description) -> str:
+        """Both ways of loading the backbone."""
+        return f"""The backbone alone with timm:
+
+```python
+import timm
+
+backbone = timm.create_model("local-dir:{name}/backbone", pretrained=True)
+tokens = backbone(images)  # (B, prefix + h · w, C), normalised
+```
+
+or by the arguments in `backbone/config.json`, and a head of your own:
+
+```python
+import json, timm
+
+arguments = json.load(open("{name}/backbone/config.json"))["model_args"]
+path = "{name}/backbone/model.safetensors"
+backbone = timm.create_model("{_timm_name(description.backbone)}", checkpoint_path=path, **arguments)
+```"""
+
+
+def _timm_name(backbone: str) -> str:
+    return backbone.partition("/")[2]

@@ -1,0 +1,102 @@
+"""SegFormers of transformers: with their own head a whole model of the library, with another the encoder alone."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from maskmatch_scale.export.description import Description
+from maskmatch_scale.export.kinds.kind import ExportKind, Source
+from maskmatch_scale.export.tensors import part_of, renamed, save_tensors
+from maskmatch_scale.models.weights import to_transformers_name
+from maskmatch_scale.recipe import Recipe
+
+
+class TransformersSegformer(ExportKind):
+    """`config.json` and `model.safetensors` as transformers has them, in the export's folder or in `backbone/`."""
+
+    library = "transformers"
+
+    def name(self, backbone: str) -> str:
+        """Of a folder its name alone, since its path is of this machine."""
+        library, _, name = backbone.partition("/")
+        return f"{library}/{Path(name).name}"
+
+    def options(self, recipe: Recipe) -> dict[str, Any]:
+        """None: they are in the `config.json` that is written."""
+        return {}
+
+    def versions(self) -> dict[str, str]:
+        """That of transformers."""
+        return {"transformers": transformers.__version__}
+
+    def is_whole(self, description: Description) -> bool:
+        """Whether the head is SegFormer's own."""
+        return description.head == "segformer"
+
+    def write_whole(self, source: Source, folder: Path) -> None:
+        """Write a `SegformerForSemanticSegmentation` and its image processor."""
+        description = source.description
+        _config(source, "SegformerForSemanticSegmentation").save_pretrained(folder)
+        state = renamed(source.tensors, ("backbone.", "head."), to_transformers_name)
+        save_tensors(state, folder / "model.safetensors")
+        height, width = description.image_size
+        # Images are taken at their own size: the run's own evaluation does not resize them.
+        processor = transformers.SegformerImageProcessor(
+            do_resize=False,
+            size={"height": height, "width": width},
+            image_mean=list(description.mean),
+            image_std=list(description.std),
+        )
+        processor.save_pretrained(folder)
+
+    def whole_call(self, folder: Path) -> str:
+        """By transformers, which needs nothing of this package."""
+        return f'transformers.SegformerForSemanticSegmentation.from_pretrained("{folder}")'
+
+    def write_backbone(self, source: Source, folder: Path) -> None:
+        """Write a `SegformerModel`."""
+        _config(source, "SegformerModel").save_pretrained(folder)
+        save_tensors(part_of(source.tensors, "backbone"), folder / "model.safetensors")
+
+    def backbone_in(self, folder: Path, description: Description) -> str:
+        """The folder that the configuration lies in."""
+        return f"transformers/{folder if (folder / 'config.json').is_file() else folder / 'backbone'}"
+
+    def card_section(self, name: str, description: Description) -> str:
+        """The whole model, or its encoder."""
+        if self.is_whole(description):
+            return f"""With transformers:
+
+```python
+from transformers import SegformerForSemanticSegmentation, SegformerImageProcessor
+
+model = SegformerForSemanticSegmentation.from_pretrained("{name}")
+processor = SegformerImageProcessor.from_pretrained("{name}")  # normalises, does not resize
+# image: PIL, RGB
+outputs = model(**processor(image, return_tensors="pt"))
+labels = processor.post_process_semantic_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]
+```"""
+        return f"""The backbone alone with transformers:
+
+```python
+from transformers import SegformerModel
+
+backbone = SegformerModel.from_pretrained("{name}/backbone")
+features = backbone(images, output_hidden_states=True).hidden_states  # four maps (B, C, h, w)
+```"""
+
+
+def _config(source: Source, architecture: str) -> Any:
+    """The model's configuration with class names."""
+    description = source.description
+    config: Any = copy.deepcopy(source.segmenter.backbone.config)
+    named = dict(enumerate(description.classes))
+    config.id2label = {value: named.get(value, f"unnamed {value}") for value in range(description.num_classes)}
+    config.label2id = {name: value for value, name in config.id2label.items()}
+    config.semantic_loss_ignore_index = description.ignore_index
+    config.architectures, config.dtype = [architecture], "float32"
+    return config

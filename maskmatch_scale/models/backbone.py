@@ -1,0 +1,181 @@
+"""What a backbone family tells the rest of the package, and what a backbone built by it can do.
+
+A family is one module or package beside this one, and one line in `models/families.py`. It says which names it takes,
+how a backbone is built from one, and what such a backbone can do. No other code asks for a name's prefix or for the
+class of an encoder. `tests/models/test_families.py` adds a family of its own to show this.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from maskmatch_scale.models.units import Grid
+
+
+class Macs(NamedTuple):
+    """Multiply–adds of a forward pass over one image."""
+
+    first: int
+    """Of the first layer. Its input is the image, which needs no gradient, so its backward pass is cheaper."""
+    rest: int
+    """Of all other layers."""
+
+
+class Encoder(ABC):
+    """A backbone and the two ways of running it: on whole images, and on visible units.
+
+    An encoder is not a module. Its parameters stay in `model`, under the names of the library that the model is from.
+
+    Attributes:
+        model: the library's module.
+        unit_px: side of a maskable unit, pixels.
+        channels: C of every level, finest first.
+        strides: pixels a token of every level.
+    """
+
+    model: Any
+    unit_px: int
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def patch_px(self) -> int:
+        """Sides of whole images must be multiples of this, pixels; 1 if any size is taken."""
+        return 1
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many class and register tokens run beside those of the image."""
+        return 0
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError if a whole image of height × width px cannot be taken, naming a size that can."""
+        patch = self.patch_px
+        if height % patch or width % patch:
+            fits = [max(patch, round(side / patch) * patch) for side in (height, width)]
+            raise ValueError(
+                f"images: {height}×{width} px is not whole patches of {patch} px; resize or pad, e.g. to "
+                f"{fits[0]}×{fits[1]}"
+            )
+
+    def unit_fits(self, unit_px: int) -> bool:
+        """Whether the backbone could be built with another unit, of this side in pixels."""
+        return False
+
+    @abstractmethod
+    def full(self, images: Tensor) -> list[Tensor]:
+        """Encode whole images (B, 3, H, W): maps (B, C, h, w) of every level, finest first."""
+
+    @abstractmethod
+    def visible(self, images: Tensor, visible: Tensor, grid: Grid) -> list[Tensor]:
+        """Encode visible units alone.
+
+        Args:
+            images: float (B, 3, H, W).
+            visible: int64 (B, k), sorted indices of visible units.
+            grid: (rows, cols) of units.
+
+        Returns:
+            Unit tokens (B, k, r, r, C) of every level, r = unit_px / stride.
+        """
+
+    @abstractmethod
+    def macs(self, height: int, width: int, visible_units: int | None) -> Macs:
+        """Multiply–adds of one image's forward pass, by the architecture; `models/cost.py` says what is counted.
+
+        Args:
+            height: of the image, pixels; the caller has checked that it fits.
+            width: likewise.
+            visible_units: how many units are visible; None: the whole image.
+        """
+
+    @abstractmethod
+    def checkpoint_blocks(self) -> None:
+        """From now on keep only the inputs of blocks for backward, which then runs every block again.
+
+        Activation checkpointing (Chen et al., arXiv 1604.06174): less memory and more time. Outputs and gradients stay
+        the same, with and without a mask.
+        """
+
+    def compile_blocks(self) -> None:
+        """Run every block through torch.compile from now on. Called only if `Family.compiles_blocks`."""
+        raise NotImplementedError
+
+    def layer_ids(self) -> dict[str, int]:
+        """Number of the layer that each parameter belongs to, by its name in `model`, from 0 at the input.
+
+        Layer-wise decay of the learning rate goes by it. Called only if `Family.numbers_layers`.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The backbone that `build_segmenter` asks a family for."""
+
+    name: str
+    """What follows the family's prefix."""
+    num_classes: int
+    levels: int
+    """How many levels the head reads, for a family whose backbones leave a choice (`heads.head_levels`)."""
+    image_size: int | tuple[int, int] | None
+    """Side, or height and width, that position embeddings are laid out for, pixels; None: the model's own."""
+    unit_px: int | None
+    """Side of a unit, pixels; None: the family's usual one."""
+    weights: Path | bool
+    """False: random weights. True: the library's own weights. A path: a file or folder in the library's format."""
+    options: dict[str, Any]
+    """Keyword arguments of the library's model."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What a family builds."""
+
+    encoder: Encoder
+    mean: tuple[float, ...]
+    """Per-channel mean of RGB in 0–1 that the weights expect."""
+    std: tuple[float, ...]
+    """Per-channel standard deviation, likewise."""
+    hidden_size: int = 256
+    """Width of the fused features in a `segformer` head."""
+    dropout: float = 0.1
+    """Before the classifier of the heads that have dropout."""
+    read_weights: Callable[[], dict[str, Tensor]] | None = None
+    """Reads weights in a segmenter's names, once the head is built: for a library whose weights may have a head."""
+
+
+class Family(ABC):
+    """A kind of backbone: what must be known of it by its name, before one is built.
+
+    Attributes:
+        prefix: how the names of its backbones begin, the slash included.
+        title: what it is called in messages and tables, without an article.
+        accepted: its names as messages show them.
+        default_head: the head that is built where none is asked for.
+        export_kind: how `maskmatch export` writes it: a key of `export.kinds.KINDS`.
+        compiles_blocks: whether its encoders have `compile_blocks`.
+        numbers_layers: whether its encoders have `layer_ids`.
+    """
+
+    prefix: ClassVar[str]
+    title: ClassVar[str]
+    accepted: ClassVar[tuple[str, ...]]
+    default_head: ClassVar[str]
+    export_kind: ClassVar[str]
+    compiles_blocks: ClassVar[bool] = False
+    numbers_layers: ClassVar[bool] = False
+
+    @abstractmethod
+    def build(self, wanted: Wanted) -> Backbone:
+        """Build a backbone; random weights are drawn from torch's default generator.
+
+        Raises:
+            ValueError: a name, option, unit or weights file that does not fit; the message names it and what fits.
+        """

@@ -1,0 +1,42 @@
+"""Weights of transformers' SegFormers, in a segmenter's names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import SegformerForSemanticSegmentation
+
+from maskmatch_scale.models.segformer.config import OFFICIAL
+from maskmatch_scale.models.weights import read_weights, to_own_name
+
+
+def segformer_weights(source: str | Path, config: Any) -> dict[str, Tensor]:
+    """Weights of a SegFormer of transformers, in a segmenter's names (`backbone.…`, `head.…`).
+
+    transformers reads them itself, so checkpoints of its versions 4 and 5, and encoders trained on ImageNet, all load.
+    Tensors that the source does not hold are left out.
+
+    Args:
+        source: `segformer-b0` … `-b5` (the ImageNet encoders `nvidia/mit-b0` … of the hub), a folder, or a file.
+        config: the model's `SegformerConfig`.
+
+    Raises:
+        ValueError: the source cannot be read; a tensor of the encoder is missing or of another shape.
+    """
+    state = None
+    name: str | None = str(source).replace("segformer-", "nvidia/mit-") if source in OFFICIAL else str(source)
+    if Path(source).is_file():
+        state, name = read_weights(Path(source)), None
+    try:
+        model, info = SegformerForSemanticSegmentation.from_pretrained(
+            name, config=config, state_dict=state, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except OSError as error:
+        raise ValueError(f"pretrained: transformers finds no weights at {name!r}: {error}") from error
+    absent = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    wrong = sorted(key for key in absent if key.startswith("segformer."))
+    if wrong:
+        raise ValueError(f"pretrained: {str(source)!r} does not fit the backbone, e.g. {wrong[0]}; is it another size?")
+    return {to_own_name(key): value for key, value in model.state_dict().items() if key not in absent}

@@ -1,0 +1,72 @@
+"""Creating timm's models, and refusing those whose tokens cannot be dropped."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.layers import PatchEmbed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+
+from maskmatch_scale.models.vit.masking import KeepVisible
+
+
+def create_vit(
+    name: str, image_size: int | tuple[int, int] | None, weights: Path | bool, options: dict[str, Any]
+) -> Any:
+    """Create a timm model that takes any image of whole patches, gives its tokens, and can drop masked ones.
+
+    Args:
+        name: a timm model name.
+        image_size: side or (height, width) in pixels that the position embedding is laid out for; None: the model's.
+        weights: False for timm's own random initialisation, True for timm's pretrained weights, or a local file that
+            is read by timm itself (names converted, position embedding resampled, pickles refused).
+        options: further keyword arguments of `timm.create_model`.
+
+    Returns:
+        A `VisionTransformer` or `Eva`; called on (B, 3, H, W) it gives (B, prefix + tokens, C), normalised.
+
+    Raises:
+        ValueError: no such model, or one whose tokens cannot be dropped.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"backbone: timm has no model {name!r}{hint}")
+    arguments: dict[str, Any] = {"dynamic_img_size": True, "num_classes": 0, **options}
+    if image_size is not None:
+        arguments["img_size"] = image_size
+    if isinstance(weights, Path):
+        arguments["pretrained_cfg_overlay"] = {"file": str(weights), "custom_load": False}
+    try:
+        model = timm.create_model(name, pretrained=bool(weights), **arguments)
+    except TypeError as error:  # models that are no ViT do not take dynamic_img_size
+        raise ValueError(
+            f"backbone: timm/{name} is no ViT that can drop tokens, or backbone_options has an unknown key: {error}"
+        ) from error
+    _refuse_undroppable(name, model)
+    # The model gives tokens, not a pooled vector. Pooling parameters would never see a gradient.
+    model.global_pool, model.attn_pool = "", None
+    model.patch_drop = KeepVisible(model.num_prefix_tokens, returns_indices=isinstance(model, Eva))
+    model.patch_drop.hook(model.patch_embed)
+    return model
+
+
+def _refuse_undroppable(name: str, model: Any) -> None:
+    """Refuse models that would compute masked tokens all the same, or let masked pixels leak into visible ones."""
+    # The exact types: subclasses such as distilled DeiT change what the forward pass gives.
+    if type(model) not in (VisionTransformer, Eva):
+        raise ValueError(
+            f"backbone: timm/{name} is a {type(model).__name__}; tokens can be dropped in timm's VisionTransformer "
+            "and Eva models only (vit_*, deit3_*, eva02_* …)"
+        )
+    embed = model.patch_embed
+    if type(embed) is not PatchEmbed or embed.proj.kernel_size != embed.proj.stride:
+        raise ValueError(
+            f"backbone: timm/{name} embeds overlapping patches, so masked pixels would leak; use a plain ViT"
+        )
+    if embed.patch_size[0] != embed.patch_size[1] or embed.dynamic_img_pad:
+        raise ValueError(f"backbone: timm/{name} needs square patches of {embed.patch_size} px without dynamic_img_pad")

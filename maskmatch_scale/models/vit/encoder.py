@@ -1,0 +1,146 @@
+"""Running a timm ViT on whole images or on visible units, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models import group_parameters
+from torch import Tensor, nn
+
+from maskmatch_scale.models.backbone import Encoder, Macs
+from maskmatch_scale.models.units import Grid
+from maskmatch_scale.models.vit.masking import Tap, VisibleUnits
+
+_LARGEST_DEFAULT_UNIT_PX = 32
+
+
+@dataclass
+class VitEncoder(Encoder):
+    """Runs a timm ViT on whole images or on visible units.
+
+    Attributes:
+        model: what `create_vit` gives.
+        unit_px: side of a unit, pixels, a multiple of the patch.
+        channels: (C,) a level; all levels are equally wide.
+        strides: (patch,) a level, pixels a token; all levels are equally fine.
+        taps: hooks on the blocks whose tokens are levels, but for the last level, which is what the model gives.
+    """
+
+    model: Any
+    unit_px: int
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    taps: tuple[Tap, ...] = ()
+
+    @classmethod
+    def build(cls, model: Any, unit_px: int | None, levels: int = 1) -> VitEncoder:
+        """Wrap a model.
+
+        Args:
+            model: what `create_vit` gives.
+            unit_px: side of a unit in pixels; None: the largest multiple of the patch that is at most 32 px.
+            levels: how many depths to take features of. They are evenly spaced and end with the last block: 4 levels
+                of 12 blocks are blocks 3, 6, 9 and 12. Each level passes the model's final norm, as in timm's
+                `forward_intermediates(norm=True)`. Models that pool their tokens have one norm only, behind the
+                pooling; there each level passes that one.
+
+        Raises:
+            ValueError: `unit_px` is no multiple of the patch, or the model has fewer blocks than `levels`.
+        """
+        patch = int(model.patch_embed.patch_size[0])
+        if unit_px is None:
+            unit_px = max(patch, _LARGEST_DEFAULT_UNIT_PX // patch * patch)
+        if unit_px < patch or unit_px % patch:
+            fits = ", ".join(str(patch * factor) for factor in (1, 2, 4))
+            raise ValueError(f"unit_px: {unit_px} is not a multiple of the {patch} px patch; {fits} … fit")
+        depth = len(model.blocks)
+        if depth < levels:
+            raise ValueError(f"head: it needs features of {levels} depths, but the backbone has {depth} blocks")
+        taps = tuple(Tap() for _ in range(levels - 1))
+        for level, tap in enumerate(taps, start=1):
+            model.blocks[-(-depth * level // levels) - 1].register_forward_hook(tap)
+        return cls(model, unit_px, (int(model.embed_dim),) * levels, (patch,) * levels, taps)
+
+    @property
+    def patch_px(self) -> int:
+        """Side of a patch, pixels."""
+        return self.strides[0]
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Class and register tokens."""
+        return int(self.model.num_prefix_tokens)
+
+    def unit_fits(self, unit_px: int) -> bool:
+        """Whether the side is whole patches."""
+        return unit_px % self.patch_px == 0
+
+    def checkpoint_blocks(self) -> None:
+        """Keep only the inputs of blocks for backward, by timm's own switch; passes without gradients lose no time."""
+        self.model.set_grad_checkpointing(True)
+
+    def compile_blocks(self) -> None:
+        """Run every block through torch.compile from now on; copy the model before this call, not after it.
+
+        What is compiled is each block's `forward`, not the block itself. So hooks, by which levels are tapped, stay
+        outside.
+        """
+        # All blocks share one code object. Each may have another drop path, and so needs a graph of its own.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 8 * len(self.model.blocks))
+        for block in self.model.blocks:
+            block.forward = torch.compile(block.forward)
+
+    def layer_ids(self) -> dict[str, int]:
+        """As timm numbers layers: 0 for the embeddings, 1 … L for the L blocks, L for the final norm too."""
+        ids: dict[str, int] = group_parameters(self.model, self.model.group_matcher(coarse=False), reverse=True)
+        return ids
+
+    def macs(self, height: int, width: int, visible_units: int | None) -> Macs:
+        """Patch embedding of the patches; linear layers and attention, 2 · n² · C, of prefix and patch tokens."""
+        patch = self.patch_px
+        patches = (height // patch) * (width // patch)
+        if visible_units is not None:
+            patches = visible_units * (self.unit_px // patch) ** 2
+        tokens = patches + self.prefix_tokens
+        rest = 0
+        for module in self.model.blocks.modules():
+            if isinstance(module, nn.Linear):  # projections, gates and every kind of MLP: applied to each token
+                rest += tokens * module.weight.numel()
+            elif hasattr(module, "num_heads"):
+                rest += 2 * tokens**2 * module.num_heads * module.head_dim
+        return Macs(patches * self.model.patch_embed.proj.weight.numel(), rest)
+
+    def full(self, images: Tensor) -> list[Tensor]:
+        """Encode whole images (B, 3, H, W): (B, C, H / patch, W / patch) a level, in channels-last memory."""
+        patch = self.patch_px
+        size = images.shape[2] // patch, images.shape[3] // patch
+        return [level.reshape(len(images), *size, -1).permute(0, 3, 1, 2) for level in self._run(images, None)]
+
+    def visible(self, images: Tensor, visible: Tensor, grid: Grid) -> list[Tensor]:
+        """Encode visible units alone: unit tokens (B, k, r, r, C) a level, r = unit_px / patch."""
+        r = self.unit_px // self.patch_px
+        inner = torch.arange(r, device=visible.device)
+        row = (visible // grid[1])[..., None] * r + inner  # (B, k, r)
+        col = (visible % grid[1])[..., None] * r + inner
+        tokens = row[..., :, None] * (grid[1] * r) + col[..., None, :]
+        levels = self._run(images, VisibleUnits(visible, grid, tokens.flatten(1)))
+        return [level.reshape(*visible.shape, r, r, -1) for level in levels]
+
+    def _run(self, images: Tensor, mask: VisibleUnits | None) -> list[Tensor]:
+        """Tokens (B, n, C) of every level after the final norm, without prefix tokens."""
+        self.model.patch_drop.mask = mask
+        for tap in self.taps:
+            tap.open = True
+        try:
+            # A call, not forward_features: ZeRO-3 gathers parameters by hooks, and hooks run on calls only.
+            last: Tensor = self.model(images)
+            # The same as the call does with the last block's tokens. Models that pool have their norm in forward_head.
+            levels = [self.model.forward_head(self.model.norm(tap.tokens)) for tap in self.taps]
+        finally:
+            self.model.patch_drop.mask = None
+            for tap in self.taps:
+                tap.open, tap.tokens = False, None
+        return [tokens[:, self.model.num_prefix_tokens :] for tokens in (*levels, last)]

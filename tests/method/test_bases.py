@@ -1,0 +1,150 @@
+"""A weak-to-strong base is one file and one line: bases that are defined here and registered by a fixture train.
+
+One of them asks for two strong views and perturbs the student's features of the second, between backbone and head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from maskmatch_scale.data.batches.stream import TrainingStream
+from torch import Tensor
+
+from maskmatch_scale.data.batches.loading import batches
+from maskmatch_scale.method.bases import Base, PseudoLabels, build_base
+from maskmatch_scale.method.losses import cross_entropy_sum
+from maskmatch_scale.method.maskmatch import MaskMatch, uses_unlabelled
+from maskmatch_scale.method.views import Unlabelled, View
+from maskmatch_scale.models import build_segmenter
+from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.recipe.bases import BASES, BaseInfo
+from maskmatch_scale.record.summary import summarise
+from maskmatch_scale.seeds import generator
+from maskmatch_scale.train import train
+from tests.conftest import TINY_SEGFORMER, TINY_VIT
+
+MODELS = {
+    "segformer": {"backbone": "transformers/segformer-b0", "backbone_options": TINY_SEGFORMER},
+    "vit": {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT},
+}
+
+
+class Weak(Base):
+    """The pseudo-label as the target of the weak view itself."""
+
+    def views(self, unlabelled: Unlabelled) -> tuple[View, ...]:
+        return (unlabelled.weak,)
+
+    def loss_sum(self, logits: Sequence[Tensor], views: Sequence[View], pseudo: PseudoLabels) -> Tensor:
+        return cross_entropy_sum(logits[0], pseudo.labels, pseudo.confident & views[0].valid)
+
+
+class FeatureDropout(Base):
+    """Two strong views; whole channels of the second one's features are dropped."""
+
+    perturbs_features = True
+
+    def views(self, unlabelled: Unlabelled) -> tuple[View, ...]:
+        return unlabelled.strong_view(0), unlabelled.strong_view(1)
+
+    def perturb(self, features: Sequence[list[Tensor]], unlabelled: Unlabelled) -> Sequence[list[Tensor]]:
+        first, second = features
+        return first, [level * kept(level, number, unlabelled) for number, level in enumerate(second)]
+
+    def loss_sum(self, logits: Sequence[Tensor], views: Sequence[View], pseudo: PseudoLabels) -> Tensor:
+        mixed = [pseudo.mixed(view.cutmix) for view in views]
+        sums = [
+            cross_entropy_sum(own, target.labels, target.confident & view.valid)
+            for own, target, view in zip(logits, mixed, views, strict=True)
+        ]
+        return torch.stack(sums).sum() / 2
+
+
+def kept(level: Tensor, number: int, unlabelled: Unlabelled) -> Tensor:
+    """0 or 2 for each channel (U, C, 1, 1), drawn for each image by its position."""
+    draws = [
+        torch.rand(level.shape[1], generator=generator(unlabelled.seed, "feature dropout", number, position))
+        for position in unlabelled.positions
+    ]
+    return (torch.stack(draws) > 0.5)[..., None, None].to(level) * 2
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`weak` and `feature_dropout` are names of bases."""
+    monkeypatch.setitem(BASES, "weak", BaseInfo("Weak", f"{__name__}:Weak"))
+    monkeypatch.setitem(BASES, "feature_dropout", BaseInfo("FeatureDropout", f"{__name__}:FeatureDropout"))
+
+
+def one_step(recipe: Recipe, model: str) -> MaskMatch:
+    torch.manual_seed(0)
+    segmenter = build_segmenter(num_classes=3, image_size=64, **MODELS[model]).double()
+    # BatchNorm frozen: a view's logits then do not depend on the views beside it.
+    return MaskMatch(segmenter, recipe.method, recipe.run.seed, 255, batchnorm_frozen=True).double().train()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_new_base_gives_the_loss_that_it_says(make_recipe: Callable[..., Recipe], registered: None, model: str):
+    recipe = make_recipe(method={"base": "weak", "scales": [1.0], "threshold": 0.3, "mask": {"keep": None}})
+    assert uses_unlabelled(recipe.method)
+    module = one_step(recipe, model)
+    (batch,) = batches(TrainingStream(recipe, 3, 0, 1, unlabelled=True), 0, 1)
+    step = module.prepare(batch)
+    pseudo = module.pseudo_label(step, module.segmenter)
+    _, sums = module(step, pseudo, torch.ones(3, dtype=torch.float64))
+    logits = module.segmenter(module.normalise(step.unlabelled.weak.images))
+    expected = cross_entropy_sum(logits, pseudo.labels, pseudo.confident & step.unlabelled.weak.valid)
+    torch.testing.assert_close(sums[1], expected.detach().to(sums.dtype), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_base_perturbs_features_of_the_views_it_names(
+    make_recipe: Callable[..., Recipe], registered: None, model: str
+):
+    recipe = make_recipe(method={"base": "feature_dropout", "scales": [1.0], "threshold": 0.3})
+    module = one_step(recipe, model)
+    calls: list[int] = []
+    module.segmenter.head.register_forward_pre_hook(lambda head, inputs: calls.append(len(inputs[0][0])))
+    (batch,) = batches(TrainingStream(recipe, 3, 0, 1, unlabelled=True), 0, 1)
+    step = module.prepare(batch)
+    pseudo = module.pseudo_label(step, module.segmenter)
+    calls.clear()
+    loss, sums = module(step, pseudo, torch.ones(3, dtype=torch.float64))
+    assert calls == [2 + 2 + 2, 2]  # labelled images and both views in one call, the masked view in another
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+    # The same by hand, each view by itself.
+    s, unlabelled = module.segmenter, step.unlabelled
+    images = [module.normalise(view.images) for view in step.views]
+    labelled = s(module.normalise(step.labelled_images))
+    features = [level * kept(level, n, unlabelled) for n, level in enumerate(s.encode(images[1]))]
+    logits = [s(images[0]), s.decode(features, (64, 64))]
+    expected = module.base.loss_sum(logits, step.views, pseudo)
+    torch.testing.assert_close(sums[1], expected.detach().to(sums.dtype), rtol=1e-9, atol=0)
+    expected = cross_entropy_sum(labelled, step.labels, step.labelled_pixels)
+    torch.testing.assert_close(sums[0], expected.detach().to(sums.dtype), rtol=1e-9, atol=0)
+    plain = module.base.loss_sum([logits[0], s(images[1])], step.views, pseudo)
+    assert not plain.detach().to(sums.dtype).isclose(sums[1], rtol=1e-6)
+
+
+def test_a_run_with_a_new_base_trains_and_is_reported(
+    make_recipe: Callable[..., Recipe], registered: None, monkeypatch: pytest.MonkeyPatch
+):
+    run = train(make_recipe(method={"base": "feature_dropout", "scales": [1.0], "threshold": 0.3}, run={"steps": 2}))
+    summary = summarise(run)
+    assert (summary.method, summary.steps_done, summary.scales) == ("FeatureDropout + mask", 2, (1.0,))
+    # By a version of the package that does not have the base.
+    monkeypatch.delitem(BASES, "feature_dropout")
+    assert summarise(run).method == "feature_dropout + mask"
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_table_says_of_every_base_what_it_does(name: str):
+    base = build_base(name)
+    weak = View(torch.zeros(1, 3, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool), None)
+    views = base.views(Unlabelled(weak, [0], Recipe.model_fields["method"].default.strong_view, 0))
+    assert bool(views) == BASES[name].unlabelled_loss
+    assert base.perturbs_features == (type(base).perturb is not Base.perturb)
