@@ -13,9 +13,13 @@ def write_whole(path: Path, content: bytes | str) -> None:
         path: its place; what was there is replaced. The folder must exist.
         content: bytes, or text that is written as UTF-8.
     """
-    beside = path.with_name(f".{path.name.lstrip('.')}.new")
-    with beside.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    beside = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.new")
+    try:
+        with beside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+import pkgutil
 
 from torch import nn
 
 from maskmatch_scale.engine.protocol import Engine
 from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.recipe import Recipe
-
-ENGINES = {
-    "deepspeed": "maskmatch_scale.engine.zero:ZeroEngine",
-    "accelerate": "maskmatch_scale.engine.ddp:DdpEngine",
-}
-"""Module and class by `engine.library`. To add an engine, write a class of `protocol.Engine` and name it here."""
+from maskmatch_scale.recipe.engines import ENGINES
 
 
 def build_engine(module: nn.Module, student: nn.Module, recipe: Recipe, runtime: Runtime) -> Engine:
@@ -39,6 +34,5 @@ def check_settings(recipe: Recipe, world_size: int) -> None:
 
 
 def _engine_class(recipe: Recipe) -> type[Engine]:
-    module, _, name = ENGINES[recipe.engine.library].partition(":")
-    found: type[Engine] = getattr(import_module(module), name)
+    found: type[Engine] = pkgutil.resolve_name(ENGINES[recipe.engine.library])
     return found

@@ -83,7 +83,7 @@ def save_checkpoint(
     if runtime.rank == 0:
         _save(average, writing / "ema.safetensors")
         write_whole(writing / "stream.json", json.dumps(stream))
-        state = {"step": step, **_shape(engine.recipe, runtime.world_size), **counts, "torch": torch.__version__}
+        state = {**counts, "step": step, **_shape(engine.recipe, runtime.world_size), "torch": torch.__version__}
         write_whole(writing / "state.json", json.dumps(state, indent=1))
     runtime.barrier()
     if runtime.rank == 0:

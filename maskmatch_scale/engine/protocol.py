@@ -1,6 +1,6 @@
 """What training needs of an engine and of a stored teacher, and the order of calls that is right at every ZeRO stage.
 
-To add an engine, write a class of this protocol in a file of its own, and name it in `build.py`.
+To add an engine, write a class of this protocol in a file of its own, and name it in `recipe/engines.py`.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from maskmatch_scale.engine.checkpoint import CheckpointError, find_checkpoint
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.card import model_card
 from maskmatch_scale.export.description import Description
-from maskmatch_scale.export.kinds import Source, kind_of
+from maskmatch_scale.export.kinds import Exported, kind_of
 from maskmatch_scale.export.tensors import part_of, save_tensors
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.weights import SEGMENTER_FILE
@@ -78,11 +78,11 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
     writing.mkdir(parents=True)
     with safe_open(checkpoint / f"{weights}.safetensors", framework="pt") as tensors:
         _check_fit(tensors, segmenter, checkpoint)
-        source = Source(tensors, segmenter, recipe, description)
+        exported = Exported(tensors, segmenter, recipe, description)
         if whole:
-            kind.write_whole(source, writing)
+            kind.write_model(exported, writing)
         else:
-            kind.write_backbone(source, writing / "backbone")
+            kind.write_backbone(exported, writing / "backbone")
             save_tensors(part_of(tensors, "head"), writing / "head.safetensors")
     (writing / SEGMENTER_FILE).write_text(description.model_dump_json(indent=1))
     card = model_card(target.name, run, recipe, data, description, segmenter, state)

@@ -49,15 +49,3 @@ def title_of(base: str, *, masked: bool) -> str:
 def has_unlabelled_loss(base: str) -> bool:
     """Whether a base has a loss on unlabelled images; one that is not in the table is taken to have it."""
     return base not in BASES or BASES[base].unlabelled_loss
-
-
-def check_base(value: object) -> object:
-    """Give `method.base` back.
-
-    Raises:
-        ValueError: it names no base; the message lists those that there are.
-    """
-    if isinstance(value, str) and value in BASES:
-        return value
-    *others, last = (repr(name) for name in BASES)
-    raise ValueError(f"Input should be {', '.join(others)} or {last}")

@@ -18,8 +18,8 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from maskmatch_scale.recipe.bases import BASES, check_base
 from maskmatch_scale.recipe.sections import Recipe, SourceRecipe
+from maskmatch_scale.recipe.tables import OneOf
 
 UNITS = {"_px": "px", "_s": "s", "_gb": "10⁹ bytes"}
 """Ends of key names that are a unit. What other numbers count, the meaning says."""
@@ -118,9 +118,8 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if annotation in (int, float):
         return _number("integer" if annotation is int else "number", metadata)
     if annotation is str:
-        if any(getattr(entry, "func", None) is check_base for entry in metadata):
-            return "one of " + ", ".join(f"`{name}`" for name in BASES)
-        return "text"
+        checks = [check for entry in metadata if isinstance(check := getattr(entry, "func", None), OneOf)]
+        return "one of " + ", ".join(f"`{name}`" for name in checks[0].table) if checks else "text"
     raise TypeError(f"no words for the type {annotation!r}; add them to {__name__}")
 
 

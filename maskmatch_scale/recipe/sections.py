@@ -12,8 +12,10 @@ from omegaconf import OmegaConf
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from maskmatch_scale.errors import UserError
-from maskmatch_scale.recipe.bases import check_base
+from maskmatch_scale.recipe.bases import BASES
+from maskmatch_scale.recipe.engines import ENGINES
 from maskmatch_scale.recipe.soundness import unsound
+from maskmatch_scale.recipe.tables import OneOf
 
 
 class RecipeError(UserError):
@@ -186,7 +188,7 @@ class StrongViewRecipe(Section):
 class MethodRecipe(Section):
     """MaskMatch: a weak-to-strong base, with masks and a multi-scale ensemble on top."""
 
-    base: Annotated[str, BeforeValidator(check_base)] = "fixmatch"
+    base: Annotated[str, BeforeValidator(OneOf(BASES))] = "fixmatch"
     """Weak-to-strong base."""
     mask: MaskRecipe = MaskRecipe()
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 1.5)
@@ -240,7 +242,7 @@ class OptimRecipe(Section):
 class EngineRecipe(Section):
     """How the step runs on the hardware."""
 
-    library: Literal["deepspeed", "accelerate"] = "deepspeed"
+    library: Annotated[str, BeforeValidator(OneOf(ENGINES))] = "deepspeed"
     """deepspeed: ZeRO on any number of ranks. accelerate: one process or plain data parallelism, with
     `engine.zero_stage` 0."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1

@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from maskmatch_scale.errors import UserError
+from maskmatch_scale.files import write_whole
 from maskmatch_scale.record.curves import COLOURS, Curve, chart
 from maskmatch_scale.record.pictures import PictureRun, held_out_pictures
 from maskmatch_scale.record.run_files import RunFiles, number, read_run, split_rank
@@ -85,7 +86,9 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     out = out or (paths[0] if len(paths) == 1 else _common_parent(paths)) / "report.html"
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name the HTML file to write")
-    _write_beside(out, _render([read_run(path) for path in paths]))
+    page = _render([read_run(path) for path in paths])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, page)
     return out
 
 
@@ -215,14 +218,3 @@ def _shown(settings: Mapping[str, object], key: str) -> str:
 
 def _common_parent(paths: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([path.resolve().parent for path in paths]))
-
-
-def _write_beside(path: Path, text: str) -> None:
-    """Write and rename, so that a reader, or a crash, never meets half a page."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

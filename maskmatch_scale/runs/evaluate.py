@@ -55,7 +55,6 @@ def evaluate_run(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = RunFolder(run)
-    folder.evaluations.mkdir(exist_ok=True)
     records, models = [], {}
     for kind in weights:
         began = time.monotonic()
@@ -75,6 +74,7 @@ def evaluate_run(
             "images": images,
             "seconds": time.monotonic() - began,
         }
+        folder.evaluations.mkdir(exist_ok=True)
         write_whole(folder.evaluation(split, kind), json.dumps(record, indent=1))
         records.append(record)
     samples = save_pictures(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from maskmatch_scale.data.batches.loading import load_batches
@@ -53,7 +54,9 @@ def _take_steps(run: Run) -> None:
     steps, accumulation = run.recipe.run.steps, run.recipe.engine.accumulation
     on_gpu = run.runtime.device.type == "cuda"
     loader = load_batches(run.batches, run.start * accumulation, steps * accumulation, pin_memory=on_gpu)
-    try:
+    with ExitStack() as ending:
+        for callback in reversed(run.callbacks):
+            ending.callback(callback.ended)  # all of them in their order, even if one raises
         for callback in run.callbacks:
             callback.started()
         for step in range(run.start, steps):
@@ -69,10 +72,9 @@ def _take_steps(run: Run) -> None:
             for callback in run.callbacks:
                 callback.between_steps(step + 1)
             if run.stop_reason:
+                for callback in run.callbacks:
+                    callback.stopping(step + 1)
                 raise TrainingStopped(run.stop_reason)
-    finally:
-        for callback in run.callbacks:
-            callback.ended()
     loader.close()  # ends the loader processes, whose CPU time counts only then
     for callback in run.callbacks:
         callback.finished()

@@ -66,6 +66,12 @@ class Run:
         for callback in self.callbacks:
             callback.said(line)
 
+    def add_evaluation(self, record: dict[str, Any]) -> None:
+        """Write the record of an evaluation to `metrics.jsonl`, and hand it to the callbacks."""
+        self.metrics.write(record)
+        for callback in self.callbacks:
+            callback.evaluated(record)
+
     def callback_state(self) -> dict[str, Any]:
         """What callbacks keep in a checkpoint; all ranks call it together."""
         return {name: value for callback in self.callbacks for name, value in callback.state().items()}

@@ -20,8 +20,24 @@ class Tracker(Callback):
     def records_read(self, records):
         self.sent += [(record["step"], record["loss"]) for record in records]
 
+    def evaluated(self, record):
+        self.sent.append((record["step"], record["weights"], record["miou"]))
+
     def said(self, line):
         self.lines.append(line)
+
+
+class StopAtAccuracy(Callback):
+    """A stopping rule: looks at every evaluation."""
+
+    def evaluated(self, record):
+        if record["pixel_accuracy"] >= 0:
+            self.run.stop_reason = f"step {record['step']}: good enough"
+
+
+class FailsAtTheEnd(Callback):
+    def ended(self):
+        raise RuntimeError("cannot close")
 
 
 class Monitor(Callback):
@@ -87,7 +103,9 @@ def test_a_tracker_sees_what_the_file_has(make_recipe):
     makers, found = made([Tracker])
     run = train(make_recipe(run={"steps": 4, "log_every": 3}), callbacks=makers)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert found[0].sent == [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
+    assert found[0].sent == [
+        (r["step"], r["loss"]) if r["kind"] == "train" else (r["step"], r["weights"], r["miou"]) for r in records
+    ]
     assert [line.partition(":")[0] for line in found[0].lines] == ["step 4", "step 4"]  # teacher and student
 
 
@@ -116,3 +134,22 @@ def test_a_stopping_rule_stops_with_a_checkpoint(make_recipe):
     assert (checkpoints / "latest").read_text() == "step-00000002"
     records = [json.loads(line) for line in found[0].run.folder.metrics.read_text().splitlines()]
     assert {record["kind"] for record in records} == {"train"}  # no evaluation of a run that stops
+
+
+def test_a_rule_that_goes_by_evaluations_stops_with_a_checkpoint_too(make_recipe):
+    recipe = make_recipe(run={"steps": 9, "log_every": 9, "evaluate_every": 2, "checkpoint_every": 4})
+    makers, found = made([Monitor, StopAtAccuracy])
+    with pytest.raises(TrainingStopped, match="step 2: good enough"):
+        train(recipe, callbacks=makers)
+    assert [path.name for path in found[0].run.folder.checkpoints.iterdir() if path.is_dir()] == ["step-00000002"]
+    state = json.loads((found[0].run.last_checkpoint / "state.json").read_text())
+    assert (state["step"], state["steps_seen"]) == (2, 2)
+
+
+def test_every_callback_is_told_of_the_end_even_if_one_fails(make_recipe):
+    recipe = make_recipe(run={"steps": 3, "evaluate_every": 2})
+    makers, found = made([FailsAtTheEnd, StopAtAccuracy, Monitor])
+    with pytest.raises(RuntimeError, match="cannot close") as raised:
+        train(recipe, callbacks=makers)
+    assert found[-1].moments[-1] == "ended"
+    assert isinstance(raised.value.__context__, TrainingStopped)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from maskmatch_scale.engine.checkpoint import CheckpointError
 from maskmatch_scale.errors import TrainingStopped
 from maskmatch_scale.runs.evaluate import evaluate_run
 from maskmatch_scale.runs.model import open_run
@@ -122,6 +123,13 @@ def test_overfits_four_labelled_crops(make_recipe, tmp_path, family):
     with torch.no_grad():
         matrix.update(segmenter((batch.labelled_images / 255 - mean) / std).argmax(1), batch.labels)
     assert matrix.miou() >= 0.9
+
+
+def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(CheckpointError, match="not a run directory"):
+            evaluate_run(folder, "val", ("ema",))
+    assert not list(tmp_path.iterdir())
 
 
 def test_evaluation_leaves_figures_and_pictures(make_recipe):

@@ -6,12 +6,12 @@ nothing here, and a new kind is one file here and a line in `KINDS`.
 
 from __future__ import annotations
 
-from maskmatch_scale.export.kinds.kind import ExportKind, Source
+from maskmatch_scale.export.kinds.kind import Exported, ExportKind
 from maskmatch_scale.export.kinds.timm_vit import TimmVit
 from maskmatch_scale.export.kinds.transformers_segformer import TransformersSegformer
 from maskmatch_scale.models.families import family_of
 
-__all__ = ["KINDS", "ExportKind", "Source", "kind_of"]
+__all__ = ["KINDS", "ExportKind", "Exported", "kind_of"]
 
 KINDS: dict[str, ExportKind] = {"timm_vit": TimmVit(), "transformers_segformer": TransformersSegformer()}
 

@@ -13,7 +13,7 @@ from maskmatch_scale.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Source:
+class Exported:
     """What is exported."""
 
     tensors: Any
@@ -46,16 +46,16 @@ class ExportKind(ABC):
         """Whether the backbone's library has this segmenter, head and all."""
         return False
 
-    def write_whole(self, source: Source, folder: Path) -> None:
+    def write_model(self, exported: Exported, folder: Path) -> None:
         """Write the segmenter as a model of the library; called only if :meth:`is_whole`."""
         raise NotImplementedError
 
     def whole_call(self, folder: Path) -> str:
-        """The call that loads what :meth:`write_whole` wrote, for the user."""
+        """The call that loads what :meth:`write_model` wrote, for the user."""
         raise NotImplementedError
 
     @abstractmethod
-    def write_backbone(self, source: Source, folder: Path) -> None:
+    def write_backbone(self, exported: Exported, folder: Path) -> None:
         """Write the backbone alone, as the library loads it.
 
         Raises:

@@ -13,7 +13,7 @@ from torch import nn
 
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.description import Description
-from maskmatch_scale.export.kinds.kind import ExportKind, Source
+from maskmatch_scale.export.kinds.kind import Exported, ExportKind
 from maskmatch_scale.export.tensors import part_of
 from maskmatch_scale.recipe import Recipe
 
@@ -38,13 +38,13 @@ class TimmVit(ExportKind):
         """Timm's."""
         return {"timm": timm.__version__}
 
-    def write_backbone(self, source: Source, folder: Path) -> None:
+    def write_backbone(self, exported: Exported, folder: Path) -> None:
         """Have timm write it, with the arguments by which `timm.create_model` gives the same tokens when called.
 
         Raises:
             UserError: timm builds other tensors by them.
         """
-        recipe, backbone = source.recipe, source.segmenter.backbone
+        recipe, backbone = exported.recipe, exported.segmenter.backbone
         # timm lays the last norm before or behind the pooling, by the kind of pooling. Without pooling it must be told.
         norm_key = "use_fc_norm" if isinstance(backbone, Eva) else "fc_norm"
         arguments = {
@@ -58,7 +58,7 @@ class TimmVit(ExportKind):
         with torch.device("meta"):
             model = timm.create_model(_timm_name(recipe.model.backbone), **arguments)
         try:
-            model.load_state_dict(part_of(source.tensors, "backbone"), assign=True)
+            model.load_state_dict(part_of(exported.tensors, "backbone"), assign=True)
         except RuntimeError as error:
             raise UserError(f"model.backbone={recipe.model.backbone}: timm builds another model: {error}") from error
         for key in _OF_PUBLISHED_WEIGHTS:

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 
 from maskmatch_scale.export.description import Description
-from maskmatch_scale.export.kinds.kind import ExportKind, Source
+from maskmatch_scale.export.kinds.kind import Exported, ExportKind
 from maskmatch_scale.export.tensors import part_of, renamed, save_tensors
 from maskmatch_scale.models.weights import to_transformers_name
 from maskmatch_scale.recipe import Recipe
@@ -37,11 +37,11 @@ class TransformersSegformer(ExportKind):
         """Whether the head is SegFormer's own."""
         return description.head == "segformer"
 
-    def write_whole(self, source: Source, folder: Path) -> None:
+    def write_model(self, exported: Exported, folder: Path) -> None:
         """Write a `SegformerForSemanticSegmentation` and its image processor."""
-        description = source.description
-        _config(source, "SegformerForSemanticSegmentation").save_pretrained(folder)
-        state = renamed(source.tensors, ("backbone.", "head."), to_transformers_name)
+        description = exported.description
+        _config(exported, "SegformerForSemanticSegmentation").save_pretrained(folder)
+        state = renamed(exported.tensors, ("backbone.", "head."), to_transformers_name)
         save_tensors(state, folder / "model.safetensors")
         height, width = description.image_size
         # Images are taken at their own size: the run's own evaluation does not resize them.
@@ -57,10 +57,10 @@ class TransformersSegformer(ExportKind):
         """By transformers, which needs nothing of this package."""
         return f'transformers.SegformerForSemanticSegmentation.from_pretrained("{folder}")'
 
-    def write_backbone(self, source: Source, folder: Path) -> None:
+    def write_backbone(self, exported: Exported, folder: Path) -> None:
         """Write a `SegformerModel`."""
-        _config(source, "SegformerModel").save_pretrained(folder)
-        save_tensors(part_of(source.tensors, "backbone"), folder / "model.safetensors")
+        _config(exported, "SegformerModel").save_pretrained(folder)
+        save_tensors(part_of(exported.tensors, "backbone"), folder / "model.safetensors")
 
     def backbone_in(self, folder: Path, description: Description) -> str:
         """The folder that the configuration lies in."""
@@ -90,10 +90,10 @@ features = backbone(images, output_hidden_states=True).hidden_states  # four map
 ```"""
 
 
-def _config(source: Source, architecture: str) -> Any:
+def _config(exported: Exported, architecture: str) -> Any:
     """The model's configuration with class names."""
-    description = source.description
-    config: Any = copy.deepcopy(source.segmenter.backbone.config)
+    description = exported.description
+    config: Any = copy.deepcopy(exported.segmenter.backbone.config)
     named = dict(enumerate(description.classes))
     config.id2label = {value: named.get(value, f"unnamed {value}") for value in range(description.num_classes)}
     config.label2id = {name: value for value, name in config.id2label.items()}

@@ -5,6 +5,8 @@
       after_step                the step is launched; its figures are still on the device
       records_read              where a callback wants it: figures of the steps since the last time have been read
       between_steps             after the records: evaluate, save
+        evaluated               a record of an evaluation has been written
+      stopping                  some callback has set `run.stop_reason`, and the run stops after this step
     ended                       always, also after an error
     finished                    all steps have been taken, and the loader processes have ended
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from maskmatch_scale.training.step import StepFigures
 
 Record = dict[str, Any]
-"""A train record as it stands in `metrics.jsonl`."""
+"""A record as it stands in `metrics.jsonl`."""
 
 
 class Callback:
@@ -56,6 +58,12 @@ class Callback:
 
     def between_steps(self, done: int) -> None:
         """``done`` steps are taken. `run.stop_reason` says whether the run stops here."""
+
+    def evaluated(self, record: Record) -> None:
+        """The model was evaluated; ``record`` stands in `metrics.jsonl`."""
+
+    def stopping(self, done: int) -> None:
+        """The run stops after ``done`` steps, because of `run.stop_reason`."""
 
     def said(self, line: str) -> None:
         """Somebody has a line for whoever watches the run."""

@@ -16,8 +16,16 @@ class Checkpoints(Callback):
 
     def between_steps(self, done: int) -> None:
         """Write one if it is due; all ranks together."""
+        if self.wants_records(done):
+            self._save(done)
+
+    def stopping(self, done: int) -> None:
+        """Write one, unless that was done after this step."""
+        if not self.wants_records(done):
+            self._save(done)
+
+    def _save(self, done: int) -> None:
         run = self.run
-        if self.wants_records(done) or run.stop_reason:
-            run.last_checkpoint = save_checkpoint(
-                run.folder, done, run.callback_state(), run.engine, run.teacher, run.runtime, run.batches.state(done)
-            )
+        run.last_checkpoint = save_checkpoint(
+            run.folder, done, run.callback_state(), run.engine, run.teacher, run.runtime, run.batches.state(done)
+        )

@@ -44,5 +44,5 @@ class Evaluation(Callback):
             )
         miou, accuracy = matrix.miou(), matrix.pixel_accuracy()
         record = {"step": done, "kind": "eval", "split": "dev", "weights": weights}
-        run.metrics.write(record | {"miou": miou, "pixel_accuracy": accuracy})
+        run.add_evaluation(record | {"miou": miou, "pixel_accuracy": accuracy})
         run.say(f"step {done}: dev mIoU {miou:.4f}, pixel accuracy {accuracy:.4f} ({weights})")
