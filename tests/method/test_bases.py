@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from maskmatch_scale.data.batches.stream import TrainingStream
+from maskmatch_scale.data.batches.training import TrainingBatches
 from torch import Tensor
 
-from maskmatch_scale.data.batches.loading import batches
+from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.method.bases import Base, PseudoLabels, build_base
 from maskmatch_scale.method.losses import cross_entropy_sum
 from maskmatch_scale.method.maskmatch import MaskMatch, uses_unlabelled
@@ -90,7 +90,7 @@ def test_a_new_base_gives_the_loss_that_it_says(make_recipe: Callable[..., Recip
     recipe = make_recipe(method={"base": "weak", "scales": [1.0], "threshold": 0.3, "mask": {"keep": None}})
     assert uses_unlabelled(recipe.method)
     module = one_step(recipe, model)
-    (batch,) = batches(TrainingStream(recipe, 3, 0, 1, unlabelled=True), 0, 1)
+    (batch,) = load_batches(TrainingBatches(recipe, 3, 0, 1, unlabelled=True), 0, 1)
     step = module.prepare(batch)
     pseudo = module.pseudo_label(step, module.segmenter)
     _, sums = module(step, pseudo, torch.ones(3, dtype=torch.float64))
@@ -107,7 +107,7 @@ def test_a_base_perturbs_features_of_the_views_it_names(
     module = one_step(recipe, model)
     calls: list[int] = []
     module.segmenter.head.register_forward_pre_hook(lambda head, inputs: calls.append(len(inputs[0][0])))
-    (batch,) = batches(TrainingStream(recipe, 3, 0, 1, unlabelled=True), 0, 1)
+    (batch,) = load_batches(TrainingBatches(recipe, 3, 0, 1, unlabelled=True), 0, 1)
     step = module.prepare(batch)
     pseudo = module.pseudo_label(step, module.segmenter)
     calls.clear()
