@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from maskmatch_scale.data.batches.training import TrainingBatches
 from torch import Tensor
 
 from maskmatch_scale.data.batches.loading import load_batches
+from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.method.bases import Base, PseudoLabels, build_base
 from maskmatch_scale.method.losses import cross_entropy_sum
 from maskmatch_scale.method.maskmatch import MaskMatch, uses_unlabelled
