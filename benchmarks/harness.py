@@ -36,7 +36,7 @@ class Timing:
     seconds: tuple[float, ...]
     """By the clock that counts: the process's CPU time on a CPU, wall time on a GPU."""
     wall: tuple[float, ...] = ()
-    """By the clock on the wall; on a GPU the same as `seconds`."""
+    """Wall time; on a GPU the same as `seconds`."""
 
     @property
     def minimum(self) -> float:
@@ -62,13 +62,13 @@ class Timing:
 def time_interleaved(
     variants: Mapping[str, Run], repeats: int, device: torch.device, *, warmed_up: bool = False
 ) -> dict[str, Timing]:
-    """Time variants in turn: one round of warm-up, then `repeats` rounds of every variant once.
+    """Time variants in turn: one warm-up round, then `repeats` rounds. Each round runs every variant once.
 
     So a slow minute of a shared machine affects all variants alike. The order is drawn anew in every round (the same
     draws in every run), so that no variant always runs after the same other one and finds its cache contents.
 
     Args:
-        variants: what to time; each leaves nothing behind for the next.
+        variants: what to time; a run must leave nothing behind, such as gradients, that changes the next one.
         repeats: rounds that count.
         device: decides which clock counts. CPU: the process's CPU time, which does not contain that of other processes.
             CUDA: wall time between synchronisations. Both clocks are kept.
@@ -88,7 +88,7 @@ def time_interleaved(
 
 
 def _now(device: torch.device) -> tuple[float, float]:
-    """(the clock that counts, the clock on the wall), seconds."""
+    """Seconds by the clock that counts, and wall time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         wall = time.perf_counter()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.engine_overhead.report import draw, judge, page
-from benchmarks.harness import ROOT, check_out, describe_machine, write_json
+from benchmarks.harness import ROOT, check_out, describe_machine, say, write_json
 from maskmatch_scale.models import build_segmenter
 
 SOURCES = ("benchmarks/engine_overhead", "benchmarks/harness.py", "maskmatch_scale/engine", "maskmatch_scale/models")
@@ -69,8 +69,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.engine_overhead",
         description="Starts the deepspeed launcher and times a supervised step under torch's DDP and under our engine "
-        "at every ZeRO stage, interleaved in one process group; times and counts the teacher's average; holds the "
-        "bytes of model states against ZeRO's formulas.",
+        "at every ZeRO stage, interleaved in one process group; times and counts the teacher's average; compares "
+        "the bytes of model states with ZeRO's formulas.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: {getattr(options, name)}; it must be at least 1")
         if ranks < 2 or (device.type == "cuda" and ranks > torch.cuda.device_count()):
-            raise ValueError(f"--ranks: {ranks}; it must be at least 2, and on GPUs there must be as many")
+            raise ValueError(f"--ranks: {ranks}; it must be at least 2, and on GPUs at most their number")
         check_out(options.out)
         for backbone in (options.backbone, options.memory_backbone):  # mistakes are found now, not under the launcher
             with torch.device("meta"):
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
             segmenter.check_size(options.image_size, options.image_size)
     except ValueError as error:
-        print(f"engine_overhead: {error}", file=sys.stderr)
+        say(f"engine_overhead: {error}")
         return 2
     torch.set_num_threads(1)
     machine = describe_machine(device, SOURCES) | {"ranks": ranks, "deepspeed": version("deepspeed")}
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = launch(settings | {"bf16": not options.fp32_only}, ranks)
     except RuntimeError as error:
-        print(f"engine_overhead: {error}", file=sys.stderr)
+        say(f"engine_overhead: {error}")
         return 1
     machine |= settings
     judge(found)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.engine_overhead.variants import Variant
 
 GRADIENTS = "all gradients there"
-"""Backward is over and DeepSpeed has reduced nothing of what it reduces after it: the moment of ZeRO's formulas."""
+"""Backward has ended, and DeepSpeed has not begun to reduce what it reduces then: the moment of ZeRO's formulas."""
 BEFORE_STEP = "before the optimizer's step"
 """`backward` has returned: gradients that are not this rank's have been freed."""
 
@@ -30,9 +30,8 @@ def storages() -> Storages:
     gc.collect()
     found: Storages = {}
     for thing in gc.get_objects():
-        if not issubclass(
-            type(thing), Tensor
-        ):  # isinstance() would be answered by proxies for the objects they stand for
+        # Not isinstance(): a proxy would answer it for the object that it stands for.
+        if not issubclass(type(thing), Tensor):
             continue
         gradient = thing.grad if thing.is_leaf else None
         for tensor in (thing, gradient):
@@ -64,7 +63,7 @@ def _add(found: Storages, tensor: Tensor) -> None:
 
 
 def formula(variant: Variant, moment: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes a parameter that a rank keeps: (whole, divided by the number of ranks).
+    """Bytes per parameter that a rank keeps: those it keeps whole, and those divided by the number of ranks.
 
     ZeRO (Rajbhandari et al., arXiv 1910.02054, section 5): weights and gradients of 2 bytes, 12 of optimizer state
     (fp32 master and AdamW's two moments). With fp32 weights DeepSpeed keeps a separate fp32 master all the same from

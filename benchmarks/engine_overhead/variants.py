@@ -152,7 +152,7 @@ class ZeroTrainer:
 
     @property
     def deepspeed(self) -> Any:
-        """DeepSpeed's own engine, whose buffers are looked at."""
+        """DeepSpeed's own engine, whose buffers are measured."""
         return self.engine._engine
 
     def backward(self, images: Tensor, labels: Tensor) -> None:

@@ -62,7 +62,7 @@ and so are gradients that still lie in them; the default of 5e8 elements would h
 
 
 class Clock:
-    """(wall seconds, CPU seconds) of calls, one entry a round, between barriers of all ranks."""
+    """Wall seconds and CPU seconds of calls on this rank. Each call begins at a barrier of all ranks."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -166,11 +166,12 @@ class Bench:
             limit = TOLERANCE[variant.precision]
             if variant.library == "alone":
                 if value < 2 * limit:
-                    raise SystemExit(f"the check cannot tell ranks that do not talk ({value:.3f}) from those that do")
+                    raise SystemExit(f"the check fails to detect ranks that do not communicate ({value:.3f})")
             elif not value <= limit:
                 raise SystemExit(
-                    f"{variant.name} does not do DDP's work: after {WARM_UP} steps its weights are {value:.3f} of the "
-                    f"way that DDP's went apart, more than {limit}; nothing was timed. All: {shown}"
+                    f"{variant.name} does not do the work of DDP: after {WARM_UP} steps its weights differ by "
+                    f"{value:.3f} of the distance that DDP's weights moved, more than {limit}; nothing was timed. "
+                    f"All: {shown}"
                 )
 
     def _step_row(

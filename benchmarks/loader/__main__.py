@@ -38,32 +38,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options of the command line; prints the reason and exits with 2 if they are wrong."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks.loader",
-        description="Times the training stream against the bare decoder and three other loaders on the same JPEGs, in "
-        "turns; measures memory over a long run, continuing, the size of the state, and a large index.",
+        description="Times our training batches against the bare decoder and three other loaders on the same JPEGs, in "
+        "turns; measures memory over a long run, resuming, the size of the state, and a large index.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FILE.json", help="results; a .md and a .png are written beside it")
-    add("--other-python", metavar="PYTHON", help="that has litdata and mosaicml-streaming; default this one")
+    add("--other-python", metavar="PYTHON", help="one that has litdata and mosaicml-streaming; default this one")
     add("--data", type=Path, metavar="FOLDER", help="where the images are written, or lie from an earlier run")
     add("--images", type=int, default=2500, metavar="N", help="default %(default)s")
     add("--width", type=int, default=640, metavar="PX", help="of an image; height is 3/4 of it; default %(default)s")
     add("--crop", type=int, default=512, metavar="PX", help="side of a view; default %(default)s")
     add("--batch", type=int, default=8, metavar="N", help="default %(default)s")
     add("--window", type=int, default=1000, metavar="N", help="samples shuffled with each other; default %(default)s")
-    add("--samples", type=int, default=1600, metavar="N", help="samples of a loader and round; default %(default)s")
+    add("--samples", type=int, default=1600, metavar="N", help="of a loader in a round; default %(default)s")
     add("--rounds", type=int, default=5, metavar="N", help="default %(default)s")
     add("--processes", type=int, default=2, metavar="N", help="loader processes; default %(default)s")
-    add(
-        "--long-run",
-        type=int,
-        default=100_000,
-        metavar="N",
-        help="small samples; default %(default)s",
-    )
+    add("--long-run", type=int, default=100_000, metavar="N", help="small samples of it; default %(default)s")
     add("--large-index", type=int, default=1_000_000, metavar="N", help="shards of it; default %(default)s")
-    add("--state-shards", type=int, default=100_000, metavar="N", help="of the state's index; default %(default)s")
+    add("--state-shards", type=int, default=100_000, metavar="N", help="shards, for the state; default %(default)s")
     add("--ranks", type=int, default=512, metavar="N", help="of the job whose state is measured; default %(default)s")
     return parser.parse_args(arguments)
 
@@ -172,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check(options)
     except ValueError as error:
-        print(f"loader: {error}", file=sys.stderr)
+        say(f"loader: {error}")
         return 2
     with nullcontext(options.data) if options.data else tempfile.TemporaryDirectory() as folder:
         run(options, Path(folder).resolve())

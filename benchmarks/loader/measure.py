@@ -20,11 +20,12 @@ PEERS = {"litdata": "litdata", "streaming": "mosaicml-streaming"}
 """Variants that may need an interpreter of their own, and their distributions."""
 
 STEP_SHARE = 0.75
-"""Length of the simulated training step over the bare decoder's time for a batch: two processes can keep up."""
+"""Length of the simulated training step as a share of the bare decoder's time for a batch: two processes keep up."""
 
 WARM_BATCHES = 10
 
 LINK_BYTES_PER_S = 25e6
+"""Speed of the slow server from which resuming is measured."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from maskmatch_scale.data.images.encode import encode_image
 from maskmatch_scale.data.writing import EncodedSample, StreamItems
 
 _SCENES = 16
@@ -49,9 +49,8 @@ class PhotoSource:
         top, left = int(draw.integers(height // 2 + 1)), int(draw.integers(width // 2 + 1))
         image = scene[top : top + height, left : left + width, draw.permutation(3)] * draw.uniform(0.7, 1.2)
         image = image + draw.normal(0, 9, (height, width, 1)).astype(np.float32)
-        buffer = io.BytesIO()
-        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=quality)
-        return EncodedSample(f"photo-{number:06d}", buffer.getvalue(), "jpg")
+        jpeg = encode_image(Image.fromarray(image.clip(0, 255).astype(np.uint8)), "JPEG", quality=quality)
+        return EncodedSample(f"photo-{number:06d}", jpeg, "jpg")
 
 
 @lru_cache(maxsize=2 * _SCENES)

@@ -1,4 +1,4 @@
-"""What is measured of the package's stream alone: memory over a long run, resuming, the state, large indexes."""
+"""What is measured of our training batches alone: memory over a long run, resuming, the state, large indexes."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _recipe(task: Task, micro_batch: int) -> Recipe:
     )
 
 
-def make_stream(task: Task, world_size: int = 1, index: ShardIndex | None = None) -> TrainingBatches:
-    """The stream of rank 0; no labelled images, `task.batch` unlabelled ones a step and rank."""
+def make_batches(task: Task, world_size: int = 1, index: ShardIndex | None = None) -> TrainingBatches:
+    """The training batches of rank 0; no labelled images, `task.batch` unlabelled ones a step and rank."""
     return TrainingBatches(_recipe(task, task.batch), 2, 0, world_size, unlabelled=True, index=index)
 
 
@@ -58,7 +58,7 @@ def memory(task: Task, samples: int, points: int) -> list[dict[str, Any]]:
     steps = samples // task.batch
     every = max(1, steps // points)
     rows = []
-    for step, _ in enumerate(load_batches(make_stream(task), 0, steps)):
+    for step, _ in enumerate(load_batches(make_batches(task), 0, steps)):
         if step % every == 0:
             rows.append({"samples": step * task.batch, "pss_mb": _pss_mb()})
     return rows
@@ -66,7 +66,7 @@ def memory(task: Task, samples: int, points: int) -> list[dict[str, Any]]:
 
 def resume(task: Task, step: int, repeats: int) -> dict[str, Any]:
     """Seconds from the start to the first batch after ``step`` steps, and of the plain download of one shard."""
-    state = json.loads(json.dumps(make_stream(task).state(step)))
+    state = json.loads(json.dumps(make_batches(task).state(step)))
     seconds, plain = [], []
     for _ in range(repeats):
         if task.cold:
@@ -77,7 +77,7 @@ def resume(task: Task, step: int, repeats: int) -> dict[str, Any]:
                     pass
             plain.append(time.perf_counter() - begin)
         begin = time.perf_counter()
-        stream = make_stream(task)
+        stream = make_batches(task)
         stream.resume(state)
         made = load_batches(stream, step, 1 << 30)
         next(made)
@@ -91,13 +91,13 @@ def state_bytes(task: Task, shards: int, ranks: int, changes: int) -> list[dict[
     index = ShardIndex.parse(b"".join(simulated_index(shards, "{:08d}.tar")), "simulated")
     local = replace(task, root="simulated", batch=1)
     fewer = ranks * 3 // 4
-    stream, step = make_stream(local, ranks, index), 0
+    stream, step = make_batches(local, ranks, index), 0
     rows = [{"shards": shards, "ranks": ranks, "changes": 0, "bytes": len(json.dumps(stream.state(0)))}]
     for change in range(1, changes + 1):
         # A tenth of the epoch later, and not at a round number, so that every lane has samples left.
         step += shards * SAMPLES_PER_SHARD // 10 // ranks + 7
         state = stream.state(step)
-        stream = make_stream(local, fewer if change % 2 else ranks, index)
+        stream = make_batches(local, fewer if change % 2 else ranks, index)
         stream.resume(json.loads(json.dumps(state)))
         size = len(json.dumps(stream.state(step + 1)))
         rows.append({"shards": shards, "ranks": ranks, "changes": change, "bytes": size})
@@ -110,7 +110,7 @@ def index(task: Task, path: str) -> dict[str, Any]:
     loaded = ShardIndex.load(path)
     load_s = time.perf_counter() - begin
     begin = time.perf_counter()
-    stream = make_stream(replace(task, root=path), 1, loaded)
+    stream = make_batches(replace(task, root=path), 1, loaded)
     stream_s = time.perf_counter() - begin
     assert stream.unlabelled is not None
     (source,) = stream.unlabelled.sources

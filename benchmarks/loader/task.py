@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PREFETCH = 2
-"""Batches that a loader process makes ahead, in every variant, as in `batches` of the package."""
+"""Batches that a loader process makes ahead, in every variant, as in `data/batches/loading.py` of the package."""
 
 SAMPLES_PER_SHARD = 250
 
@@ -23,8 +23,12 @@ class Task:
     cache: str
     """Cache folder of the package's own loader."""
     batch: int
+    """Samples of a batch."""
     crop_px: int
+    """Side of a view, px."""
     window: int
+    """Samples that are shuffled with each other."""
     workers: int
+    """Loader processes; 0: the consumer's process loads."""
     cold: bool = False
     """Whether the cache is emptied before."""

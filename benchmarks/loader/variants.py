@@ -107,13 +107,13 @@ def _bare(task: Task, number: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def ours(task: Task) -> Iterator[Any]:
-    """The package's stream, unlabelled images alone."""
-    from benchmarks.loader.stream import make_stream
+    """The package's training batches, unlabelled images alone."""
+    from benchmarks.loader.stream import make_batches
     from maskmatch_scale.data.batches.loading import load_batches
 
     if task.cold:
         shutil.rmtree(task.cache, ignore_errors=True)
-    return load_batches(make_stream(task), 0, 1 << 30)
+    return load_batches(make_batches(task), 0, 1 << 30)
 
 
 def _keyed(sample: tuple[str, bytes], crop_px: int) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ def measure(variant: str, task: Task, warm: int, count: int, paced: int, step_s:
         step_s: seconds that the consumer sleeps after each of these.
 
     Returns:
-        seconds of CPU and on the wall, and the share of the second part that the consumer waited.
+        CPU seconds and wall seconds of the first part, and the share of the second part that the consumer waited.
     """
     cpu, wall = cpu_seconds(), time.perf_counter()
     iterator = iter(VARIANTS[variant](task))

@@ -138,7 +138,7 @@ def _held(module: Any, name: str, images: Tensor) -> list[Tensor]:
 def _figures_of(
     case: Case, head: dict[str, Any], reference: Measured, found: Measured, peak: float | None
 ) -> dict[str, Any]:
-    """The keys of `CONTRACT`, with speed-ups over `reference`, and the seconds from which they are computed."""
+    """The keys of `report.CONTRACT`, with speed-ups over `reference`, and the seconds from which they are computed."""
     speedup = reference.timing.minimum / found.timing.minimum
     ideal = reference.gmacs / found.gmacs
     img_per_s = case.batch / found.timing.minimum

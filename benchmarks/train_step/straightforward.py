@@ -15,7 +15,13 @@ from maskmatch_scale.models.weights import to_transformers_name
 
 
 class Straightforward(nn.Module):
-    """The obvious implementation: the library's model as it ships, with a linear head on a ViT's tokens."""
+    """The library's model with a copy of a segmenter's weights.
+
+    Args:
+        segmenter: whose weights are copied.
+        name: full name of its backbone.
+        size: side of the images, px.
+    """
 
     def __init__(self, segmenter: Segmenter, name: str, size: int) -> None:
         super().__init__()
@@ -36,7 +42,7 @@ class Straightforward(nn.Module):
             self.head.bias.data = state["head.classifiers.0.bias"].clone()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits at the model's own resolution."""
+        """Logits (B, classes, h, w) at the model's own resolution, from images (B, 3, H, W)."""
         if self.is_segformer:
             return self.model(images).logits
         patch = self.model.patch_embed.patch_size[0]
@@ -46,5 +52,5 @@ class Straightforward(nn.Module):
 
 
 def up(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Full-resolution logits."""
+    """Upsample logits (B, classes, h, w) bilinearly to a size (H, W)."""
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)

@@ -1,4 +1,7 @@
-"""What can be wrong with data: errors for users, and the reasons why a sample cannot be used."""
+"""What can be wrong with data: errors for users, and the reasons why a sample cannot be used.
+
+Decision: docs/decisions/0029-faults-on-the-floor-of-data.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One function applied to many items in several processes: the pool of those who write, verify and survey shards."""
+"""A pool of processes that applies one function to many items. Shards are written, verified and surveyed with it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def usable_cores() -> int:
 def results(
     function: Callable[[T], R], items: Iterable[T], workers: int, *, if_killed: str, ordered: bool = True
 ) -> Iterator[Iterator[R]]:
-    """What a function returns for each item, computed in `workers` processes while the body runs.
+    """Apply a function to each item in `workers` processes, while the body runs.
 
-    At most four items a process are under way at once, so that neither items nor results pile up in memory. What the
-    function raises is raised here, and ends everything.
+    At most four items a process are under way at once, so that neither items nor results pile up in memory. An
+    exception that the function raises is raised here, and ends the pool.
 
     Args:
         function: of one item. With several workers it is pickled, and sent to each process once: it may hold tables.
@@ -43,8 +43,11 @@ def results(
         ordered: whether the results come in the order of the items. Otherwise they come as they are ready, so that a
             slow item holds up no other.
 
+    Yields:
+        An iterator over what the function returns.
+
     Raises:
-        DataError: a process was killed, by want of memory for example.
+        DataError: a process was killed, for example because memory ran out.
     """
     if workers <= 1:
         yield map(function, items)
@@ -85,7 +88,7 @@ def _as_ready(pool: ProcessPoolExecutor, items: Iterable[Any], in_flight: int) -
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Processes that start meanwhile have one thread each: numeric libraries read these variables as they load."""
+    """Processes started within the body have one thread each: numeric libraries read these variables as they load."""
     before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
     try:
@@ -103,7 +106,7 @@ _function: list[Callable[[Any], Any]] = []
 
 
 def _start_worker(function: Callable[[Any], Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells the user, once
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent reports the interruption, once
     _function.append(function)
 
 

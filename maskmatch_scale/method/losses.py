@@ -1,4 +1,7 @@
-"""Losses as sums over pixels; the caller divides them by the valid pixels of the global batch."""
+"""Losses as sums over pixels; the caller divides them by the valid pixels of the global batch.
+
+Decision: docs/decisions/0016-bands-and-chunks.md.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch.nn import functional as F
 from maskmatch_scale.models.resample import upsampling_rows
 
 IGNORED = -100
-"""torch's own mark for a pixel that does not count."""
+"""The target value of pixels that do not count: the default `ignore_index` of torch's losses."""
 
 
 def cross_entropy_sum(logits: Tensor, target: Tensor, pixels: Tensor, class_weight: Tensor | None = None) -> Tensor:
@@ -73,7 +76,16 @@ def _logit_gradient(log_p: Tensor, target: Tensor, class_weight: Tensor | None) 
 
 
 def denominator(target: Tensor, pixels: Tensor, class_weight: Tensor | None = None) -> Tensor:
-    """What the sum is divided by: the number of pixels that count, or the sum of their weights. float64 scalar."""
+    """What the sum is divided by: the number of pixels that count, or the sum of their weights.
+
+    Args:
+        target: int64 (B, H, W), as in `cross_entropy_sum`.
+        pixels: bool (B, H, W): the pixels that count.
+        class_weight: float (classes,), or None.
+
+    Returns:
+        float64 scalar.
+    """
     if class_weight is None:
         return pixels.sum().double()
     return class_weight.double()[target.masked_fill(~pixels, 0)].mul(pixels).sum()

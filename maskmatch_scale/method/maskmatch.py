@@ -52,7 +52,7 @@ class Step:
     labelled_pixels: Tensor
     """bool (B, h, w): pixels with a label."""
     unlabelled: Unlabelled | None
-    """None during burn-in and in runs without an unlabelled loss."""
+    """None during burn-in and in runs without a loss on unlabelled images."""
     views: tuple[View, ...]
     masked: MaskedView | None
 
@@ -66,7 +66,7 @@ class MaskMatch(nn.Module):
         seed: of the run.
         ignore_index: label value of pixels that do not count.
         class_weight: float (classes,) weights of the labelled loss, or None.
-        batchnorm_frozen: BatchNorm keeps to its running statistics in training too.
+        batchnorm_frozen: whether BatchNorm uses its running statistics, unchanged, in training too.
         neighbour: the rank beside this one, which CutMix asks for the partner of an odd image; None if there is none.
     """
 
@@ -98,7 +98,7 @@ class MaskMatch(nn.Module):
         self.register_buffer("class_weight", class_weight, persistent=False)
 
     def train(self, mode: bool = True) -> MaskMatch:
-        """Like any module's, but frozen BatchNorm stays in eval mode."""
+        """As `nn.Module.train`, but frozen BatchNorm stays in eval mode."""
         super().train(mode)
         if self.batchnorm_frozen:
             for module in self.segmenter.modules():

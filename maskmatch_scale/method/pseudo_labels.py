@@ -1,4 +1,7 @@
-"""Pseudo-labels of the whole image from a multi-scale ensemble (the paper; scales and rounding are our choice)."""
+"""Pseudo-labels of the whole image from a multi-scale ensemble, as in the paper; scales and rounding are our choice.
+
+Decision: docs/decisions/0016-bands-and-chunks.md.
+"""
 
 from __future__ import annotations
 

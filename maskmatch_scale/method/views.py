@@ -1,8 +1,12 @@
 """Strong views: photometric changes and CutMix, on batches, with parameters drawn for every image by itself.
 
-Parameters are drawn on the host from (seed, purpose, position in the unlabelled stream) and applied to the whole batch
-on its device. So an image's views do not depend on the other images of its batch, on its rank or on its worker. Only
-CutMix's partner does: it is the image beside it in the global batch.
+Parameters are drawn on the host from (seed, purpose, position) and applied to the whole batch on its device. The
+position of an image is a number made from its source, its epoch and its place in the epoch. So an image's views do not
+depend on the other images of its batch, on its rank or on its worker. Only CutMix's partner does: it is the image
+beside it in the global batch.
+
+Decision: docs/decisions/0006-draws-by-place.md.
+Decision: docs/decisions/0010-weak-view-on-cpu-strong-view-on-device.md.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ class _Photometric:
 
 
 def _draw(recipe: StrongViewRecipe, source: torch.Generator) -> _Photometric:
-    # Every number is drawn, whether it is used or not, so that switching one operation off changes no other's draw.
+    # Every number is drawn, also where it is not used, so that switching one operation off changes no draw of another.
     def factor(strength: float) -> float:
         return uniform(source, max(0.0, 1 - strength), 1 + strength)
 
@@ -65,7 +69,7 @@ def photometric(images: Tensor, recipe: StrongViewRecipe, seed: int, positions: 
         images: float (U, 3, h, w), values 0–1.
         recipe: strengths and probabilities.
         seed: of the run.
-        positions: U positions in the unlabelled stream.
+        positions: U numbers, see :attr:`Unlabelled.positions`.
         view: number of the strong view; each has draws of its own.
 
     Returns:
@@ -98,7 +102,14 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _turn_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Turn colours about the grey axis in YIQ: a linear map of RGB, one 3 × 3 matrix an image."""
+    """Turn colours about the grey axis in YIQ: a linear map of RGB, one 3 × 3 matrix an image.
+
+    Decision: docs/decisions/0011-hue-in-yiq.md.
+
+    Args:
+        images: float (U, 3, h, w), values 0–1.
+        turns: float, U values: angles as shares of a full turn.
+    """
     to_yiq = images.new_tensor([GREY_WEIGHTS, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
     angle = turns.flatten() * 2 * math.pi
     turn = torch.zeros(len(images), 3, 3, dtype=images.dtype, device=images.device)
@@ -173,15 +184,16 @@ def draw_cutmix(
     neighbour: Neighbour | None = None,
     view: int = 0,
 ) -> CutMix:
-    """One box an image (or none), its partner the neighbour (0 ↔ 1, 2 ↔ 3, …) in the global batch.
+    """Draw one box for each image, or none.
 
-    So pairs are the same however the global batch is shared out among ranks. With an odd number of images on each rank
-    some pairs lie on two neighbouring ranks. In an odd global batch the last image takes its box from the first.
+    An image's partner is the one beside it in the global batch (0 ↔ 1, 2 ↔ 3, …). So pairs are the same however the
+    global batch is shared out among ranks. With an odd number of images on each rank some pairs lie on two neighbouring
+    ranks. In an odd global batch the last image takes its box from the first.
 
     Args:
         recipe: cutmix_probability, cutmix_area.
         seed: of the run.
-        positions: U positions in the unlabelled stream.
+        positions: U numbers, see :attr:`Unlabelled.positions`.
         size_px: (h, w).
         device: of the result.
         neighbour: the rank beside this one; None if there is only one.
@@ -230,7 +242,7 @@ class Unlabelled:
 
     weak: View
     positions: Sequence[int]
-    """Place of each image in the endless unlabelled stream."""
+    """For each image the number that its draws depend on: `unlabelled_positions` of the `Batch`."""
     recipe: StrongViewRecipe
     seed: int
     neighbour: Neighbour | None = None

@@ -3,6 +3,8 @@
 A family is one module or package beside this one, and one line in `models/families.py`. It says which names it takes,
 how a backbone is built from one, and what such a backbone can do. No other code asks for a name's prefix or for the
 class of an encoder. `tests/models/test_families.py` adds a family of its own to show this.
+
+Decision: docs/decisions/0031-capabilities-asked-of-the-family.md.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def checkpoint_blocks(self) -> None:
-        """From now on keep only the inputs of blocks for backward, which then runs every block again.
+        """From now on keep only the inputs of blocks for the backward pass, which then runs every block again.
 
         Activation checkpointing (Chen et al., arXiv 1604.06174): less memory and more time. Outputs and gradients stay
         the same, with and without a mask.
@@ -148,7 +150,7 @@ class Backbone:
     dropout: float = 0.1
     """Before the classifier of the heads that have dropout."""
     read_weights: Callable[[], dict[str, Tensor]] | None = None
-    """Reads weights in a segmenter's names, once the head is built: for a library whose weights may have a head."""
+    """Reads weights, named as in a segmenter, when the head is built; for libraries whose weights may have a head."""
 
 
 class Family(ABC):

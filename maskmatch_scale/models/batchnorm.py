@@ -1,7 +1,9 @@
 """BatchNorm over the batch of all ranks, by a callable that sums over them, since `models` know no process group.
 
 torch's own SyncBatchNorm runs on GPUs only, and it is a module that the head would have to call. The head's BatchNorm
-is computed in chunks together with the layers behind it (`models/classify.py`).
+is computed in chunks together with the layers after it (`models/classify.py`).
+
+Decision: docs/decisions/0023-batchnorm-over-all-ranks.md.
 """
 
 from __future__ import annotations

@@ -31,9 +31,9 @@ def build_segmenter(
         backbone: `timm/<model name>` (VisionTransformer and Eva models), `transformers/segformer-b0` … `-b5`, or
             `transformers/<folder>` with a SegFormer `config.json`.
         num_classes: number of classes, at least 2.
-        head: `segformer` (transformers' all-MLP head), `linear`, `pixel_shuffle` (classes × r² values a cell, logits
-            a pixel), or `dpt` (convolutional fusion of four levels; of a ViT, features of four depths, logits at a
-            quarter of the patch); None: `segformer` for SegFormer, `linear` for a ViT.
+        head: `segformer` (transformers' all-MLP head), `linear`, `pixel_shuffle` (classes × r² values a cell: logits
+            for each pixel), or `dpt` (convolutional fusion of four levels; for a ViT, features of four depths, and
+            logits at a quarter of the patch); None: `segformer` for SegFormer, `linear` for a ViT.
         pretrained: None or False (random), True (the library's own weights; for a folder, those in it), or a local
             file or folder: safetensors, .pth (tensors only), a folder of transformers, or an export of this package.
         image_size: side or (height, width) in pixels for which a ViT's position embedding is laid out; None: the

@@ -4,6 +4,8 @@ BatchNorm, ReLU, dropout and the 1×1 classifier act on each position by itself,
 over all positions. So only the features before BatchNorm are kept. Backward computes everything after them again,
 dropout's draws included, one chunk at a time, while the chunk lies in the cache. A `SynchronisedBatchNorm2d` takes its
 sums over the positions of all ranks, which exchange no more than a few vectors of E numbers.
+
+Decision: docs/decisions/0016-bands-and-chunks.md.
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ narrow transformer blocks mix the tokens, and a linear layer expands every maske
 unit, at every level that the head reads. Visible features are not changed, so with all units visible the result is
 that of the full forward pass.
 
-After MAE's decoder (He et al., arXiv 2111.06377); narrow and shallow, since the encoder should do the work.
+It follows MAE's decoder (He et al., arXiv 2111.06377). It is narrow and shallow, since the encoder should do the work.
+
+Decision: docs/decisions/0012-context-decoder-on-units.md.
 """
 
 from __future__ import annotations
@@ -50,9 +52,15 @@ class ContextDecoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, features: Sequence[Tensor], visible: Tensor, grid: Grid) -> list[Tensor]:
-        """Unit tokens (B, k, r, r, C) of every level to those of the masked units, (B, rows · cols − k, r, r, C).
+        """Predict the masked units' features from the visible ones.
 
-        Masked units come in the order of `units.masked_units`. Any grid will do.
+        Args:
+            features: unit tokens (B, k, r, r, C) of every level.
+            visible: int64 (B, k), sorted indices of the visible units.
+            grid: (rows, cols) of units, of any size.
+
+        Returns:
+            (B, rows · cols − k, r, r, C) of every level, in the order of `units.masked_units`.
         """
         batch, k = visible.shape
         summary = torch.stack([layer(level.flatten(2)) for layer, level in zip(self.summarise, features)]).sum(0)

@@ -16,7 +16,7 @@ from maskmatch_scale.models.segmenter import Segmenter
 def encoder_macs(segmenter: Segmenter, height_px: int, width_px: int, visible_units: int | None = None) -> int:
     """Multiply–adds of one image's forward pass through the backbone: no head, no context decoder.
 
-    Only shapes are read, so a model on the meta device will do. Each family's encoder has its formula: `Encoder.macs`.
+    Only shapes are read, so a model on the meta device is enough. Every encoder has its own formula: `Encoder.macs`.
 
     Args:
         segmenter: gives the backbone and the side of a unit.

@@ -1,6 +1,8 @@
 """The backbone families that there are, and the questions that a backbone's name answers.
 
 To add a family: write its module, and add it to `FAMILIES`. `models/backbone.py` says what it must define.
+
+Decision: docs/decisions/0031-capabilities-asked-of-the-family.md.
 """
 
 from __future__ import annotations

@@ -118,6 +118,9 @@ class SegformerHead(nn.Module):
     1×1 convolution. Projection and fusion are linear and commute with upsampling. So here their weights are multiplied
     together once and applied at every level's own resolution, and the tensor of 4·E channels never exists. Parameters
     keep transformers' names (`SegformerDecodeHead`), so its checkpoints load both ways.
+
+    Decision: docs/decisions/0015-segformer-head-reassociated.md.
+    Decision: docs/decisions/0024-no-gradient-for-the-bias-before-batchnorm.md.
     """
 
     def __init__(

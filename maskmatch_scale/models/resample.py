@@ -4,6 +4,8 @@ A band of output rows depends on a few source rows: it is a small matrix times t
 `F.interpolate(mode="bilinear", align_corners=False)`, and backward multiplies by its transpose. So `upsampled_sum` adds
 in a fixed order on every device. `RowBand` leaves the columns to torch, whose backward adds atomically on GPUs, which
 is in no fixed order.
+
+Decision: docs/decisions/0016-bands-and-chunks.md.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ _CHUNK_ELEMENTS = {"cpu": 2**18}
 """A CPU works through a chunk in several passes, so a chunk should fit the cache: 1 MB in float32."""
 _CHUNK_ELEMENTS_ELSEWHERE = 2**26
 """An accelerator needs work for all its processors; 256 MB in float32 is little of its memory."""
-
 
 _BAND_ROWS = {"cpu": 8}
 """Few rows keep the matrix of a band small and its rows in the cache."""
@@ -46,7 +47,15 @@ class Band:
 
 @lru_cache(maxsize=256)
 def upsampling_bands(source: int, output: int, rows: int, dtype: torch.dtype, device: torch.device) -> list[Band]:
-    """Cut `output` rows, interpolated from `source` rows, into bands of at most `rows`."""
+    """Cut `output` rows, interpolated from `source` rows, into bands of at most `rows` rows.
+
+    Args:
+        source: number of source rows.
+        output: number of output rows.
+        rows: most output rows of a band.
+        dtype: of the weights.
+        device: of the weights.
+    """
     place = ((torch.arange(output, dtype=torch.float64) + 0.5) * (source / output) - 0.5).clamp_(min=0)
     first = place.floor().long()
     second = (first + 1).clamp(max=source - 1)

@@ -28,6 +28,8 @@ class Segmenter(nn.Module):
     A call with `visible` never changes running statistics of BatchNorm. In training it normalises by its own batch.
     A teacher or an export runs on whole images and must be normalised by statistics of whole images.
 
+    Decision: docs/decisions/0013-masked-passes-leave-running-statistics.md.
+
     Attributes:
         num_classes: number of classes.
         unit_px: side of a maskable unit, pixels.
@@ -60,7 +62,7 @@ class Segmenter(nn.Module):
         self.patch_px = encoder.patch_px
         self.mean, self.std = mean, std
         self.family = family
-        self.encoder = encoder  # no module: it reads `backbone`, and deepcopy copies the two together
+        self.encoder = encoder  # not a module: it runs `backbone`, and deepcopy copies the two together
 
     def compile_blocks(self) -> None:
         """torch.compile the backbone's blocks, in place; copy the segmenter before this call, not after it.
@@ -141,7 +143,7 @@ class Segmenter(nn.Module):
         if bool(images.detach().sum(dtype=torch.promote_types(images.dtype, torch.float32)).isfinite()):
             return
         bad = ~images.detach().isfinite()
-        if visible is not None:  # nothing of a masked unit is ever read
+        if visible is not None:  # masked units are never read
             bad &= visible_pixel_mask(visible, self.unit_grid(*images.shape[2:]), self.unit_px)[:, None]
         if bool(bad.any()):
             value, image = float(images.detach()[bad][0]), int(bad.nonzero()[0, 0])

@@ -135,6 +135,7 @@ class Piece:
     """One file of the corpus.
 
     Attributes:
+        folder: the corpus folder.
         path: relative to the corpus folder, with `/`.
         work: identity for splitting; equal for movements, versions and duplicates of one work.
         repertory: a key of :data:`REPERTORIES`.
@@ -170,7 +171,7 @@ def find_pieces(folder: Path) -> list[Piece]:
     Two files are one work when the rules for file names say so (:func:`_work_by_name`) or when any part of one begins
     with the melody of any part of the other, in whatever key (:func:`_melodies`). The second rule finds
     the same chorale tune under two numbers, old versions of an encoding, and one song under two titles; it also joins
-    different harmonisations of one tune, which is meant: they look alike.
+    different harmonisations of one tune, which is intended, because they look alike.
     """
     found = [
         Piece(folder, name, "", _repertory(name))

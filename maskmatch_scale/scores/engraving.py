@@ -39,8 +39,8 @@ OVERSAMPLING = 3
 """Points a pixel along each side."""
 
 INK_THRESHOLD = 3
-"""Of the 9 points of a pixel, those that must be ink for it to be labelled: a staff line between two rows of pixels
-covers a third of each, and must not fall through both."""
+"""How many of the 9 points of a pixel must be ink for it to be labelled. A staff line between two rows of pixels covers
+a third of each row, and must not be missing from the labels of both."""
 
 _CLASS_OF_GROUP = {
     "staff": STAFF,  # its own paths are the five lines; what stands on them has groups of its own

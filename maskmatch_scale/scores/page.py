@@ -21,7 +21,7 @@ MEASURES = 28
 """Measures engraved for a page: enough to fill a sheet of twice its height at any density of notes."""
 
 _FULL = 0.8
-"""Share of the most ink that any window of a sheet holds, from which on a window may become a page."""
+"""A window of a sheet may become a page if it has at least this share of the ink of the window with the most ink."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,14 @@ class Page:
 
     Attributes:
         key: name of the sample.
+        corpus: the corpus folder.
         piece: path of the score below `corpus`.
         work: identity of the work for splitting.
         first: first measure, from 1.
         font: verovio's music font.
-        house_style: engraved with default widths; otherwise widths and spacings vary by page.
+        house_style: whether line widths and spacings are the default ones; otherwise they vary by page.
         labelled: whether the sample carries its label map.
-        aged: False leaves the drawing clean: no geometry, no scan.
+        aged: whether the drawing is rotated, warped and made to look scanned.
         size: side of the page, px.
         seed: of the data set.
     """

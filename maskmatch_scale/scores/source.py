@@ -73,7 +73,7 @@ class ScoresSource:
         seed: of the split, of engraving styles and of the ageing.
         labelled, unlabelled, dev, val, val_font: pages in each stream; 0 leaves a stream out.
         size: side of a page, px.
-        aged: False leaves pages clean, as drawn.
+        aged: whether pages are made to look like scans; otherwise they are as drawn.
 
     Raises:
         DataError: the `quickstart` extra is not installed, or more pages are asked for than the corpus has.

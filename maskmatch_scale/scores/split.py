@@ -3,8 +3,8 @@
 What counts as one work: :func:`maskmatch_scale.scores.corpus.find_pieces`. A seeded hash orders the works of each
 repertory and deals them to `labelled`, `dev`, `val`, `val_font`; `unlabelled` gets those that remain. A work with more
 than `_ANTHOLOGY` files (Bach's passions and the chorales that share their tunes) is always unlabelled. Labelled pages
-are those that show the most kinds of symbols among a few that the hash picks, for somebody who can afford to label a
-few pages would choose such.
+are those that show the most kinds of symbols among a few that the hash picks: somebody who can label only a few pages
+would choose such pages.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SHARES = {"chorale": 0.3, "madrigal": 0.15, "medieval": 0.15, "instrumental": 0
 """Share of a stream's pages from each repertory, as far as it has so many."""
 
 _STEP = 24
-"""Measures from the start of one page of a piece to the next."""
+"""Measures from the start of one page of a piece to the start of the next."""
 
 _ANTHOLOGY = 8
 _HELD_OUT_PAGES_A_WORK = 2

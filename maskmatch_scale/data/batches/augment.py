@@ -3,6 +3,8 @@
 The v2 transforms of torchvision draw from global state. So the parameters are drawn here, from an explicit generator,
 and applied by the functional forms of v2. A window is cut out of the image first, and then resized to the size of the
 crop. That gives the same view as resizing the whole image by a factor and cropping it, but only the crop is resized.
+
+Decision: docs/decisions/0010-weak-view-on-cpu-strong-view-on-device.md.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ class WeakView:
     ignore_index: int
 
     def __call__(
-        self, image: Tensor, label: Tensor | None, source: torch.Generator, around: tuple[int, int] | None = None
+        self, image: Tensor, label: Tensor | None, generator: torch.Generator, around: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Draw one view.
 
         Args:
             image: uint8 (3, H, W).
             label: uint8 (H, W), or None for an unlabelled image.
-            source: the generator that every number is drawn from.
+            generator: the generator that every number is drawn from.
             around: (y, x) of a pixel of the image that the view must contain.
 
         Returns:
@@ -52,11 +54,11 @@ class WeakView:
         height, width = image.shape[-2:]
         rows, columns = self.crop_px
         low, high = (math.log(bound) for bound in self.scale_range)
-        scale = math.exp(uniform(source, low, high))
+        scale = math.exp(uniform(generator, low, high))
         window = (max(1, round(rows / scale)), max(1, round(columns / scale)))
-        top = self._start(window[0], height, around[0] if around else None, source)
-        left = self._start(window[1], width, around[1] if around else None, source)
-        mirrored = float(torch.rand((), generator=source)) < self.flip_probability
+        top = self._start(window[0], height, around[0] if around else None, generator)
+        left = self._start(window[1], width, around[1] if around else None, generator)
+        mirrored = float(torch.rand((), generator=generator)) < self.flip_probability
 
         # If the window is larger than the image, the image is put in its top left corner, and the rest is padding.
         inside = (min(window[0], height - top), min(window[1], width - left))
@@ -80,28 +82,28 @@ class WeakView:
         return view, target_label, valid
 
     @staticmethod
-    def _start(window: int, side: int, pixel: int | None, source: torch.Generator) -> int:
+    def _start(window: int, side: int, pixel: int | None, generator: torch.Generator) -> int:
         """First row (or column) of the window, drawn uniformly from those that are allowed.
 
         Args:
             window: rows (or columns) of the window, px.
             side: rows (or columns) of the image, px.
             pixel: row (or column) that the window must contain, or None.
-            source: the generator.
+            generator: the generator.
         """
         low, high = 0, max(0, side - window)
         if pixel is not None:
             low, high = max(low, pixel - window + 1), min(high, pixel)
-        return int(torch.randint(low, high + 1, (), generator=source))
+        return int(torch.randint(low, high + 1, (), generator=generator))
 
 
-def rare_class_pixel(label: Tensor, class_weight: Tensor, source: torch.Generator) -> tuple[int, int] | None:
+def rare_class_pixel(label: Tensor, class_weight: Tensor, generator: torch.Generator) -> tuple[int, int] | None:
     """Draw a class of this label map by weight, and a pixel of that class (rare-class sampling of DAFormer).
 
     Args:
         label: uint8 (H, W).
         class_weight: float (classes,), of any scale; classes that are not in the map are left out.
-        source: the generator.
+        generator: the generator.
 
     Returns:
         (y, x), or None if no class of the map has a positive weight.
@@ -110,7 +112,7 @@ def rare_class_pixel(label: Tensor, class_weight: Tensor, source: torch.Generato
     weight = class_weight * (counts > 0)
     if not bool(weight.any()):
         return None
-    drawn = int(torch.multinomial(weight, 1, generator=source))
-    number = int(torch.randint(int(counts[drawn]), (), generator=source))
+    drawn = int(torch.multinomial(weight, 1, generator=generator))
+    number = int(torch.randint(int(counts[drawn]), (), generator=generator))
     flat = int((label.flatten() == drawn).nonzero()[number])
     return flat // label.shape[1], flat % label.shape[1]

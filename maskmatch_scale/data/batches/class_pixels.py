@@ -19,7 +19,7 @@ class ClassPixels:
     Args:
         sources: the labelled sources.
         num_classes: classes of the model.
-        label_map: decodes a sample's label map to uint8 (H, W); raises BadSample.
+        label_map: decodes a sample's label map to uint8 (H, W), or raises BadSample.
     """
 
     def __init__(

@@ -4,6 +4,8 @@ A process hands a batch over in shared memory. The loader of torch allocates new
 access to each page of it can take longer than writing the batch. Here the memory is allocated once, in *slots* for one
 batch each: batch n is put in slot n mod slots, and only the rest of the batch goes through the queue of the loader. A
 slot may be used again when its batch was copied out of it, which is before the loader is asked for the next batch.
+
+Decision: docs/decisions/0003-batches-in-reused-shared-memory.md.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class _Rest:
 
 
 class _Filling(Dataset["_Rest | DataError"]):
-    """Number of a micro-batch → its rest, when its tensors are in their slot."""
+    """Maps the number of a micro-batch to its rest, after its tensors were put in their slot."""
 
     def __init__(self, made: TrainingBatches, start: int, slots: list[_Slot]) -> None:
         self.made, self.start, self.slots = made, start, slots

@@ -152,6 +152,8 @@ def _open_stream(
 def count_lanes(recipe: Recipe, world_size: int) -> int:
     """Number of lanes: ``data.lanes``, or one per rank.
 
+    Decision: docs/decisions/0005-lanes-by-ranks.md.
+
     Raises:
         DataError: it does not divide the images of a micro-batch over all ranks.
     """

@@ -8,6 +8,8 @@ and each rank has its own slots of it. So
 * the state is the number of the step, and what each source had left when the mix last changed
   (:mod:`~maskmatch_scale.data.order.mix`). It is a small piece of JSON, the same on all ranks. It does not depend on
   loader processes, nor on the batches that they have made ahead.
+
+Decision: docs/decisions/0030-a-stream-is-a-list-of-shards.md.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ STATE_FORMAT = 1
 
 
 class TrainingBatches(Dataset[Batch]):
-    """Number of a micro-batch → :class:`Batch` of one rank. Any process may make any batch.
+    """Maps the number of a micro-batch to one rank's :class:`Batch`. Any process may make any batch.
 
     Args:
         recipe: sections data, engine, run and method are read.
-        num_classes: classes of the model; a label above them is a bad sample.
+        num_classes: classes of the model; a sample with a label value from here on, except the ignored one, is bad.
         rank: whose batches.
         world_size: number of ranks.
         unlabelled: whether unlabelled images are read at all.
@@ -118,7 +120,11 @@ class TrainingBatches(Dataset[Batch]):
         return self._class_pixels.total()
 
     def count_class_pixels(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """Count them now, each rank a share of the samples. All ranks must call it together."""
+        """Count them now, each rank a share of the samples. All ranks must call it together.
+
+        Args:
+            sum_over_ranks: sums an int64 (classes,) over all ranks.
+        """
         self._class_pixels.count_on_all_ranks(self.rank, self.world_size, sum_over_ranks)
 
     def __getitem__(self, number: int) -> Batch:

@@ -1,4 +1,9 @@
-"""A place in the order to the weak view of its sample: read, decoded, and cut by parameters drawn from the place."""
+"""From a place in the order to the weak view of its sample, which is read, decoded and cropped.
+
+The parameters of the view are drawn from the place.
+
+Decision: docs/decisions/0006-draws-by-place.md.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +27,7 @@ def label_map(raw: RawSample, num_classes: int, ignore_index: int, size: tuple[i
     Args:
         raw: the sample.
         num_classes: values from here on are refused, except ``ignore_index``.
-        ignore_index: value of pixels that count for nothing.
+        ignore_index: value of ignored pixels.
         size: (H, W) that it must have, in px; None allows any.
 
     Returns:
@@ -41,9 +46,9 @@ class SampleViews:
     Args:
         recipe: section data and ``run.seed`` are read.
         num_classes: classes of the model.
-        ignore_index: label value of pixels that count for nothing.
-        class_pixels: int64 (classes,): pixels of each class in the labelled samples. It is called for crops around a
-            pixel of a rare class only.
+        ignore_index: label value of ignored pixels.
+        class_pixels: gives int64 (classes,), the pixels of each class in the labelled samples. It is called only for
+            crops around a pixel of a rare class.
     """
 
     def __init__(self, recipe: Recipe, num_classes: int, ignore_index: int, class_pixels: Callable[[], Tensor]) -> None:

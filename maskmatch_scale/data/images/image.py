@@ -17,8 +17,8 @@ T = TypeVar("T")
 
 _SCANS = 20
 _SCANNED_PIXELS = 500_000_000
-"""A JPEG of more scans may have this many pixels times scans. Progressive ones have about ten scans; thousands of empty
-ones in a small file would take minutes to decode."""
+"""In a JPEG of more than `_SCANS` scans, pixels times scans may be at most this. Progressive JPEGs have about ten;
+thousands of empty scans in a small file would take minutes to decode."""
 _START_OF_SCAN = b"\xff\xda"
 _LOST_PIXELS = ("Corrupt JPEG data", "Premature end")
 """Complaints of libjpeg-turbo that mean lost pixels; others are harmless."""
@@ -43,18 +43,19 @@ def decode_planes(
         raise
     except Image.DecompressionBombError as error:  # WebP's class alone has Pillow's limit, 179 million pixels
         raise bad("too_large", name, f"{said(error)}; shrink it") from None
-    except Exception as error:  # a decoder that is fed with anything may raise anything
+    except Exception as error:  # decoders may raise any exception for damaged bytes
         raise bad("not_an_image", name, f"not a readable image ({said(error)}); replace it") from None
     planes = _turned(pixels, orientation).transpose(2, 0, 1)
-    # Torch reads no backward strides. NumPy's copy takes half the time of torch's on one thread.
+    # Torch takes no arrays with negative strides. NumPy's copy takes half the time of torch's on one thread.
     return np.ascontiguousarray(planes) if contiguous or orientation != 1 else planes
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width (px) of a JPEG that libjpeg-turbo has decoded to its end.
+    """Decode a JPEG to its end by libjpeg-turbo, to be sure that it can be decoded.
 
     Returns:
-        None if Pillow has to look at the bytes: they are no JPEG, do not end as one, or hold something rare.
+        Height and width (px). None if Pillow has to try instead: the bytes do not begin and end as a JPEG does, or
+        libjpeg-turbo does not decode its kind, or complains of something harmless.
 
     Raises:
         ValueError: pixels are lost.
@@ -72,7 +73,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """The image with its upper 8 bits, if it is grey of 16; any other image as it is."""
+    """A 16-bit grey image reduced to its upper 8 bits; any other image as it is."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image
@@ -144,7 +145,7 @@ def _orientation(data: bytes) -> int:
     try:
         with quiet():
             value = open_stored(data).getexif().get(_ORIENTATION, 1)
-    except Exception:  # broken metadata says nothing of the pixels
+    except Exception:  # the pixels may be good where the metadata are broken
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 

@@ -1,4 +1,4 @@
-"""Decoding label maps to NumPy arrays: those that lie in shards, and those of data sets that are to be written."""
+"""Decoding label maps to NumPy arrays: those in shards, and those of data sets that are written as shards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _UNSCALE = {2: 85, 4: 17}
 _MODES = ("1", "L", "P", "I;16")
 """Pillow's modes of one channel."""
 _FORMATS = ("PNG", "TIFF", "BMP", "GIF")
-"""Formats in which data sets have label maps: without loss."""
+"""Formats that label maps of data sets may have; all of them are lossless."""
 
 
 def decode_values(
@@ -74,7 +74,7 @@ def decode_values(
 
 
 def decode_raw_values(data: bytes, name: str) -> NDArray[Any]:
-    """What a label map of a data set holds: the numbers of a grey or palette image, the colours of an RGB image.
+    """Decode a label map of a data set: the numbers of a grey or palette image, the colours of an RGB image.
 
     Args:
         data: the bytes of a PNG, TIFF, BMP or GIF.
@@ -88,7 +88,9 @@ def decode_raw_values(data: bytes, name: str) -> NDArray[Any]:
     """
     with file_faults(name, "not_a_label", "label map"), open_any(data) as image:
         if image.format not in _FORMATS:
-            raise BadSample("not_a_label", f"{name}: a label map has to be a PNG, not a {image.format} (lossy?)")
+            raise BadSample(
+                "not_a_label", f"{name}: a label map of format {image.format}, not one of {', '.join(_FORMATS)}"
+            )
         if image.mode in ("RGB", "RGBA"):
             return np.asarray(image.convert("RGB"))
         if image.mode not in (*_MODES, "I;16B"):
@@ -98,7 +100,7 @@ def decode_raw_values(data: bytes, name: str) -> NDArray[Any]:
 
 
 def is_8_bit_grey_png(data: bytes) -> bool:
-    """Whether a label map is what a writer would make of it: a grey PNG of 8 bits."""
+    """Whether the bytes are a grey PNG of 8 bits, the format in which label maps are written to shards."""
     return data.startswith(PNG) and data[_BIT_DEPTH : _COLOUR_TYPE + 1] == b"\x08\x00"
 
 
@@ -123,7 +125,7 @@ def _stored_values(
 
 
 def _values(image: Image.Image, data: bytes) -> NDArray[np.unsignedinteger[Any]]:
-    """The numbers of an image of one channel as they lie in the file: (H, W), uint8, or uint16 of 16 bits."""
+    """The numbers that the file of a one-channel image holds: (H, W), uint16 if it has 16 bits, otherwise uint8."""
     values = np.array(image)
     if image.mode.startswith("I;16"):
         return values.astype(np.uint16)

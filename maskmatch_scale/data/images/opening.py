@@ -1,8 +1,8 @@
-"""Opening image files with Pillow: which formats, how many pixels, and how faults are told.
+"""Opening image files with Pillow: which formats, how many pixels, and how faults are reported.
 
-Two ways to open. What lies in a shard may come from anybody, so `open_stored` reaches only Pillow's classes for the
-three formats of shards, and not Pillow's own limit of size. A data set that somebody writes as shards may hold any
-format, so `open_any` asks all of Pillow's classes.
+There are two ways to open. What lies in a shard may come from anybody, so `open_stored` uses only Pillow's classes for
+the three formats of shards; these classes do not apply Pillow's own limit of size, except that for WebP. A data set
+that is written as shards may hold any format, so `open_any` tries all of Pillow's classes.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def open_any(data: bytes) -> Image.Image:
 
 @contextmanager
 def file_faults(name: str, reason: str, what: str) -> Iterator[None]:
-    """Within, any exception becomes a :class:`BadSample`; those that are one already pass. Pillow's warnings are off.
+    """Turn any exception of the body into a :class:`BadSample`, and suppress Pillow's warnings.
 
     Args:
         name: of the file, for the message.
         reason: one of :data:`maskmatch_scale.data.faults.REASONS`.
-        what: the file should be, for the message.
+        what: what the file should be, for the message.
     """
     try:
         with quiet():
@@ -74,7 +74,7 @@ def file_faults(name: str, reason: str, what: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Pillow warns of odd metadata and palettes. Nobody who trains or writes shards can act on that."""
+    """Suppress Pillow's warnings of odd metadata and palettes. Users of this package cannot act on them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -92,7 +92,7 @@ def bad(reason: str, name: str, what: str) -> BadSample:
     Args:
         reason: one of :data:`maskmatch_scale.data.faults.REASONS`.
         name: shard and key. A name from a tar may hold line ends and escape sequences, which must reach no terminal.
-        what: is wrong.
+        what: what is wrong.
     """
     shown = name if name.isprintable() else repr(name)[1:-1]
     return BadSample(reason, f"{shown}: {what}")

@@ -12,6 +12,9 @@ So each shard is read by one lane only, except those that a cut goes through: at
 
 Random numbers are the raw bits of Philox, which numpy keeps the same over versions and machines (NEP 19). A permutation
 is the sorting order of such numbers.
+
+Decision: docs/decisions/0001-random-access-to-shards.md.
+Decision: docs/decisions/0005-lanes-by-ranks.md.
 """
 
 from __future__ import annotations

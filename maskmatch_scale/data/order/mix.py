@@ -22,7 +22,11 @@ from maskmatch_scale.data.order.queue import Interval, Place, Queue
 
 
 def shares(weights: Sequence[float]) -> tuple[Fraction, ...]:
-    """The share of each source in what the sources before it leave. They are exact; that of the last one is 1."""
+    """For each source its share of the samples that the sources before it leave, exact. That of the last one is 1.
+
+    Args:
+        weights: > 0, of any scale.
+    """
     exact = [Fraction(str(weight)) for weight in weights]
     return tuple(weight / sum(exact[number:]) for number, weight in enumerate(exact))
 

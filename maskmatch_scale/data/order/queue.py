@@ -6,6 +6,8 @@ then, and none comes twice.
 
 A *round* is what is dealt at once: round 0 is what was left of epochs that had been begun when the queue was made, and
 each later round is one whole epoch. Each round is cut into one run per lane.
+
+Decision: docs/decisions/0005-lanes-by-ranks.md.
 """
 
 from __future__ import annotations

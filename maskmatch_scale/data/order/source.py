@@ -1,4 +1,7 @@
-"""One source of the mix: the order of its samples, and which sample replaces one that cannot be used."""
+"""One source of the mix: the order of its samples, and which sample replaces one that cannot be used.
+
+Decision: docs/decisions/0030-a-stream-is-a-list-of-shards.md.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,13 @@ from maskmatch_scale.seeds import derive_seed
 Prepared = TypeVar("Prepared")
 
 _REPLACEMENTS_PER_RANGE = 16
-"""Samples that are drawn in place of a bad one: so many from its window, from the next window, and from its epoch."""
+"""Replacements of a bad sample that are drawn from its window, then from a neighbouring one, then from its epoch."""
 
 _ORDERS_KEPT = 4
 """Epochs whose order is kept in memory. All lanes are in the same epoch or in neighbouring ones."""
 
 _WINDOWS_KEPT = 1024
-"""Windows for which is kept which of their shards have not been asked for yet."""
+"""For so many windows it is remembered which of their shards have not been asked for yet."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class WeightedSource:
 
     Args:
         stream: its shards.
-        name: that its order is drawn from.
+        name: of the source; its order is drawn from name and seed.
         seed: of the run and side.
         window: samples that are shuffled with each other.
         weight: its share of the mix, relative to those of the other sources.
@@ -153,6 +156,8 @@ class WeightedSource:
         Replacements are drawn first from the window of the sample; then, in case one lost shard fills that window, from
         the window before or after it in the run, whose shards a lane has just read or is about to read; and last from
         the whole epoch.
+
+        Decision: docs/decisions/0004-replacement-from-nearby.md.
         """
         yield self.locate(place)
         order = self.order(place.epoch, place.lanes)

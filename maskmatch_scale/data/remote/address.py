@@ -130,7 +130,7 @@ def is_http(url: str) -> bool:
 
 
 def _cut_query(url: str) -> tuple[str, str]:
-    """An address in two: up to its query or fragment, and from there on."""
+    """Split an address: up to its query or fragment, and from there on."""
     match = re.search(r"[?#]", url)
     return (url[: match.start()], url[match.start() :]) if match else (url, "")
 

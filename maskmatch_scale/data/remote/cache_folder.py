@@ -51,9 +51,9 @@ class NoRoom(Exception):  # noqa: N818 - not an error: the fetch gives up its ro
 
 
 class CacheFolder:
-    """Files by name. Where room is needed, the least recently used ones are dropped.
+    """Files by name. When room is needed, the least recently used ones are dropped.
 
-    A file that is dropped while a process has it open stays readable there until it is closed; its bytes count no more.
+    A file that is dropped while a process has it open stays readable there until it is closed. It is not counted then.
 
     Args:
         path: the folder; made if it is not there.
@@ -95,9 +95,17 @@ class CacheFolder:
 
     @contextmanager
     def only_one(self, name: str, *, wait: bool = True) -> Iterator[bool]:
-        """Keep other processes and threads from fetching a file.
+        """Keep other processes and threads from fetching a file while the body runs.
 
-        Gives True when they are kept from it. If ``wait`` is False and another one is fetching it, gives False at once.
+        Args:
+            name: of the file.
+            wait: whether to wait for another one that is fetching it.
+
+        Yields:
+            True if they are kept from it; False if another one is fetching it and ``wait`` is False.
+
+        Raises:
+            DataError: the folder cannot be written to.
         """
         with _locked(self.path / f".{name}.lock", wait=wait, remove=True) as locked:
             yield locked
@@ -121,7 +129,7 @@ class CacheFolder:
 
     def _begin(self, name: str, size: int) -> PartialFile:
         # One waits at a time: otherwise small files could take the room again and again, and a large one wait for ever.
-        # Files that are being fetched already end without a turn.
+        # Files that are being fetched already need no turn to be finished.
         with _locked(self.path / ".turn.lock"):
             while True:
                 with _locked(self.path / ".room.lock"):
@@ -251,7 +259,7 @@ def _is_abandoned(path: str, modified: float) -> bool:
 
 @contextmanager
 def _locked(path: Path, *, wait: bool = True, remove: bool = False) -> Iterator[bool]:
-    """Hold the lock that a file stands for; gives False if another one has it and ``wait`` is False.
+    """Hold the lock that a file stands for; yields False if another one has it and ``wait`` is False.
 
     Args:
         path: the file.

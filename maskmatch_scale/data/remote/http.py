@@ -25,7 +25,7 @@ _STATUS_ADVICE = {
     410: "check the address, and that the index belongs to this folder",
 }
 _MAY_PASS = (408, 425, 429)
-"""Answers 4xx that another try may not get."""
+"""Statuses 4xx after which another try may succeed."""
 
 _pools: dict[tuple[int, str | None], urllib3.PoolManager] = {}
 """Connections by process and proxy. A forked process keeps those of its parent and does not close them: one of their
@@ -38,7 +38,7 @@ def get(transfer: Transfer) -> None:
     Raises:
         Fault: the try has failed.
     """
-    # Of compressed answers, lengths and ranges would not be those of the file.
+    # No compressed answers: their lengths and ranges would not be those of the file.
     headers = {"Accept-Encoding": "identity", "User-Agent": "maskmatch_scale"}
     if transfer.received:
         headers["Range"] = f"bytes={transfer.received}-"
@@ -54,7 +54,7 @@ def get(transfer: Transfer) -> None:
             headers=headers,
             preload_content=False,
             timeout=urllib3.Timeout(connect=transfer.timeout_s, read=transfer.timeout_s),
-            # urllib3 follows redirects and tries nothing again: only our own tries know what has arrived.
+            # urllib3 follows redirects but makes no further tries: only our own tries know which bytes have arrived.
             retries=urllib3.Retry(
                 _REDIRECTS, connect=0, read=0, status=0, other=0, redirect=_REDIRECTS, respect_retry_after_header=False
             ),
@@ -145,7 +145,7 @@ def _read(response: urllib3.BaseHTTPResponse, timeout_s: float) -> bytes:
 
 
 def _fault(error: BaseException, timeout_s: float) -> Fault:
-    """The fault that an error of urllib3 is, in our own words: its own name the address with its query."""
+    """Turn an error of urllib3 into a fault, in our own words: urllib3's message contains the address and its query."""
     if isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason is not None:
         error = error.reason
     if isinstance(error, urllib3.exceptions.ProxyError):

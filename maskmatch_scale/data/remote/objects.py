@@ -47,7 +47,7 @@ def get(transfer: Transfer) -> None:
 
 
 def _open(url: str) -> tuple[IO[bytes], int | None]:
-    """The file, opened, and its bytes if the store says them."""
+    """Open the file; also gives its size in bytes, if the store says it."""
     import fsspec
 
     try:

@@ -27,7 +27,7 @@ from maskmatch_scale.data.remote.transfer import FetchOptions
 _FIRST_ROOM = 1 << 20
 """Bytes reserved for a file whose length is not known yet."""
 _PREFETCHES = 4
-"""Files that one process prefetches, those that wait for their turn included."""
+"""Largest number of prefetches of one process, including those that wait for their turn."""
 _PREFETCHES_AT_ONCE = 2
 
 
@@ -37,6 +37,9 @@ class ShardCache:
     A file with a checksum is kept under its checksum, whatever its address. One without is kept under its address, and
     is not fetched again while it is there: if what an address holds changes, the file needs a checksum. Several threads
     may use one object. A pickled or forked copy knows nothing of the prefetches of the original.
+
+    Args:
+        options: folder and bound of the cache, and how files are fetched.
 
     Raises:
         DataError: the folder cannot be made.
@@ -56,7 +59,8 @@ class ShardCache:
         Where the cache is full, another process may drop the file at any time; :meth:`open` is safe from that.
 
         Raises:
-            as :meth:`open` does.
+            BadSample: see :meth:`open`.
+            DataError: see :meth:`open`.
         """
         self.open(url, size, sha256).close()
         return self._folder.path / _name(url, sha256)
@@ -132,7 +136,7 @@ class ShardCache:
         return True
 
     def _prefetch(self, here: _Process, name: str, url: str, size: int | None, sha256: str | None) -> None:
-        # A failure is not reported here: who needs the file tries again, and reports it then.
+        # A failure is not reported here. Whoever needs the file tries again, and reports the failure then.
         try:
             with suppress(Exception), here.turns, self._folder.only_one(name, wait=False) as mine:
                 if mine and not (self._folder.path / name).exists():

@@ -15,7 +15,7 @@ from typing import Protocol
 
 _LEAST_BYTES = 256 << 10
 """A transfer that moves fewer bytes than this within the time-out counts as stalled."""
-_OTHER_BYTES = "if it is so again, upload the shard again or write the index anew"
+_OTHER_BYTES = "if this happens again, upload the shard again or write the index anew"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Fault(Exception):  # noqa: N818 - tried again unless it is final
 
     Args:
         message: what went wrong.
-        advice: what the user can do; empty: the advice that fits every failure of a network.
+        advice: what the user can do; empty: general advice about networks is given.
         final: whether another try would fail in the same way.
         wait_s: seconds that the server asks to wait before the next try.
     """

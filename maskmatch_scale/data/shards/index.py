@@ -7,8 +7,10 @@ A shard folder holds webdataset tar shards and one ``index.json``::
       labelled-000000.tar      members: <key>.jpg <key>.png   (image, label map), keys adjacent
       unlabelled-000000.tar    members: <key>.jpg             (no labels at all)
 
-A stream is a named list of shards. In memory the list is kept in columns. So of a million shards, each takes about a
-hundred bytes in memory (a few hundred in the file), and forked loader processes share that memory.
+A stream is a named list of shards. In memory the list is kept in columns. So a shard takes about a hundred bytes in
+memory (a few hundred in the file), which matters for a million shards, and forked loader processes share that memory.
+
+Decision: docs/decisions/0001-random-access-to-shards.md.
 """
 
 from __future__ import annotations
@@ -97,6 +99,11 @@ class ShardTable(Sequence[ShardEntry]):
         """Whether some file may be an address and not a path: it has a colon."""
         return b":" in self._names
 
+    def locate(self, sample: int) -> tuple[int, int]:
+        """(shard, number within it) of a sample, from its number in the stream."""
+        shard = int(self.starts.searchsorted(sample, side="right")) - 1
+        return shard, sample - int(self.starts[shard])
+
     def sha256(self, number: int) -> str:
         """Hex digest of shard ``number``."""
         return self.digests[number * _SHA256_BYTES : (number + 1) * _SHA256_BYTES].hex()
@@ -181,13 +188,13 @@ class ShardIndex(_Frozen):
     source: str
     """Name of the source that wrote the shards."""
     settings: dict[str, object] = {}
-    """Settings of the source (seed, sizes …). Writing is continued with the same settings only."""
+    """Settings of the source (seed, sizes …). A folder is only ever written further with the same settings."""
     classes: tuple[str, ...] = ()
     """Class names. Value v < len(classes) of a label map is class ``classes[v]``. Empty if no stream is labelled."""
     palette: tuple[tuple[int, int, int], ...] = ()
     """One RGB colour per class, 0–255, for pictures."""
     ignore_index: int = Field(default=255, ge=0, le=255)
-    """Value of a label map's pixels that count for nothing."""
+    """Value of ignored pixels in a label map."""
     streams: dict[str, StreamEntry]
 
     @model_validator(mode="after")

@@ -8,6 +8,8 @@ The parser is our own. It reads what the standard library's ``tarfile`` reads (u
 sizes, base-256 sizes, checksums; a test compares the two). But ``tarfile`` recurses through chains of headers, loops on
 negative sizes, allocates what a header claims, takes a damaged header for the end, and is slow: see
 :func:`~maskmatch_scale.data.shards.tar.read_table`.
+
+Decision: docs/decisions/0002-own-tar-parser.md.
 """
 
 from __future__ import annotations
@@ -228,7 +230,7 @@ def _pax_records(data: bytes) -> dict[bytes, bytes] | None:
 
 
 def _what_else(start: bytes) -> str:
-    """What a file is that is no tar, and what to do, from its first bytes."""
+    """What a file that is no tar seems to be, by its first bytes, and what to do."""
     if not start:
         return "it is empty; fetch or write it again"
     for magic, what in _NOT_A_TAR.items():

@@ -2,6 +2,8 @@
 
 The place of a sample is (shard, number within the shard). A remote shard is fetched whole into a cache on this machine.
 Each process reads the headers of a shard once; after that, a sample costs one seek.
+
+Decision: docs/decisions/0001-random-access-to-shards.md.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class RawSample:
 
 
 def fetch_options(data: DataRecipe) -> FetchOptions:
-    """How a recipe wants remote shards to be fetched."""
+    """The options of a recipe for fetching remote shards."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return FetchOptions(
         cache=Path(data.cache_dir) if data.cache_dir else home / "maskmatch_scale" / "shards",
@@ -101,7 +103,7 @@ class ShardOpener:
 
 
 def _modified(root: str) -> tuple[int, int]:
-    """Modification time (ns) and size (bytes) of a local index: if they are others, the index may be another one."""
+    """Modification time (ns) and size (bytes) of a local index. If one of them has changed, the index is read again."""
     path = Path(root) if root.endswith(".json") else Path(root) / INDEX_NAME
     try:
         status = path.stat()
@@ -125,8 +127,8 @@ class ShardStream:
         data: how remote shards are fetched; None = by the defaults.
         index: of the folder, if it was read already.
         labels: whether label maps are read; None = as the index says.
-        strict: whether a shard that is not as the index says is an error. If not, only those of its samples are bad
-            that cannot be read.
+        strict: whether a shard that is not as the index says is an error. If not, only those of its samples that
+            cannot be read are bad.
 
     Raises:
         DataError: there is no such stream; labels are wanted and it has none; with ``strict`` also: a local shard is
@@ -184,8 +186,7 @@ class ShardStream:
         """(shard, number within it) of sample ``number`` of the stream."""
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)} in stream {self.name!r}")
-        shard = int(self.shards.starts.searchsorted(number, side="right")) - 1
-        return shard, number - int(self.shards.starts[shard])
+        return self.shards.locate(number)
 
     def __getitem__(self, number: int) -> RawSample:
         """Read sample ``number`` of the stream; see :meth:`read`."""

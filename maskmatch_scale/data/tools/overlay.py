@@ -17,7 +17,7 @@ _MOST_LEGEND = 60
 
 
 def thumbnail(image: Image.Image, longest: int) -> Image.Image:
-    """An image shrunk to a longest side of ``longest`` px; a small one grows by a whole factor, its pixels visible."""
+    """An image shrunk to a longest side of ``longest`` px. A small one is enlarged by a whole factor, not smoothed."""
     factor = longest / max(image.size)
     if factor >= 1:
         grown = int(factor)

@@ -16,7 +16,7 @@ from maskmatch_scale.data.shards.index import ShardEntry
 from maskmatch_scale.data.shards.tar import TarTable, read_table
 
 OpenShard = Callable[[str], BinaryIO]
-"""Opens a shard by its name in the index; raises OSError or DataError where it is not to be had."""
+"""Opens a shard by its name in the index; raises OSError or DataError if it cannot be opened."""
 
 _READ_BYTES = 1 << 20
 
@@ -68,7 +68,7 @@ Checked = tuple[list[Fault], NDArray[np.uint64]]
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """Finds everything that a shard shows of itself. Picklable if `open_shard` is.
+    """Finds all faults that one shard shows without the other shards. Picklable if `open_shard` is.
 
     Args:
         num_classes: label values from here on are faults.

@@ -15,7 +15,7 @@ PAPER = "#ffffff"
 _INK, _FAINT, _LINE, _ALARM = "#1c2024", "#6b7178", "#d5d9de", "#b3261e"
 
 LegendRow = tuple[Image.Image, str, str]
-"""A class: its colour as a small picture, its name, and what is said of it."""
+"""A class: its colour as a small picture, its name, and a note such as its share of the pixels."""
 
 
 @dataclass(frozen=True)

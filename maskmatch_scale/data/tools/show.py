@@ -31,7 +31,7 @@ def contact_sheet(
     index: ShardIndex | None = None,
     open_shard: OpenShard | None = None,
 ) -> Path:
-    """Write a PNG of samples: the image, beside it its label map over it in grey, the key below, classes on top.
+    """Write a PNG of samples: image, then label map in colours over the image in grey; keys below, classes on top.
 
     A sample that cannot be used gets a card that says why. Pixels of ``ignore_index`` are striped; a percentage beside
     a class is its share of the labelled pixels that are shown.
@@ -41,7 +41,7 @@ def contact_sheet(
         out: the PNG to write; its folder is made.
         stream: the only stream to show; None shows all.
         count: samples of each stream.
-        seed: draws them.
+        seed: of the draw of samples.
         thumbnail_px: longest side of a picture, about: columns fill the sheet.
         index: of the folder; None reads ``root/index.json``.
         open_shard: how to open a shard; None opens ``root/file``.
@@ -94,8 +94,7 @@ def _card(
     index: ShardIndex, entry: StreamEntry, number: int, open_shard: OpenShard, longest: int, pixels: NDArray[np.int64]
 ) -> Card:
     """Sample ``number`` of a stream; its label's pixels are added to ``pixels``, by value."""
-    shard = int(entry.shards.starts.searchsorted(number, side="right")) - 1
-    place = number - int(entry.shards.starts[shard])
+    shard, place = entry.shards.locate(number)
     file_name, key = entry.shards.file(shard), f"sample {place}"
     try:
         with open_shard(file_name) as file:

@@ -1,4 +1,4 @@
-"""An index for shards that exist already: counted, measured and checksummed, wherever they lie."""
+"""An index for shards that exist already, local or remote: their samples, bytes and checksums."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def survey(
         options: how shards of other machines are fetched.
         classes: names by label value; empty where nothing is labelled.
         palette: one RGB colour a class, 0–255.
-        ignore_index: label value that counts for nothing.
-        workers: processes; None takes one a core. More than one start by `spawn`: a script that calls this needs an
-            `if __name__ == "__main__":` guard.
+        ignore_index: label value of ignored pixels.
+        workers: processes; None takes one a core. Several are started by `spawn`, so a script that calls this needs
+            an `if __name__ == "__main__":` guard.
         progress: whether to show a bar on stderr. In a log it is drawn once, at the end.
 
     Raises:
@@ -112,7 +112,7 @@ def _known(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def _identity(location: str, labelled: bool) -> str:
-    """Shard, and for a local one its size and time: a shard that changed is looked at again."""
+    """A shard's location and, if it is local, its size and time: a shard that changed is looked at again."""
     identity = f"{location} {labelled}"
     if not is_remote(location):
         try:
@@ -135,7 +135,7 @@ class _LookAt:
 
 
 def _look_at(location: str, labelled: bool, options: FetchOptions) -> dict[str, Any]:
-    """What the index says of a shard, and its identity; raises :class:`DataError` for one that is empty or cut off."""
+    """A shard's entry for the index, and its identity; raises :class:`DataError` for one that is empty or cut off."""
     path = _fetched(location, options) if is_remote(location) else Path(location)
     with path.open("rb") as file:
         table = read_table(file, location, labelled=labelled)

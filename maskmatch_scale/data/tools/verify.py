@@ -32,14 +32,14 @@ def verify(
     open_shard: OpenShard | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Fault]:
-    """Check every shard: presence, size, checksum, number of samples, headers, keys, and what decodes.
+    """Check every shard: presence, size, checksum, number of samples, headers, keys, and whether samples decode.
 
     Args:
         root: the shard folder.
         deep: whether to decode every image and label map, and look for label values that are no class.
         progress: whether to show a bar on stderr, if that is a terminal.
-        workers: processes; None takes one a core for more than 100 MB. More than one start by `spawn`: a script that
-            calls this needs an `if __name__ == "__main__":` guard.
+        workers: processes; None takes one a core for more than 100 MB. Several are started by `spawn`, so a script
+            that calls this needs an `if __name__ == "__main__":` guard.
         index: of the folder; None reads ``root/index.json``.
         open_shard: how to open a shard, picklable if there are workers; None opens ``root/file``.
         max_pixels: larger images are faults.

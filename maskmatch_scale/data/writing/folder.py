@@ -67,7 +67,7 @@ def begin(out: Path, identity: Mapping[str, object], source: DataSource) -> Begu
     Args:
         out: the folder, locked.
         identity: name and settings of the source, as JSON values.
-        source: asked for its streams only in a new folder, for listing them may take long.
+        source: asked for its streams only in a new folder, because listing them may take long.
 
     Raises:
         DataError: the folder was begun or finished with other settings, or holds shards of which nothing is known.
@@ -128,14 +128,14 @@ def written_before(out: Path, index: ShardIndex | None, shards: Iterable[Shard])
 
 
 def finish(out: Path, index: ShardIndex) -> None:
-    """Write the index, with which the folder is finished, and remove what only a writer needs."""
+    """Write the index, which marks the folder as finished, and remove what only a writer needs."""
     write_whole(out / INDEX_NAME, index.to_json())
     for name in (_PLAN_NAME, JOURNAL_NAME):
         (out / name).unlink(missing_ok=True)
 
 
 def _looked_into(path: Path, labelled: bool) -> Written | None:
-    """What a shard holds that the journal does not know; None if it is no whole tar."""
+    """The entry of a shard that is not in the journal, read from the shard; None if that is no whole tar."""
     with path.open("rb") as file:
         try:
             table = read_table(file, path.name, labelled=labelled)
@@ -156,7 +156,7 @@ def _refuse_other_settings(out: Path, written: Mapping[str, object], asked: Mapp
 
 
 def _refuse_strangers(out: Path, streams: Iterable[str]) -> None:
-    """Shards in a folder that was neither begun nor finished are somebody's data."""
+    """Raise if shards lie in a folder that was neither begun nor finished: they are somebody's data."""
     for name in streams:
         if stranger := next(iter(sorted(out.glob(f"{name}-??????.tar"))), None):
-            raise DataError(f"{stranger}: is there, but no {INDEX_NAME} that says what it holds; choose another folder")
+            raise DataError(f"{stranger}: exists, but no {INDEX_NAME} says what it holds; choose another folder")

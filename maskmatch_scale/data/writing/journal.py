@@ -1,6 +1,6 @@
 """What is known of the shards that are done: the journal while a folder is written, the list of skipped samples after.
 
-Both are files of JSON lines. A line that a kill has cut off counts for nothing.
+Both are files of JSON lines. A line that was cut off, because the writer was killed, is ignored.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Journal:
 
     def enter(self, entry: Written) -> None:
         """Add a line, and flush it to the disk."""
-        # The line break comes first, so that a line which a kill has cut off spoils no other line.
+        # The line break comes first, so that a line that was cut off spoils no other line.
         self._file.write(b"\n" + json.dumps(asdict(entry)).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -1,4 +1,7 @@
-"""What a data source is: how it describes its samples, and how one becomes an image and a label map."""
+"""What a data source is: how it describes its samples, and how one becomes an image and a label map.
+
+Decision: docs/decisions/0030-a-stream-is-a-list-of-shards.md.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ class DataSource(Protocol):
 
     @property
     def ignore_index(self) -> int:
-        """Label value of pixels that count for nothing."""
+        """Label value of ignored pixels."""
 
     @property
     def streams(self) -> Mapping[str, StreamItems]:

@@ -17,7 +17,7 @@ from maskmatch_scale.data.writing.protocol import EncodedSample, StreamItems
 from maskmatch_scale.progress import Advance
 
 MIN_SHARDS = 8
-"""A stream is spread over at least so many shards (or one a sample), so that ranks have shards of their own."""
+"""A stream is spread over at least so many shards, if it has so many samples, so that each rank has its own shards."""
 
 Rendered = EncodedSample | BadSample
 """A sample, or why it cannot be used."""
@@ -36,7 +36,7 @@ class Shard:
         return self.end - self.start
 
     def items(self) -> Sequence[Any]:
-        """Of the stream, those of this shard."""
+        """The items of this shard."""
         return self.stream.items[self.start : self.end]
 
 
@@ -60,7 +60,7 @@ def cut(name: str, stream: StreamItems, samples_per_shard: int) -> list[Shard]:
 def write_shard(
     out: Path, shard: Shard, samples: Iterator[Rendered], journal: Journal, *, skip_bad: bool, advance: Advance
 ) -> Written:
-    """Write a shard beside its place, enter it in the journal, and rename it.
+    """Write a shard under a hidden name, enter it in the journal, and rename it.
 
     Args:
         out: the folder.

@@ -1,9 +1,10 @@
 """Writing a shard folder from a data source: in parallel, the same bytes every time, and safe to kill at any moment.
 
-Each shard is written beside its place, entered in the folder's journal with its size, checksum and the samples left
-out of it, and renamed, now that it is complete and on the disk. The index comes last. A restart keeps the shards that
-are complete and renders the others. Which samples belong to which shard is fixed before the first is rendered, so a
-sample that is left out makes its own shard smaller and moves no other. What lies in the folder meanwhile: `folder`.
+Each shard is written under a hidden name. When it is complete and on the disk, it is entered in the folder's journal
+with its size, its checksum and the samples left out of it, and renamed. The index is written last. A restart keeps the
+shards that are complete and renders the others. Which samples belong to which shard is fixed before the first is
+rendered, so a sample that is left out makes its own shard smaller and moves no other sample. `writing/folder.py` lists
+the files that lie in the folder meanwhile.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ def write_shards(
         source: what to write.
         out: the folder; made if it is not there. A folder that this source has finished is left as it is.
         workers: processes that render; None takes one for each core this process may use, 1 renders in this process.
-            More than one start by `spawn`: a script that calls this needs an `if __name__ == "__main__":` guard.
-        samples_per_shard: upper limit; streams smaller than this times their least number of shards get smaller ones.
+            Several are started by `spawn`, so a script that calls this needs an `if __name__ == "__main__":` guard.
+        samples_per_shard: upper limit. The shards of a small stream have fewer, so that there are at least eight.
         skip_bad: leave out samples for which the source raises :class:`BadSample`, and list them in `skipped.jsonl`.
-            Not a setting: a writing that a bad sample has stopped goes on with it.
+            It is not one of the settings: after a bad sample has stopped the writing, call again with it to go on.
         progress: whether to report on stderr, a bar with the time left on a terminal, a line now and then elsewhere.
 
     Returns:
@@ -57,7 +58,7 @@ def write_shards(
 
     Raises:
         DataError: the folder was begun or finished with other settings, or holds shards of which nothing is known;
-            somebody else is writing to it; a sample could not be rendered, or not one of a stream.
+            another process is writing to it; a sample could not be rendered, or no sample of a stream could.
         UserError: `workers` or `samples_per_shard` is less than 1.
     """
     if samples_per_shard < 1 or (workers is not None and workers < 1):
@@ -138,7 +139,7 @@ def _table(out: Path, name: str, shards: Sequence[Shard], written: Mapping[str, 
     """The shards of a stream for the index, without those that came out empty."""
     entries = [written[shard.file] for shard in shards if written[shard.file].samples]
     if shards and not entries:
-        raise DataError(f"{out}: not one sample of stream {name!r} could be used; {SKIPPED_NAME} says why")
+        raise DataError(f"{out}: no sample of stream {name!r} could be used; {SKIPPED_NAME} says why")
     return ShardTable(
         ShardEntry(file=entry.file, samples=entry.samples, bytes=entry.bytes, sha256=entry.sha256) for entry in entries
     )

@@ -1,9 +1,11 @@
-"""Weak-to-strong bases that the masked loss and the multi-scale ensemble attach to, one file each.
+"""Weak-to-strong bases, to which the masked loss and the multi-scale ensemble are added, one file each.
 
 A base knows its views of the unlabelled images and the loss on them. The mask and the ensemble know no base.
 
 To add one: write NAME.py here with a class derived from `Base`, and add a line to the table in `recipe/bases.py`.
 `tests/method/test_bases.py` does so with bases of its own.
+
+Decision: docs/decisions/0032-table-of-bases-in-recipe.md.
 """
 
 from __future__ import annotations
@@ -54,14 +56,14 @@ class Base(ABC):
         """
 
     def perturb(self, features: Sequence[list[Tensor]], unlabelled: Unlabelled) -> Sequence[list[Tensor]]:
-        """Change the student's features of some views, between its backbone and its head.
+        """Change the student's features of the views, between its backbone and its head.
 
         Args:
             features: for each view, in the order of :meth:`views`, one (U, C, h', w') a level, finest first.
             unlabelled: its ``seed`` and ``positions`` are what random numbers should be drawn from (`seeds.generator`).
 
         Returns:
-            The same numbers of views and levels, of the same shapes; what is given is not to be changed in place.
+            As many views and levels, of the same shapes. The given tensors must not be changed in place.
         """
         return features
 

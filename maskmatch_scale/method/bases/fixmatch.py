@@ -1,4 +1,4 @@
-"""FixMatch for segmentation: the student must give on a strong view what the teacher says of the weak view.
+"""FixMatch for segmentation: on a strong view the student learns to predict what the teacher predicts on the weak one.
 
 As UniMatch's baseline has it (Yang et al., CVPR 2023, arXiv 2208.09910).
 """

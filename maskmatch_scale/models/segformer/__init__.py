@@ -1,4 +1,4 @@
-"""transformers' SegFormers, of which masked units are dropped exactly: the family and its names.
+"""The family of transformers' SegFormers, in which masked units are dropped exactly.
 
 `transformers/segformer-b0` … `-b5` are the official sizes; `transformers/<folder>` has a `config.json` of its own.
 """
@@ -26,7 +26,7 @@ class SegformerFamily(Family):
     export_kind = "transformers_segformer"
 
     def build(self, wanted: Wanted) -> Backbone:
-        """Build the encoder by its configuration; weights are read once there is a head, which they may have too."""
+        """Build the encoder from its configuration. Weights may include a head, so they are read once that is built."""
         config = segformer_config(wanted.name, wanted.num_classes, wanted.options)
         encoder = SegformerEncoder.build(config)
         if wanted.unit_px is not None and wanted.unit_px != encoder.unit_px:

@@ -115,11 +115,12 @@ class SegformerEncoder(Encoder):
         return features
 
     def macs(self, height: int, width: int, visible_units: int | None) -> Macs:
-        """Tokens in patch embeddings, queries, output projection, MLP and depthwise convolution; units in keys, values.
+        """See `Encoder.macs`.
 
-        A patch embedding takes kernel² · C_in · C_out a token, taps that fall on padding included, as the library
-        computes them too. Attention takes 2 · tokens · cells · C; spatial reduction, keys and values are computed for
-        each of its cells, which are the units.
+        Patch embeddings, queries, output projections, MLPs and depthwise convolutions are computed for each token. A
+        patch embedding takes kernel² · C_in · C_out a token; products with padding are included, since the library
+        computes them too. Attention takes 2 · tokens · cells · C. Spatial reduction, keys and values are computed for
+        each cell of the attention, which is a unit.
         """
         embeddings, blocks = [], 0
         for stage, stride in zip(self.model.stages, self.strides):

@@ -23,7 +23,7 @@ class PatchConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor, cut: bool = False) -> Tensor:
-        """Convolve maps (B, C, h, w) as ever, or what was cut out of them.
+        """Convolve maps (B, C, h, w) as nn.Conv2d does, or what was cut out of them.
 
         Args:
             x: maps. If `cut`: windows (n, C, side, side) that bring their own padding, to (n, C_out, r, r); or patches
@@ -39,7 +39,7 @@ class PatchConv2d(nn.Conv2d):
 
 
 class HaloConv2d(nn.Conv2d):
-    """A depthwise convolution that also runs on unit tokens alone; a module for the reason that `PatchConv2d` gives."""
+    """A depthwise convolution that also runs on unit tokens alone. `PatchConv2d` says why it is called as a module."""
 
     def forward(self, x: Tensor, halo: Halo | None = None) -> Tensor:
         """Convolve maps (B, C, h, w), or unit tokens (B, k · r², C) with their neighbours by `halo`."""
@@ -86,7 +86,10 @@ class _HaloDepthwise(torch.autograd.Function):
 
 
 class UnitMixMLP(SegformerMixMLP):  # type: ignore[misc]  # transformers ships no types
-    """The Mix-FFN, also on unit tokens alone; one of its three wide activations is computed again in backward."""
+    """The Mix-FFN, also on unit tokens alone; one of its three wide activations is computed again in backward.
+
+    Decision: docs/decisions/0017-mix-ffn-recomputes-gelu.md.
+    """
 
     recompute = True
 
@@ -127,7 +130,9 @@ def _with_batch_stride(x: Tensor) -> Tensor:
     """The same maps; a batch of one in channels-last memory gets the batch stride that this layout has.
 
     transformers makes these maps by transposing tokens, which leaves a batch of one with a stride of C. That stride is
-    never used, but oneDNN does not recognise the layout by it, and depthwise convolutions become far slower.
+    never used, but with it oneDNN does not recognise the layout, and depthwise convolutions become far slower.
+
+    Decision: docs/decisions/0017-mix-ffn-recomputes-gelu.md.
     """
     if len(x) > 1 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return x

@@ -1,4 +1,4 @@
-"""Weights of transformers' SegFormers, in a segmenter's names."""
+"""Weights of transformers' SegFormers, renamed to a segmenter's names."""
 
 from __future__ import annotations
 

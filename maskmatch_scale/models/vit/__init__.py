@@ -1,4 +1,4 @@
-"""timm's Vision Transformers, of which masked tokens are dropped: the family and its names, `timm/<model name>`."""
+"""The family of timm's Vision Transformers, `timm/<model name>`, in which masked tokens are dropped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class VitFamily(Family):
     numbers_layers = True
 
     def build(self, wanted: Wanted) -> Backbone:
-        """Have timm create the model, weights included."""
+        """Let timm create the model, including its weights."""
         source = weights.find_weights(wanted.weights) if not isinstance(wanted.weights, bool) else wanted.weights
         model = create_vit(wanted.name, wanted.image_size, source, wanted.options)
         encoder = VitEncoder.build(model, wanted.unit_px, wanted.levels)

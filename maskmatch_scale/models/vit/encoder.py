@@ -25,7 +25,7 @@ class VitEncoder(Encoder):
         unit_px: side of a unit, pixels, a multiple of the patch.
         channels: (C,) a level; all levels are equally wide.
         strides: (patch,) a level, pixels a token; all levels are equally fine.
-        taps: hooks on the blocks whose tokens are levels, but for the last level, which is what the model gives.
+        taps: hooks on the blocks whose tokens are levels. The last level has none: the model returns it.
     """
 
     model: Any
@@ -43,8 +43,8 @@ class VitEncoder(Encoder):
             unit_px: side of a unit in pixels; None: the largest multiple of the patch that is at most 32 px.
             levels: how many depths to take features of. They are evenly spaced and end with the last block: 4 levels
                 of 12 blocks are blocks 3, 6, 9 and 12. Each level passes the model's final norm, as in timm's
-                `forward_intermediates(norm=True)`. Models that pool their tokens have one norm only, behind the
-                pooling; there each level passes that one.
+                `forward_intermediates(norm=True)`. Models that pool their tokens have one norm only, after the
+                pooling; then each level passes that norm.
 
         Raises:
             ValueError: `unit_px` is no multiple of the patch, or the model has fewer blocks than `levels`.
@@ -84,8 +84,8 @@ class VitEncoder(Encoder):
     def compile_blocks(self) -> None:
         """Run every block through torch.compile from now on; copy the model before this call, not after it.
 
-        What is compiled is each block's `forward`, not the block itself. So hooks, by which levels are tapped, stay
-        outside.
+        What is compiled is each block's `forward`, not the block itself. So the hooks that
+        keep levels stay outside.
         """
         # All blocks share one code object. Each may have another drop path, and so needs a graph of its own.
         limits = torch._dynamo.config
@@ -99,7 +99,10 @@ class VitEncoder(Encoder):
         return ids
 
     def macs(self, height: int, width: int, visible_units: int | None) -> Macs:
-        """Patch embedding of the patches; linear layers and attention, 2 · n² · C, of prefix and patch tokens."""
+        """See `Encoder.macs`. The patch embedding is computed for patches, all layers of blocks for prefix tokens too.
+
+        Attention takes 2 · n² · C for n tokens.
+        """
         patch = self.patch_px
         patches = (height // patch) * (width // patch)
         if visible_units is not None:

@@ -1,4 +1,4 @@
-"""How a timm model is made to compute visible units only, by timm's own seam and by hooks.
+"""How a timm model is made to compute visible units only, by a module that timm provides for and by hooks.
 
 timm has a module between position embedding and blocks, `model.patch_drop`: in `VisionTransformer` (ViT, DeiT III,
 DINOv2, SigLIP …) and in `Eva` (EVA02, DINOv3 …), where the kept indices also select the rotary embedding. Here it

@@ -112,7 +112,7 @@ GIVEN_UP = {
     "a cut": (Fault(cut_after=0), "cut"),
     "a stall": (Fault(stall_after=0), f"stalled: no byte in {SHORT_S} s"),
     "a trickle": (Fault(trickle_after=1000), "stalled: .* bytes in"),
-    "wrong bytes": (Fault(wrong_bytes=True), "not those the index has the checksum of; if it is so again, upload"),
+    "wrong bytes": (Fault(wrong_bytes=True), "not those the index has the checksum of; if this happens again, upload"),
     "a wrong length": (Fault(length_off_by=1), f"{SIZE + 1} bytes where {SIZE} are expected"),
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 from maskmatch_scale.data.faults import DataError
 
 IGNORE = 255
-"""Label value, in what is written, of pixels that count for nothing."""
+"""Label value of ignored pixels in the shards."""
 
 BUILT_IN = ("voc", "cityscapes", "ade20k", "coco_stuff", "coco")
 """Tables of classes that come with the package: `NAME.json` beside this file, which says whose table it follows."""
@@ -31,9 +31,9 @@ class Classes:
     Attributes:
         names: by class value.
         palette: one colour a class.
-        ignored: label values of a data set's own files that count for nothing.
+        ignored: label values of ignored pixels in a data set's own files.
         values: label values of a data set's own files, by class; None: they are the class values.
-        colours: class value by colour of RGB label maps, `IGNORE` for those that count for nothing; None: not given.
+        colours: class value by colour of RGB label maps, `IGNORE` for ignored pixels; None: not given.
     """
 
     names: tuple[str, ...]
@@ -81,7 +81,7 @@ def load_classes(given: str) -> Classes:
     Args:
         given: one of :data:`BUILT_IN`; a text file with a name, or a name and three numbers, a line; or YAML or JSON: a
             list of names or of `{name: …, colour: [r, g, b]}`, or a mapping from name to colour. The name `ignore`
-            gives a colour of pixels that count for nothing.
+            gives a colour of ignored pixels.
 
     Raises:
         DataError: no such file, or it is not of that form; names the file.
@@ -150,7 +150,7 @@ def _class_lines(path: Path, where: str) -> Iterable[tuple[str, RGB | None]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         there = ", ".join(BUILT_IN)
-        raise DataError(f"{where}: cannot be read ({error.strerror}); tables that come along: {there}") from None
+        raise DataError(f"{where}: cannot be read ({error.strerror}); tables of the package: {there}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not a text file ({error})") from None
     for line in map(str.strip, lines):

@@ -1,8 +1,8 @@
 """COCO-Stuff 164k with the label maps of `stuffthingmaps_trainval2017.zip`: 171 classes.
 
-`train2017` is `labelled`, `val2017` is `val`. The label maps hold 182 ids less one, 11 of which are never used; they
-become the 171 classes of mmsegmentation, and 255 is ignored. Where a label map is missing, mmsegmentation's converted
-`*_labelTrainIds.png` is taken.
+`train2017` is `labelled`, `val2017` is `val`. A value in a label map is an id from 1 to 182, minus 1. Of the 182 ids 11
+are never used; the others become the 171 classes of mmsegmentation, and 255 is ignored. Where a label map is missing,
+mmsegmentation's converted `*_labelTrainIds.png` is taken.
 
 UniMatch's COCO has other label maps (`masks`, 81 classes). Its split files choose the same images here, but for its own
 label maps use the source `folder` with the classes `coco`.

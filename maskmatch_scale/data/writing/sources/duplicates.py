@@ -18,6 +18,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from maskmatch_scale.data.shards.index import sha256
 from maskmatch_scale.progress import progress_of
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ def find_duplicates(paths: Sequence[str], *, threads: int, progress: bool) -> di
         tails = _of_all(pool, _tail, paths, same_size, "ends", progress)
         # Two files of equal ends but other sizes are read in full and told apart; there are few.
         suspects = _shared(same_size, tails)
-        first: dict[bytes, int] = {}
+        first: dict[str, int] = {}
         equals = {}
         for number, digest in _in_chunks(pool, _sha256, paths, suspects, "contents", progress):
             if digest and (earlier := first.setdefault(digest, number)) != number:
@@ -105,19 +106,15 @@ def _tail(path: str) -> int:
         return -1
 
 
-def _sha256(path: str) -> bytes:
-    """Nothing if the file cannot be read."""
-    digest = hashlib.sha256()
+def _sha256(path: str) -> str:
+    """Hex digest of a file; empty if it cannot be read."""
     try:
-        with Path(path).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return sha256(Path(path))
     except OSError:
-        return b""
-    return digest.digest()
+        return ""
 
 
 def _shared(numbers: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The numbers, in their order, whose value another one has too; negative values are those of no file."""
+    """The numbers, in their order, whose value occurs more than once; negative values stand for unreadable files."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return numbers[(counts[place] > 1) & (values >= 0)]

@@ -26,7 +26,7 @@ from maskmatch_scale.data.writing.sources.splits import Pair, listing_digest, so
 from maskmatch_scale.files import write_whole
 
 REVISION = 1
-"""To be raised with every change, here or in the module of a data set, that changes what is written."""
+"""Raise it with every change, here or in the module of a data set, that changes what is written."""
 
 DUPLICATES_NAME = "duplicates.jsonl"
 """One line an image that was dropped: `stream`, `image`, and `same_as` with those of the image that was kept."""
@@ -45,7 +45,7 @@ class ImageFiles:
         listing: the samples of each stream, in the data set's order. Streams of none are left out.
         options: as the user gave them.
         known_classes: the data set's own; None if only `options.classes` can say.
-        ready: ends of the names of label maps that hold class values already, and pass no id map.
+        ready: ends of the names of label maps that hold class values already; the id map is not applied to them.
         key_root: folders to leave out of keys: a regular expression for the start of a path.
         notes: what the user should know of the listing, a line each.
     """

@@ -18,7 +18,7 @@ def keys_of(images: Sequence[str], key_root: str = "") -> list[str]:
     """
     start = re.compile(key_root) if key_root else None
     keys = [_key(path, start) for path in images]
-    # By hashes first, for a set of ten million keys is large.
+    # By hashes first, because a set of ten million keys is large.
     hashes = np.fromiter(map(hash, keys), np.int64, len(keys))
     _, place, counts = np.unique(hashes, return_inverse=True, return_counts=True)
     suspects = np.flatnonzero(counts[place] > 1).tolist()
@@ -36,6 +36,6 @@ def _key(path: str, start: re.Pattern[str] | None) -> str:
     if "." in name:
         path = path[: path.rfind(".")]
     key = path.strip("/").replace("/", "_").replace(".", "_")
-    # Names that readers of shards would pass over (`__meta__`), and bytes that are no text.
+    # Bytes that are no text are replaced. Readers of shards would pass over names such as `__meta__`.
     key = key.encode("utf-8", "replace").decode()
     return f"x{key}" if key.startswith("__") or not key else key

@@ -1,7 +1,7 @@
 """From a label map of a data set to class values.
 
 Grey and palette images hold numbers, RGB images hold colours; both go through a table to class values. Whatever the
-table does not name is an error: a value that is silently dropped is a class that is silently never learned.
+table does not name is an error. If a value were dropped silently, its class would never be learned.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from maskmatch_scale.data.images.label import decode_raw_values, is_8_bit_grey_p
 from maskmatch_scale.data.writing.sources.classes import IGNORE, RGB
 
 _UNKNOWN = -1
-"""In a table of class values: what nothing names."""
+"""In a table of class values: a label value that has no class and is not ignored."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class LabelRule:
         return self.id_map is None and is_8_bit_grey_png(data)
 
     def as_json(self) -> object:
-        """What label maps are made with, for the settings."""
+        """What the written label maps depend on, for the settings."""
         colours = self.colours and sorted([*colour, value] for colour, value in self.colours.items())
         return [self.classes, self.id_map and sorted(self.id_map.items()), colours]
 

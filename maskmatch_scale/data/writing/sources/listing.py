@@ -29,7 +29,14 @@ def images_below(root: Path, start: str = "", leave_out: Iterable[str] = ()) -> 
 
 
 def files_below(root: Path, start: str = "", leave_out: Iterable[str] = ()) -> list[str]:
-    """All files below a folder, likewise. Links are followed, but no folder is entered within itself.
+    """All files below a folder, relative to `root`, sorted; hidden files and folders are passed over.
+
+    Links are followed, but no folder is entered within itself.
+
+    Args:
+        root: what the paths are relative to.
+        start: the folder, relative to `root`.
+        leave_out: folders that are not entered, relative to `root`.
 
     Raises:
         DataError: a folder cannot be listed.

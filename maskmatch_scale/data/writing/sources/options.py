@@ -11,7 +11,7 @@ class Options:
     """As the user gave them.
 
     Attributes:
-        classes: names instead of the data set's own: a file, or a table that comes along (:func:`load_classes`).
+        classes: names instead of the data set's own: a file, or a table of the package (:func:`load_classes`).
         id_map: label values instead of the data set's own: a file (:func:`load_id_map`).
         unknown_as_ignore: ignore label values that neither names.
         split_labelled, split_unlabelled, split_val: files in UniMatch's format.

@@ -30,7 +30,7 @@ class ReadFiles:
 
     Args:
         root: what paths are relative to.
-        rules: ends of label maps' names, and what to do with their values; the first that fits.
+        rules: pairs of an ending of label maps' names and the rule for their values; the first ending that fits counts.
         max_side: as in :class:`Options`.
     """
 

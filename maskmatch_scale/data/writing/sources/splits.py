@@ -62,9 +62,9 @@ def split_train(
     """The labelled and the unlabelled samples that split files ask for.
 
     Args:
-        labelled: split file, or None: what the other file leaves of `train`, and has label maps.
-        unlabelled: split file, or None: what the other file leaves of `train`. Without both files, the samples of
-            `train` that have label maps are labelled, and the others unlabelled.
+        labelled: split file; None: the samples of `train` that have label maps and are not in the other file.
+        unlabelled: split file; None: the samples of `train` that are not in the other file. Without both files, the
+            samples of `train` that have label maps are labelled, and the others unlabelled.
         train: the data set's own training samples.
         find: from a line of a split file to the sample of this data set.
 
@@ -104,7 +104,7 @@ def hold_out(pairs: Sequence[Pair], amount: str | None, seed: int, option: str) 
         What remains and what is held out, each in the order of `pairs`.
 
     Raises:
-        DataError: not a count or share, or as many as there are.
+        DataError: `amount` is not a count or share, or leaves no sample.
     """
     if amount is None:
         return list(pairs), []

@@ -1,4 +1,4 @@
-"""Images as they are stored: byte for byte if training can read them, otherwise without loss."""
+"""Images as they are stored: unchanged if training can read them, otherwise as lossless WebP, or shrunk as JPEG."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Stored(NamedTuple):
 
 
 def store_image(data: bytes, name: str, *, labelled: bool, max_side: int | None = None) -> Stored:
-    """Decode an image, to be sure that it can be decoded, and encode it anew where it cannot stay as it is.
+    """Decode an image, to be sure that it can be decoded, and encode it again where it cannot stay as it is.
 
     JPEG and WebP stay as they are, PNG too if there is no label (beside one, `.png` is the label map). Others become
     lossless WebP: 16 bits are cut to the upper 8 and alpha is dropped, as in training. An image larger than `max_side`

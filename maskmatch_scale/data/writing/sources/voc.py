@@ -1,8 +1,8 @@
 """Pascal VOC 2012 (`VOCdevkit/VOC2012`), with or without the additional labels of SBD.
 
 `ImageSets/Segmentation/train.txt` is `labelled`, `val.txt` is `val`. A label map is looked for in `SegmentationClass`
-first, then in `SegmentationClassAug`. UniMatch's download has both in
-`SegmentationClass`, and its split files name them so; they mean the same here.
+first, then in `SegmentationClassAug`. UniMatch's download has all of them in `SegmentationClass`, and its split files
+name them so; with these files the same samples are found here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def voc(root: Path, options: Options, *, aug: bool = False, all_images: bool = F
         return Pair(f"JPEGImages/{stem}.jpg", place and f"{place}/{stem}.png")
 
     def labelled(stems: Iterable[str]) -> list[Pair]:
-        # Without a label map writing ends, or goes on with --skip-bad, at that sample.
+        # If the label map is missing, writing stops at that sample, or leaves it out with --skip-bad.
         return [Pair(p.image, p.label or f"{_LABELS[0]}/{Path(p.image).stem}.png") for p in map(pair, stems)]
 
     def train() -> list[Pair]:
