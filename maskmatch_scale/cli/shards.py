@@ -98,7 +98,7 @@ def index_command(
     classes: Annotated[
         str | None, typer.Option(metavar="FILE", help="What label values mean: as for `shards write`.")
     ] = None,
-    ignore_index: Annotated[int, typer.Option(min=0, max=255, help="Label value that counts for nothing.")] = 255,
+    ignore_index: Annotated[int, typer.Option(min=0, max=255, help="Label value of pixels that are ignored.")] = 255,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: the cores.")] = None,
     cache_dir: _CacheDir = None,
     allow_pipe: _AllowPipe = False,
