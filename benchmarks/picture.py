@@ -22,6 +22,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.harness import say
 from maskmatch_scale.evaluation.evaluate import Window
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.units import sample_visible, visible_count, visible_pixel_mask
@@ -107,7 +108,7 @@ def draw_page() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     points = bend(sheet.raster(0, SIDE_PX, MARGIN), SIDE_PX, MARGIN, rng)
     ink, label = downsample(points)
     verso = downsample(sheet.raster(max(0, sheet.height - SIDE_PX), SIDE_PX))[0]
-    grey = age(ink, verso[:, ::-1].copy(), rng)
+    grey = age(ink, verso, rng)
     return np.repeat(grey[..., None], 3, axis=2), label
 
 
@@ -186,7 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         draw(panels(options.run), options.out)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        say(f"error: {error}")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

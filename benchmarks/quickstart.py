@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import check_out, describe_machine, markdown, write_json
+from benchmarks.harness import check_out, describe_machine, markdown, say, write_json
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.record.summary import as_rows, summarise
 
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"--runs {options.runs}: no finished run there; `make quickstart` makes six")
         rows = rows_of(runs)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        say(f"error: {error}")
+        sys.exit(2)
     ranks = sorted({json.loads((run / "summary.json").read_text())["world_size"] for run in runs})
     machine = describe_machine(torch.device("cpu"), ["maskmatch_scale", "configs", "launch"])
     # The runs were other processes than this one: what they used is in their own files.
