@@ -1,4 +1,7 @@
-"""The engine that a recipe names; only the library that is used is imported."""
+"""Builds the engine that a recipe names. Only the library of that engine is imported.
+
+Decision: docs/decisions/0020-engine-as-a-protocol.md.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ ENGINES = {
     "deepspeed": "maskmatch_scale.engine.zero:ZeroEngine",
     "accelerate": "maskmatch_scale.engine.ddp:DdpEngine",
 }
-"""Module and class by `engine.library`. To add an engine, write a class of `protocol.Engine` and name it here."""
+"""Module and class by `engine.library`. To add an engine: a class that follows `protocol.Engine`, and a line here."""
 
 
 def build_engine(module: nn.Module, student: nn.Module, recipe: Recipe, runtime: Runtime) -> Engine:
     """Build the engine of `engine.library`.
 
     Args:
-        module: called once a micro-batch; its ``segmenter`` is the student whose parameters are optimised.
+        module: called once for each micro-batch; its ``segmenter`` is the student whose parameters are optimised.
         student: that segmenter.
         recipe: of the run.
         runtime: this rank.
@@ -30,7 +33,7 @@ def build_engine(module: nn.Module, student: nn.Module, recipe: Recipe, runtime:
 
 
 def check_settings(recipe: Recipe, world_size: int) -> None:
-    """Look for mistakes in settings of the engine's own library, before anything is built.
+    """Check the settings of the engine's own library, before anything is built.
 
     Raises:
         UserError: names the file and its key.
