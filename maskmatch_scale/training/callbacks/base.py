@@ -69,7 +69,10 @@ class Callback:
         """All steps have been taken."""
 
     def state(self) -> dict[str, Any]:
-        """JSON values for `state.json` of a checkpoint, the same on all ranks; later in `run.resumed`."""
+        """JSON values for a checkpoint's `state.json`, the same on all ranks.
+
+        A run that continues from the checkpoint has them in `run.resumed`.
+        """
         return {}
 
     def summary(self) -> dict[str, Any]:

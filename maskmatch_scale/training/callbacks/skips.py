@@ -13,11 +13,11 @@ from maskmatch_scale.training.step import StepFigures
 
 IMAGES_BEFORE_A_SHARE = 1000
 """The share of skipped samples is taken of at least this many images. Otherwise a few bad samples early in a run
-would exceed the limit."""
+would exceed it."""
 
 
 class Skips(Callback):
-    """Lists on each rank the samples that it skipped. All ranks have the same counts, and stop if there are too many."""
+    """Lists on each rank the samples that it skipped. All ranks have the same counts, and stop if they are too high."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
