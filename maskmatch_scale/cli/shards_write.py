@@ -239,7 +239,7 @@ def _folder(
         str | None,
         typer.Option(
             metavar="N|SHARE|FOLDER",
-            help="Labelled samples to hold out for the final evaluation. --val and --dev can also name folders of images.",
+            help="Labelled samples to hold out for the final evaluation. --val and --dev can also name image folders.",
             rich_help_panel=_SPLITS,
         ),
     ] = None,

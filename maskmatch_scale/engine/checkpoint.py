@@ -82,11 +82,11 @@ def save_checkpoint(
     if runtime.rank == 0:
         persistent = set(engine.student.state_dict())
         student |= {name: buffer.cpu() for name, buffer in engine.student.named_buffers() if name in persistent}
-        _save(student, writing / "student.safetensors")
+        _save(student, weights_file(writing, "student"))
     del student
     average = teacher.full_state(keep=runtime.rank == 0)
     if runtime.rank == 0:
-        _save(average, writing / "ema.safetensors")
+        _save(average, weights_file(writing, "ema"))
         write_whole(writing / "stream.json", json.dumps(stream))
         state = {"step": step, **_shape(engine.recipe, runtime.world_size), **counts, "torch": torch.__version__}
         write_whole(writing / "state.json", json.dumps(state, indent=1))
@@ -120,7 +120,7 @@ def load_checkpoint(folder: Path, engine: Engine, teacher: StoredTeacher, runtim
             f"{folder}: its optimizer state does not fit this run ({type(error).__name__}: {error}); model, "
             "optim.head_lr_multiplier and optim.layer_decay must be as they were, and all of its files must be there"
         ) from error
-    teacher.load_full_state(load_file(folder / "ema.safetensors"))
+    teacher.load_full_state(load_weights(folder, "ema"))
     if _own_buffers(engine, runtime):
         for name, value in load_file(folder / "buffers" / f"rank-{runtime.rank}.safetensors").items():
             _buffers(engine, teacher)[name].copy_(value)
@@ -209,9 +209,14 @@ def find_checkpoint(where: Path) -> Path:
     raise CheckpointError(f"{where}: there is no complete checkpoint here (a file `latest` or a folder step-XXXXXXXX)")
 
 
+def weights_file(folder: Path, weights: str) -> Path:
+    """The file of a checkpoint with the whole fp32 weights; ``weights`` is `ema` or `student`."""
+    return folder / f"{weights}.safetensors"
+
+
 def load_weights(folder: Path, weights: str) -> dict[str, Tensor]:
     """Whole fp32 weights of a checkpoint by name, on the CPU; ``weights`` is `ema` or `student`."""
-    state: dict[str, Tensor] = load_file(folder / f"{weights}.safetensors")
+    state: dict[str, Tensor] = load_file(weights_file(folder, weights))
     return state
 
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from maskmatch_scale import __version__
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.engine.checkpoint import CheckpointError, find_checkpoint, load_state
+from maskmatch_scale.engine.checkpoint import CheckpointError, find_checkpoint, load_state, weights_file
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.card import model_card
 from maskmatch_scale.export.description import Description
@@ -78,7 +78,7 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
     writing = target.with_name(f".{target.name}.writing")
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    with safe_open(checkpoint / f"{weights}.safetensors", framework="pt") as tensors:
+    with safe_open(weights_file(checkpoint, weights), framework="pt") as tensors:
         _check_fit(tensors, segmenter, checkpoint)
         source = Source(tensors, segmenter, recipe, description)
         if whole:

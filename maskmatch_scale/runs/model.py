@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.engine.checkpoint import find_checkpoint, load_state, load_weights
+from maskmatch_scale.engine.checkpoint import find_checkpoint, load_state, load_weights, weights_file
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.models import Segmenter, build_segmenter
 from maskmatch_scale.models.weights import read_own
@@ -64,7 +64,7 @@ def build_student(recipe: Recipe, index: ShardIndex | RunData, *, pretrained: bo
 def _start_weights(pretrained: bool | str | None) -> bool | str | None:
     """`model.pretrained` for `build_segmenter`: a run or checkpoint is replaced by the file of its newest teacher."""
     if isinstance(pretrained, str) and run_of(Path(pretrained)) is not None:
-        return str(find_checkpoint(Path(pretrained)) / "ema.safetensors")
+        return str(weights_file(find_checkpoint(Path(pretrained)), "ema"))
     return pretrained
 
 
