@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a report: real score pages, three methods on two backbones, one table. `make quickstart` calls it.
+# The quickstart: write pages of music, train three methods on two backbones, evaluate, and write a report.
+# `make quickstart` calls it.
 #
 #   launch/quickstart.sh [STEPS=…] [SEED=…] [OUT=runs/quickstart]
 set -euo pipefail
@@ -11,7 +12,7 @@ done
 
 maskmatch shards write scores data/scores
 
-# Same steps, labels, initialisation, weak view, schedule, teacher and evaluation: only the losses differ.
+# Steps, labels, initialisation, weak view, schedule, teacher and evaluation are the same: only the losses differ.
 declare -A methods=(
     [supervised]='method.base=supervised method.mask.keep=null method.scales=[1.0]'
     [fixmatch]='method.mask.keep=null method.scales=[1.0]'

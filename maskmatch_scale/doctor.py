@@ -1,8 +1,8 @@
-"""What this machine has, and what a backbone would cost on it: to be looked up before a run, in seconds.
+"""Looks up what this machine has, and what a backbone would cost, within seconds and before a run.
 
-Models are built on the meta device, without memory or weights, so the largest takes no longer than the smallest.
-timm and transformers take seconds to import, and a machine that is being examined may lack them. Only `examine` needs
-them, so `maskmatch_scale.models`, which imports both, is imported there and not at the top.
+Models are built on the meta device, without memory for their weights, so a large one takes no longer than a small one.
+timm and transformers take seconds to import, and may be missing on the machine. Only `examine` needs them, so
+`maskmatch_scale.models`, which imports both, is imported there and not at the top.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PACKAGES = ("torchvision", "timm", "transformers", "deepspeed", "webdataset", "
 
 
 def describe_machine() -> dict[str, str]:
-    """What was found of everything that a run depends on, by name; compiles nothing and runs nothing on a GPU."""
+    """The hardware and software that a run depends on, by name. Nothing is compiled, and nothing runs on a GPU."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
     ninja = shutil.which("ninja") or importlib.util.find_spec("ninja")
@@ -77,7 +77,7 @@ def _version(package: str) -> str:
 
 
 def examine(backbone: str, image_size: int | None = None, keep: float = 0.3) -> dict[str, Any]:
-    """Whether a backbone is supported, and what an image costs, whole and masked.
+    """Find out whether a backbone is supported, and what a forward pass of an image costs, whole and masked.
 
     Args:
         backbone: as for `build_segmenter`.
@@ -85,10 +85,10 @@ def examine(backbone: str, image_size: int | None = None, keep: float = 0.3) -> 
         keep: share of visible units, in (0, 1].
 
     Returns:
-        `backbone`, `supported` (True), `family`, `unit_px`, `strides` (pixels a token, one a level), `image_size`,
-        `rounded_from` (pixels, or None), `units`, `visible_units`, `tokens` (of an image, one number a level),
-        `prefix_tokens`, `parameters_m` (10⁶, of the backbone), `keep`, and per image `gmacs_full`, `gmacs_keep`,
-        `ideal_speedup` of a forward pass, and the same with `_train` of forward and backward.
+        `backbone`, `supported` (True), `family`, `unit_px`, `strides` (side of a token in px, for each level),
+        `image_size` (px), `rounded_from` (px, or None), `units`, `visible_units`, `tokens` (of an image, for each
+        level), `prefix_tokens`, `parameters_m` (10⁶, of the backbone), `keep`. For one image and a forward pass:
+        `gmacs_full`, `gmacs_keep`, `ideal_speedup`; for forward and backward the same names with `_train`.
 
     Raises:
         UserError: the backbone is unknown or its tokens cannot be dropped; the size or keep ratio does not fit.
@@ -148,7 +148,7 @@ def _whole_units(side: int, unit_px: int) -> int:
 
 
 def explain(found: dict[str, Any]) -> dict[str, str]:
-    """What `examine` found, as lines of a table."""
+    """The result of `examine` as rows of a table, by name."""
     tokens = ", ".join(str(count) for count in found["tokens"])
     strides = ", ".join(str(stride) for stride in found["strides"])
     prefix = f" and {found['prefix_tokens']} class and register tokens" if found["prefix_tokens"] else ""

@@ -1,16 +1,16 @@
-"""What ends a command with one line instead of a traceback."""
+"""Exceptions that end a command with one line instead of a traceback."""
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong: one line that names key, file, shard or sample, and what to do.
+    """A mistake of the user. The message is one line: the key, file, shard or sample, and what to do.
 
-    The command line prints it without a traceback and exits with code 2. Any other exception is a bug of ours, or of a
-    library's, and keeps its traceback.
+    The command line prints it without a traceback and exits with code 2. Any other exception is a bug of this package
+    or of a library, and keeps its traceback.
     """
 
     on_all_ranks = False
-    """Whether every rank of the job has found it, so that one of them tells."""
+    """Whether every rank of the job has found the mistake, so that only one of them prints it."""
 
 
 class TrainingStopped(RuntimeError):  # noqa: N818 - not an error of the program
-    """The run stopped itself; the message says at which step, why, and what it can be continued from."""
+    """The run stopped itself. The message says at which step, why, and from what it can be continued."""

@@ -1,4 +1,4 @@
-"""One way to write a file so that a reader, or a machine that loses power, sees it whole or not at all."""
+"""Writing a file so that it is there whole or not at all, for readers and after a crash."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file beside its place, flush it to the disk, and rename it.
+    """Write a file under another name in the same folder, flush it to the disk, and rename it.
 
     Args:
-        path: its place; what was there is replaced. The folder must exist.
+        path: the file; it is replaced if it exists. Its folder must exist.
         content: bytes, or text that is written as UTF-8.
     """
     beside = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.new")

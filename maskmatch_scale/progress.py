@@ -1,4 +1,4 @@
-"""Progress of a command on stderr: a bar with the time left on a terminal, lines in a log."""
+"""The progress of a command on stderr: a bar with the time left on a terminal, or lines in a log."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Literal, Protocol
 _SECONDS_BETWEEN_LINES = 10.0
 
 Elsewhere = Literal["lines", "lines if slow", "last bar", "nothing"]
-"""What is written where stderr is no terminal: a line every ten seconds and one at the end; the same, but nothing if it
-all took less than ten seconds; the bar as it looks at the end; nothing."""
+"""What is written if stderr is not a terminal. lines: one every ten seconds and one at the end. lines if slow: the
+same, but nothing if the task takes less than ten seconds. last bar: the bar as it is at the end. nothing: nothing."""
 
 
 class Advance(Protocol):
     """Counts steps that are done."""
 
     def __call__(self, steps: int = 1) -> None:
-        """`steps` more are done."""
+        """``steps`` more steps are done."""
 
 
 @contextmanager
@@ -29,11 +29,11 @@ def progress_of(
     """Report how many steps of a task are done, while the body runs.
 
     Args:
-        task: what is under way; empty if the unit says enough.
-        total: steps to come.
+        task: name of the task; empty if the unit says enough.
+        total: number of steps.
         unit: what a step is, in the plural.
         wanted: False reports nothing.
-        elsewhere: what is written where stderr is no terminal.
+        elsewhere: what is written if stderr is not a terminal.
 
     Yields:
         A function to call after each step, or with a number after several.
@@ -45,7 +45,7 @@ def progress_of(
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        # Where stderr is no terminal, rich draws the bar once, when it ends.
+        # If stderr is not a terminal, rich draws the bar once, when it ends.
         with Progress(*columns, console=Console(stderr=True)) as bar:
             number = bar.add_task(f"{task}, {unit}" if task else unit, total=total)
             yield lambda steps=1: bar.advance(number, steps)

@@ -1,7 +1,9 @@
-"""Random numbers that depend on what they are for, not on who drew before.
+"""Random generators that depend on a seed and a purpose, and not on earlier draws.
 
-Every draw of the package comes from a generator made from (seed, purpose, position): a sample gets the same crop,
-colours, box and mask whatever the number of ranks, workers and restarts, and a run's only random state is its step.
+Every draw of the package comes from a generator made from (seed, purpose, position). So a sample gets the same crop,
+colours, box and mask for any number of ranks, workers and restarts, and the only random state of a run is its step.
+
+Decision: docs/decisions/0007-no-files-of-random-state.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`train`, where docs/design.md's contract has it; the code is in `maskmatch_scale.training`."""
+"""`train` under the name that docs/design.md promises; the code is in `maskmatch_scale/training/loop.py`."""
 
 from maskmatch_scale.training.loop import train
 

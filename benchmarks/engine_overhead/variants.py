@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from maskmatch_scale.engine.optim import base_lr, parameter_groups
+from maskmatch_scale.engine.optim import parameter_groups
 from maskmatch_scale.engine.precision import autocast, autocast_dtype
 from maskmatch_scale.engine.ranks import Runtime
+from maskmatch_scale.engine.schedule import base_lr
 from maskmatch_scale.engine.zero import ZeroEngine
 from maskmatch_scale.method.losses import cross_entropy_sum
 from maskmatch_scale.models import Segmenter, build_segmenter

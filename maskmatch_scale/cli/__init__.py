@@ -1,1 +1,1 @@
-"""The `maskmatch` command. Nothing heavy is imported until a subcommand runs, so `--help` is instant."""
+"""The `maskmatch` command. Large libraries are imported only when a subcommand runs, so `--help` is fast."""

@@ -1,4 +1,4 @@
-"""`maskmatch doctor`: this machine, and what a backbone costs. Nothing heavy is imported until it is called."""
+"""`maskmatch doctor`: this machine, and what a backbone costs. Large libraries are imported only when it runs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ app = typer.Typer()
 
 @app.command(epilog="Example: maskmatch doctor --backbone timm/vit_large_patch16_224 --image-size 768 --keep 0.3")
 def doctor(
-    backbone: Annotated[str | None, typer.Option(help="Look at this backbone instead of the machine.")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(metavar="PX", help="Side of an image; default: 512, rounded to whole units.")
+    backbone: Annotated[
+        str | None, typer.Option(help="Examine this backbone instead of the machine: timm/NAME or transformers/NAME.")
     ] = None,
-    keep: Annotated[float, typer.Option(metavar="SHARE", help="Share of visible units.")] = 0.3,
+    image_size: Annotated[
+        int | None, typer.Option(metavar="PX", help="Side of a square image. Default: 512, rounded to whole units.")
+    ] = None,
+    keep: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of units that a masked view sees, in (0, 1].")
+    ] = 0.3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """What this machine has; or whether a backbone is supported, and what masking can save it at most."""
+    """Show what this machine has; or whether a backbone is supported, and how much masking can save at most."""
     if backbone is None and image_size is not None:
         raise UserError(f"--image-size {image_size}: it needs --backbone")
     from maskmatch_scale.doctor import describe_machine, examine, explain

@@ -26,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    epilog="Example: maskmatch train configs/quickstart-segformer.yaml run.steps=20",
 )
 app.add_typer(runs.app)
 app.add_typer(machine.app)
@@ -38,7 +39,7 @@ def maskmatch(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Semi-supervised segmentation with MaskMatch: train, evaluate, report."""
+    """Semi-supervised segmentation with MaskMatch: write shards, train, evaluate, report, export."""
 
 
 MISTAKE = 2
@@ -46,18 +47,21 @@ MISTAKE = 2
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on stderr (of a machine's first rank) and exit code 2."""
+    """Run the command.
+
+    A mistake of the user is one line on stderr, from the first rank of each machine, and exit code 2.
+    """
     try:
         app()
     except UserError as error:
-        # Before the run every rank finds the same mistake; a bad sample later is met by one rank alone.
+        # Before a run starts, every rank finds the same mistake. Later a single rank may read a bad sample.
         _fail(str(error), MISTAKE, from_any_rank=_run_has_started() and not error.on_all_ranks)
     except TrainingStopped as error:
         _fail(str(error), 1, from_any_rank=False)
     except Exception as error:
         if not _has_other_ranks():
             raise
-        # Tracebacks of many ranks bury each other; each stands in its rank's log, if there was one yet.
+        # Tracebacks of many ranks would be mixed up. Each is in the log of its rank, if that was open already.
         log = getattr(error, "logged_in", None)
         if log is None:
             traceback.print_exc()
@@ -65,29 +69,30 @@ def main() -> None:
 
 
 def _fail(message: str, code: int, *, from_any_rank: bool) -> None:
+    """Print a message on one line and exit. Unless ``from_any_rank``, only the first rank of a machine prints it."""
     rank = os.environ.get("RANK", "0")
-    # The ranks of a machine see the same files: its first one tells.
+    # The ranks of a machine read the same files, so one message for each machine is enough.
     if os.environ.get("LOCAL_RANK", rank) == "0" or from_any_rank:
         where = f"rank {rank}: " if rank != "0" or (from_any_rank and _has_other_ranks()) else ""
         print(f"maskmatch: error: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)  # noqa: T201
     if _has_other_ranks():
-        # An orderly exit leaves the process group, and waits for ranks that may never come.
+        # A normal exit would leave the process group, and wait for ranks that may have ended.
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 
 
 def _explained(error: Exception) -> str:
-    """What an unexpected error means to who launched the job."""
+    """The message for an unexpected error. Errors of collectives are explained, because they come from another rank."""
     text = str(error)
     from_torch = isinstance(error, RuntimeError)
     if from_torch and ("imed out" in text or "imeout" in text):
         return (
-            f"another rank did not come within the time limit of a collective (engine.collective_timeout_s); "
-            f"its own message or its log says why: {text}"
+            "another rank did not join a collective within the time limit (engine.collective_timeout_s); "
+            f"its message or its log says why: {text}"
         )
     if from_torch and ("Connection closed by peer" in text or "Connection reset by peer" in text):
-        return f"another rank has died; its own message or its log says why: {text}"
+        return f"another rank has died; its message or its log says why: {text}"
     return f"{type(error).__name__}: {text}"
 
 

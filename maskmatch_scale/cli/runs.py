@@ -1,4 +1,4 @@
-"""`maskmatch train | evaluate | report | export`: runs. Nothing heavy is imported until one of them is called."""
+"""`maskmatch train | evaluate | report | export`. Large libraries are imported only when one of them runs."""
 
 from __future__ import annotations
 
@@ -8,25 +8,37 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from maskmatch_scale.errors import UserError
+from maskmatch_scale.progress import progress_of
 
 app = typer.Typer()
 
 
 @app.command(
-    epilog="Example: deepspeed --num_accelerators 2 --no_local_rank --module maskmatch_scale train "
-    "configs/quickstart-segformer.yaml run.steps=20"
+    epilog="Example: maskmatch train configs/quickstart-segformer.yaml run.steps=20. On all GPUs of this machine: "
+    "launch/deepspeed.sh configs/quickstart-segformer.yaml run.steps=20"
 )
 def train(
-    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML); configs/ has commented ones.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="e.g. run.steps=20")] = None,
-    resume: Annotated[str | None, typer.Option(help="auto, or a run or checkpoint folder to continue from.")] = None,
+    recipe: Annotated[
+        Path,
+        typer.Argument(metavar="RECIPE", help="Recipe, a YAML file. configs/ has examples, docs/recipe.md all keys."),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe to change, for example run.steps=20."),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|PATH",
+            help="Continue a run. auto: from the newest checkpoint in run.dir, if any. PATH: from a run or checkpoint.",
+        ),
+    ] = None,
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> None:
-    """Train a recipe: alone, or as one rank of deepspeed or torchrun."""
+    """Train a recipe, in one process or as one rank under deepspeed, torchrun or accelerate."""
     from maskmatch_scale.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
@@ -37,37 +49,44 @@ def train(
 
 @app.command(epilog="Example: maskmatch evaluate runs/quickstart/segformer-maskmatch --split val")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
-    split: Annotated[str, typer.Option(help="Stream of the shard folder to evaluate on.")] = "val",
-    weights: Annotated[str, typer.Option(help="ema, student or both.")] = "both",
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    split: Annotated[str, typer.Option(help="Labelled stream of data.root to evaluate on.")] = "val",
+    weights: Annotated[str, typer.Option(help="ema (the teacher), student, or both.")] = "both",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Per-class IoU of a run's newest checkpoint; figures and pictures are kept for the report."""
+    """Evaluate a run's newest checkpoint, and keep figures and pictures for the report."""
     kinds = ("ema", "student") if weights == "both" else (weights,)
     if not set(kinds) <= {"ema", "student"}:
         raise UserError(f"--weights {weights}: it must be ema, student or both")
     from maskmatch_scale.runs.evaluate import evaluate_run, held_out_images
 
-    console = Console(stderr=as_json)
     total = held_out_images(run, split) * len(kinds)
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(f"{run.name} on {split}", total=total)
-        records = evaluate_run(run, split, kinds, lambda: progress.advance(task))
+    with progress_of(f"{run.name} on {split}", total, unit="images", elsewhere="nothing") as advance:
+        records = evaluate_run(run, split, kinds, advance)
     if as_json:
         print(json.dumps(records))  # noqa: T201
     else:
-        console.print(_iou_table(records))
+        Console().print(_iou_table(records))
 
 
 @app.command(
     epilog="Example: maskmatch report runs/quickstart/segformer-supervised runs/quickstart/segformer-maskmatch"
 )
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
-    out: Annotated[Path | None, typer.Option(help="Where to; default: beside the runs.")] = None,
-    rows: Annotated[Path | None, typer.Option("--json", help="Write the table's rows there, too.")] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories to compare.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="HTML file to write. Default: report.html in the run, or in the parent folder of several.",
+        ),
+    ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the rows of the table to this file, as JSON."),
+    ] = None,
 ) -> None:
-    """One self-contained HTML report over runs, and the same table here."""
+    """Write a report on one or more runs as one HTML file, and print its table."""
     from maskmatch_scale.record.report import write_report
     from maskmatch_scale.record.summary import as_rows, summarise, summary_table
 
@@ -82,11 +101,11 @@ def report(
 
 @app.command(epilog="Example: maskmatch export runs/quickstart/segformer-maskmatch exports/scores-segformer")
 def export(
-    run: Annotated[Path, typer.Argument(help="Run directory, or a checkpoint folder of one.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist, or be empty.")],
-    weights: Annotated[str, typer.Option(help="ema or student.")] = "ema",
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or one of its checkpoint folders.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write. It must be empty or not exist.")],
+    weights: Annotated[str, typer.Option(help="ema (the teacher) or student.")] = "ema",
 ) -> None:
-    """The newest checkpoint as a folder that transformers or timm loads, with a model card."""
+    """Export the newest checkpoint of a run as a folder that transformers or timm can load, with a model card."""
     if weights not in ("ema", "student"):
         raise UserError(f"--weights {weights}: it must be ema or student")
     from maskmatch_scale.export.write import export_run

@@ -1,4 +1,4 @@
-"""`maskmatch shards verify | show | index`: shards that exist. Nothing heavy is imported until one runs."""
+"""`maskmatch shards verify | show | index`, for shards that exist. Large libraries are imported only when one runs."""
 
 from __future__ import annotations
 
@@ -18,23 +18,30 @@ if TYPE_CHECKING:
 
 __all__ = ["shards_app"]
 
-_Root = Annotated[str, typer.Argument(help="Shard folder, or its index; also a URL.")]
+_Root = Annotated[str, typer.Argument(metavar="ROOT", help="Shard folder or its index.json: a path or a URL.")]
 _CacheDir = Annotated[
-    str | None, typer.Option(metavar="DIR", help="Where shards from elsewhere are kept (data.cache_dir).")
+    str | None, typer.Option(metavar="DIR", help="Folder for shards that are fetched from a URL (data.cache_dir).")
 ]
-_AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="Run the commands of pipe: shards (data.allow_pipe).")]
+_AllowPipe = Annotated[
+    bool,
+    typer.Option("--allow-pipe", help="Allow shards called pipe:COMMAND, which run a shell command (data.allow_pipe)."),
+]
 
 
 @shards_app.command("verify", epilog="Example: maskmatch shards verify data/scores --json > faults.jsonl")
 def verify(
     root: _Root,
-    shallow: Annotated[bool, typer.Option("--shallow", help="Headers and checksums alone; decode nothing.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: as many as pay.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a fault, on stdout.")] = False,
+    shallow: Annotated[
+        bool, typer.Option("--shallow", help="Check only headers and checksums; decode no image.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes. Default: one for a small folder, else one for each core.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each fault as a JSON object on stdout.")] = False,
     cache_dir: _CacheDir = None,
     allow_pipe: _AllowPipe = False,
 ) -> None:
-    """Check every shard and every sample against the index; names each fault."""
+    """Check every shard and every sample against the index, and name each fault."""
     from maskmatch_scale.data.shards.reading import ShardOpener, load_index
     from maskmatch_scale.data.tools.verify import verify as faults_of
 
@@ -59,14 +66,19 @@ def verify(
 @shards_app.command("show", epilog="Example: maskmatch shards show data/scores --stream labelled --out sheet.png")
 def show(
     root: _Root,
-    out: Annotated[Path | None, typer.Option(help="PNG to write; default: contact-sheet.png in the folder.")] = None,
-    stream: Annotated[str | None, typer.Option(help="Only this stream.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Samples of each stream.")] = 12,
-    seed: Annotated[int, typer.Option(help="Which samples.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="PNG to write. Default: contact-sheet.png in the shard folder; for a URL, here."
+        ),
+    ] = None,
+    stream: Annotated[str | None, typer.Option(help="Show only this stream.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Number of samples of each stream.")] = 12,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of samples.")] = 0,
     cache_dir: _CacheDir = None,
     allow_pipe: _AllowPipe = False,
 ) -> None:
-    """A contact sheet: samples of each stream, label maps in the colours of their classes."""
+    """Draw a contact sheet: samples of each stream, with label maps in the colours of their classes."""
     from maskmatch_scale.data.remote.address import is_remote
     from maskmatch_scale.data.shards.reading import ShardOpener, load_index
     from maskmatch_scale.data.tools.show import contact_sheet
@@ -87,23 +99,32 @@ def show(
     epilog="Example: maskmatch shards index 'https://example.org/{0000..0999}.tar' data/theirs",
 )
 def index_command(
-    patterns: Annotated[list[str], typer.Argument(metavar="PATTERN… OUT", help="Shards without labels; last: folder.")],
+    patterns: Annotated[
+        list[str],
+        typer.Argument(metavar="PATTERN… OUT", help="Patterns of shards without labels, and last the folder to write."),
+    ],
     labelled: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Shards with label maps; may be given again.")
+        list[str] | None, typer.Option(metavar="PATTERN", help="Shards with label maps. Can be given several times.")
     ] = None,
     split: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PATTERN", help="Labelled shards of another stream, such as dev or val."),
+        typer.Option(
+            metavar="NAME=PATTERN",
+            help="Labelled shards of another stream, such as dev or val. Can be given several times.",
+        ),
     ] = None,
     classes: Annotated[
-        str | None, typer.Option(metavar="FILE", help="What label values mean: as for `shards write`.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Names of the classes, in a file as for `shards write`. Required with labelled shards."
+        ),
     ] = None,
     ignore_index: Annotated[int, typer.Option(min=0, max=255, help="Label value of pixels that are ignored.")] = 255,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: the cores.")] = None,
     cache_dir: _CacheDir = None,
     allow_pipe: _AllowPipe = False,
 ) -> None:
-    """An index for shards that exist: counts, measures and checksums each; goes on where it was interrupted."""
+    """Write an index for existing shards, with counts and checksums. If interrupted, it continues where it stopped."""
     from maskmatch_scale.data.shards.reading import fetch_options
     from maskmatch_scale.data.tools.survey import survey
     from maskmatch_scale.data.writing.sources.classes import load_classes

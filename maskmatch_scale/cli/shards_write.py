@@ -1,4 +1,4 @@
-"""`maskmatch shards write SOURCE`: a command for each data source. Nothing heavy is imported until one runs."""
+"""`maskmatch shards write SOURCE`: a command for each data source. Large libraries are imported only when one runs."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ if TYPE_CHECKING:
     from maskmatch_scale.data.writing.sources.image_files import ImageFiles
     from maskmatch_scale.data.writing.sources.options import Options
 
-shards_app = typer.Typer(help="Write and check shard folders.", no_args_is_help=True)
+shards_app = typer.Typer(
+    help="Write, check and show shard folders.",
+    epilog="Example: maskmatch shards write scores data/scores",
+    no_args_is_help=True,
+)
 
 
 class _Sources(typer.core.TyperGroup):
-    """The commands. A source that does not exist is a user's mistake like any other, told in one line."""
+    """The commands of the sources. An unknown source is an error of one line that lists the known ones."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         command = super().get_command(ctx, cmd_name)
         if command is None:
-            raise UserError(f"source {cmd_name!r} is unknown; there are: {', '.join(self.commands)}")
+            raise UserError(f"unknown source {cmd_name!r}; there are: {', '.join(self.commands)}")
         return command
 
 
 write_app = typer.Typer(
     cls=_Sources,
-    help="Write a data set as shards: deterministic, restartable after a kill, at once if they are there already.",
+    help="Write a data set as shards. The result is always the same. If it is interrupted, run it again to continue.",
     epilog="Example: maskmatch shards write scores data/scores",
     no_args_is_help=True,
     subcommand_metavar="SOURCE …",
@@ -44,17 +48,17 @@ shards_app.add_typer(write_app, name="write")
 
 @write_app.command("scores", epilog="Example: maskmatch shards write scores data/scores")
 def write_scores(
-    out: Annotated[Path, typer.Argument(help="Shard folder to write.")],
-    seed: Annotated[int, typer.Option(help="Of the split and the ageing.")] = 0,
-    labelled: Annotated[int, typer.Option(min=0, help="Pages with labels, in one font.")] = 16,
-    unlabelled: Annotated[int, typer.Option(min=0, help="Pages without, in four fonts.")] = 290,
-    dev: Annotated[int, typer.Option(min=0, help="Pages for choosing hyper-parameters, in four fonts.")] = 16,
-    val: Annotated[int, typer.Option(min=0, help="Held-out pages, in four fonts.")] = 32,
-    val_font: Annotated[int, typer.Option(min=0, help="Held-out pages in a fifth font.")] = 16,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Shard folder to write.")],
+    seed: Annotated[int, typer.Option(help="Seed of the split and of the ageing.")] = 0,
+    labelled: Annotated[int, typer.Option(min=0, help="Number of pages with labels, in one font.")] = 16,
+    unlabelled: Annotated[int, typer.Option(min=0, help="Number of pages without labels, in four fonts.")] = 290,
+    dev: Annotated[int, typer.Option(min=0, help="Number of pages for choosing hyper-parameters, in four fonts.")] = 16,
+    val: Annotated[int, typer.Option(min=0, help="Number of held-out pages, in four fonts.")] = 32,
+    val_font: Annotated[int, typer.Option(min=0, help="Number of held-out pages in a fifth font.")] = 16,
     size: Annotated[int, typer.Option(min=64, help="Side of a page, px.")] = 512,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: the cores.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
 ) -> None:
-    """Real scores, engraved and aged like scans, with exact labels."""
+    """Pages of real music, engraved and made to look like old scans, with exact labels."""
     from maskmatch_scale.data.writing import write_shards
     from maskmatch_scale.scores.source import ScoresSource
 
@@ -69,14 +73,17 @@ _LABELS, _SPLITS, _WRITING = "Label maps", "Splits", "Writing"
 
 @dataclass(frozen=True)
 class SharedOptions:
-    """The options of every source of image files, a field each. The source gets those that `Options` has too."""
+    """The options of every source of image files, one for each field.
+
+    The source gets the fields that are also in `Options`.
+    """
 
     classes: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Class names in the order of their values, a line each, with `r g b` for RGB label maps; or YAML or "
-            "JSON; or voc, cityscapes, ade20k, coco_stuff, coco.",
+            help="Names of the classes in the order of their values: a text file with a name in each line (followed by "
+            "`r g b` for RGB label maps), YAML or JSON; or voc, cityscapes, ade20k, coco_stuff, coco.",
             rich_help_panel=_LABELS,
         ),
     ] = None
@@ -84,18 +91,23 @@ class SharedOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="YAML or JSON: raw label value → class value, class name or `ignore`.",
+            help="YAML or JSON that maps raw label values to class values, class names or `ignore`.",
             rich_help_panel=_LABELS,
         ),
     ] = None
     unknown_as_ignore: Annotated[
-        bool, typer.Option("--unknown-as-ignore", help="Ignore values that nothing names.", rich_help_panel=_LABELS)
+        bool,
+        typer.Option(
+            "--unknown-as-ignore",
+            help="Ignore label values that have no class, instead of stopping.",
+            rich_help_panel=_LABELS,
+        ),
     ] = False
     split_labelled: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Labelled samples, in UniMatch's format: `image label` a line, below the root.",
+            help="List of labelled samples in UniMatch's format: `image label` in each line, relative to the root.",
             rich_help_panel=_SPLITS,
         ),
     ] = None
@@ -103,46 +115,58 @@ class SharedOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Unlabelled ones, likewise; default: what remains of the training set.",
+            help="List of unlabelled samples in the same format. Default: the rest of the training set.",
             rich_help_panel=_SPLITS,
         ),
     ] = None
     split_val: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Validation samples, likewise.", rich_help_panel=_SPLITS),
+        typer.Option(metavar="FILE", help="List of validation samples in the same format.", rich_help_panel=_SPLITS),
     ] = None
     dev: Annotated[
         str | None,
         typer.Option(
             metavar="N|SHARE",
-            help="Labelled samples to hold out for choosing hyper-parameters: 100, or 0.1.",
+            help="Labelled samples to hold out for choosing hyper-parameters: a number (100) or a share (0.1).",
             rich_help_panel=_SPLITS,
         ),
     ] = None
-    split_seed: Annotated[int, typer.Option(help="Of samples that are held out.", rich_help_panel=_SPLITS)] = 0
+    split_seed: Annotated[
+        int, typer.Option(help="Seed of the choice of held-out samples.", rich_help_panel=_SPLITS)
+    ] = 0
     max_side: Annotated[
         int | None,
-        typer.Option(min=1, metavar="PX", help="Shrink larger images to this side.", rich_help_panel=_WRITING),
+        typer.Option(
+            min=1, metavar="PX", help="Shrink images whose longer side is larger than this.", rich_help_panel=_WRITING
+        ),
     ] = None
     shuffle_seed: Annotated[
-        int, typer.Option(help="Of the order of samples; -1 keeps that of the files.", rich_help_panel=_WRITING)
+        int,
+        typer.Option(
+            help="Seed of the order of samples; -1 keeps the order of the data set.", rich_help_panel=_WRITING
+        ),
     ] = 0
     keep_duplicates: Annotated[
-        bool, typer.Option("--keep-duplicates", help="Write equal images more than once.", rich_help_panel=_WRITING)
+        bool,
+        typer.Option(
+            "--keep-duplicates", help="Also write images that are equal to another one.", rich_help_panel=_WRITING
+        ),
     ] = False
     skip_bad: Annotated[
         bool,
-        typer.Option("--skip-bad", help="Leave bad samples out and list them; default: end.", rich_help_panel=_WRITING),
+        typer.Option(
+            "--skip-bad", help="Leave bad samples out and list them, instead of stopping.", rich_help_panel=_WRITING
+        ),
     ] = False
     samples_per_shard: Annotated[
-        int, typer.Option(min=1, help="Most samples of a shard.", rich_help_panel=_WRITING)
+        int, typer.Option(min=1, help="Largest number of samples in a shard.", rich_help_panel=_WRITING)
     ] = 256
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; default: the cores.", rich_help_panel=_WRITING)
+        int | None, typer.Option(min=1, help="Processes. Default: one for each core.", rich_help_panel=_WRITING)
     ] = None
 
     def of_source(self, **others: Any) -> Options:
-        """The options that the source needs, together with `others` that only this source has."""
+        """The options of a source: those that it shares with others, and ``others`` that only it has."""
         from maskmatch_scale.data.writing.sources.options import Options
 
         known = {field.name for field in fields(Options)}
@@ -152,16 +176,20 @@ class SharedOptions:
 _Val = Annotated[
     str | None,
     typer.Option(
-        metavar="N|SHARE", help="Labelled samples to hold out for the final figures.", rich_help_panel=_SPLITS
+        metavar="N|SHARE", help="Labelled samples to hold out for the final evaluation.", rich_help_panel=_SPLITS
     ),
 ]
 
 
 def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFiles]], Callable[..., ImageFiles]]:
-    """Register a function that makes a source as the command that writes it.
+    """Decorate a function that makes a source, and add a command that writes the source as shards.
 
-    The command takes the function's parameters and OUT; the parameter `shared` is replaced by the options of
+    The command has the function's parameters and OUT. In place of the parameter `shared` it has the options of
     :class:`SharedOptions`.
+
+    Args:
+        name: name of the command.
+        example: arguments of the example in its help.
     """
 
     def register(make: Callable[..., ImageFiles]) -> Callable[..., ImageFiles]:
@@ -198,16 +226,20 @@ def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFile
 def _folder(
     root: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images.")],
     shared: SharedOptions,
-    images: Annotated[str | None, typer.Option(help="Of SOURCE: the images; default: images, or all of it.")] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="Of SOURCE: the label maps; default: labels, masks or annotations.")
+    images: Annotated[
+        str | None, typer.Option(help="Folder of the images in SOURCE. Default: images, or SOURCE itself.")
     ] = None,
-    label_suffix: Annotated[str, typer.Option(help="In place of an image's ending: its label map.")] = ".png",
+    labels: Annotated[
+        str | None, typer.Option(help="Folder of the label maps in SOURCE. Default: labels, masks or annotations.")
+    ] = None,
+    label_suffix: Annotated[
+        str, typer.Option(help="Ending of a label map's name, in place of the image's ending.")
+    ] = ".png",
     val: Annotated[
         str | None,
         typer.Option(
             metavar="N|SHARE|FOLDER",
-            help="Labelled samples to hold out for the final figures; --dev and --val may name a folder of the images.",
+            help="Labelled samples to hold out for the final evaluation. --val and --dev can also name image folders.",
             rich_help_panel=_SPLITS,
         ),
     ] = None,
@@ -223,12 +255,16 @@ def _list(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="CSV with a header line, or JSON lines.")],
     shared: SharedOptions,
     root: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="What its paths are relative to; default: where FILE is.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder to which the paths in FILE are relative. Default: the folder of FILE."
+        ),
     ] = None,
     image_column: Annotated[str, typer.Option(help="Column with the image.")] = "image",
-    label_column: Annotated[str, typer.Option(help="Column with the label map; may be empty or missing.")] = "label",
+    label_column: Annotated[str, typer.Option(help="Column with the label map; it may be empty or missing.")] = "label",
     stream_column: Annotated[
-        str, typer.Option(help="Column with labelled, unlabelled, dev, val …; may be empty or missing.")
+        str,
+        typer.Option(help="Column with the stream (labelled, unlabelled, dev, val, …); it may be empty or missing."),
     ] = "stream",
     val: _Val = None,
 ) -> ImageFiles:
@@ -241,11 +277,11 @@ def _list(
 
 @source_command("voc", "VOCdevkit/VOC2012 data/voc --aug")
 def _voc(
-    root: Annotated[Path, typer.Argument(help="VOC2012.")],
+    root: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder VOC2012.")],
     shared: SharedOptions,
-    aug: Annotated[bool, typer.Option("--aug", help="Also the labels of SegmentationClassAug.")] = False,
+    aug: Annotated[bool, typer.Option("--aug", help="Also use the labels of SegmentationClassAug.")] = False,
     all_images: Annotated[
-        bool, typer.Option("--all-images", help="The other images of JPEGImages are unlabelled.")
+        bool, typer.Option("--all-images", help="Use the other images of JPEGImages as unlabelled ones.")
     ] = False,
 ) -> ImageFiles:
     """Pascal VOC 2012, 21 classes."""
@@ -256,10 +292,10 @@ def _voc(
 
 @source_command("cityscapes", "cityscapes data/cityscapes --train-extra")
 def _cityscapes(
-    root: Annotated[Path, typer.Argument(help="Folder of leftImg8bit and gtFine.")],
+    root: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder with leftImg8bit and gtFine.")],
     shared: SharedOptions,
     train_extra: Annotated[
-        bool, typer.Option("--train-extra", help="The images of leftImg8bit/train_extra are unlabelled.")
+        bool, typer.Option("--train-extra", help="Use the images of leftImg8bit/train_extra as unlabelled ones.")
     ] = False,
 ) -> ImageFiles:
     """Cityscapes, 19 classes."""
@@ -270,10 +306,13 @@ def _cityscapes(
 
 @source_command("ade20k", "ADEChallengeData2016 data/ade20k --dev 500")
 def _ade20k(
-    root: Annotated[Path, typer.Argument(help="ADEChallengeData2016.")],
+    root: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder ADEChallengeData2016.")],
     shared: SharedOptions,
     converted: Annotated[
-        bool, typer.Option("--converted", help="Label maps hold 0–149 and 255 already (UniMatch-V2's download).")
+        bool,
+        typer.Option(
+            "--converted", help="The label maps already have the values 0–149 and 255 (UniMatch-V2's download)."
+        ),
     ] = False,
 ) -> ImageFiles:
     """ADE20K's scene parsing challenge, 150 classes."""
@@ -284,10 +323,10 @@ def _ade20k(
 
 @source_command("coco-stuff", "coco data/coco-stuff --unlabeled2017")
 def _coco_stuff(
-    root: Annotated[Path, typer.Argument(help="Folder of images and stuffthingmaps.")],
+    root: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder with images and stuffthingmaps.")],
     shared: SharedOptions,
     unlabeled2017: Annotated[
-        bool, typer.Option("--unlabeled2017", help="The images of unlabeled2017 are unlabelled.")
+        bool, typer.Option("--unlabeled2017", help="Use the images of unlabeled2017 as unlabelled ones.")
     ] = False,
 ) -> ImageFiles:
     """COCO-Stuff 164k, 171 classes."""
@@ -317,7 +356,7 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
 
 
 def print_index(index: ShardIndex, root: str | Path) -> None:
-    """A table of the streams of a folder."""
+    """Print a table of the streams of a shard folder."""
     table = Table(title=f"{root}: {len(index.classes)} classes")
     for column in ("stream", "labels", "samples", "shards", "MB"):
         table.add_column(column, justify="left" if column == "stream" else "right")

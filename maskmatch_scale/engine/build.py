@@ -1,4 +1,7 @@
-"""The engine that a recipe names; only the library that is used is imported."""
+"""Builds the engine that a recipe names. Only the library of that engine is imported.
+
+Decision: docs/decisions/0020-engine-as-a-protocol.md.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def build_engine(module: nn.Module, student: nn.Module, recipe: Recipe, runtime:
     """Build the engine of `engine.library`.
 
     Args:
-        module: called once a micro-batch; its ``segmenter`` is the student whose parameters are optimised.
+        module: called once for each micro-batch; its ``segmenter`` is the student whose parameters are optimised.
         student: that segmenter.
         recipe: of the run.
         runtime: this rank.
@@ -25,7 +28,7 @@ def build_engine(module: nn.Module, student: nn.Module, recipe: Recipe, runtime:
 
 
 def check_settings(recipe: Recipe, world_size: int) -> None:
-    """Look for mistakes in settings of the engine's own library, before anything is built.
+    """Check the settings of the engine's own library, before anything is built.
 
     Raises:
         UserError: names the file and its key.

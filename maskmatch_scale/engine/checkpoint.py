@@ -1,18 +1,20 @@
-"""Checkpoints that are whole or not there.
+"""Writing and reading checkpoints. A checkpoint is complete or not there at all.
 
     checkpoints/
       latest                    name of the newest complete checkpoint
       step-00000400/
-        engine/                 the engine's own files: masters and optimizer state, under ZeRO each rank its shard
+        engine/                 the engine's own files: masters and optimizer state; under ZeRO each rank's shard
         student.safetensors     whole fp32 weights, for evaluation and export
         ema.safetensors         whole fp32 teacher
         buffers/                with `model.batchnorm: per_rank`: each rank's own running statistics
         stream.json             what the training stream continues from (data/batches/training.py), one for all ranks
         state.json              step, ranks, engine, ZeRO stage, precision, seconds spent so far
 
-Everything is written into `.step-00000400.writing` and renamed when every rank has finished, so that a crash leaves the
-checkpoint before it in place; our own files are flushed to the disk before the rename, the engine's are not. Every
-generator is made from the seed and a position: there is no random state to save.
+All ranks write into `.step-00000400.writing`. The folder is renamed when every rank has finished, so a crash leaves the
+previous checkpoint in place. Our own files are flushed to the disk before the rename, the engine's are not. Every
+random generator is made from the seed and a position, so there is no random state to save.
+
+Decision: docs/decisions/0007-no-files-of-random-state.md.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from maskmatch_scale.record.run_folder import RunFolder
 
 
 class CheckpointError(UserError):
-    """No checkpoint to continue from, or one that does not fit; the message says what to do."""
+    """There is no checkpoint to continue from, or it does not fit the run; the message says what to do."""
 
 
 def save_checkpoint(
@@ -54,11 +56,14 @@ def save_checkpoint(
     Args:
         run: run directory.
         step: optimizer steps taken.
-        counts: what callbacks keep, such as `seconds` and `cpu_s`: JSON values.
+        counts: state of the callbacks, such as `seconds` and `cpu_s`: JSON values.
         engine: of this rank.
         teacher: of this rank.
         runtime: this rank.
-        stream: state of the training stream, the same on every rank.
+        stream: state of the training batches, the same on every rank.
+
+    Returns:
+        The folder of the checkpoint.
     """
     folder = run.checkpoints / f"step-{step:08d}"
     writing = folder.with_name(f".{folder.name}.writing")
@@ -72,16 +77,16 @@ def save_checkpoint(
     if _own_buffers(engine, runtime):
         (writing / "buffers").mkdir(exist_ok=True)
         _save(_buffers(engine, teacher), writing / "buffers" / f"rank-{runtime.rank}.safetensors")
-    # Rank 0 alone keeps what is gathered, and one of the two at a time.
+    # Only rank 0 keeps the gathered weights. It frees the student's before it gathers the teacher's.
     student = engine.full_fp32_parameters(keep=runtime.rank == 0)
     if runtime.rank == 0:
         persistent = set(engine.student.state_dict())
         student |= {name: buffer.cpu() for name, buffer in engine.student.named_buffers() if name in persistent}
-        _save(student, writing / "student.safetensors")
+        _save(student, weights_file(writing, "student"))
     del student
     average = teacher.full_state(keep=runtime.rank == 0)
     if runtime.rank == 0:
-        _save(average, writing / "ema.safetensors")
+        _save(average, weights_file(writing, "ema"))
         write_whole(writing / "stream.json", json.dumps(stream))
         state = {**counts, "step": step, **_shape(engine.recipe, runtime.world_size), "torch": torch.__version__}
         write_whole(writing / "state.json", json.dumps(state, indent=1))
@@ -101,32 +106,38 @@ def load_checkpoint(folder: Path, engine: Engine, teacher: StoredTeacher, runtim
     """Restore student, optimizer and teacher bit for bit; all ranks call it together.
 
     Returns:
-        Its state: `step`, `seconds`, `cpu_s` and what it was written with.
+        The contents of its `state.json`.
 
     Raises:
-        CheckpointError: written by another number of ranks, engine, ZeRO stage or precision, or not whole.
+        CheckpointError: it was written with another number of ranks, engine, ZeRO stage or precision, or is incomplete.
     """
     check_checkpoint(folder, engine.recipe, runtime.world_size)
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    state = load_state(folder)
     try:
         engine.load(folder / "engine")
     except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: its optimizer state does not fit this run ({type(error).__name__}: {error}); model, "
-            "optim.head_lr_multiplier and optim.layer_decay must be as they were, and every file of it there"
+            "optim.head_lr_multiplier and optim.layer_decay must be as they were, and all of its files must be there"
         ) from error
-    teacher.load_full_state(load_file(folder / "ema.safetensors"))
+    teacher.load_full_state(load_weights(folder, "ema"))
     if _own_buffers(engine, runtime):
         for name, value in load_file(folder / "buffers" / f"rank-{runtime.rank}.safetensors").items():
             _buffers(engine, teacher)[name].copy_(value)
     return state
 
 
+def load_state(folder: Path) -> dict[str, Any]:
+    """Read `state.json` of a checkpoint: `step`, the state of the callbacks, and the settings it was written with."""
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    return state
+
+
 def load_stream_state(folder: Path) -> dict[str, Any]:
-    """State of the training stream.
+    """Read `stream.json` of a checkpoint: the state of the training batches.
 
     Raises:
-        CheckpointError: there is none: an older version wrote the checkpoint, whose order of samples was another.
+        CheckpointError: it cannot be read. Older versions, whose order of samples was another, wrote none.
     """
     try:
         state: dict[str, Any] = json.loads((folder / "stream.json").read_text())
@@ -139,12 +150,12 @@ def load_stream_state(folder: Path) -> dict[str, Any]:
 
 
 def check_checkpoint(folder: Path, recipe: Recipe, world_size: int) -> None:
-    """Refuse a checkpoint that this run cannot continue; reads only a small file, before anything is built.
+    """Refuse a checkpoint that this run cannot continue. This reads one small file and builds nothing.
 
     Raises:
-        CheckpointError: written by another number of ranks, engine, ZeRO stage or precision, or not whole.
+        CheckpointError: it was written with another number of ranks, engine, ZeRO stage or precision, or is incomplete.
     """
-    state = json.loads((folder / "state.json").read_text())
+    state = load_state(folder)
     for name, now in _shape(recipe, world_size).items():
         if state.get(name) != now:
             raise CheckpointError(
@@ -155,7 +166,7 @@ def check_checkpoint(folder: Path, recipe: Recipe, world_size: int) -> None:
 
 
 def _shape(recipe: Recipe, world_size: int) -> dict[str, object]:
-    """What a checkpoint and the run that continues it must have in common."""
+    """The settings that a checkpoint and the run that continues it must have in common."""
     engine = recipe.engine
     return {
         "world_size": world_size,
@@ -166,7 +177,7 @@ def _shape(recipe: Recipe, world_size: int) -> dict[str, object]:
 
 
 def _own_buffers(engine: Engine, runtime: Runtime) -> bool:
-    """Whether ranks have running statistics that differ."""
+    """Whether each rank has running statistics of its own."""
     return engine.recipe.model.batchnorm == "per_rank" and runtime.world_size > 1
 
 
@@ -177,7 +188,10 @@ def _buffers(engine: Engine, teacher: StoredTeacher) -> dict[str, Tensor]:
 
 
 def find_checkpoint(where: Path) -> Path:
-    """The complete checkpoint meant by a run directory, its `checkpoints` folder, or a checkpoint itself.
+    """Find the newest complete checkpoint.
+
+    Args:
+        where: a run directory, its folder `checkpoints`, or a checkpoint, which is returned as it is.
 
     Raises:
         CheckpointError: there is none.
@@ -188,14 +202,21 @@ def find_checkpoint(where: Path) -> Path:
         if (folder / "latest").is_file():
             newest = folder / (folder / "latest").read_text().strip()
             if not (newest / "state.json").is_file():
-                raise CheckpointError(f"{folder / 'latest'} names {newest.name}, which is not there; name another one")
+                raise CheckpointError(
+                    f"{folder / 'latest'} names {newest.name}, which is not there; give the path of another checkpoint"
+                )
             return newest
-    raise CheckpointError(f"{where}: no complete checkpoint here (a `latest` file or a step-XXXXXXXX folder)")
+    raise CheckpointError(f"{where}: there is no complete checkpoint here (a file `latest` or a folder step-XXXXXXXX)")
+
+
+def weights_file(folder: Path, weights: str) -> Path:
+    """The file of a checkpoint with the whole fp32 weights; ``weights`` is `ema` or `student`."""
+    return folder / f"{weights}.safetensors"
 
 
 def load_weights(folder: Path, weights: str) -> dict[str, Tensor]:
-    """Whole fp32 weights of a checkpoint; ``weights`` is `ema` or `student`."""
-    state: dict[str, Tensor] = load_file(folder / f"{weights}.safetensors")
+    """Whole fp32 weights of a checkpoint by name, on the CPU; ``weights`` is `ema` or `student`."""
+    state: dict[str, Tensor] = load_file(weights_file(folder, weights))
     return state
 
 

@@ -1,9 +1,9 @@
-"""accelerate: one process, or every rank with the whole model and gradients averaged by torch's DDP.
+"""The engine that uses accelerate: one process, or the whole model on every rank, with gradients averaged by DDP.
 
-accelerate finds the process group, wraps the module, scales fp16 losses and writes checkpoints. What it keeps for the
-life of a process (`AcceleratorState`, `GradientState`) is set to the same values by every run, so that a second run in
-a process may have another precision or accumulation: autocast, the division by micro-batches and the choice of the
-micro-batch whose backward communicates are done here.
+accelerate finds the process group, wraps the module, scales fp16 losses and writes checkpoints. It also keeps settings
+for the life of a process (`AcceleratorState`, `GradientState`). Every run gives these the same values, so that a second
+run in the same process may have another precision or accumulation. What depends on the recipe is done here instead:
+autocast, the division by micro-batches, and the choice of the micro-batch whose backward communicates.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ class DdpEngine:
     """A module under accelerate (`protocol.Engine`).
 
     Args:
-        module: called once a micro-batch; its ``segmenter`` is the student whose parameters are optimised.
+        module: called once for each micro-batch; its ``segmenter`` is the student whose parameters are optimised.
         student: that segmenter.
         recipe: sections engine, optim and run are read.
         runtime: this rank.
 
     Raises:
-        UserError: accelerate sees other ranks or another device than this run, or was set up otherwise before.
+        UserError: accelerate sees other ranks or another device than this run, or this process has used it with other
+            settings before.
     """
 
     def __init__(self, module: nn.Module, student: nn.Module, recipe: Recipe, runtime: Runtime) -> None:
@@ -61,19 +62,20 @@ class DdpEngine:
         optimizer = torch.optim.AdamW(groups, lr=self.base_lr, betas=recipe.optim.betas)
         self._accelerator = accelerator_of(runtime, find_unused=_leaves_unused(student, recipe))
         if recipe.engine.precision == "fp16":
-            # By itself accelerate scales losses only under a mixed precision of its own (see `accelerator_of`).
+            # accelerate makes a scaler only for its own mixed precision, which is not used (see `accelerator_of`).
             self._accelerator.scaler = torch.amp.GradScaler(runtime.device.type)
-        # Of SegFormer's depthwise weights (C, 1, 3, 3): the strides that differ are of the side of length 1.
+        # torch warns about SegFormer's depthwise weights (C, 1, 3, 3). Only the stride of the dimension of length 1
+        # differs, which has no effect.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         with warnings.catch_warnings():
-            # torch has renamed `broadcast_buffers`, accelerate has not: nothing that a user could mend.
+            # torch has renamed `broadcast_buffers`, accelerate has not. Users can do nothing about it.
             warnings.simplefilter("ignore", FutureWarning)
             self._module = self._accelerator.prepare_model(module)
         self._optimizer = self._accelerator.prepare_optimizer(optimizer)
 
     @staticmethod
     def check_settings(recipe: Recipe, world_size: int) -> None:
-        """See `Engine`: accelerate has no settings beside the recipe."""
+        """See `Engine`: accelerate takes no settings apart from the recipe's."""
 
     def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
@@ -100,8 +102,8 @@ class DdpEngine:
         self._groups.set_lr(self._optimizer.param_groups, number)
         for parameter in self._trained:
             if parameter.grad is None:
-                # Not used in this step (the context decoder in burn-in). Without a gradient AdamW would pass it over;
-                # DeepSpeed decays it and counts the step, and a recipe means the same under both.
+                # The step did not use it (the context decoder in burn-in). AdamW would skip a parameter without a
+                # gradient, but DeepSpeed decays it and counts the step. A recipe means the same under both engines.
                 parameter.grad = torch.zeros_like(parameter)
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.unscale_(self._optimizer.optimizer)
@@ -125,16 +127,16 @@ class DdpEngine:
         return autocast(self._device, self._dtype)
 
     def store_teacher(self, average: nn.Module) -> StoredTeacher:
-        """See `Engine`: whole on every rank."""
+        """See `Engine`: the average is whole on every rank."""
         return ReplicatedTeacher(average, self)
 
     def averager(self, averages: Sequence[nn.Parameter]) -> Callable[[float], None]:
-        """See `Engine`: every rank has the fp32 weights whole."""
+        """See `Engine`: every rank has all fp32 weights."""
         parameters = list(self.student.parameters())
         return lambda decay: torch._foreach_lerp_(list(averages), [p.detach() for p in parameters], 1 - decay)
 
     def save(self, folder: Path) -> None:
-        """See `Engine`: rank 0 writes weights and optimizer. accelerate adds a small file of random state a rank."""
+        """See `Engine`: rank 0 writes weights and optimizer state, and each rank a small file of random state."""
         self._accelerator.save_state(str(folder))
 
     def load(self, folder: Path) -> None:
@@ -144,7 +146,7 @@ class DdpEngine:
 
 
 def _leaves_unused(student: nn.Module, recipe: Recipe) -> bool:
-    """Whether some step leaves parameters without gradients: those of the context decoder, where nothing is masked."""
+    """Whether some step gives the context decoder no gradients, because nothing is masked in it."""
     if getattr(student, "context", None) is None:
         return False
     if recipe.burn_in_steps > 0 or recipe.method.mask.keep is None:
@@ -157,24 +159,25 @@ def _leaves_unused(student: nn.Module, recipe: Recipe) -> bool:
 def accelerator_of(runtime: Runtime, *, find_unused: bool = False) -> Accelerator:
     """An `Accelerator` on the process group of :func:`maskmatch_scale.engine.setup.start`.
 
-    What it would read from its environment or a config file is given: a launcher's variables may say otherwise, or
-    nothing at all. Its mixed precision is never used, because the first one of a process holds for all that follow.
+    It would read its settings from the environment or a configuration file, which may contradict this run or be
+    missing. So they are passed here. Its mixed precision is never used, because the first setting in a process stays
+    for all later runs.
 
     Args:
         runtime: this rank.
-        find_unused: whether DDP has to look for parameters that a step does not use. Costs a walk through the graph
-            and a sum over ranks of one number a parameter in every step; without it DDP raises in the step after
-            such a one.
+        find_unused: whether DDP looks for parameters that a step does not use. In every step this costs a walk through
+            the graph and a sum over ranks of one number for each parameter. Without it DDP raises an error in the step
+            that follows one with unused parameters.
 
     Raises:
-        UserError: it sees other ranks or another device than ``runtime``, its launcher asks for another engine, or
-            this process has an `Accelerator` of another kind.
+        UserError: accelerate sees other ranks or another device than ``runtime``, its launcher asks for another engine,
+            or this process already has an `Accelerator` of another kind.
     """
     other = [name for name in _OTHER_ENGINES if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"]
     if other:
         raise UserError(f"engine.library=accelerate: its launcher asks for {other[0]}; {_REMEDY}")
     place, device, alone = runtime.place, runtime.device, runtime.world_size == 1
-    # accelerate writes what it makes of these back, and sets the number of threads where OMP_NUM_THREADS is missing.
+    # accelerate changes these variables, and sets the number of threads if OMP_NUM_THREADS is missing.
     environment = {
         "RANK": place.rank,
         "LOCAL_RANK": -1 if alone else place.local_rank,  # -1: no launcher, and no DDP around a single rank
@@ -183,7 +186,7 @@ def accelerator_of(runtime: Runtime, *, find_unused: bool = False) -> Accelerato
         "OMP_NUM_THREADS": runtime.threads,
     }
     ddp = DistributedDataParallelKwargs(
-        # BatchNorm's statistics are each rank's own, or synchronised already: not rank 0's for all.
+        # BatchNorm's statistics are each rank's own, or synchronised already. They must not be replaced by rank 0's.
         broadcast_buffers=False,
         find_unused_parameters=find_unused,
         gradient_as_bucket_view=True,
@@ -198,7 +201,7 @@ def accelerator_of(runtime: Runtime, *, find_unused: bool = False) -> Accelerato
                 kwargs_handlers=[ddp],
             )
         except ValueError as error:
-            raise UserError(f"engine.library=accelerate: {error} To mend it: {_REMEDY}") from None
+            raise UserError(f"engine.library=accelerate: {error} To solve this: {_REMEDY}") from None
     kind = DistributedType.MULTI_GPU if device.type == "cuda" else DistributedType.MULTI_CPU
     kinds = (kind, DistributedType.NO) if alone else (kind,)
     seen = (accelerator.num_processes, accelerator.process_index, accelerator.device.type)
@@ -214,5 +217,5 @@ def accelerator_of(runtime: Runtime, *, find_unused: bool = False) -> Accelerato
 _OTHER_ENGINES = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 _REMEDY = (
     "start it with launch/accelerate.sh or torchrun (launch/README.md), without DeepSpeed or FSDP in accelerate's own "
-    "configuration, and make no Accelerator of your own in this process before"
+    "configuration, and do not make an Accelerator of your own in this process before"
 )

@@ -1,7 +1,7 @@
-"""The user's DeepSpeed JSON beside the recipe: what it may add, and that it contradicts nothing.
+"""Merges the user's DeepSpeed JSON (`engine.deepspeed_json`) with the recipe's settings, and refuses contradictions.
 
-DeepSpeed takes most unknown keys without a word, and a few known ones change what is trained. So only keys that tune
-memory, communication and logging pass; what the recipe decides may stand in the file too, but must agree.
+DeepSpeed accepts most unknown keys without a message, and some known keys change what is trained. So only keys for
+memory, communication and logging are handed on. Keys that the recipe decides may be in the file too, but must agree.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _DECIDED = {
     "torch_autocast.enabled": "engine.precision",
     "torch_autocast.dtype": "engine.precision",
 }
-"""Keys of DeepSpeed that the recipe decides, and by which of its own."""
+"""Keys of DeepSpeed that the recipe decides, with the recipe's key."""
 
 _RECIPES_OWN = {"optimizer": "the section optim", "scheduler": "optim.schedule"}
-"""Sections of DeepSpeed that have no place in the file at all."""
+"""Sections of DeepSpeed that may not be in the file, with the part of the recipe that has their settings."""
 
 _PASSED = frozenset(
     {
@@ -43,7 +43,7 @@ _PASSED = frozenset(
         *("wall_clock_breakdown", "memory_breakdown", "flops_profiler"),
     }
 )
-"""Top-level keys that are handed on, apart from those above."""
+"""Top-level keys that are handed on to DeepSpeed."""
 
 _WITHIN = {
     "bf16": {"enabled", "immediate_grad_update", "check_grad_overflow"},
@@ -53,7 +53,7 @@ _WITHIN = {
     },
     "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
 }
-"""What may stand in these sections. DeepSpeed has more: 16-bit masters and moments, which this package never has."""
+"""Keys that are allowed in these sections. DeepSpeed has more: 16-bit masters and moments, which are not supported."""
 
 _NOT_WITHIN_ZERO = {
     "load_from_fp32_weights": "a resumed run would start from rounded weights",
@@ -68,12 +68,13 @@ def merged(config: dict[str, Any], recipe: Recipe, world_size: int) -> dict[str,
     """The recipe's DeepSpeed config with what `engine.deepspeed_json` adds.
 
     Args:
-        config: made of the recipe alone.
+        config: DeepSpeed's settings made from the recipe alone.
         recipe: of the run.
         world_size: number of ranks.
 
     Raises:
-        UserError: names the file, its key and the recipe's.
+        UserError: the file cannot be read, has a key that is not handed on, or contradicts the recipe; the message
+            names the file and the keys.
     """
     assert recipe.engine.deepspeed_json is not None
     path = Path(recipe.engine.deepspeed_json)
@@ -84,7 +85,7 @@ def merged(config: dict[str, Any], recipe: Recipe, world_size: int) -> dict[str,
         if key not in _PASSED and key not in _DECIDED:
             near = difflib.get_close_matches(key, sorted(_PASSED | set(_DECIDED)), 1, 0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{path}: {key!r} is no setting that is handed on to DeepSpeed{hint}")
+            raise UserError(f"{path}: {key!r} is not a setting that is handed on to DeepSpeed{hint}")
     _check_sections(path, given)
     decided = dict(_leaves(config))
     decided["train_batch_size"] = recipe.engine.micro_batch * recipe.engine.accumulation * world_size
@@ -103,7 +104,7 @@ def merged(config: dict[str, Any], recipe: Recipe, world_size: int) -> dict[str,
 
 
 def _absent(key: str) -> object:
-    """What a key that the recipe's config does not have stands at."""
+    """The value that a key has in DeepSpeed when the recipe's settings leave it out."""
     return "none" if key.endswith(".device") else "bfloat16" if key.endswith(".dtype") else False
 
 
@@ -113,7 +114,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"engine.deepspeed_json={path}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"engine.deepspeed_json={path}: no JSON: {error}") from None
+        raise UserError(f"engine.deepspeed_json={path}: not readable as JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"engine.deepspeed_json={path}: it must be an object of DeepSpeed settings")
     return content
@@ -129,17 +130,17 @@ def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _over(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``under``, section by section."""
+    """Two nested settings merged; where both have a key, ``over`` wins."""
     both = dict(under)
     for key, value in over.items():
         below = under.get(key)
         both[key] = _over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    # train_batch_size follows from the others, and "auto" is for DeepSpeed's other hosts.
+    # train_batch_size follows from the other keys. "auto" is for libraries that fill in DeepSpeed's settings.
     return {key: value for key, value in both.items() if key != "train_batch_size" and value != "auto"}
 
 
 def _check_sections(path: Path, given: dict[str, Any]) -> None:
-    """Refuse what DeepSpeed would take without a word, or fail at later."""
+    """Refuse keys and values that DeepSpeed would accept without a message, or fail at later."""
     for name in ("zero_optimization", *_WITHIN):
         section = given.get(name, {})
         if not isinstance(section, dict):
@@ -155,7 +156,7 @@ def _check_sections(path: Path, given: dict[str, Any]) -> None:
 
 
 def _check_schemas(path: Path, config: dict[str, Any]) -> None:
-    """DeepSpeed's own check of its sections, made before anything is built."""
+    """Run DeepSpeed's own checks of its sections, before anything is built."""
     import_deepspeed()
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig

@@ -1,7 +1,9 @@
 """The stored teacher: an fp32 average of the student's fp32 master weights.
 
 Every rank keeps the whole average, or, at ZeRO-3, its shard of it (`sharded_teacher.py`). The average must be fp32: in
-bf16, with a decay of 0.999, a step is lost in rounding and the teacher stands still.
+bf16, with a decay of 0.999, an update is lost in rounding and the teacher does not change.
+
+Decision: docs/decisions/0018-teacher-copied-before-averaged-after.md.
 """
 
 from __future__ import annotations
@@ -14,18 +16,18 @@ from maskmatch_scale.engine.protocol import Engine, StoredTeacher
 
 
 def build_teacher(average: nn.Module, engine: Engine) -> StoredTeacher:
-    """Wrap a copy of the student that was made before the engine took the student over.
+    """Make the teacher from a copy of the student that was made before the engine took the student over.
 
     Args:
-        average: Segmenter, fp32, in host memory.
-        engine: of the student; it decides where the average is kept. Of its recipe the precision decides the arithmetic
-            of the teacher's forward, and `method.ema_buffers` what happens to buffers.
+        average: the copy: a segmenter, fp32, in host memory.
+        engine: of the student; it decides where the average is kept. The precision of its recipe sets the arithmetic of
+            the teacher's forward, and `method.ema_buffers` says what happens to buffers.
     """
     return engine.store_teacher(average.eval().requires_grad_(False))
 
 
 class Teacher:
-    """What both kinds share: the forward in the student's arithmetic, and buffers."""
+    """Base of both kinds of stored teacher: the precision of its forward, and the update of its buffers."""
 
     def __init__(self, teacher: nn.Module, engine: Engine) -> None:
         recipe = engine.recipe
@@ -56,22 +58,22 @@ class ReplicatedTeacher(Teacher):
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        """The engine averages the parameters, wherever it keeps the masters; then come the buffers."""
+        """Average the parameters, by the engine's function, and then the buffers."""
         self._average(decay)
         self._update_buffers(decay)
 
     def full_state(self, *, keep: bool) -> dict[str, Tensor]:
-        """Parameters and buffers."""
+        """See `StoredTeacher`; no collective: every rank has the whole average."""
         return {name: value.detach().cpu() for name, value in self.module.state_dict().items() if keep}
 
     def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Strict."""
+        """See `StoredTeacher`; every name must be there, and no other."""
         self.module.load_state_dict(state)
 
 
 @torch.no_grad()
 def average_buffers(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """Floating buffers (BatchNorm's statistics) are averaged like parameters, integer ones (its counter) copied."""
+    """Average floating-point buffers (BatchNorm's statistics) like parameters; copy integer buffers (its counter)."""
     for average, buffer in zip(teacher.buffers(), student.buffers(), strict=True):
         if average.is_floating_point():
             average.lerp_(buffer.to(average), 1 - decay)

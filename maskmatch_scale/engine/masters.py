@@ -1,8 +1,9 @@
 """fp32 masters of 16-bit weights at ZeRO-1 and 2, and an average of them that is whole on every rank.
 
-There each rank holds a part of the masters. DeepSpeed's own way to a whole one is a sum over ranks a parameter: a few
-hundred small collectives, far slower than their bytes. Its masters lie in one piece a group, cut evenly among ranks;
-so the average is laid out alike, and parts are gathered a few megabytes at a time.
+At these stages each rank holds a part of the masters. DeepSpeed's own function for a whole master sums over ranks once
+for each parameter. These are a few hundred small collectives, and far slower than the number of bytes requires. But the
+masters of a parameter group lie in one piece of memory, divided evenly among the ranks. So the average has the same
+layout, and the parts are gathered a few megabytes at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CHUNK = 2**22
 
 @dataclass(frozen=True)
 class FlatMasters:
-    """One group of an optimizer that DeepSpeed partitions."""
+    """The masters of one parameter group of an optimizer that DeepSpeed shards."""
 
     weights: Tensor
     """16-bit (N · n,): every weight of the group, whole on each of N ranks; the parameters are views of it."""
@@ -32,7 +33,7 @@ class FlatMasters:
 
     @classmethod
     def of(cls, optimizer: Any) -> list[FlatMasters]:
-        """Of DeepSpeed's optimizer of ZeRO-1 and 2."""
+        """The masters of every group of DeepSpeed's optimizer at ZeRO-1 and 2."""
         pieces = zip(
             optimizer.bit16_groups_flat,
             optimizer.single_partition_of_fp32_groups,
@@ -43,12 +44,12 @@ class FlatMasters:
 
 
 class FlatAverage:
-    """Whole fp32 averages of the masters of one group.
+    """Whole fp32 averages of the masters of one parameter group.
 
     Args:
         masters: the group.
-        pairs: every (average, 16-bit parameter) of the model. Averages whose parameters lie in the group are moved into
-            one piece of memory, of which they become views.
+        pairs: every (average, 16-bit parameter) of the model. Averages whose parameters are in the group are moved into
+            one piece of memory and become views of it. `taken` counts them.
     """
 
     def __init__(self, masters: FlatMasters, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:

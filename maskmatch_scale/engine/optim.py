@@ -1,17 +1,16 @@
-"""AdamW's parameter groups and the learning rate of a step."""
+"""AdamW's parameter groups."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 from torch import nn
 
 from maskmatch_scale.models import Segmenter
-from maskmatch_scale.recipe import OptimRecipe, Recipe
+from maskmatch_scale.recipe import OptimRecipe
 
 _UNDECAYED = ("pos_embed", "cls_token", "reg_token", "dist_token", "mask_token")
-"""How the names of parameters end that have more than one dimension but are no weights of a layer."""
+"""Endings of the names of parameters that have several dimensions, but are not weights of a layer."""
 
 
 def parameter_groups(student: nn.Module, recipe: OptimRecipe) -> list[dict[str, Any]]:
@@ -43,25 +42,3 @@ def parameter_groups(student: nn.Module, recipe: OptimRecipe) -> list[dict[str, 
         {"params": parameters, "weight_decay": recipe.weight_decay if decayed else 0.0, "lr_scale": scale}
         for (scale, decayed), parameters in groups.items()
     ]
-
-
-def base_lr(recipe: Recipe, world_size: int) -> float:
-    """Peak learning rate of the backbone: `optim.lr`, scaled with the batch if `optim.lr_reference_batch` says so.
-
-    The linear scaling rule (Goyal et al., arXiv 1706.02677): lr · (labelled images a step over all ranks) / reference.
-    """
-    reference = recipe.optim.lr_reference_batch
-    images = recipe.engine.micro_batch * recipe.engine.accumulation * world_size
-    return recipe.optim.lr * (images / reference if reference else 1.0)
-
-
-def lr_factor(step: int, steps: int, recipe: OptimRecipe) -> float:
-    """Share of the peak learning rate at optimizer step ``step`` (from 0) of ``steps``."""
-    if step < recipe.warmup_steps:
-        return (step + 1) / recipe.warmup_steps
-    done = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
-    if recipe.schedule == "poly":
-        return math.pow(1 - done, recipe.poly_power)
-    if recipe.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return 1.0

@@ -1,4 +1,8 @@
-"""The precision of a run: how it is chosen, and what weights are multiplied in."""
+"""The precision of a run: how it is chosen, and the arithmetic that follows from it.
+
+Decision: docs/decisions/0014-pixel-shuffle-on-segformer.md.
+Decision: docs/decisions/0025-unsound-combinations-as-rows.md.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,17 @@ Precision = Literal["fp32", "bf16", "fp16", "autocast-bf16"]
 
 
 def choose_precision(recipe: Recipe, *, batchnorm: bool) -> tuple[Precision, str]:
-    """The precision of a run on this machine, and why; called before any process group exists.
+    """Choose the precision of a run on this machine; called before any process group exists.
 
     Args:
         recipe: its `engine` section is read.
         batchnorm: whether the model has a BatchNorm.
 
+    Returns:
+        The precision, never `auto`, and the reason for it.
+
     Raises:
-        UserError: the machine or the model cannot do what the recipe asks for; says what can be done.
+        UserError: the machine or the model cannot use the precision of the recipe; the message says what it can use.
     """
     engine, wanted = recipe.engine, recipe.engine.precision
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -35,7 +42,7 @@ def choose_precision(recipe: Recipe, *, batchnorm: bool) -> tuple[Precision, str
             return "autocast-bf16", "engine.precision=auto, and this model's BatchNorm rules out bf16 weights"
         if engine.zero_stage == 0:
             return "autocast-bf16", "engine.precision=auto, and engine.zero_stage=0 rules out bf16 weights"
-        return "bf16", "engine.precision=auto, and nothing speaks against bf16 weights with fp32 masters"
+        return "bf16", "engine.precision=auto, and this model and machine can use bf16 weights with fp32 masters"
     if wanted == "fp16" and gpu is None:
         raise UserError(
             "engine.precision=fp16: it needs a GPU, and this machine has none; use fp32, bf16 or autocast-bf16"
@@ -51,11 +58,11 @@ def choose_precision(recipe: Recipe, *, batchnorm: bool) -> tuple[Precision, str
 
 
 def autocast_dtype(recipe: Recipe) -> torch.dtype | None:
-    """What fp32 weights (the teacher's, and the student's under an autocast precision) are multiplied in."""
+    """The type in which fp32 weights are multiplied: the teacher's, and the student's under autocast. None: in fp32."""
     precision = recipe.engine.precision
     return None if precision == "fp32" else torch.float16 if precision == "fp16" else torch.bfloat16
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
-    """16-bit arithmetic on fp32 weights, or nothing."""
+    """Autocast to ``dtype``, or nothing if it is None."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

@@ -1,4 +1,4 @@
-"""A rank: which one it is, its device, and its collectives."""
+"""A rank of a job: its number, its device, and its collectives."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Runtime:
-    """A rank that is up: its place, its device, its collectives."""
+    """A rank that has joined the process group."""
 
     place: Place
     device: torch.device
@@ -49,20 +49,24 @@ class Runtime:
         return self.place.world_size
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """All-reduced copy."""
+        """A copy of ``values``, summed over all ranks; all ranks call it together."""
         total = values.clone()
         if self.world_size > 1:
             dist.all_reduce(total)
         return total
 
     def of_neighbour(self, first: Tensor, last: Tensor) -> Tensor:
-        """What the rank beside this one has: ranks 0 ↔ 1, 2 ↔ 3, … swap, an even rank its last, an odd one its first.
+        """Exchange a tensor with the neighbouring rank; all ranks call it together.
 
-        With an odd number of ranks the last one gets rank 0's first. All ranks call it together.
+        Ranks 0 and 1, 2 and 3, … exchange: the even rank sends ``last``, the odd one ``first``. With an odd number of
+        ranks the last rank has no partner, and gets the ``first`` of rank 0.
 
         Args:
-            first: of this rank's maps the first.
-            last: and the last, of the same shape and dtype on every rank.
+            first: the first of this rank's tensors.
+            last: the last of them, of the same shape and dtype as ``first`` and on every rank.
+
+        Returns:
+            The neighbour's tensor.
         """
         odd, alone = self.rank % 2 == 1, self.rank % 2 == 0 and self.rank == self.world_size - 1
         own = (first if odd else last).contiguous()
@@ -78,10 +82,12 @@ class Runtime:
         return got
 
     def stopwatch(self) -> Callable[[], Callable[[], float]]:
-        """Start timing what this rank's device does; call the result to stop.
+        """Start measuring the time of work on this rank's device.
 
-        Stopping gives a function for the seconds between. On a GPU ask it when the device has got so far, for example
-        after reading a figure of the step: neither starting nor stopping waits for it.
+        Returns:
+            A function that stops the measurement. It returns a function that gives the seconds in between. On a GPU
+            call that one only when the device has done the work, for example after a figure of the step was read:
+            neither starting nor stopping waits for the device.
         """
         if self.device.type != "cuda":
             began = time.perf_counter()

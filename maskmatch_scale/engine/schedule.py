@@ -1,18 +1,41 @@
-"""The learning rate of a step, and what else the recipe says of an optimizer's parameter groups."""
+"""The learning rate of a step, and the other settings that a recipe gives to AdamW's parameter groups."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from maskmatch_scale.engine.optim import base_lr, lr_factor
-from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.recipe import OptimRecipe, Recipe
+
+
+def base_lr(recipe: Recipe, world_size: int) -> float:
+    """Peak learning rate of the backbone: `optim.lr`, scaled with the batch if `optim.lr_reference_batch` says so.
+
+    The linear scaling rule (Goyal et al., arXiv 1706.02677): lr · (labelled images a step over all ranks) / reference.
+    """
+    reference = recipe.optim.lr_reference_batch
+    images = recipe.engine.micro_batch * recipe.engine.accumulation * world_size
+    return recipe.optim.lr * (images / reference if reference else 1.0)
+
+
+def lr_factor(step: int, steps: int, recipe: OptimRecipe) -> float:
+    """Share of the peak learning rate at optimizer step ``step`` (from 0) of ``steps``."""
+    if step < recipe.warmup_steps:
+        return (step + 1) / recipe.warmup_steps
+    done = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
+    if recipe.schedule == "poly":
+        return math.pow(1 - done, recipe.poly_power)
+    if recipe.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1.0
 
 
 class GroupSettings:
-    """Learning rate, weight decay and betas of every parameter group, by the recipe.
+    """The recipe's learning rate, weight decay and betas for every parameter group.
 
-    They are kept apart from the optimizer: a loaded checkpoint brings groups of its own, but the recipe decides.
+    They are kept apart from the optimizer: loading a checkpoint replaces the optimizer's settings by those of the
+    checkpoint, and :meth:`restore` puts the recipe's back.
 
     Args:
         groups: what `optim.parameter_groups` made; the order is that of the optimizer's groups.
@@ -35,6 +58,6 @@ class GroupSettings:
             group["lr"] = own["lr_scale"] * self.lr(step)
 
     def restore(self, optimizer_groups: Sequence[dict[str, Any]]) -> None:
-        """Put back what a loaded checkpoint has replaced."""
+        """Give the groups the recipe's settings again, after a checkpoint was loaded."""
         for group, own in zip(optimizer_groups, self._groups, strict=True):
             group.update(own, betas=self._recipe.optim.betas)

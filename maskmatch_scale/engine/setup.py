@@ -1,4 +1,7 @@
-"""Joining the process group, under the deepspeed launcher, torchrun, accelerate, or alone."""
+"""Joining the process group, under the deepspeed launcher, torchrun or accelerate, or as a single process.
+
+Decision: docs/decisions/0021-process-group-left-at-exit.md.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,21 @@ from maskmatch_scale.recipe import EngineRecipe
 
 
 def import_deepspeed() -> Any:
-    """The module `deepspeed`, told what machine this is and to keep its remarks to itself."""
+    """Import `deepspeed`, for the CPU if there is no GPU, and with its log reduced to warnings."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
-    # DeepSpeed calls collectives by names that torch has renamed: nothing that a user could mend.
+    # DeepSpeed calls collectives by names that torch has renamed. Users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed
 
 
 def start(place: Place, recipe: EngineRecipe) -> Runtime:
-    """Set threads, choose the device and join the process group; a second run in one process finds it there.
+    """Set the number of threads, choose the device and join the process group.
+
+    A second run in the same process uses the group that is there.
 
     Args:
         place: of this rank.
@@ -38,7 +43,7 @@ def start(place: Place, recipe: EngineRecipe) -> Runtime:
             among the ranks of the machine).
 
     Raises:
-        UserError: a launcher that names no rank.
+        UserError: the launcher does not say which rank this is.
     """
     threads = recipe.threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     torch.set_num_threads(threads)
@@ -47,15 +52,15 @@ def start(place: Place, recipe: EngineRecipe) -> Runtime:
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
     if "MASTER_ADDR" not in os.environ:
-        # Alone, without a launcher: DeepSpeed would look for MPI.
+        # There is no launcher. Without these variables DeepSpeed would look for MPI.
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
         )
     elif "RANK" not in os.environ:
-        # What `accelerate launch --cpu --num_processes 2` does without MPI: one process, and no rank in sight.
+        # Without MPI `accelerate launch --cpu --num_processes 2` starts one process and sets no RANK.
         raise UserError(
-            "MASTER_ADDR is set, but RANK is not: the launcher started one process, or counts ranks in its own "
-            "variables; use RANKS=2 launch/accelerate.sh, torchrun or deepspeed (launch/README.md)"
+            "MASTER_ADDR is set, but RANK is not: the launcher started one process, or has variables of its own for "
+            "ranks; use RANKS=2 launch/accelerate.sh, torchrun or deepspeed (launch/README.md)"
         )
     _init_process_group(device, recipe)
     runtime = Runtime(place, device, threads)
@@ -67,18 +72,19 @@ def start(place: Place, recipe: EngineRecipe) -> Runtime:
 def _init_process_group(device: torch.device, recipe: EngineRecipe) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=recipe.collective_timeout_s)
-    # DeepSpeed makes groups of its own later, without a time limit of its own; torch then takes these.
+    # DeepSpeed makes further groups later and gives them no time limit. torch then uses these.
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(dist.distributed_c10d, name, timeout)
     if not dist.is_initialized():
-        # Left at exit, not at the end of a run: DeepSpeed keeps groups of its own for the life of the process, and a
+        # The group is left at exit, not at the end of a run: DeepSpeed keeps groups for the life of the process, and a
         # second run in it would find them gone.
         atexit.register(_leave)
         dist.init_process_group(backend, timeout=timeout)
     if recipe.library == "deepspeed":
         deepspeed = import_deepspeed()
         if device.type == "cpu":
-            # DeepSpeed compiles a shared-memory communicator at first use (a minute, and needs a compiler); gloo serves
+            # At first use DeepSpeed would compile a shared-memory communicator, which takes a minute and needs a
+            # compiler. gloo is used instead.
             compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
             if compatible is not None:
                 compatible["deepspeed_shm_comm"] = False

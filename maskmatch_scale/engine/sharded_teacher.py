@@ -1,6 +1,9 @@
-"""The teacher at ZeRO-3: its average is sharded like the student, and each rank averages its own shard.
+"""The teacher at ZeRO-3: its average is sharded like the student, and each rank averages its own shards.
 
-Nothing is sent for an update: the teacher is a second ZeRO-3 engine, which shards the same parameters in the same way.
+The teacher is a second ZeRO-3 engine, which shards the same parameters in the same way. So an update sends nothing.
+
+Decision: docs/decisions/0018-teacher-copied-before-averaged-after.md.
+Decision: docs/decisions/0019-sharded-teacher-in-place.md.
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from maskmatch_scale.engine.setup import import_deepspeed
 
 
 class ShardedTeacher(Teacher):
-    """A second ZeRO-3 engine without an optimizer, whose shards line up with the student's."""
+    """A second ZeRO-3 engine, without an optimizer, with the same shards as the student's."""
 
     def __init__(self, teacher: nn.Module, engine: Engine) -> None:
         super().__init__(teacher, engine)
-        # With the default threshold small parameters are kept whole, and ignore what is written to their shards.
+        # With the default threshold small parameters are kept whole, and writing to their shards has no effect.
         zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
         if engine.recipe.engine.offload_parameters:
             zero["offload_param"] = {"device": "cpu"}
@@ -34,13 +37,13 @@ class ShardedTeacher(Teacher):
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Forward, gathering layer by layer: all ranks must call it equally often."""
+        """Forward, which gathers layer by layer: all ranks must call it equally often."""
         logits: Tensor = self._engine(images)
         return logits
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        """One multi-tensor lerp of this rank's shards, no byte sent."""
+        """One multi-tensor lerp of this rank's shards; nothing is sent."""
         from deepspeed.utils import safe_get_local_fp32_param
 
         shards, masters = [], []
@@ -53,7 +56,7 @@ class ShardedTeacher(Teacher):
         self._update_buffers(decay)
 
     def full_state(self, *, keep: bool) -> dict[str, Tensor]:
-        """Gathered one parameter at a time."""
+        """See `StoredTeacher`; one parameter is gathered at a time."""
         state = {name: buffer.detach().cpu().clone() for name, buffer in self.module.named_buffers()}
         for name, parameter in self.module.named_parameters():
             with _whole(parameter):
@@ -63,7 +66,7 @@ class ShardedTeacher(Teacher):
 
     @torch.no_grad()
     def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Scattered one parameter at a time."""
+        """See `StoredTeacher`; one parameter is scattered at a time, from rank 0."""
         for name, buffer in self.module.named_buffers():
             if name in state:
                 buffer.copy_(state[name])
@@ -73,7 +76,7 @@ class ShardedTeacher(Teacher):
 
 
 class _Autocast(nn.Module):
-    """Autocast within the module: around an engine DeepSpeed switches it off on a GPU, with a single warning."""
+    """Enters autocast inside the module: around an engine DeepSpeed switches it off on a GPU, and warns only once."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -81,7 +84,7 @@ class _Autocast(nn.Module):
         self.dtype = dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        """As the module's."""
+        """The module's forward, under autocast."""
         with autocast(images.device, self.dtype):
             logits: Tensor = self.module(images)
         return logits
@@ -95,6 +98,7 @@ def _shard(parameter: nn.Parameter) -> Tensor:
 
 @contextmanager
 def _whole(parameter: nn.Parameter, modifier_rank: int | None = None) -> Iterator[None]:
+    """Gather a parameter for the body; at the end the changes of ``modifier_rank``, if given, go to all shards."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier_rank):

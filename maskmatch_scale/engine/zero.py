@@ -1,6 +1,7 @@
-"""DeepSpeed, driven directly: one call for all views, one backward, one step.
+"""The engine that calls DeepSpeed directly: one forward for all views, one backward, one step.
 
-Any other order of forwards and backwards is silently wrong at some ZeRO stage (docs/zero.md): `StepOrder` refuses it.
+Any other order of forwards and backwards gives wrong results at some ZeRO stage, without an error (docs/zero.md).
+`StepOrder` refuses it.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from torch import Tensor, nn
 from maskmatch_scale.engine.deepspeed_json import merged
 from maskmatch_scale.engine.ema import ReplicatedTeacher
 from maskmatch_scale.engine.masters import FlatAverage, FlatMasters
-from maskmatch_scale.engine.optim import base_lr, parameter_groups
+from maskmatch_scale.engine.optim import parameter_groups
 from maskmatch_scale.engine.precision import autocast, autocast_dtype
 from maskmatch_scale.engine.protocol import StepOrder, StoredTeacher
 from maskmatch_scale.engine.ranks import Runtime
-from maskmatch_scale.engine.schedule import GroupSettings
+from maskmatch_scale.engine.schedule import GroupSettings, base_lr
 from maskmatch_scale.engine.setup import import_deepspeed
 from maskmatch_scale.recipe import Recipe
 
 
 def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's JSON for a recipe, keys whose defaults surprise always written out, and what the user's file adds.
+    """DeepSpeed's settings for a recipe, merged with those of the user's file (`engine.deepspeed_json`).
+
+    Keys whose defaults would change what the recipe means are always written out.
 
     Args:
         recipe: of the run; its precision is not `auto` any more.
@@ -55,7 +58,7 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     if engine.precision == "autocast-bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     if engine.offload_optimizer:
-        # DeepSpeed refuses an optimizer of ours beside offloading; this is torch's AdamW all the same, not compiled.
+        # With offloading DeepSpeed refuses an optimizer object. These settings make it build torch's AdamW itself.
         config["optimizer"] = {
             "type": "AdamW",
             "params": {"torch_adam": True, "lr": base_lr(recipe, world_size), "betas": list(recipe.optim.betas)},
@@ -67,7 +70,7 @@ class ZeroEngine:
     """A module under DeepSpeed (`protocol.Engine`).
 
     Args:
-        module: called once a micro-batch; its ``segmenter`` is the student whose parameters are optimised.
+        module: called once for each micro-batch; its ``segmenter`` is the student whose parameters are optimised.
         student: that segmenter.
         recipe: sections engine, optim and run are read.
         runtime: this rank.
@@ -92,7 +95,7 @@ class ZeroEngine:
 
     @staticmethod
     def check_settings(recipe: Recipe, world_size: int) -> None:
-        """See `Engine`: `engine.deepspeed_json`, if there is one."""
+        """See `Engine`; the settings are those of `engine.deepspeed_json`."""
         if recipe.engine.deepspeed_json:
             deepspeed_config(recipe, world_size)
 
@@ -121,7 +124,8 @@ class ZeroEngine:
         self.grad_norm = self._plain_grad_norm()
         skipped_before = self._engine.skipped_steps
         self._engine.step()
-        # In every precision DeepSpeed leaves out a step with gradients that are not finite; only a loss scale mends it.
+        # DeepSpeed leaves out a step with non-finite gradients in every precision. Only in fp16 is that no error: the
+        # loss scale falls, and the next step may be finite.
         self.skipped = self.recipe.engine.precision == "fp16" and self._engine.skipped_steps > skipped_before
         if self.grad_norm is None:
             self.grad_norm = self._engine.get_global_grad_norm()
@@ -131,7 +135,7 @@ class ZeroEngine:
         return self._groups.lr(number)
 
     def _plain_grad_norm(self) -> Tensor | None:
-        """At stage 0 in fp32 DeepSpeed wraps nothing and reports no norm."""
+        """The gradient norm at stage 0, where DeepSpeed reports none; None at other stages."""
         if self.recipe.engine.zero_stage > 0:
             return None
         return torch.nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None])
@@ -146,7 +150,7 @@ class ZeroEngine:
         return state
 
     def arithmetic(self) -> AbstractContextManager[None]:
-        """See `Engine`: weights of 16 bits take no autocast."""
+        """See `Engine`: 16-bit weights need no autocast."""
         if self.recipe.engine.precision in ("bf16", "fp16"):
             return nullcontext()
         return autocast(self._device, autocast_dtype(self.recipe))
@@ -160,13 +164,13 @@ class ZeroEngine:
         return ShardedTeacher(average, self)
 
     def averager(self, averages: Sequence[nn.Parameter]) -> Callable[[float], None]:
-        """See `Engine`. With 16-bit weights at stages 1 and 2 masters are partitioned: gathered piece by piece."""
+        """See `Engine`. With 16-bit weights at stages 1 and 2 the masters are sharded, and are gathered in pieces."""
         engine, parameters = self.recipe.engine, list(self.student.parameters())
         if engine.precision not in ("bf16", "fp16") or engine.zero_stage not in (1, 2):
             return lambda decay: torch._foreach_lerp_(list(averages), [full_fp32(p) for p in parameters], 1 - decay)
         pairs = list(zip(averages, parameters, strict=True))
         flat = [FlatAverage(masters, pairs) for masters in FlatMasters.of(self._engine.optimizer)]
-        assert sum(average.taken for average in flat) == len(pairs), "a weight in no group"
+        assert sum(average.taken for average in flat) == len(pairs), "a parameter is in no group"
 
         def update(decay: float) -> None:
             for average in flat:
@@ -175,7 +179,7 @@ class ZeroEngine:
         return update
 
     def save(self, folder: Path) -> None:
-        """See `Engine`: masters and optimizer state, each rank its shard."""
+        """See `Engine`: each rank writes its shard of the masters and of the optimizer state."""
         self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
 
     def load(self, folder: Path) -> None:
@@ -184,12 +188,12 @@ class ZeroEngine:
         optimizer = self._engine.optimizer
         self._groups.restore(optimizer.param_groups)
         if hasattr(optimizer, "clip_grad"):
-            # At stages 1 and 2 DeepSpeed goes on with the limit of the checkpoint.
+            # At stages 1 and 2 DeepSpeed would go on with the clipping of the checkpoint.
             optimizer.clip_grad = self.recipe.optim.clip_norm or 0.0
 
 
 def full_fp32(parameter: nn.Parameter) -> Tensor:
-    """A parameter's whole fp32 master value; all ranks must call it together."""
+    """The whole fp32 master of a parameter, in its shape; all ranks call it together."""
     if parameter.dtype == torch.float32 and not hasattr(parameter, "ds_id"):
         return parameter.detach()
     import_deepspeed()

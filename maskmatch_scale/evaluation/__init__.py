@@ -1,1 +1,1 @@
-"""How good a model is: sliding windows, one global confusion matrix, pictures of predictions."""
+"""Evaluation of a model: sliding windows, one confusion matrix over a split, pictures of predictions."""

@@ -1,4 +1,4 @@
-"""Evaluate a segmenter on a labelled split, each image once over all ranks, all ranks in lock-step."""
+"""Evaluates a segmenter on a labelled split. Each image is evaluated by one rank; all ranks proceed image by image."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from maskmatch_scale.recipe import DataRecipe, EvaluationRecipe
 
 @dataclass(frozen=True)
 class Window:
-    """How an image is cut into what the segmenter sees."""
+    """How an image is cut into windows, and prepared for the segmenter."""
 
     size_px: tuple[int, int]
+    """Height and width of a window."""
     recipe: EvaluationRecipe
     mean: tuple[float, ...]
+    """Of RGB in 0–1, subtracted from images."""
     std: tuple[float, ...]
+    """Of RGB in 0–1, by which images are divided then."""
     device: torch.device
     dtype: torch.dtype = torch.float32
 
     def normalise(self, image: Tensor) -> Tensor:
-        """uint8 (3, H, W) to ``dtype`` on the device."""
+        """A uint8 image (3, H, W), normalised, in ``dtype`` and on the device."""
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
         return ((image.to(self.device) / 255 - mean) / std).to(self.dtype)
 
@@ -50,20 +53,20 @@ def evaluate_split(
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda counts: counts,
     progress: Callable[[], None] = lambda: None,
 ) -> int:
-    """Evaluate a split over all ranks; the matrix then holds the global counts on every rank.
+    """Evaluate a split; all ranks call it together. The matrix then has the counts of all ranks, on every rank.
 
-    At ZeRO-3 a forward is a collective, so ranks go image by image in lock-step, and one that has fewer windows to run
-    than another runs empty ones.
+    At ZeRO-3 a forward is a collective. So for each image all ranks run as many forwards as the rank with the most
+    windows, and the others run some of theirs on empty windows.
 
     Args:
         segmenter: normalised images to logits, in eval mode.
-        data: where the split lies: section of the recipe.
+        data: section of the recipe, which says where the split is.
         split: stream name, for example `dev`.
         window: how images are cut.
-        matrix: filled.
+        matrix: the counts are added to it.
         place: (rank, world size).
         sum_over_ranks: all-reduces a tensor.
-        progress: called after every round of one image a rank.
+        progress: called after every round, in which each rank evaluates one image.
 
     Returns:
         The number of images over all ranks.
@@ -89,7 +92,7 @@ def evaluate_split(
 def _largest(
     own: int, rank: int, world_size: int, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device
 ) -> int:
-    """The largest of every rank's number."""
+    """The largest of the numbers of all ranks; all ranks call it together."""
     everyone = torch.zeros(world_size, dtype=torch.int64, device=device)
     everyone[rank] = own
     return int(sum_over_ranks(everyone).max())
@@ -97,5 +100,6 @@ def _largest(
 
 @torch.no_grad()
 def _run_empty(segmenter: Callable[[Tensor], Tensor], forwards: int, window: Window) -> None:
+    """Run forwards on an empty window, so that this rank calls the segmenter as often as the others."""
     for _ in range(forwards):
         segmenter(torch.zeros(1, 3, *window.size_px, device=window.device, dtype=window.dtype))

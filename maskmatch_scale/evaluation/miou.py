@@ -10,7 +10,7 @@ class ConfusionMatrix:
     """Counts of (label, prediction) over every pixel of a data set.
 
     Args:
-        num_classes: classes; a label of that or more, other than ``ignore_index``, is an error.
+        num_classes: number of classes; a label of this or more, other than ``ignore_index``, is an error.
         ignore_index: label value of pixels that do not count.
     """
 
@@ -18,14 +18,14 @@ class ConfusionMatrix:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-        """int64 (classes, classes): rows are labels, columns predictions. Sum it over ranks before reading figures."""
+        """int64 (classes, classes): rows are labels, columns predictions. Sum it over ranks before reading a figure."""
 
     def update(self, pred: Tensor, target: Tensor) -> None:
         """Add predictions.
 
         Args:
-            pred: integer (…), classes.
-            target: integer, same shape.
+            pred: predicted classes, integer, any shape.
+            target: labels, integer, the same shape.
 
         Raises:
             ValueError: shapes differ, or a value is outside the classes.
@@ -41,15 +41,15 @@ class ConfusionMatrix:
         self.counts += pairs.view(self.num_classes, self.num_classes).to(self.counts.device)
 
     def iou(self) -> Tensor:
-        """IoU of each class: float64 (classes,), 0–1, NaN for a class that neither labels nor predictions hold."""
+        """IoU of each class: float64 (classes,), 0–1, NaN for a class that neither labels nor predictions contain."""
         hit = self.counts.diagonal().double()
         union = self.counts.sum(0) + self.counts.sum(1) - self.counts.diagonal()
         return hit / union.double()
 
     def miou(self) -> float:
-        """Mean of the IoU over classes with a union, 0–1; NaN if nothing was counted."""
+        """Mean IoU, 0–1, over the classes that labels or predictions contain; NaN if nothing was counted."""
         return float(self.iou().nanmean())
 
     def pixel_accuracy(self) -> float:
-        """Share of pixels predicted right, 0–1; NaN if nothing was counted."""
+        """Share of pixels whose class was predicted correctly, 0–1; NaN if nothing was counted."""
         return float(self.counts.diagonal().sum().double() / self.counts.sum().double())

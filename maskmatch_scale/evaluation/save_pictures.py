@@ -1,4 +1,4 @@
-"""Pictures of predictions on held-out samples, for the report: index maps as palette PNGs in the class colours."""
+"""Writes pictures of predictions on held-out samples for the report; maps are palette PNGs in the class colours."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def save_pictures(
     models: dict[str, Callable[[Tensor], Tensor]],
     window: Window,
 ) -> list[Path]:
-    """Write image, label map and each model's prediction of ``count`` samples spread over a split.
+    """Write image, label map and the prediction of each model, for ``count`` samples spread over a split.
 
     Args:
-        folder: `RUN/pictures/<split>`; one folder a sample goes into it.
-        data: where the split lies: section of the recipe.
+        folder: `RUN/pictures/<split>`; each sample gets a folder in it.
+        data: section of the recipe, which says where the split is.
         split: stream name.
-        count: how many samples.
+        count: number of samples.
         models: `ema` and `student` segmenters, in eval mode.
         window: how images are cut.
 
     Returns:
-        The samples' folders.
+        The folders of the samples.
     """
     index = load_index(data.root, data)
     palette = flat_palette(index.palette)
@@ -63,9 +63,17 @@ def save_pictures(
 def save_masked_pictures(
     samples: Sequence[Path], segmenter: Segmenter, recipe: MaskRecipe, seed: int, window: Window
 ) -> None:
-    """Beside the pictures of :func:`save_pictures`: the visible units, and the prediction made from them alone.
+    """Add pictures of the visible units, and of the prediction made from them alone, to those of :func:`save_pictures`.
 
-    The middle of the picture, as large as a training crop and not augmented, is masked with the recipe's keep ratio.
+    The middle of the image, with the size of a training crop and without augmentation, is masked with the recipe's keep
+    ratio. Samples smaller than a crop get no such pictures.
+
+    Args:
+        samples: the folders that :func:`save_pictures` returned.
+        segmenter: on the window's device, in eval mode.
+        recipe: section of the recipe; its `keep` is not None.
+        seed: of the run; the masks are drawn from it.
+        window: its size is that of a training crop.
     """
     assert recipe.keep is not None
     grid = segmenter.unit_grid(*window.size_px)
@@ -88,13 +96,13 @@ def save_masked_pictures(
 
 
 def save_map(classes: Tensor, palette: Sequence[int], path: Path) -> None:
-    """An integer map (H, W) as a palette PNG."""
+    """Write an integer map (H, W) as a palette PNG."""
     picture = Image.fromarray(classes.to(torch.uint8).numpy())
     picture.putpalette(list(palette))
     picture.save(path)
 
 
 def flat_palette(colours: Sequence[tuple[int, int, int]]) -> list[int]:
-    """Colours of classes 0, 1, … and black for all other values up to 255."""
+    """A palette of 256 RGB colours for Pillow: those of the classes, and black for all other values."""
     flat = [channel for colour in colours for channel in colour]
     return flat + [0] * (768 - len(flat))

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 
 def window_starts(side: int, window: int, overlap: float) -> list[int]:
-    """Evenly spread first rows (or columns) of windows that cover ``side`` px.
+    """First rows (or columns) of windows that are evenly spread and cover ``side`` px.
 
     Args:
-        side: px of the image, at least ``window``.
-        window: px of a window.
-        overlap: smallest share by which neighbours overlap, 0 ≤ overlap < 1.
+        side: side of the image, px. If it is less than ``window``, one window covers it.
+        window: side of a window, px.
+        overlap: smallest share by which neighbouring windows overlap, 0 ≤ overlap < 1.
     """
     if side <= window:
         return [0]
@@ -28,14 +28,14 @@ def window_starts(side: int, window: int, overlap: float) -> list[int]:
 def sliding_probabilities(
     segmenter: Callable[[Tensor], Tensor], image: Tensor, window_px: tuple[int, int], overlap: float, batch: int
 ) -> Tensor:
-    """Class probabilities of a whole image: softmax a window, averaged where windows overlap.
+    """Class probabilities of a whole image: a softmax for each window, averaged where windows overlap.
 
     Args:
         segmenter: normalised images (B, 3, h, w) to logits.
-        image: float (3, H, W), normalised; smaller than a window: padded with zeros, the mean colour.
+        image: float (3, H, W), normalised. If it is smaller than a window, it is padded with zeros, the mean colour.
         window_px: (h, w), usually the training crop.
         overlap: smallest share by which neighbouring windows overlap.
-        batch: windows in one forward.
+        batch: number of windows in one forward.
 
     Returns:
         float32 (classes, H, W).
@@ -59,12 +59,12 @@ def sliding_probabilities(
         for score, (top, left) in zip(scores, some, strict=True):
             total[:, top : top + rows, left : left + columns] += score
     assert total is not None
-    # Each pixel's windows are as many for every class: dividing by their number is normalising to sum 1.
+    # Dividing by the number of windows over a pixel is the same as normalising its probabilities to sum 1.
     total = total[:, :height, :width]
     return total / total.sum(0, keepdim=True)
 
 
 def forwards_of(size_px: tuple[int, int], window_px: tuple[int, int], overlap: float, batch: int) -> int:
-    """How many forwards :func:`sliding_probabilities` takes for an image of ``size_px``."""
+    """Number of forwards that :func:`sliding_probabilities` runs for an image of ``size_px`` (height, width)."""
     windows = math.prod(len(window_starts(max(s, w), w, overlap)) for s, w in zip(size_px, window_px, strict=True))
     return math.ceil(windows / batch)

@@ -1,4 +1,4 @@
-"""Trained models without their runs: `load_export` here; writing, which needs the engine, in `export.write`."""
+"""Trained models without their runs. `load_export` is here; writing, which needs the engine, is in `export.write`."""
 
 from maskmatch_scale.export.load import load_export
 

@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how it was trained, what it scored, how to load it, what is not known."""
+"""The model card of an export: the model, its training, its scores, how to load it, and what is not known."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def model_card(
     segmenter: Segmenter,
     state: Mapping[str, Any],
 ) -> str:
-    """Markdown, with the front matter that model hubs read.
+    """The card as Markdown, with the front matter that model hubs read.
 
     Args:
-        name: of the export's folder.
-        run: run directory, for its figures.
+        name: name of the export's folder.
+        run: run directory, from which figures are read.
         recipe: of the run.
-        data: what it was trained on.
+        data: what the model was trained on.
         description: of the export.
-        segmenter: the run's, on any device; its parameters are counted.
-        state: of the checkpoint (`state.json`): ranks, and the precision that `auto` came to.
+        segmenter: of the run, on any device; its parameters are counted.
+        state: `state.json` of the checkpoint; its number of ranks and precision are used.
 
     Raises:
         UserError: a file of the run cannot be read.
@@ -60,14 +60,14 @@ def model_card(
         "## Not known",
         _limits(recipe),
         "## Licence",
-        "To be filled in by whoever passes this model on. It depends on the images and labels it was trained with, and "
+        "Whoever passes this model on must fill this in. It depends on the images and labels it was trained with, and "
         "on the weights it started from.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def newest_scores(scores: tuple[Score, ...], description: Description) -> list[Score]:
-    """One score a split for the exported weights, of the exported step if there is one, else the last given."""
+    """One score of the exported weights for each split: of the exported step, or the last given if there is none."""
     kept: dict[str, Score] = {}
     for score in scores:
         if score.weights == description.weights and score.miou is not None:
@@ -136,9 +136,9 @@ def _figures(scores: list[Score], recipe: Recipe, data: RunData, description: De
         "labels' own resolution; one matrix over all pixels."
     ]
     if any(score.split == "dev" for score in scores):
-        notes.append("`dev` may have served the choice of settings.")
+        notes.append("Settings may have been chosen by figures on `dev`.")
     if any(score.step != description.step for score in scores):
-        notes.append(f"Figures of another step than {description.step} are of other weights than these.")
+        notes.append(f"Figures of another step than {description.step} belong to other weights than these.")
     by_class = [score for score in scores if score.iou]
     blocks = ["\n".join(rows), " ".join(notes)]
     if by_class:
@@ -159,7 +159,7 @@ def _input(description: Description, segmenter: Segmenter) -> str:
     sizes = "any size" if patch == 1 else f"sides that are multiples of {patch} px"
     return (
         f"RGB in 0–1, minus the mean ({mean}), divided by the standard deviation ({std}). Trained on crops of "
-        f"{height}×{width} px; it takes {sizes}, but how good it is at others was not looked at: `maskmatch evaluate` "
+        f"{height}×{width} px; it takes {sizes}, but other sizes were not tested: `maskmatch evaluate` "
         f"cuts windows of {height}×{width} px. Logits may be coarser than the image: upsample them bilinearly."
     )
 
@@ -185,8 +185,8 @@ labels = scores.argmax(1)
 def _limits(recipe: Recipe) -> str:
     return "\n".join(
         [
-            f"- How far the figures move with another seed: this is one run, seed {recipe.run.seed}.",
-            "- How it does on images unlike those of its data, and whether its probabilities are calibrated.",
+            f"- How much the figures change with another seed: this is one run, with seed {recipe.run.seed}.",
+            "- How good it is on images unlike those of its data, and whether its probabilities are calibrated.",
             "- Whether it treats groups of people or places alike.",
         ]
     )

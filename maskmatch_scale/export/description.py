@@ -18,37 +18,38 @@ class Description(BaseModel):
 
     format: Literal[1] = 1
     backbone: str
-    """As in the recipe. Of a backbone that is a folder only the folder's name is kept: the export has its files."""
+    """As in the recipe. If it is a folder, only the name of the folder is kept, because the export has its files."""
     backbone_options: dict[str, Any]
-    """Keyword arguments of timm.create_model; empty for a SegFormer, whose configuration has them."""
+    """Keyword arguments of timm.create_model; empty for a SegFormer, whose config.json has these settings."""
     head: str
     num_classes: int
     image_size: tuple[int, int]
-    """Height and width of the crops it was trained on, px; a ViT's position embedding is laid out for it."""
+    """Height and width of the crops it was trained on, px; the position embedding of a ViT has this size."""
     unit_px: int
+    """Side of a masking unit, px."""
     classes: tuple[str, ...]
-    """Class v of the logits is ``classes[v]``; there may be fewer names than logits."""
+    """The name of class v of the logits is ``classes[v]``; there may be fewer names than logits."""
     palette: tuple[tuple[int, int, int], ...]
-    """One RGB colour a name, 0–255."""
+    """One RGB colour for each name, 0–255."""
     ignore_index: int
-    """Label value of pixels that counted for nothing."""
+    """Label value of pixels that were not counted."""
     mean: tuple[float, float, float]
-    """Of RGB in 0–1, to be subtracted from images."""
+    """Of RGB in 0–1: subtract it from images."""
     std: tuple[float, float, float]
-    """Of RGB in 0–1, to divide images by afterwards."""
+    """Of RGB in 0–1: then divide images by it."""
     weights: str
     """`ema` or `student`."""
     step: int
-    """Optimizer steps taken."""
+    """Number of optimizer steps that were taken."""
     versions: dict[str, str]
-    """Of the packages it was written with."""
+    """Versions of the packages with which it was written."""
 
 
 def read_description(folder: Path) -> Description:
     """Read `segmenter.json`.
 
     Raises:
-        UserError: there is none, or it does not parse.
+        UserError: there is no such file, or it is not valid.
     """
     path = folder / SEGMENTER_FILE
     if not path.is_file():

@@ -1,4 +1,7 @@
-"""A segmenter from a folder that `maskmatch export` wrote: no run, no recipe, no data and no network needed."""
+"""Loads a segmenter from a folder that `maskmatch export` wrote, without run, recipe, data or network.
+
+Decision: docs/decisions/0028-exports-need-no-recipe.md.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ def load_export(folder: str | Path) -> Segmenter:
     """Build an exported segmenter, without context decoder, and load its weights.
 
     Args:
-        folder: what `maskmatch export` wrote.
+        folder: a folder that `maskmatch export` wrote.
 
     Returns:
-        The segmenter in eval mode, float32, on the CPU: logits equal those of the run's own.
+        The segmenter in eval mode, float32, on the CPU. Its logits equal those of the run's segmenter.
 
     Raises:
-        UserError: the folder is no export, or its tensors do not fit its description.
+        UserError: the folder is not an export, or its tensors do not fit its `segmenter.json`.
     """
-    folder = Path(folder).resolve()  # absolute, so that no folder is taken for an official size of the same name
+    folder = Path(folder).resolve()  # absolute, so that a folder is not mistaken for a published size of the same name
     description = read_description(folder)
     try:
         segmenter = build_segmenter(
@@ -37,6 +40,6 @@ def load_export(folder: str | Path) -> Segmenter:
         )
         segmenter.load_state_dict(read_export(folder))
     except (ValueError, RuntimeError) as error:  # RuntimeError: tensors of other names or shapes
-        raise UserError(f"{folder}: not a whole export: {error}") from error
+        raise UserError(f"{folder}: not a complete export: {error}") from error
     segmenter.mean, segmenter.std = description.mean, description.std
     return segmenter.eval()

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint's whole weights, on their way into the files of an export."""
+"""Copying tensors from the whole weights of a checkpoint into the files of an export."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 
 
 def part_of(tensors: Any, part: str) -> dict[str, Tensor]:
-    """The tensors of one part of a segmenter, such as `backbone`, by their names within it."""
+    """The tensors of one part of a segmenter, such as `backbone`, without the part in their names."""
     return renamed(tensors, (f"{part}.",), lambda name: name.removeprefix(f"{part}."))
 
 
 def renamed(tensors: Any, prefixes: tuple[str, ...], rename: Callable[[str], str]) -> dict[str, Tensor]:
-    """The tensors whose names begin with one of the prefixes, by new names.
+    """The tensors whose names begin with one of the prefixes, with new names.
 
     Args:
-        tensors: an open safetensors file. Tensors are mapped from it, and read only when they are written.
+        tensors: an open safetensors file. Tensors are mapped into memory, and read only when they are written.
         prefixes: beginnings of names.
-        rename: from the name in the file to the new one.
+        rename: gives the new name for a name in the file.
     """
     names = [name for name in tensors.keys() if name.startswith(prefixes)]  # noqa: SIM118 - no mapping
     return {rename(name): tensors.get_tensor(name) for name in names}
 
 
 def save_tensors(state: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that transformers loads too, which asks for the format in its metadata."""
+    """Write a safetensors file. transformers can load it too, because the metadata say `format: pt`."""
     save_file(state, path, metadata={"format": "pt"})

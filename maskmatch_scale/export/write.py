@@ -1,23 +1,24 @@
-"""Writing a run's model as a folder that the backbone's own library loads, and this package too.
+"""Writes the model of a run as a folder that the backbone's own library and this package can load.
 
     OUT/
       segmenter.json            what `load_export` needs (export/description.py)
       README.md                 model card
-    a segmenter that the library has, head and all, which is a SegFormer with its own head:
+    if the library has the whole segmenter with its head (a SegFormer with its own head):
       config.json               of transformers, with the class names
-      model.safetensors         in transformers' names
+      model.safetensors         with transformers' names of tensors
       preprocessor_config.json  of transformers' image processor
-    every other segmenter:
+    for every other segmenter:
       backbone/                 config.json and model.safetensors of timm or transformers
-      head.safetensors          in this package's names
+      head.safetensors          with this package's names of tensors
 
 What depends on the library is in `export/kinds/`. Tensors are copied from a checkpoint's whole weights, which are
 mapped into memory; DeepSpeed's files are not read. The context decoder, which only training uses, is not exported.
+
+Decision: docs/decisions/0028-exports-need-no-recipe.md.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from torch import nn
 
 from maskmatch_scale import __version__
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.engine.checkpoint import CheckpointError, find_checkpoint
+from maskmatch_scale.engine.checkpoint import CheckpointError, find_checkpoint, load_state, weights_file
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.card import model_card
 from maskmatch_scale.export.description import Description
@@ -47,27 +48,28 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
 
     Args:
         where: run directory, or a folder `checkpoints/step-XXXXXXXX` of one.
-        out: folder to write; it must not exist, or be empty. It is written under another name beside its place, and
-            renamed when it is whole.
+        out: folder to write; it must be empty or not exist. It is written under another name in the same folder, and
+            renamed when it is complete.
         weights: `ema` or `student`.
 
     Returns:
-        The Python call that loads it, to be shown to the user.
+        The Python call that loads the export, to show it to the user.
 
     Raises:
-        UserError: no run, no checkpoint, data that are gone, weights that do not fit the recipe, or ``out`` is taken.
+        UserError: there is no run or checkpoint, its class names cannot be read, its weights do not fit its recipe, or
+            ``out`` is not empty.
     """
     checkpoint = find_checkpoint(where).resolve()
     run = checkpoint.parent.parent
     if not RunFolder(run).recipe.is_file():
         raise CheckpointError(f"{where}: its run directory has no recipe.yaml; give a run, or a checkpoint within one")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: there is something already; name another folder, or remove it first")
+        raise UserError(f"{out}: it exists and is not an empty folder; name another folder, or remove it first")
     recipe = load_recipe(RunFolder(run).recipe)
     data = _data(run)
-    with torch.device("meta"):  # shapes and configuration alone
+    with torch.device("meta"):  # only shapes and configuration are needed
         segmenter = build_student(recipe, data, pretrained=False)
-    state = json.loads((checkpoint / "state.json").read_text())
+    state = load_state(checkpoint)
     description = _describe(recipe, data, segmenter, weights, int(state["step"]))
     kind = kind_of(recipe.model.backbone)
     whole = kind.is_whole(description)
@@ -76,7 +78,7 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
     writing = target.with_name(f".{target.name}.writing")
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    with safe_open(checkpoint / f"{weights}.safetensors", framework="pt") as tensors:
+    with safe_open(weights_file(checkpoint, weights), framework="pt") as tensors:
         _check_fit(tensors, segmenter, checkpoint)
         exported = Exported(tensors, segmenter, recipe, description)
         if whole:
@@ -96,8 +98,8 @@ def _data(run: Path) -> RunData:
         return read_run_data(run)
     except DataError as error:
         raise UserError(
-            f"{run}: it has no data.json, and class names and palette lie with its data, which cannot be read; run "
-            f"this where data.root of its recipe.yaml is found, or correct it there ({error})"
+            f"{run}: it has no data.json, and its data, which have the class names and palette, cannot be read; run "
+            f"this where data.root of its recipe.yaml exists, or correct data.root there ({error})"
         ) from None
 
 
@@ -122,15 +124,15 @@ def _describe(recipe: Recipe, data: RunData, segmenter: Segmenter, weights: str,
 
 
 def _check_fit(tensors: Any, segmenter: Segmenter, checkpoint: Path) -> None:
-    """Refuse weights that do not fit the recipe's model: recipe or data were changed after the training."""
+    """Refuse weights that do not fit the recipe's model, because recipe or data were changed after training."""
     expected = _shapes(segmenter)
     found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - no mapping
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         name = wrong[0]
         raise UserError(
-            f"{checkpoint}: {name} has shape {found.get(name)}, by recipe.yaml and data.json it is "
-            f"{expected.get(name)}; put them back to what the run was trained with"
+            f"{checkpoint}: {name} has shape {found.get(name)}, but recipe.yaml and data.json give "
+            f"{expected.get(name)}; restore the files that the run was trained with"
         )
 
 

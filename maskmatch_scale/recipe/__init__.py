@@ -1,4 +1,4 @@
-"""The recipe of a run: every key, its unit, its default."""
+"""The recipe of a run: its keys, loading it, and checking it."""
 
 from maskmatch_scale.recipe.load import load_recipe, parse_recipe
 from maskmatch_scale.recipe.sections import (

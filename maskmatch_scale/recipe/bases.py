@@ -1,7 +1,9 @@
-"""The weak-to-strong bases that `method.base` may name.
+"""The table of weak-to-strong bases that `method.base` may name.
 
-This table is all that the rooms below and beside `method` know of a base. To add one: write `method/bases/NAME.py`,
-and add a line to `BASES`. What a base must define is in `method/bases/__init__.py`.
+Packages other than `method` know bases only by this table. To add a base, write `method/bases/NAME.py` and add a line
+to `BASES`. `method/bases/__init__.py` says what a base must define.
+
+Decision: docs/decisions/0032-table-of-bases-in-recipe.md.
 """
 
 from __future__ import annotations
@@ -11,16 +13,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """What is known of a base without importing it."""
+    """What is known about a base without importing it."""
 
     title: str
     """Its name in tables and reports."""
     implementation: str
-    """`module:class`. A string, because this room imports no method."""
+    """`module:class`. It is a string, because `recipe` may not import `method`."""
     unlabelled_loss: bool = True
     """Whether it has a loss on unlabelled images, besides that of masked views."""
     masked_title: str | None = None
-    """Its name together with masked views; None: its title and "+ mask"."""
+    """Its name when it is combined with masked views; None: its title and "+ mask"."""
 
 
 SUPERVISED = "supervised"
@@ -33,10 +35,10 @@ BASES: dict[str, BaseInfo] = {
 
 
 def title_of(base: str, *, masked: bool) -> str:
-    """The name of a method in tables and reports; a base that is not in the table is called as it calls itself.
+    """The name of a method in tables and reports. A base that is not in the table keeps the name from its recipe.
 
     Args:
-        base: `method.base` of a recipe, which may be of another version of this package.
+        base: `method.base` of a recipe, which another version of this package may have written.
         masked: whether the recipe has masked views.
     """
     info = BASES.get(base)
@@ -47,5 +49,5 @@ def title_of(base: str, *, masked: bool) -> str:
 
 
 def has_unlabelled_loss(base: str) -> bool:
-    """Whether a base has a loss on unlabelled images; one that is not in the table is taken to have it."""
+    """Whether a base has a loss on unlabelled images; True for a base that is not in the table."""
     return base not in BASES or BASES[base].unlabelled_loss

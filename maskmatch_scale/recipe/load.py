@@ -1,7 +1,7 @@
-"""Reading a recipe: a YAML file, ``section.key=value`` overrides, and one line for whatever is wrong with them.
+"""Reading a recipe: a YAML file, ``section.key=value`` overrides, and a message of one line for every mistake.
 
-OmegaConf reads and merges, pydantic types and checks. Every mistake is one :class:`RecipeError` that names the key, its
-value, and the nearest valid key or what is allowed.
+OmegaConf reads and merges; pydantic checks types and values. Every mistake is one :class:`RecipeError` that names the
+key, its value, and the nearest valid key or what is allowed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from maskmatch_scale.recipe.sections import Recipe, RecipeError
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe file, apply ``section.key=value`` overrides, check everything.
+    """Read a recipe file, apply ``section.key=value`` overrides, and check the result.
 
     Args:
         path: YAML file.
@@ -52,7 +52,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def parse_recipe(content: object, source: str = "recipe") -> Recipe:
-    """Check plain nested data as :func:`load_recipe` does; ``source`` opens every message.
+    """Check plain nested data as :func:`load_recipe` does. Messages begin with ``source``.
 
     Raises:
         RecipeError: as :func:`load_recipe`.
@@ -67,7 +67,7 @@ def parse_recipe(content: object, source: str = "recipe") -> Recipe:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first mistake as one line, unknown keys first: they usually explain the missing ones."""
+    """One mistake as one line. Unknown keys are named first, because they often explain missing ones."""
     details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
     first = details[0]
     key = _dotted(first["loc"])
@@ -81,7 +81,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _nearest(key: str) -> str:
-    """The valid key most like an unknown one: by its last name first, by what its docstring says of it next."""
+    """The valid key that is most similar to an unknown one, by its name or by words of its docstring."""
     section, _, name = key.rpartition(".")
     words = name.replace("_", " ").lower()
     docs = {full: field.description or "" for full, field in _fields(Recipe)}
@@ -100,7 +100,7 @@ def _nearest(key: str) -> str:
 
 
 def _phrases(docs: Mapping[str, str], key: str, like: str) -> Iterator[str]:
-    """Runs of as many words as ``like`` has in a key's docstring, if it has at least two."""
+    """All sequences of words in a key's docstring that have as many words as ``like``, if ``like`` has at least two."""
     count = len(like.split())
     words = docs.get(key, "").lower().replace(".", " ").split()
     if count >= 2:
@@ -109,7 +109,7 @@ def _phrases(docs: Mapping[str, str], key: str, like: str) -> Iterator[str]:
 
 
 def _dotted(location: Sequence[str | int]) -> str:
-    """Location of a mistake as a dotted key, without pydantic's names for union members and list places."""
+    """Location of a mistake as a dotted key, without pydantic's names of union members and numbers of list items."""
     key = ""
     valid = {prefix for name in _keys(Recipe) for prefix in _prefixes(name)}
     for part in location:

@@ -1,4 +1,4 @@
-"""The page docs/recipe.md: every key of a recipe with its type, unit, default and meaning, read from the sections.
+"""Generates docs/recipe.md: every key of a recipe with its type, unit, default and meaning, read from the sections.
 
 python -m maskmatch_scale.recipe.reference                  # prints the page
 python -m maskmatch_scale.recipe.reference docs/recipe.md   # writes it
@@ -22,7 +22,7 @@ from maskmatch_scale.recipe.sections import Recipe, SourceRecipe
 from maskmatch_scale.recipe.tables import OneOf
 
 UNITS = {"_px": "px", "_s": "s", "_gb": "10⁹ bytes"}
-"""Ends of key names that are a unit. What other numbers count, the meaning says."""
+"""Endings of key names that are a unit. For other numbers the meaning says what they count."""
 
 INTRODUCTION = """\
 # Every key of a recipe
@@ -55,14 +55,18 @@ class Key:
     default: str
     """As YAML, in backticks; "required" if there is none."""
     meaning: str
-    """Its docstring on one line; empty if it has none."""
+    """Its docstring as one line; empty if it has none."""
 
 
 def sections(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, list[Key]]]:
-    """Every section, in the order of the file, its own keys before the sections within it.
+    """Every section in the order of the file, before the sections inside it.
+
+    Args:
+        section: with which to begin.
+        prefix: its dotted name with a dot at the end; empty for the whole recipe.
 
     Yields:
-        Dotted name, docstring on one line, keys. Names of the entries of a list of sources end in ``[]``.
+        Dotted name, docstring as one line, and keys. The names of entries of a list of sources end in ``[]``.
     """
     keys: list[Key] = []
     within: list[tuple[str, type[BaseModel]]] = []
@@ -95,14 +99,17 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """A type in words: ``share 0–1``, ``integer ≥ 1``, ``one of `all`, `masked```, ``two numbers > 0 or null``.
 
     Args:
-        annotation: of a key.
-        metadata: bounds and validators that stand beside it.
+        annotation: type annotation of a key.
+        metadata: bounds and validators that belong to it.
+
+    Raises:
+        TypeError: there are no words for this type yet.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return describe(arguments[0], [*metadata, *_flat(arguments[1:])])
     if origin in (Union, UnionType):
-        # In writing, null comes last.
+        # null is named last.
         kinds = sorted(arguments, key=lambda kind: kind is NoneType)
         return " or ".join(describe(kind, metadata) for kind in kinds)
     if origin is Literal:
@@ -152,7 +159,7 @@ def _number(noun: str, metadata: Sequence[Any]) -> str:
 
 
 def _flat(metadata: Sequence[Any]) -> list[Any]:
-    """Metadata with every ``Field(…)`` taken apart into its bounds."""
+    """Metadata with every ``Field(…)`` replaced by its bounds."""
     flat: list[Any] = []
     for entry in metadata:
         flat += entry.metadata if isinstance(entry, FieldInfo) else [entry]
@@ -176,7 +183,7 @@ def _cell(text: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the page, or write it to the file that is named; 0, or 2 for wrong arguments."""
+    """Print the page, or write it to the given file. Returns the exit code: 0, or 2 for wrong arguments."""
     if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
         sys.stderr.write("usage: python -m maskmatch_scale.recipe.reference [FILE.md]\n")
         return 2

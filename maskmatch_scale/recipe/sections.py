@@ -1,6 +1,7 @@
-"""Every key of a recipe, by sections: its type, its unit, its default, its meaning.
+"""Every key of a recipe, in sections, with type, unit, default and meaning.
 
-The string below a key is its documentation: messages search it, and docs/recipe.md is generated from it.
+The string below a key is its documentation. docs/recipe.md is generated from it, and error messages search it for the
+key that was meant.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ class RecipeError(UserError):
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys and wrong types are errors, values do not change after loading."""
+    """Base of all sections: unknown keys and wrong types are errors, and values cannot change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 def _pair(value: object) -> object:
-    """One number stands for both sides of a square; strict typing wants a tuple where YAML has a list."""
+    """One number becomes the two sides of a square; a list becomes a tuple, which strict typing requires."""
     return (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list) else value
 
 
@@ -198,6 +199,7 @@ class MethodRecipe(Section):
     """τ: a pixel's pseudo-label counts where the teacher's confidence is at least this."""
     unlabelled_weight: Annotated[float, Field(ge=0)] = 1.0
     """λ_u: weight of the base's unlabelled loss."""
+    # Decision: docs/decisions/0009-burn-in-as-a-share.md.
     burn_in: Probability = 0.0
     """Share of the run, at its start, that trains with the labelled loss alone; no unlabelled sample is read or
     computed in it."""
@@ -328,15 +330,15 @@ class Recipe(Section):
         return self
 
     def with_steps(self, samples: int, images: int, *, labelled: bool) -> Recipe:
-        """The recipe with `run.epochs` turned into `run.steps`, if it has epochs.
+        """The recipe with `run.epochs` converted to `run.steps`; the recipe itself if it has no epochs.
 
         Args:
-            samples: of an epoch.
-            images: of a step, of the same kind.
-            labelled: whether they are read in the burn-in too.
+            samples: number of samples in an epoch.
+            images: number of images of the same kind in a step, over all ranks.
+            labelled: whether they are labelled, and so read in the burn-in too.
 
         Raises:
-            RecipeError: not even one step comes of it.
+            RecipeError: the samples do not fill one step.
         """
         if self.run.epochs is None:
             return self
@@ -348,7 +350,8 @@ class Recipe(Section):
                 "images; set run.last_batch=pad, or take fewer images a step"
             )
         if not labelled:
-            # The burn-in is a rounded share of all steps, and comes on top: as many as leave the right number.
+            # Unlabelled samples are read after the burn-in only, which is a rounded share of all steps. So find the
+            # smallest number of steps that leaves enough steps after it.
             steps = max(whole, math.floor(whole / (1 - self.method.burn_in)) - 2)
             while steps - round(self.method.burn_in * steps) < whole:
                 steps += 1
@@ -357,10 +360,10 @@ class Recipe(Section):
 
     @property
     def burn_in_steps(self) -> int:
-        """Steps with the labelled loss alone."""
+        """Number of steps with the labelled loss alone."""
         return round(self.method.burn_in * self.run.steps)
 
     def to_yaml(self) -> str:
-        """The resolved recipe as YAML, readable by :func:`load_recipe` again."""
+        """The resolved recipe as YAML, which :func:`load_recipe` can read."""
         text: str = OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
         return text

@@ -1,8 +1,10 @@
-"""What is refused together: combinations of keys of which each is valid, but which train wrongly or not at all.
+"""Refused combinations: keys that are valid one by one, but together train wrongly or not at all.
 
-Each rule is one row: a condition, and a message that names the keys, the reason and the remedy. Rules that need to
-know the backbone are in `models/families.py`, those that need the built model in `training/preflight.py`, those that
-need the machine in `engine/precision.py`.
+Each rule is one row: a condition, and a message that names the keys, the reason and the remedy. Rules that need the
+backbone are in `models/families.py`, rules that need the built model in `training/preflight.py`, and rules that need
+the machine in `engine/precision.py`.
+
+Decision: docs/decisions/0025-unsound-combinations-as-rows.md.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def unsound(recipe: Recipe) -> Iterator[tuple[bool, str]]:
-    """Combinations of keys that train wrongly or not at all.
+    """The rules on combinations of keys that train wrongly or not at all.
 
     Yields:
-        For every rule: whether the recipe breaks it, and the message: which keys, why, what to do.
+        For every rule whether the recipe breaks it, and the message: the keys, the reason and the remedy.
     """
     yield from _unsound_without_labels(recipe)
     yield (
@@ -46,21 +48,21 @@ def unsound(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     for key in ("offload_optimizer", "offload_parameters", "deepspeed_json"):
         yield (
             accelerate and bool(getattr(engine, key)),
-            f"engine.{key} with engine.library=accelerate: that is DeepSpeed's; use engine.library=deepspeed",
+            f"engine.{key} with engine.library=accelerate: only DeepSpeed has it; use engine.library=deepspeed",
         )
     yield (
         engine.zero_stage == 0 and engine.precision == "bf16",
-        f"{stage} with {precision}: DeepSpeed takes a hidden optimizer step there; use engine.zero_stage=1 or "
+        f"{stage} with {precision}: DeepSpeed takes a hidden optimizer step with these; use engine.zero_stage=1 or "
         "engine.precision=autocast-bf16",
     )
     yield (
         engine.zero_stage == 0 and engine.precision == "fp16" and not accelerate,
-        f"{stage} with {precision}: DeepSpeed's wrapper for it has other rules for its master weights and no test "
-        "here; use engine.zero_stage=1",
+        f"{stage} with {precision}: DeepSpeed then handles master weights in another way, which is not tested here; "
+        "use engine.zero_stage=1",
     )
     yield (
         engine.offload_optimizer and engine.zero_stage == 0,
-        f"{stage} with engine.offload_optimizer=true: offloading is a part of ZeRO; use engine.zero_stage=1",
+        f"{stage} with engine.offload_optimizer=true: only ZeRO-1 to 3 can offload; use engine.zero_stage=1",
     )
     yield (
         engine.offload_parameters and engine.zero_stage < 3,
@@ -73,12 +75,13 @@ def unsound(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     )
     yield (
         engine.compile and engine.activation_checkpointing,
-        "engine.compile=true with engine.activation_checkpointing=true: not proven right together; switch one off",
+        "engine.compile=true with engine.activation_checkpointing=true: no test shows that they are right together; "
+        "switch one off",
     )
     yield (
         bool(recipe.run.max_nonfinite_steps) and engine.accumulation > 1,
         f"run.max_nonfinite_steps={recipe.run.max_nonfinite_steps} with engine.accumulation={engine.accumulation}: "
-        "a step cannot be left out half way; set the first to 0 or the second to 1",
+        "a step cannot be left out after some of its micro-batches; set the first key to 0 or the second to 1",
     )
 
 

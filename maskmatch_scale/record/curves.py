@@ -1,4 +1,4 @@
-"""Curves of a run as inline SVG that follows the page: its ink, its font, light or dark."""
+"""Curves of runs as inline SVG, with the text colour and the font of the page, light or dark."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 COLOURS = ("#0a7cc4", "#e0661a", "#0f9d78", "#c2609c", "#c79300", "#7a6ff0", "#8a8a8a")
-"""Told apart on white and on dark grey, and by most colour-blind readers (after Okabe and Ito); reused after seven."""
+"""Colours of runs, distinct on white and on dark grey and for most colour-blind readers (after Okabe and Ito)."""
 
 MOST_POINTS = 500
-"""More than this in one curve is drawn as means of neighbouring steps: the chart is about as many px wide."""
+"""A curve with more points is drawn as means of neighbouring steps. The chart is about this many px wide."""
 
-# matplotlib knows no currentColor and no CSS variables: these stand in for them and are replaced in its output.
+# matplotlib does not know currentColor and CSS variables. These colours are replaced by them in its output.
 _INK, _GRID = "#010203", "#040506"
 _SIZE_INCHES = (5.2, 3.1)
-# Any: matplotlib's own type for this differs between its versions. Text stays text: small, and in the page's font.
+# Any: matplotlib's type for this differs between its versions. "none": text stays text, in the page's font.
 _STYLE: Any = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), _INK) | {
     "svg.fonttype": "none",
     "font.size": 9,
@@ -51,23 +51,22 @@ def chart(name: str, title: str, curves: Sequence[Curve], *, smooth: bool = Fals
     """Draw curves over steps.
 
     Args:
-        name: a word that no other chart of the page has; element ids start with it.
+        name: a word that no other chart of the page has; the ids of elements start with it.
         title: read out by screen readers, together with the last value of each curve.
-        curves: those with nothing to draw are left out, but their steps count for the axis.
+        curves: those without a finite value are left out, but their steps count for the axis.
         smooth: draw running means, with the raw values pale behind them. The value axis then ends where the running
             means do, so that single spikes do not flatten everything else.
-        markers: mark each point (for a few, far apart).
+        markers: mark each point; for curves of few points.
 
     Returns:
-        An ``<svg>`` element for HTML; nothing when no curve has anything to draw. matplotlib's global state is left
-        as it was.
+        An ``<svg>`` element for HTML, empty if no curve has a finite value. matplotlib's global state is not changed.
     """
     last_step = max((int(curve.steps[-1]) for curve in curves if curve.steps.size), default=0)
     curves = [curve for curve in curves if np.isfinite(curve.values).any()]
     if not curves:
         return Markup()
     drawn = [running_mean(curve.values) if smooth else curve.values for curve in curves]
-    # The hash salt makes ids, and so the page, the same for the same runs.
+    # With a fixed hash salt the ids, and so the page, are the same for the same runs.
     with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
         axes = figure.add_subplot()
@@ -86,7 +85,7 @@ def chart(name: str, title: str, curves: Sequence[Curve], *, smooth: bool = Fals
                 marker="o" if markers or curve.steps.size == 1 else None,
                 markersize=4,
             )
-        # The same axis in every chart of these runs, also where a loss starts late.
+        # All charts of these runs have the same axis, even if a loss starts late.
         axes.set_xlim(0, last_step * 1.02)
         if smooth:
             highest = max(float(np.nanmax(values)) for values in drawn)
@@ -99,7 +98,7 @@ def chart(name: str, title: str, curves: Sequence[Curve], *, smooth: bool = Fals
 
 
 def running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over a centred window of 5 % of the steps, shorter at both ends, over the finite values in it.
+    """Mean of the finite values in a centred window of 5 % of the steps, which is shorter at both ends.
 
     Args:
         values: (n,)
@@ -140,17 +139,17 @@ def _last(values: NDArray[np.float64]) -> float:
 
 
 def _inline(document: str, name: str, title: str, last: Sequence[tuple[str, float]]) -> Markup:
-    """An SVG document as an element of a page: own ids, the page's colours, a title and a description."""
+    """Turn an SVG document into an element of a page: unique ids, the page's colours, a title and a description."""
     svg = document[document.index("<svg") :]
-    # Ids repeat from figure to figure, but must be unique in a page.
+    # matplotlib uses the same ids in every figure, but they must be unique in a page.
     svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = svg.replace(_INK, "currentColor").replace(_GRID, "var(--line)")
-    # Sizes in pt would fix the width; the view box alone lets the page decide. Fonts likewise.
+    # Sizes in pt would fix the width. With the view box alone the page decides, and likewise for fonts.
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = svg.replace("font: 9px 'DejaVu Sans'", "font: 9px var(--font)")
     ends = "; ".join(f"{label} ends at {value:.3g}" for label, value in last)
     described = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(ends)}</desc>'
     opening = f'<svg role="img" aria-labelledby="{name}-title {name}-desc"'
-    # Safe as it stands: matplotlib escapes its text, and ours was escaped above.
+    # This is safe: matplotlib escapes its text, and the title and description were escaped above.
     return Markup(re.sub(r"<svg([^>]*)>", lambda match: f"{opening}{match[1]}>{described}", svg, count=1))

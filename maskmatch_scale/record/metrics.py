@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one object a record. Figures stay on the device until a flush, so that no step waits for them."""
+"""`metrics.jsonl`: one JSON object for each record. Figures stay on the device until a flush; no step waits."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class MetricsLog:
-    """Writes records of one run; give ``path`` to the rank that writes, None to the others.
+    """Collects the records of a run and writes them.
 
     Args:
-        path: `RUN/metrics.jsonl`, appended to.
+        path: `RUN/metrics.jsonl`, to which records are appended. None on ranks that do not write.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -33,20 +33,20 @@ class MetricsLog:
         """Keep one step's record until the next :meth:`flush`.
 
         Args:
-            step: its number.
-            figures: known already.
-            on_device: scalars that are read at the flush. Those called `group/name` are counts: they become integers in
-                an object `group`, which holds those above 0 and is left out if there are none.
-            later: figures that can be asked for when the device has done the step, such as its times.
+            step: number of steps taken.
+            figures: figures that are known already.
+            on_device: scalars that are read at the flush. Those called `group/name` are counts: those above 0 become
+                integers in an object `group`, which is left out if there are none.
+            later: functions for figures that are known when the device has done the step, such as its times.
         """
         record = {"step": step, "kind": "train", **figures}
         self._waiting.append((record, {name: value.double() for name, value in on_device.items()}, dict(later)))
 
     def flush(self) -> list[dict[str, Any]]:
-        """Read what waits on the device (one transfer), write it, and return the records."""
+        """Read the waiting figures from the device in one transfer, write their records, and return them."""
         if not self._waiting:
             return []
-        # Steps differ in what they have: in the burn-in there is no unlabelled loss.
+        # Steps have different figures: in the burn-in there is no unlabelled loss.
         values = iter(torch.stack([value for _, waiting, _ in self._waiting for value in waiting.values()]).tolist())
         records = [
             _grouped(record | {name: next(values) for name in waiting} | {name: ask() for name, ask in later.items()})
@@ -57,7 +57,7 @@ class MetricsLog:
         return records
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write one record at once, after those that wait."""
+        """Write the waiting records, and then one more at once."""
         self.flush()
         self._write([dict(record)])
 
@@ -69,6 +69,7 @@ class MetricsLog:
 
 
 def _grouped(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with the figures called `group/name` moved into objects, if they are above 0."""
     result: dict[str, Any] = {}
     for name, value in record.items():
         group, slash, member = name.partition("/")
@@ -80,5 +81,5 @@ def _grouped(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN: a figure that has no finite value is null."""
+    """A record with null in place of values that are not finite, since JSON has no NaN."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

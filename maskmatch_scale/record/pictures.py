@@ -1,4 +1,4 @@
-"""Held-out samples as pictures inside a page: image, label and predictions, runs side by side."""
+"""Pictures of held-out samples for the report: image, label and the predictions of all runs, embedded in the page."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from PIL import Image
 
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.record.run_files import split_rank
+from maskmatch_scale.record.run_folder import RunFolder
 
 LONGEST_SIDE_PX = 768
-"""Larger pictures are shrunk to this: enough for a laptop's screen height."""
+"""Larger pictures are shrunk to this: about the height of a laptop's screen."""
 MOST_SAMPLES = 4
-"""Samples shown of one split."""
+"""Number of samples that are shown of one split."""
 PICTURE_BUDGET = 10 * 2**20
-"""Characters of embedded pictures in one page; samples beyond are left out, and the page says so."""
+"""Largest number of characters of embedded pictures in a page. Further samples are left out, and the page says so."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class PictureRun:
     path: Path
     name: str
     label: str
-    """Short label of its method."""
+    """Short label of the run's method."""
     backbone: str
     mask_keep: float | None
 
@@ -41,14 +42,14 @@ class Picture:
     title: str
     alt: str
     uri: str
-    """``data:`` address."""
+    """The picture as a ``data:`` address."""
     is_label_map: bool
-    """Flat colours, to be enlarged without smoothing."""
+    """Whether it has flat colours, which the page enlarges without smoothing."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the runs of one backbone made of a sample."""
+    """The predictions for a sample by the runs of one backbone."""
 
     backbone: str
     pictures: tuple[Picture, ...]
@@ -65,7 +66,7 @@ class Sample:
 
     @property
     def size(self) -> int:
-        """Characters that the pictures take in the page."""
+        """Number of characters of its pictures in the page."""
         shown = self.given + tuple(picture for group in self.predictions for picture in group.pictures)
         return sum(len(picture.uri) for picture in shown)
 
@@ -79,20 +80,25 @@ class SplitPictures:
     """Class names with their CSS colours."""
     samples: tuple[Sample, ...]
     left_out: int
-    """Samples that some run has pictures of and the page does not."""
+    """Number of samples that some run has pictures of, but that the page does not show."""
 
 
 def held_out_pictures(runs: Sequence[PictureRun]) -> tuple[SplitPictures, ...]:
-    """Pictures of every split that any run has, held-out ones first.
+    """The pictures of every split that any run has; splits in the order of :func:`split_rank`.
 
-    A sample is the same in all runs when its folder has the same name; image and label are embedded once. Files that
-    are missing, or half written by a run at work, are left out.
+    Folders with the same name in several runs are the same sample, whose image and label are embedded once. Files that
+    are missing or incomplete are left out.
+
+    Raises:
+        UserError: a file `classes.json` cannot be read; the message names it.
     """
-    found = sorted({folder.name for run in runs for folder in _folders(run.path / "pictures")}, key=split_rank)
+    found = sorted(
+        {folder.name for run in runs for folder in _folders(RunFolder(run.path).all_pictures)}, key=split_rank
+    )
     budget = PICTURE_BUDGET
     splits = []
     for split in found:
-        names = sorted({folder.name for run in runs for folder in _folders(run.path / "pictures" / split)})
+        names = sorted({folder.name for run in runs for folder in _folders(RunFolder(run.path).pictures(split))})
         samples: list[Sample] = []
         for name in names[:MOST_SAMPLES]:
             sample = _sample(runs, split, name)
@@ -110,7 +116,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _sample(runs: Sequence[PictureRun], split: str, name: str) -> Sample:
-    folders = [run.path / "pictures" / split / name for run in runs]
+    folders = [RunFolder(run.path).pictures(split) / name for run in runs]
     given = (
         _first(folders, "image.png", "Image", f"{name}: image", is_label_map=False),
         _first(folders, "label.png", "Label", f"{name}: label map", is_label_map=True),
@@ -118,7 +124,7 @@ def _sample(runs: Sequence[PictureRun], split: str, name: str) -> Sample:
     groups = []
     for backbone in dict.fromkeys(run.backbone for run in runs):
         pairs = [(run, folder) for run, folder in zip(runs, folders) if run.backbone == backbone]
-        # All predictions from the whole image first, so that they stand beside each other.
+        # The predictions of whole images come first, so that they are beside each other.
         pictures = [_prediction(run, folder, name) for run, folder in pairs]
         for run, folder in pairs:
             pictures += _masked(run, folder, name)
@@ -133,7 +139,7 @@ def _first(folders: Sequence[Path], file: str, title: str, alt: str, *, is_label
 
 
 def _prediction(run: PictureRun, folder: Path, name: str) -> Picture | None:
-    """The teacher's prediction; the student's, and called so, where there is no teacher's."""
+    """The teacher's prediction. If there is none, the student's, with a title that says so."""
     alt = f"{name}: prediction of {run.name}"
     return _picture(folder / "prediction-ema.png", run.label, alt, is_label_map=True) or _picture(
         folder / "prediction-student.png", f"{run.label}, student", f"{alt}, student", is_label_map=True
@@ -141,6 +147,7 @@ def _prediction(run: PictureRun, folder: Path, name: str) -> Picture | None:
 
 
 def _masked(run: PictureRun, folder: Path, name: str) -> Iterator[Picture | None]:
+    """The visible units, and the prediction made from them alone."""
     kept = "" if run.mask_keep is None else f" ({run.mask_keep:.0%})"
     # Masks are drawn for a training crop, which may be smaller than the image beside it.
     crop = " of one crop" if _size(folder / "visible.png") != _size(folder / "image.png") else ""
@@ -175,7 +182,7 @@ def _picture(path: Path, title: str, alt: str, *, is_label_map: bool) -> Picture
 
 
 def _label_map_uri(path: Path) -> str:
-    """PNG without loss; shrunk by picking pixels, since mixing two classes' colours would show a third."""
+    """A lossless PNG, shrunk without interpolation, which would mix the colours of two classes into a third one."""
     with Image.open(path) as image:
         packed = io.BytesIO()
         _shrunk(image, Image.Resampling.NEAREST).save(packed, "PNG", optimize=True)
@@ -203,12 +210,12 @@ def _uri(mime: str, content: bytes) -> str:
 
 def _legend(runs: Sequence[PictureRun], split: str) -> tuple[tuple[str, str], ...]:
     for run in runs:
-        path = run.path / "pictures" / split / "classes.json"
+        path = RunFolder(run.path).pictures(split) / "classes.json"
         if path.is_file():
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
                 colours = [(int(red), int(green), int(blue)) for red, green, blue in content["palette"]]
                 return tuple((str(name), f"rgb({r} {g} {b})") for name, (r, g, b) in zip(content["classes"], colours))
             except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{path}: not readable as classes and palette: {error}") from None
+                raise UserError(f"{path}: classes and palette cannot be read from it: {error}") from None
     return ()

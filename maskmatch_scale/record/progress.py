@@ -1,4 +1,8 @@
-"""What a person sees of a run: a live bar on a terminal, plain lines in a file, nothing on other ranks."""
+"""The progress of a run: a live bar on a terminal, plain lines in a file, nothing on ranks other than 0.
+
+It shows figures of the steps, and leaves the slow first steps out of the time left; for other commands see
+`maskmatch_scale/progress.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 WARM_UP_STEPS = 3
-"""Steps left out of the time per step: the first ones load, allocate and compile."""
+"""The first steps are left out of the time per step, because they load, allocate and compile."""
 
 
 class TrainingProgress:
-    """Progress of ``steps`` steps, from ``start`` on.
+    """The bar, or the lines, of one run.
 
     Args:
-        steps: of the whole run.
-        start: steps already taken.
-        shown: False on every rank but the first.
+        steps: number of steps of the whole run.
+        start: number of steps that were taken before.
+        shown: whether anything is shown; False on every rank except 0.
     """
 
     def __init__(self, steps: int, start: int, *, shown: bool) -> None:
@@ -47,7 +51,7 @@ class TrainingProgress:
         self._bar.stop()
 
     def phase(self, *, cheap: bool) -> None:
-        """Whether the steps from here on are the burn-in's: where that changes, the time per step is counted anew."""
+        """Say whether the next steps are cheap (the burn-in). If that changes, the time per step is measured anew."""
         if cheap != self._cheap:
             self._cheap, self._counted_from = cheap, None
 
@@ -58,7 +62,7 @@ class TrainingProgress:
         self._bar.update(self._task, completed=done)
 
     def figures(self, record: Mapping[str, Any]) -> None:
-        """Show a train record."""
+        """Show the figures of a train record."""
         text = _figures(record, self._remaining(record["step"]), at_least=self._cheap)
         self._bar.update(self._task, figures=text)
         if not self._live:
@@ -69,7 +73,7 @@ class TrainingProgress:
         self._console.print(line, highlight=False, soft_wrap=True)
 
     def _remaining(self, done: int) -> float | None:
-        """Seconds left at the pace since the warm-up."""
+        """Seconds left, by the time per step since the warm-up; None if it is not known yet."""
         if self._counted_from is None or done <= self._counted_from[0]:
             return None
         first, since = self._counted_from
@@ -87,7 +91,7 @@ def _figures(record: Mapping[str, Any], remaining_s: float | None, *, at_least: 
         if record.get(key) is not None
     ]  # fmt: skip
     if remaining_s is not None:
-        # In the burn-in the steps are cheaper than those to come.
+        # In the burn-in the steps are cheaper than the later ones, so the estimate is a lower bound.
         sign = ">" if at_least else ""
         parts.append(f"ETA {sign}{int(remaining_s) // 60}:{int(remaining_s) % 60:02d}")
     return "  ".join(part.strip() for part in parts)

@@ -1,6 +1,6 @@
-"""The report: one self-contained HTML file over one or several runs.
+"""The report: one self-contained HTML file on one or several runs.
 
-This file says what the report contains, ``report.html.jinja`` how it looks.
+This module collects what the report contains; ``report.html.jinja`` is its layout.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from maskmatch_scale.files import write_whole
 from maskmatch_scale.record.curves import COLOURS, Curve, chart
 from maskmatch_scale.record.pictures import PictureRun, held_out_pictures
 from maskmatch_scale.record.run_files import RunFiles, number, read_run, split_rank
+from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.record.summary import (
     START_UP_STEPS,
     RunSummary,
@@ -41,7 +42,7 @@ class _Run:
     files: RunFiles
     summary: RunSummary
     name: str
-    """Folder name, with as much of the path as tells the runs apart."""
+    """Name of its folder. If several runs have that name, the path from their common parent."""
     label: str
     colour: str
 
@@ -53,7 +54,7 @@ class _Group:
     backbone: str
     runs: tuple[_Run, ...]
     charts: tuple[tuple[str, Markup], ...]
-    """Title and drawing of each chart that has anything to show."""
+    """Title and SVG of each chart that has anything to show."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +68,23 @@ class _ClassTable:
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Write one HTML file over the runs, with everything it shows inside it.
+    """Write one HTML file on the runs, which needs no other file.
 
     Args:
-        runs: run directories; of unfinished runs the report shows what there is and names what is missing.
+        runs: run directories. Of an unfinished run the report shows what there is, and names what is missing.
         out: the file; by default ``report.html`` in the run, or in the nearest common parent of several.
 
     Returns:
-        The file, complete: it is written beside and renamed.
+        The file. It is written under another name and renamed, so it is always complete.
 
     Raises:
-        UserError: no run given, a folder that is no run directory, a file of a run that cannot be read (named), or
-            ``out`` is a folder.
+        UserError: no run is given, a folder is not a run directory, a file of a run cannot be read (the message names
+            it), or ``out`` is a folder.
     """
     paths = list({path.resolve(): path for path in runs})
     if not paths:
         raise UserError("no run directory given")
-    out = out or (paths[0] if len(paths) == 1 else _common_parent(paths)) / "report.html"
+    out = out or RunFolder(paths[0] if len(paths) == 1 else _common_parent(paths)).report
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name the HTML file to write")
     page = _render([read_run(path) for path in paths])
@@ -120,7 +121,7 @@ def _render(read: Sequence[RunFiles]) -> str:
 
 
 def _arranged(read: Sequence[RunFiles]) -> list[_Run]:
-    """The runs in the order of the summary table, named apart and coloured within their backbone."""
+    """The runs in the order of the summary table, each with a name of its own, and a colour by backbone."""
     by_path = {run.path: run for run in read}
     summaries = in_order([summarise_files(run) for run in read])
     repeated = Counter(summary.name for summary in summaries)
@@ -136,12 +137,12 @@ def _arranged(read: Sequence[RunFiles]) -> list[_Run]:
 
 
 def _missing(run: _Run) -> list[str]:
-    """What a reader might look for in this run and not find, and what to do about it."""
+    """What a reader may look for in this run and not find, and what to do about it."""
     summary = run.summary
     held_out = [score for score in summary.scores if score.split != "dev"]
     gaps = []
     if summary.steps_asked is None or summary.steps_done < summary.steps_asked:
-        gaps.append(f"training stands at step {summary.steps_done} of {summary.steps_asked or 'an unknown number'}")
+        gaps.append(f"training is at step {summary.steps_done} of {summary.steps_asked or 'an unknown number'}")
     elif not summary.finished:
         gaps.append("all steps are recorded, but not the end of the run (no summary.json)")
     if not held_out:
@@ -153,8 +154,8 @@ def _missing(run: _Run) -> list[str]:
     ]
     skipped = number((run.files.closing or {}).get("images_skipped"))
     if skipped:
-        gaps.append(f"{skipped:.0f} samples could not be used and were passed over (its folder skipped/ lists them)")
-    if not (run.files.path / "pictures").is_dir():
+        gaps.append(f"{skipped:.0f} bad samples were skipped (the folder skipped/ lists them)")
+    if not RunFolder(run.files.path).all_pictures.is_dir():
         gaps.append("no pictures of held-out samples (maskmatch evaluate writes them)")
     return gaps
 
@@ -177,7 +178,7 @@ def _group(place: int, backbone: str, runs: Sequence[_Run]) -> _Group:
 
 
 def _dev_curves(run: _Run) -> list[Curve]:
-    """Scores on ``dev`` during training, of the teacher and, dashed, of the student."""
+    """Scores on ``dev`` during training: a line for the teacher, and a dashed one for the student."""
     curves = []
     for weights in ("ema", "student"):
         scores = [s for s in run.files.progress if (s.split, s.weights) == ("dev", weights)]
@@ -200,9 +201,9 @@ def _class_tables(runs: Sequence[_Run]) -> list[_ClassTable]:
 
 
 def _differing(runs: Sequence[_Run]) -> list[tuple[str, list[str]]]:
-    """Recipe keys whose values are not the same in all runs, with the value in each ("" where a run has no such key).
+    """Recipe keys whose values differ between runs, with the value in each run ("" if it has no such key).
 
-    Without ``run.dir``: it always differs, and the run is named after it.
+    ``run.dir`` is left out, because it always differs and the run is named after it.
     """
     keys = dict.fromkeys(key for run in runs for key in run.files.settings if key != "run.dir")
     table = [(key, [_shown(run.files.settings, key) for run in runs]) for key in keys]

@@ -1,7 +1,7 @@
-"""Reading a run directory: its settings, metrics and evaluations, as far as they got.
+"""Reading a run directory: its settings, metrics and evaluations, as far as they were written.
 
-Everything here is plain YAML and JSON, read without the recipe's schema: a report of last year's run must not fail
-because a key was renamed since. Whatever a stopped run has not written yet is simply empty.
+All files are read as plain YAML and JSON, without the recipe's schema, so that a report on an old run does not fail
+because a key was renamed since then. What a run has not written yet is empty.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from maskmatch_scale.errors import UserError
 from maskmatch_scale.record.run_folder import RunFolder
 
 CURVES = ("loss", "loss_x", "loss_u", "loss_m", "lr", "coverage", "images_per_s")
-"""Figures of a train record that the record room shows."""
+"""Figures of a train record that are read."""
 
 
 @dataclass(frozen=True)
 class TrainCurves:
-    """The train records by step, one entry a step, steps ascending."""
+    """The train records, one entry for each step."""
 
     steps: NDArray[np.int64]
-    """(n,)"""
+    """(n,), ascending."""
     values: Mapping[str, NDArray[np.float64]]
-    """One (n,) array for each of :data:`CURVES`; NaN where a figure is off, not recorded or not finite."""
+    """One (n,) array for each of :data:`CURVES`; NaN where a figure was switched off, not recorded or not finite."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One evaluation of one set of weights on one split. Figures are 0–1; None: not recorded or not finite."""
+    """One evaluation of one set of weights on one split. Figures are 0–1, or None if not recorded or not finite."""
 
     split: str
     weights: str
@@ -48,12 +48,12 @@ class Score:
     miou: float | None
     pixel_accuracy: float | None
     iou: Mapping[str, float | None] = field(default_factory=dict)
-    """IoU by class; None for a class that neither labels nor predictions contain. Empty during training."""
+    """IoU by class, None for a class that neither labels nor predictions contain. Empty for evaluations in training."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What was read from a run directory."""
+    """The contents of a run directory."""
 
     path: Path
     recipe_text: str
@@ -63,16 +63,16 @@ class RunFiles:
     progress: tuple[Score, ...]
     """Evaluations during training, steps ascending."""
     scores: tuple[Score, ...]
-    """The newest evaluation of each split and weights, of ``evaluation/`` or of training, by :func:`split_rank`."""
+    """The newest evaluation of each split and weights, of ``evaluation/`` or training, by :func:`split_rank`."""
     closing: Mapping[str, object] | None
-    """``summary.json``, written when training ends; None before."""
+    """``summary.json``, which is written when training ends; None before that."""
 
 
 def read_run(path: Path) -> RunFiles:
     """Read a run directory.
 
     Raises:
-        UserError: the folder is no run directory, or one of its files cannot be read; the message names it.
+        UserError: the folder is not a run directory, or one of its files cannot be read; the message names it.
     """
     folder = RunFolder(path)
     recipe = folder.recipe
@@ -93,12 +93,12 @@ def read_run(path: Path) -> RunFiles:
 
 
 def split_rank(split: str) -> tuple[int, str]:
-    """Sort key of splits: held-out ones first, ``dev`` last, because hyper-parameters were chosen on it."""
+    """Sort key of splits: ``dev`` comes last, because hyper-parameters were chosen on it."""
     return {"val": 0, "val_font": 1, "dev": 3}.get(split, 2), split
 
 
 def number(value: object) -> float | None:
-    """A finite number, or None for everything else that may stand in its place."""
+    """``value`` as a float if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
@@ -125,10 +125,10 @@ def _flat(section: Mapping[object, object], prefix: str = "") -> Iterator[tuple[
 def _read_metrics(path: Path) -> tuple[TrainCurves, tuple[Score, ...]]:
     """Train and eval records of ``metrics.jsonl``.
 
-    A run that was killed and resumed from an older checkpoint goes back in steps. What it had written from there on was
-    not kept by the resumed run, so a train record of step s ends everything recorded for steps ≥ s before it.
+    A run that was killed and resumed from an older checkpoint repeats steps, and the later records count. So a train
+    record of step s replaces all records for steps ≥ s that come before it in the file.
     """
-    # Columns of C doubles, not a list of records: a week-long run has a million of them.
+    # Arrays of C doubles, not a list of records, because a run of a week has a million records.
     steps = array("q")
     columns = {name: array("d") for name in CURVES}
     progress: dict[tuple[int, str, str], Score] = {}
@@ -158,7 +158,7 @@ def _read_metrics(path: Path) -> tuple[TrainCurves, tuple[Score, ...]]:
 
 
 def _records(path: Path) -> Iterator[dict[str, object]]:
-    """The whole lines of a JSON-lines file. A kill leaves half a line, at the end or where a resumed run went on."""
+    """The complete lines of a JSON-lines file. A kill leaves half a line, at the end or where a resumed run began."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
@@ -188,7 +188,7 @@ def _read_object(path: Path) -> dict[str, object]:
 
 
 def _score(record: Mapping[str, object], split: str, weights: str) -> Score:
-    """A score from an eval record or an evaluation file; ``split`` and ``weights`` stand in where it names none."""
+    """A score from an eval record or evaluation file; ``split`` and ``weights`` are used if the record has none."""
     step, iou = record.get("step"), record.get("iou")
     return Score(
         split=str(record.get("split", split)),
@@ -201,7 +201,7 @@ def _score(record: Mapping[str, object], split: str, weights: str) -> Score:
 
 
 def _newest(scores: tuple[Score, ...]) -> tuple[Score, ...]:
-    """The last score of each split and weights by step; an evaluation file wins over a record of the same step."""
+    """The score with the largest step for each split and weights; of equal or unknown steps the later one counts."""
     newest: dict[tuple[str, str], Score] = {}
     for score in scores:
         before = newest.get((score.split, score.weights))

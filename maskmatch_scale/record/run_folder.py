@@ -1,17 +1,19 @@
-"""The files of a run directory: their names, in one place for those that write and those that read them.
+"""The file names of a run directory, in one place for all code that writes or reads them.
+
+Decision: docs/decisions/0034-file-names-of-a-run-in-record.md.
 
 RUN/
 recipe.yaml               the resolved recipe
 data.json                 classes, colours and sample counts of the data (runs/data.py)
 deepspeed.json            a copy of engine.deepspeed_json, if the recipe names one
-metrics.jsonl             one record a step and one an evaluation
-log/rank-N.txt            what each rank logged, tracebacks included
-skipped/rank-N.jsonl      samples that training passed over, if there were any
-checkpoints/              engine/checkpoint.py
-evaluation/SPLIT-WEIGHTS.json    figures of `maskmatch evaluate`
+metrics.jsonl             a record for each step and each evaluation
+log/rank-N.txt            the log of each rank, with tracebacks
+skipped/rank-N.jsonl      bad samples that training skipped, if any
+checkpoints/              see engine/checkpoint.py
+evaluation/SPLIT-WEIGHTS.json  figures of `maskmatch evaluate`
 pictures/SPLIT/           predictions for the report
 summary.json              written when training has ended
-report.html
+report.html               the report on this run
 """
 
 from __future__ import annotations
@@ -22,18 +24,18 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths within one run directory; nothing is read or made."""
+    """Paths in one run directory. Nothing is read or created."""
 
     path: Path
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe; a folder is a run directory if it has one."""
+        """The resolved recipe. A folder with this file is a run directory."""
         return self.path / "recipe.yaml"
 
     @property
     def data(self) -> Path:
-        """What the run's model has to do with its data."""
+        """Class names, palette and sample counts of the data."""
         return self.path / "data.json"
 
     @property
@@ -43,7 +45,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """Records, a line each."""
+        """Records of steps and evaluations, one in each line."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -71,13 +73,18 @@ class RunFolder:
         return self.path / "log" / f"rank-{rank}.txt"
 
     def skipped(self, rank: int) -> Path:
-        """Samples that one rank passed over."""
+        """Bad samples that one rank skipped."""
         return self.path / "skipped" / f"rank-{rank}.jsonl"
 
     def evaluation(self, split: str, weights: str) -> Path:
         """Figures of ``weights`` (`ema` or `student`) on one split."""
         return self.evaluations / f"{split}-{weights}.json"
 
+    @property
+    def all_pictures(self) -> Path:
+        """Folder of the pictures of all splits."""
+        return self.path / "pictures"
+
     def pictures(self, split: str) -> Path:
-        """Folder of the predictions on one split."""
-        return self.path / "pictures" / split
+        """Folder of the pictures of one split."""
+        return self.all_pictures / split

@@ -1,4 +1,4 @@
-"""The figures of a run in one row: for the terminal, for the report, and for programs."""
+"""The figures of a run in one table row: for the terminal, for the report, and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from maskmatch_scale.recipe.bases import SUPERVISED, has_unlabelled_loss, title_
 from maskmatch_scale.record.run_files import RunFiles, Score, number, read_run, split_rank
 
 START_UP_STEPS = 5
-"""Steps left out of the median images/s: allocation, caches and loader processes start in them."""
+"""The first steps are left out of the median images/s, because caches and loader processes start in them."""
 
 ONE_SEED = (
-    "One seed a method: how far the same recipe moves with another seed is not known from these runs, "
-    "so a small difference between two rows is no evidence that one is better. Train more seeds (run.seed) to tell."
+    "One seed for each method: these runs do not show how much the figures of a recipe change with another seed, "
+    "so a small difference between two rows is no evidence that one is better. Train more seeds (run.seed) to find out."
 )
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run in figures. None: not recorded (yet)."""
+    """The figures of one run; None: not recorded, or not yet."""
 
     path: Path
     name: str
@@ -37,25 +37,25 @@ class RunSummary:
     """Share of visible units; None when the masked loss is off."""
     mask_mode: str | None
     scales: tuple[float, ...]
-    """Scales of the pseudo-labels; empty when nothing makes pseudo-labels."""
+    """Scales of the pseudo-labels; empty if the run makes none."""
     backbone: str
     seed: int | None
     steps_done: int
     steps_asked: int | None
     finished: bool
-    """All steps done and the run closed properly."""
+    """Whether all steps were taken and the run ended properly."""
     scores: tuple[Score, ...]
-    """The newest evaluation of each split and weights; held-out splits first, ``dev`` last."""
+    """The newest evaluation of each split and weights; ``dev`` comes last."""
     images_per_s: float | None
-    """Median over steps, without the first :data:`START_UP_STEPS` and without the burn-in, when less is computed."""
+    """Median over steps, without the first :data:`START_UP_STEPS` and the cheaper steps of the burn-in."""
     seconds: float | None
-    """Wall time of training."""
+    """Wall time of training in seconds."""
     cpu_s: float | None
-    """CPU time of training, all ranks."""
+    """CPU time of training in seconds, summed over ranks."""
 
     @property
     def method(self) -> str:
-        """The method by its name: supervised, FixMatch, MaskMatch, or a base with a mask."""
+        """The name of the method, for example supervised, FixMatch or MaskMatch."""
         return title_of(self.base, masked=self.mask_keep is not None)
 
     @property
@@ -64,13 +64,13 @@ class RunSummary:
         return self.backbone.rstrip("/").rpartition("/")[2]
 
     def score(self, split: str, weights: str) -> Score | None:
-        """The newest evaluation of these weights on this split."""
+        """The newest evaluation of these weights on this split; None if there is none."""
         return next((score for score in self.scores if (score.split, score.weights) == (split, weights)), None)
 
 
 @dataclass(frozen=True)
 class Headline:
-    """The comparison as text: one row a run, in the order of the runs."""
+    """The comparison of runs as text, with one row for each run, in the order of the runs."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -80,7 +80,7 @@ def summarise(run: Path) -> RunSummary:
     """Read a run directory and sum it up.
 
     Raises:
-        ValueError: the folder is no run directory, or one of its files cannot be read; the message names it.
+        UserError: the folder is not a run directory, or one of its files cannot be read; the message names it.
     """
     return summarise_files(read_run(run))
 
@@ -100,7 +100,7 @@ def summarise_files(run: RunFiles) -> RunSummary:
         base=base,
         mask_keep=keep if masked else None,
         mask_mode=str(settings.get("method.mask.mode", "drop")) if masked else None,
-        # The recipe of a supervised run has scales too, but nothing to use them on.
+        # The recipe of a supervised run has scales too, but they are not used.
         scales=tuple(scales) if isinstance(scales, list) and (masked or has_unlabelled_loss(base)) else (),
         backbone=str(settings.get("model.backbone", "unknown backbone")),
         seed=_whole(settings.get("run.seed")),
@@ -115,9 +115,9 @@ def summarise_files(run: RunFiles) -> RunSummary:
 
 
 def in_order(runs: Sequence[RunSummary]) -> list[RunSummary]:
-    """The runs by backbone; of one backbone those without a mask first, and supervised before other bases.
+    """Order the runs by backbone, then those without a mask first, then supervised ones first.
 
-    Runs that are alike in this, and backbones, keep the order in which they were given.
+    Otherwise backbones and runs keep the order in which they were given.
     """
     backbones = list(dict.fromkeys(run.backbone for run in runs))
     return sorted(
@@ -127,7 +127,7 @@ def in_order(runs: Sequence[RunSummary]) -> list[RunSummary]:
 
 
 def method_labels(runs: Sequence[RunSummary]) -> list[str]:
-    """A label for each run: its method, with the facts that tell it from others of that method and backbone."""
+    """A label for each run: its method, and how it differs from other runs of that method and backbone."""
     facts = [
         {
             "scales": f"{len(run.scales)} scales" if len(run.scales) > 1 else "one scale",
@@ -149,13 +149,13 @@ def method_labels(runs: Sequence[RunSummary]) -> list[str]:
 
 
 def shown_splits(runs: Sequence[RunSummary]) -> list[str]:
-    """The splits to compare on: the held-out ones; ``dev`` only when no run was evaluated on any other."""
+    """The splits on which runs are compared: ``dev`` only if no run was evaluated on another split."""
     splits = sorted({score.split for run in runs for score in run.scores}, key=split_rank)
     return [split for split in splits if split != "dev"] or splits
 
 
 def headline(runs: Sequence[RunSummary]) -> Headline:
-    """The comparison with a column for every figure ("–": not there), for places as wide as a page."""
+    """The comparison with a column for every figure, for an HTML page; "–" stands for a missing figure."""
     splits = shown_splits(runs)
     columns = ["run", "method", "seed", "steps"]
     for split in splits:
@@ -167,7 +167,7 @@ def headline(runs: Sequence[RunSummary]) -> Headline:
         for split in splits:
             row += _split_figures(run, split)
         rows.append((*row, _rate(run.images_per_s), _duration(run.seconds)))
-    # A column that nobody fills (no student was evaluated, say) would only take width.
+    # Columns without any figure are left out (if no student was evaluated, for example).
     filled = [column for column in range(len(columns)) if any(row[column] != "–" for row in rows)]
     return Headline(
         columns=tuple(columns[column] for column in filled),
@@ -176,7 +176,7 @@ def headline(runs: Sequence[RunSummary]) -> Headline:
 
 
 def caveat(runs: Sequence[RunSummary]) -> str | None:
-    """What a reader of the comparison must know about differences; None when nothing is compared over one seed."""
+    """A warning if methods are compared and one of them has a single seed; else None."""
     seeds = defaultdict(set)
     for run in runs:
         seeds[run.method, run.backbone].add(run.seed)
@@ -184,7 +184,7 @@ def caveat(runs: Sequence[RunSummary]) -> str | None:
 
 
 def summary_table(runs: Sequence[RunSummary]) -> Table:
-    """The comparison for a terminal of 80 columns: a section a backbone, a line a split within a run's row."""
+    """The comparison for a terminal of 80 columns: a section for each backbone, a line for each split of a run."""
     runs = in_order(runs)
     splits = shown_splits(runs)
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, caption=caveat(runs), caption_justify="left")
@@ -200,13 +200,13 @@ def summary_table(runs: Sequence[RunSummary]) -> Table:
             table.add_row(Text(run.backbone_name, style="bold"))
         figures = ["\n".join(column) for column in zip(*(_split_figures(run, split) for split in splits))] or ["–"] * 3
         shared = (_rate(run.images_per_s), _steps(run), _duration(run.seconds))
-        # Text, not str: a folder called "[old]" is no markup.
+        # Text, not str, because rich would read a folder name such as "[old]" as markup.
         table.add_row(*map(Text, (f"{run.name}\n{label}", "\n".join(splits), *figures, *shared)))
     return table
 
 
 def as_rows(runs: Sequence[RunSummary]) -> list[dict[str, object]]:
-    """The same for programs: one JSON-ready object a run.
+    """The comparison for programs: one JSON-ready object for each run.
 
     ``split``, ``miou`` and ``pixel_accuracy`` are those of the EMA weights on the first split of
     :attr:`RunSummary.scores`; ``scores`` holds every split and weights.
@@ -246,9 +246,10 @@ def as_rows(runs: Sequence[RunSummary]) -> list[dict[str, object]]:
 
 
 def _median_rate(run: RunFiles) -> float | None:
+    """Median images/s over steps; see :attr:`RunSummary.images_per_s`."""
     rates, steps = run.train.values["images_per_s"], run.train.steps
     burn_in = round((number(run.settings.get("method.burn_in")) or 0) * (_whole(run.settings.get("run.steps")) or 0))
-    # A run that ended within the burn-in still has a speed: fall back to what there is.
+    # A run that ended within the burn-in has only such steps: then they count too.
     for first in (burn_in + START_UP_STEPS, START_UP_STEPS, 0):
         settled = rates[(steps > first) & np.isfinite(rates)]
         if settled.size:
@@ -265,7 +266,7 @@ def _steps(run: RunSummary) -> str:
 
 
 def _split_figures(run: RunSummary, split: str) -> list[str]:
-    """The teacher's mIoU, the student's, the teacher's pixel accuracy."""
+    """Three figures: the teacher's mIoU, the student's mIoU, the teacher's pixel accuracy."""
     ema, student = run.score(split, "ema"), run.score(split, "student")
     figures = (ema and ema.miou, student and student.miou, ema and ema.pixel_accuracy)
     return ["–" if figure is None else f"{figure:.3f}" for figure in figures]
@@ -276,7 +277,7 @@ def _rate(per_second: float | None) -> str:
 
 
 def _duration(seconds: float | None) -> str:
-    """Two units are enough to compare by: "48s", "4m07s", "2h05m", "6d03h"."""
+    """A duration in at most two units: "48s", "4m07s", "2h05m", "6d03h"."""
     if seconds is None:
         return "–"
     whole = round(seconds)

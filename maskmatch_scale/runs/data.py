@@ -1,4 +1,7 @@
-"""What a run's model has to do with its data: `RUN/data.json`, for when the data are elsewhere."""
+"""`RUN/data.json`: what the model of a run must know of its data, when the data themselves are not there.
+
+Decision: docs/decisions/0008-data-json-in-the-run.md.
+"""
 
 from __future__ import annotations
 
@@ -24,25 +27,28 @@ class RunData(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     source: str
-    """Name of what wrote the shards."""
+    """Name of the data source that wrote the shards."""
     classes: tuple[str, ...]
-    """Class names; where no shard has labels, those of the model that the run started from."""
+    """Class names. If the index names none, those of the model that the run started from."""
     palette: tuple[tuple[int, int, int], ...]
+    """One RGB colour for each class, 0–255."""
     ignore_index: int
+    """Label value of pixels that are not counted."""
     samples: dict[str, int]
-    """Of every stream of `data.root`; `labelled` and `unlabelled`: those that training used, of all sources."""
+    """Number of samples in each stream of `data.root`. For `labelled` and `unlabelled`: the number that training
+    used, over all sources."""
 
 
 def describe_data(recipe: Recipe, index: ShardIndex, used: Mapping[str, int] | None = None) -> RunData:
-    """What a run needs to know of its data.
+    """Describe the data of a run.
 
     Args:
         recipe: of the run.
         index: of `data.root`.
-        used: labelled and unlabelled samples that training uses, where that is known.
+        used: number of `labelled` and of `unlabelled` samples that training uses, if known.
 
     Raises:
-        UserError: nothing names the classes.
+        UserError: neither the index nor the model that the run starts from names the classes.
     """
     named = index.model_dump(include={"source", "classes", "palette", "ignore_index"})
     if not index.classes:
@@ -52,10 +58,11 @@ def describe_data(recipe: Recipe, index: ShardIndex, used: Mapping[str, int] | N
 
 
 def read_run_data(run: Path) -> RunData:
-    """Read `RUN/data.json`; of a run that has none, what the index of its data says.
+    """Read `RUN/data.json`. If the run has none, read the index of its data.
 
     Raises:
-        UserError: neither can be read.
+        UserError: `data.json` is not valid, or `run` is not a run directory.
+        DataError: there is no `data.json`, and the index cannot be read.
     """
     path = RunFolder(run).data
     if not path.is_file():
@@ -64,11 +71,18 @@ def read_run_data(run: Path) -> RunData:
     try:
         return RunData.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise UserError(f"{path}: {error.errors()[0]['msg']}; it cannot be read") from None
+        raise UserError(f"{path}: it cannot be read: {error.errors()[0]['msg']}") from None
 
 
 def classes_of_start(recipe: Recipe) -> dict[str, Any]:
-    """Classes of the run or export that `model.pretrained` names; unnamed ones if only `model.num_classes` is known."""
+    """Class names and palette of the model that a run starts from, as fields of :class:`RunData`.
+
+    They come from the run or export that `model.pretrained` names. If it names none, the classes get numbers as names
+    and grey values as colours.
+
+    Raises:
+        UserError: `model.pretrained` names no run or export, and `model.num_classes` is not given.
+    """
     start = recipe.model.pretrained
     wanted = {"classes", "palette", "ignore_index"}
     if isinstance(start, str):
@@ -81,8 +95,8 @@ def classes_of_start(recipe: Recipe) -> dict[str, Any]:
             return {name: content[name] for name in wanted}
     if recipe.model.num_classes is None:
         raise UserError(
-            f"data.root={recipe.data.root}: its index names no classes; start from a run or an export, which do "
-            "(model.pretrained), or say how many there are (model.num_classes)"
+            f"data.root={recipe.data.root}: its index names no classes; start from a run or an export, which "
+            "name them (model.pretrained), or give their number (model.num_classes)"
         )
     return {
         "classes": [f"class {value}" for value in range(recipe.model.num_classes)],
@@ -96,15 +110,15 @@ def _grey(value: int, of: int) -> tuple[int, int, int]:
 
 
 def run_of(path: Path) -> Path | None:
-    """The run directory that a path names, or that the checkpoint it names lies in."""
+    """The run directory of a path that names one or a checkpoint in one; None if it names neither."""
     return next((folder for folder in (path, path.parent.parent) if RunFolder(folder).recipe.is_file()), None)
 
 
 def recipe_of(run: Path) -> Recipe:
-    """The recipe of a run, as it was trained.
+    """Read the recipe that a run was trained with.
 
     Raises:
-        CheckpointError: not a run directory.
+        CheckpointError: `run` is not a run directory.
     """
     path = RunFolder(run).recipe
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Evaluating a run: its newest checkpoint on a held-out split, figures and pictures kept in the run directory."""
+"""Evaluating the newest checkpoint of a run on a held-out split. Figures and pictures are kept in the run directory."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from maskmatch_scale.runs.model import open_run
 
 
 def window_of(recipe: Recipe, segmenter: Segmenter, device: torch.device) -> Window:
-    """How held-out images are cut for this run."""
+    """The windows into which held-out images of a run are cut."""
     dtype = next(segmenter.parameters()).dtype
     return Window(recipe.data.crop_px, recipe.evaluation, segmenter.mean, segmenter.std, device, dtype)
 
 
 def held_out_images(run: Path, split: str) -> int:
-    """How many images a run's data hold in ``split``.
+    """Number of images in a split of a run's data.
 
     Raises:
-        ValueError: no run, or no such stream.
+        UserError: `run` is not a run directory, or its data have no such split.
     """
     data = recipe_of(run).data
     return load_index(data.root, data).stream(split).samples
@@ -41,17 +41,20 @@ def held_out_images(run: Path, split: str) -> int:
 def evaluate_run(
     run: Path, split: str, weights: tuple[str, ...], progress: Callable[[], None] = lambda: None
 ) -> list[dict[str, Any]]:
-    """Evaluate a run's newest checkpoint, keep figures in `RUN/evaluation` and pictures in `RUN/pictures`.
+    """Evaluate a run's newest checkpoint, and keep figures in `RUN/evaluation` and pictures in `RUN/pictures`.
 
     Args:
         run: run directory.
         split: stream name.
-        weights: which of `ema`, `student`.
+        weights: `ema`, `student` or both.
         progress: called after every image.
 
     Returns:
-        One record a kind of weights: split, weights, step, miou, pixel_accuracy, iou (by class, None where a class does
-        not occur), images, seconds.
+        One record for each kind of weights: `split`, `weights`, `step`, `miou`, `pixel_accuracy`, `iou` (by class; None
+        for a class that does not occur), `images`, `seconds`.
+
+    Raises:
+        UserError: `run` has no checkpoint, or its data have no such split.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = RunFolder(run)
@@ -81,6 +84,6 @@ def evaluate_run(
         folder.pictures(split), recipe.data, split, recipe.evaluation.pictures, dict(models), window
     )
     if recipe.method.mask.keep is not None:
-        # The student is what was trained on masks; its context decoder belongs to it.
+        # The student was trained on masked views, together with its context decoder.
         save_masked_pictures(samples, models.get("student", segmenter), recipe.method.mask, recipe.run.seed, window)
     return records

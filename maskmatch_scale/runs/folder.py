@@ -1,4 +1,8 @@
-"""Opening a run directory, with an older run moved aside; and the log that each rank keeps in it."""
+"""Makes a run directory, after moving an older run aside, and keeps the log of each rank in it.
+
+Decision: docs/decisions/0027-older-run-moved-aside.md.
+Decision: docs/decisions/0034-file-names-of-a-run-in-record.md.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,15 @@ log = logging.getLogger("maskmatch_scale")
 
 
 def open_folder(folder: RunFolder, recipe: Recipe, data: RunData, *, continued: bool) -> None:
-    """Make the run directory and write what the run is; another run in its place is moved aside, never overwritten.
+    """Make the run directory, and write recipe and data description into it.
+
+    Another run that is there is renamed to `NAME.previous-1` (2, 3, …).
 
     Args:
-        folder: its paths.
+        folder: the paths of the run directory.
         recipe: of the run.
         data: what it is trained on.
-        continued: whether the run goes on that lies there already.
+        continued: whether this run continues the one that is there.
     """
     run = folder.path
     if not continued and folder.recipe.exists():
@@ -39,9 +45,9 @@ def open_folder(folder: RunFolder, recipe: Recipe, data: RunData, *, continued: 
 
 @contextmanager
 def rank_log(path: Path) -> Iterator[None]:
-    """Log to a file meanwhile; an error that ends the run is written there with its traceback.
+    """Write the log to a file while the body runs. An error that ends the body is logged with its traceback.
 
-    The error gets an attribute `logged_in`, the path, for the message on the terminal.
+    The error gets an attribute `logged_in` with the path, for the message on the terminal.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)

@@ -1,8 +1,10 @@
-"""A run's model: built from its recipe, and loaded from its checkpoint."""
+"""The model of a run: built from its recipe, and loaded from its checkpoint.
+
+Decision: docs/decisions/0022-models-built-whole.md.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.engine.checkpoint import find_checkpoint, load_weights
+from maskmatch_scale.engine.checkpoint import find_checkpoint, load_state, load_weights, weights_file
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.models import Segmenter, build_segmenter
 from maskmatch_scale.models.weights import read_own
@@ -19,11 +21,16 @@ from maskmatch_scale.runs.data import RunData, classes_of_start, read_run_data, 
 
 
 def build_student(recipe: Recipe, index: ShardIndex | RunData, *, pretrained: bool = True) -> Segmenter:
-    """The segmenter of a recipe, its random weights drawn from the run's seed; ``pretrained=False`` reads no others.
+    """Build the segmenter of a recipe, with random weights drawn from the run's seed.
+
+    Args:
+        recipe: of the run.
+        index: of its data; only the class names are used.
+        pretrained: whether to read the weights that `model.pretrained` names.
 
     Raises:
-        UserError: the data have more classes than the recipe, the model cannot be built so, or a run without labels
-            starts from weights that are no trained segmenter's.
+        UserError: the data have more classes than the recipe, the model cannot be built, or a run without labels does
+            not start from a trained segmenter.
     """
     model = recipe.model
     num_classes = model.num_classes or len(index.classes)
@@ -55,14 +62,18 @@ def build_student(recipe: Recipe, index: ShardIndex | RunData, *, pretrained: bo
 
 
 def _start_weights(pretrained: bool | str | None) -> bool | str | None:
-    """What `model.pretrained` means; of a run the teacher of its newest checkpoint, context decoder and all."""
+    """`model.pretrained` for `build_segmenter`: a run or checkpoint is replaced by the file of its newest teacher."""
     if isinstance(pretrained, str) and run_of(Path(pretrained)) is not None:
-        return str(find_checkpoint(Path(pretrained)) / "ema.safetensors")
+        return str(weights_file(find_checkpoint(Path(pretrained)), "ema"))
     return pretrained
 
 
 def _trained_start(recipe: Recipe, start: bool | str | None) -> dict[str, Tensor]:
-    """Weights that a run without labels starts from: a trained segmenter's, or an error."""
+    """The weights that a run without labels starts from.
+
+    Raises:
+        UserError: they are not those of a trained segmenter.
+    """
     try:
         state = read_own(Path(start)) if isinstance(start, str) else None
     except ValueError as error:
@@ -70,13 +81,17 @@ def _trained_start(recipe: Recipe, start: bool | str | None) -> dict[str, Tensor
     if state is None:
         raise UserError(
             f"data.labelled_count=0 with model.pretrained={recipe.model.pretrained}: without labels the teacher must "
-            "be a trained segmenter from the start, head and all; give a run of this package, a checkpoint or an export"
+            "be a trained segmenter from the start, with its head; name a run of this package, a checkpoint or export"
         )
     return state
 
 
 def _check_trained(recipe: Recipe, segmenter: Segmenter, state: Mapping[str, Tensor], classes: Sequence[str]) -> None:
-    """Refuse a start whose head does not fit, or says other classes, for a run without labels."""
+    """Refuse a trained start whose head or classes do not fit a run without labels.
+
+    Raises:
+        UserError: its head has other tensors, or it was trained on other classes.
+    """
     given = f"data.labelled_count=0 with model.pretrained={recipe.model.pretrained}"
     for name, value in segmenter.state_dict().items():
         if name.startswith("head.") and (name not in state or state[name].shape != value.shape):
@@ -93,18 +108,20 @@ def _check_trained(recipe: Recipe, segmenter: Segmenter, state: Mapping[str, Ten
 
 
 def open_run(run: Path, weights: str) -> tuple[Recipe, Segmenter, int]:
-    """Recipe, segmenter in eval mode with the newest checkpoint's weights, and that checkpoint's step.
+    """Load the model of a run from its newest checkpoint.
 
     Args:
         run: run directory.
         weights: `ema` or `student`.
 
+    Returns:
+        The recipe, the segmenter (on the CPU, in eval mode), and the checkpoint's optimizer step.
+
     Raises:
-        CheckpointError: not a run directory, or no checkpoint in it yet.
+        CheckpointError: `run` is not a run directory, or has no checkpoint yet.
     """
     recipe = recipe_of(run)
     folder = find_checkpoint(run)
     segmenter = build_student(recipe, read_run_data(run), pretrained=False)
     segmenter.load_state_dict(load_weights(folder, weights))
-    step = json.loads((folder / "state.json").read_text())["step"]
-    return recipe, segmenter.eval(), int(step)
+    return recipe, segmenter.eval(), int(load_state(folder)["step"])

@@ -1,4 +1,4 @@
-"""One run, from recipe to report: check, build, loop, close."""
+"""The way of a run, from recipe to report: check, build, loop, close."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ def train(recipe: Recipe, resume: str | None = None, *, callbacks: Sequence[Call
         recipe: from :func:`maskmatch_scale.recipe.load_recipe`.
         resume: `auto` (the run directory's newest checkpoint, or a new run if it has none), a path to a run or a
             checkpoint, or None for a new run.
-        callbacks: of your own, called after those of every run: classes, or functions that make one of a `Run`.
+        callbacks: your own callbacks, called after the usual ones: subclasses of `Callback`, or functions that take a
+            `Run` and return a callback.
 
     Returns:
         The run directory.
 
     Raises:
-        UserError: something the user can mend, found before anything is written (a bad sample: when it is met).
-        TrainingStopped: the run stopped itself: a loss that is not finite, too many bad samples.
+        UserError: a mistake that the user can correct. It is found before anything is written, except for a bad sample,
+            which may be read later.
+        TrainingStopped: the run stopped itself, because a loss is not finite or too many samples are bad.
     """
     checked = preflight.check(recipe, resume)
     recipe, folder = checked.recipe, checked.folder
@@ -50,7 +52,7 @@ def train(recipe: Recipe, resume: str | None = None, *, callbacks: Sequence[Call
 
 
 def _take_steps(run: Run) -> None:
-    """The loop; `callbacks/base.py` lists the moments."""
+    """Take the steps of a run; `callbacks/base.py` explains when each method of a callback is called."""
     steps, accumulation = run.recipe.run.steps, run.recipe.engine.accumulation
     on_gpu = run.runtime.device.type == "cuda"
     loader = load_batches(run.batches, run.start * accumulation, steps * accumulation, pin_memory=on_gpu)

@@ -1,7 +1,11 @@
-"""Everything that can be refused, in order, before anything is written.
+"""All checks of a run, in order, before anything is written.
 
 A run that is refused leaves nothing behind. :func:`check` reads files and builds the model, :func:`check_agreement`
-asks the other ranks. What the recipe alone shows was refused when it was loaded (`recipe/soundness.py`).
+compares the ranks. Mistakes that the recipe alone shows were refused when it was loaded (`recipe/soundness.py`).
+
+Decision: docs/decisions/0025-unsound-combinations-as-rows.md.
+Decision: docs/decisions/0026-mistakes-before-anything-is-written.md.
+Decision: docs/decisions/0031-capabilities-asked-of-the-family.md.
 """
 
 from __future__ import annotations
@@ -34,19 +38,20 @@ from maskmatch_scale.seeds import derive_seed
 
 @dataclass(frozen=True)
 class Checked:
-    """A run in which no mistake was found. Nothing of it has been written, and no process group exists yet."""
+    """A run that passed :func:`check`. Nothing of it has been written, and no process group exists yet."""
 
     recipe: Recipe
-    """With the precision that was chosen, and with the number of its steps."""
+    """With the precision that was chosen and the number of steps that was counted."""
     precision_reason: str
+    """Why this precision was chosen, for the log."""
     data: RunData
     batches: TrainingBatches
-    """Of this rank; where the run continues, from where the checkpoint was taken."""
+    """Of this rank. If the run continues, they begin where the checkpoint was written."""
     student: Segmenter
-    """In host memory."""
+    """Whole, in host memory."""
     place: Place
     checkpoint: Path | None
-    """What the run continues from."""
+    """The checkpoint that the run continues from; None: a new run."""
 
     @property
     def folder(self) -> RunFolder:
@@ -60,14 +65,14 @@ class Checked:
 
 
 def check(recipe: Recipe, resume: str | None) -> Checked:
-    """Look for mistakes in everything that a run needs, on this rank.
+    """Check everything that a run needs, on this rank.
 
     Args:
         recipe: as it was loaded.
         resume: see :func:`maskmatch_scale.train.train`.
 
     Raises:
-        UserError: the first mistake that is found.
+        UserError: the first mistake that is found; the message names the key, file or value, and what to do.
     """
     place = Place.from_environment()
     check_backbone(recipe)
@@ -79,7 +84,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": precision})})
     check_settings(recipe, place.world_size)
     recipe, batches = _open_batches(recipe, student.num_classes, place, index)
-    if "dev" in index.streams:  # a missing shard is found now, and not at the first evaluation
+    if "dev" in index.streams:  # opening the stream now finds a missing shard before the first evaluation does
         ShardStream(recipe.data.root, "dev", recipe.data, index=index)
     used = {"labelled": batches.labelled_samples, "unlabelled": batches.unlabelled_samples}
     checkpoint = _checkpoint_to_resume(RunFolder(Path(recipe.run.dir)), resume)
@@ -90,7 +95,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
 
 
 def check_backbone(recipe: Recipe) -> None:
-    """Refuse what the backbone's family cannot do; nothing is built.
+    """Refuse settings that the backbone's family does not support; nothing is built.
 
     Raises:
         UserError: names the key and what to do.
@@ -107,7 +112,7 @@ def check_model(recipe: Recipe, student: Segmenter) -> None:
     """Refuse crops that this model cannot take.
 
     Raises:
-        UserError: names the key and what fits.
+        UserError: names the key and the sizes that fit.
     """
     try:
         if recipe.method.mask.keep is not None:
@@ -134,6 +139,7 @@ def _open_batches(recipe: Recipe, num_classes: int, place: Place, index: ShardIn
 
 
 def _checkpoint_to_resume(folder: RunFolder, resume: str | None) -> Path | None:
+    """The checkpoint that `--resume` means; None for a new run."""
     if resume is None:
         return None
     if resume == "auto":
@@ -142,25 +148,23 @@ def _checkpoint_to_resume(folder: RunFolder, resume: str | None) -> Path | None:
 
 
 def count_class_pixels(runtime: Runtime, recipe: Recipe, batches: TrainingBatches) -> None:
-    """Count the pixels of every class where the recipe weights classes by them; all ranks call it together.
+    """Count the pixels of every class, if the recipe uses these counts; all ranks call it together.
 
-    It is done before anything is written, because it reads every labelled sample; and once, because loader processes
-    inherit the result.
+    This reads every labelled sample, so it is done before anything is written. It is done before the loader processes
+    start, which inherit the result.
 
     Raises:
-        BadSample: a label map that cannot be used.
+        BadSample: a label map cannot be used.
     """
     if recipe.data.rare_class_crops or recipe.method.class_weights != "none":
         batches.count_class_pixels(runtime.sum_over_ranks)
 
 
 def check_agreement(runtime: Runtime, recipe: Recipe, batches: TrainingBatches, checkpoint: Path | None) -> None:
-    """Refuse to train if ranks would train different runs: their recipes, shards or checkpoints differ.
-
-    All ranks call it together.
+    """Refuse to train if the recipes, shards or checkpoints of the ranks differ; all ranks call it together.
 
     Raises:
-        UserError: on every rank.
+        UserError: on every rank, naming the first rank that differs from rank 0.
     """
     step = int(checkpoint.name.removeprefix("step-")) if checkpoint is not None else 0
     data = recipe.data.model_copy(update={"cache_dir": None})

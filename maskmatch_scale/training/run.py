@@ -1,4 +1,4 @@
-"""A run on one rank, with everything built that a step needs."""
+"""A run on one rank: everything that its steps need, built."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger("maskmatch_scale")
 
 @dataclass
 class Run:
-    """What the loop, the step and the callbacks share."""
+    """The objects that the loop, the step and the callbacks share."""
 
     recipe: Recipe
     precision_reason: str
@@ -45,23 +45,23 @@ class Run:
     engine: Engine
     teacher: StoredTeacher
     metrics: MetricsLog
-    """Takes the figures of steps and evaluations; every rank has one, rank 0's writes the file."""
+    """Collects the figures of steps and evaluations. Every rank has one; only that of rank 0 writes the file."""
     resumed: dict[str, Any]
-    """State of the checkpoint that the run continues from; empty in a new run."""
+    """`state.json` of the checkpoint that the run continues from; empty in a new run."""
     last_checkpoint: Path | None
-    """The newest one, or the one that the run continues from."""
+    """The newest checkpoint of this run, or the one that it continues from."""
     stop_reason: str | None = None
-    """Set by a callback that wants the run to stop after this step; alike on every rank."""
+    """A callback sets it, on every rank, if the run has to stop after this step."""
     callbacks: list[Callback] = field(default_factory=list)
     """In the order in which they are called."""
 
     @property
     def start(self) -> int:
-        """Optimizer steps that were taken before."""
+        """Number of optimizer steps that were taken before this start."""
         return int(self.resumed.get("step", 0))
 
     def say(self, line: str) -> None:
-        """Log a line, and have it shown to whoever watches the run."""
+        """Log a line, and give it to the callbacks to show."""
         log.info(line)
         for callback in self.callbacks:
             callback.said(line)
@@ -73,18 +73,25 @@ class Run:
             callback.evaluated(record)
 
     def callback_state(self) -> dict[str, Any]:
-        """What callbacks keep in a checkpoint; all ranks call it together."""
+        """The state of all callbacks, for a checkpoint; all ranks call it together."""
         return {name: value for callback in self.callbacks for name, value in callback.state().items()}
 
     def callback_summary(self) -> dict[str, Any]:
-        """What callbacks tell at the end; all ranks call it together."""
+        """The totals of all callbacks, for `summary.json`; all ranks call it together."""
         return {name: value for callback in self.callbacks for name, value in callback.summary().items()}
 
 
 def build_run(checked: Checked, runtime: Runtime) -> Run:
-    """Build the engine and the teacher, and restore both if the run continues; all ranks call it together."""
+    """Build the engine and the teacher, and restore both if the run continues; all ranks call it together.
+
+    Decision: docs/decisions/0018-teacher-copied-before-averaged-after.md.
+    Decision: docs/decisions/0022-models-built-whole.md.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the model or its optimizer.
+    """
     recipe, student, batches = checked.recipe, checked.student, checked.batches
-    average = copy.deepcopy(student)  # in host memory: a GPU never holds the two of them whole at once
+    average = copy.deepcopy(student)  # made in host memory, so that a GPU never holds both whole models
     student.to(runtime.device)
     if recipe.model.batchnorm == "synchronised" and runtime.world_size > 1:
         synchronise_batchnorm(student, runtime.sum_over_ranks)

@@ -1,4 +1,7 @@
-"""One optimizer step: batches → views → losses → engine → teacher."""
+"""One optimizer step: batches → views → losses → engine → teacher.
+
+Decision: docs/decisions/0007-no-files-of-random-state.md.
+"""
 
 from __future__ import annotations
 
@@ -20,35 +23,36 @@ from maskmatch_scale.training.run import Run
 
 @dataclass
 class StepFigures:
-    """What is known of a step when it has been launched; reading `on_device` or `later` waits for the device."""
+    """Figures of a step that was launched. Reading `on_device` or `later` waits for the device."""
 
     known: dict[str, float | bool | None] = field(default_factory=dict)
+    """Figures that are known already."""
     on_device: dict[str, Tensor] = field(default_factory=dict)
-    """Scalars."""
+    """Figures that are scalars on the device."""
     later: dict[str, Callable[[], float]] = field(default_factory=dict)
-    """Times, to be asked for when the device has done the step."""
+    """Times in seconds. Call these functions only when the device has done the step."""
     images: int = 0
     """Distinct images over all ranks."""
     skipped: tuple[Skip, ...] = ()
-    """Samples that this rank passed over."""
+    """Bad samples that this rank skipped."""
     left_out: bool = False
-    """The loss was not finite and the step was not taken."""
+    """Whether the step was not taken, because the loss was not finite."""
 
 
 def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
-    """Take one optimizer step: all views of all micro-batches, losses over the global batch, the teacher last.
+    """Take one optimizer step; all ranks call it together.
 
-    All ranks call it together.
+    Losses are means over the global batch. The teacher is updated last.
 
     Args:
         run: on this rank.
-        step: its number, from 0.
-        batches: gives `engine.accumulation` micro-batches for it.
+        step: number of the step, from 0.
+        batches: `engine.accumulation` micro-batches are taken from it.
     """
     began = time.monotonic()
     recipe, engine, maskmatch, runtime = run.recipe, run.engine, run.maskmatch, run.runtime
     figures = StepFigures()
-    # Dropout and drop path draw from torch's own generator, which a restart must find as it was.
+    # Dropout and drop path draw from torch's global generator. A seed for each step makes a restart exact.
     torch.manual_seed(derive_seed(recipe.run.seed, "step", step, runtime.rank))
     maskmatch.train()
     prepared = []
@@ -94,7 +98,7 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
 
 
 def _count_reasons(skipped: Sequence[Skip]) -> Tensor:
-    """How many samples were passed over for each of `REASONS`: float64 (reasons,), on the host."""
+    """How many samples were skipped for each of `REASONS`: float64 (reasons,), on the CPU."""
     counts = torch.zeros(len(REASONS), dtype=torch.float64)
     for skip in skipped:
         counts[REASONS.index(skip.reason)] += 1
@@ -107,15 +111,16 @@ def _not_finite(run: Run, sums: Tensor) -> bool:
 
 
 def _fill(figures: StepFigures, run: Run, step: int, micro: Step, sums: Tensor, pixels: Tensor) -> None:
-    """Figures of a step; nothing here waits for the device.
+    """Fill in the figures of a step; nothing here waits for the device.
 
     Args:
-        figures: to fill.
+        figures: filled in place.
         run: on this rank.
-        step: number of the step.
-        micro: one of its micro-batches, all of which have the same parts.
-        sums: float64 (5 + reasons,) over all ranks: the parts' losses, confident and valid pixels, skipped samples.
-        pixels: float64 (3,) over all ranks: what the parts' losses are divided by.
+        step: number of the step, from 0.
+        micro: one of its micro-batches; all of them have the same parts.
+        sums: float64 (5 + reasons,), over all ranks: the sums of the three losses, the numbers of confident and of
+            valid pixels, and the skipped samples by reason.
+        pixels: float64 (3,), over all ranks: the divisors of the three losses.
     """
     recipe = run.recipe
     losses = sums[:3] / pixels.clamp(min=1)

@@ -54,10 +54,10 @@ def drill(make_recipe, tmp_path):
     [
         ("raises", "rank 1: KeyError: 'the cat sat on the shard'"),
         ("dies", "rank 0: another rank has died"),
-        ("stays-away", "rank 0: another rank did not come within the time limit"),
+        ("stays-away", "rank 0: another rank did not join a collective within the time limit"),
         # The guard of lock-step evaluation taken away: rank 1 has one of five images fewer, and at ZeRO-3 every
         # forward is a collective.
-        ("out-of-step", "did not come within the time limit"),
+        ("out-of-step", "did not join a collective within the time limit"),
     ],
 )
 def test_a_lost_rank_ends_the_job(drill, kind, message):

@@ -242,7 +242,7 @@ def test_other_ranks_than_the_launchers_are_refused(fresh_accelerate):
 
 def test_an_accelerator_of_another_kind_in_this_process_is_refused(fresh_accelerate):
     accelerate.Accelerator(cpu=True, mixed_precision="bf16")
-    with pytest.raises(UserError, match=r"already been initialized .*no Accelerator of your own"):
+    with pytest.raises(UserError, match=r"already been initialized .*not make an Accelerator of your own"):
         accelerator_of(Runtime(Place(0, 0, 1, 1), torch.device("cpu"), 1))
 
 

@@ -87,7 +87,7 @@ def test_details_of_offloading(config_of):
         ({"torch_autocast": {"lower_precision_safe_module": []}}, ["torch_autocast.lower_precision_safe_module"]),
         ({"zero_optimization": {"load_from_fp32_weights": False}}, ["load_from_fp32_weights", "rounded weights"]),
         ({"communication_data_type": "fp61"}, ['communication_data_type="fp61"']),
-        ("{", ["no JSON"]),
+        ("{", ["not readable as JSON"]),
         ("[1]", ["an object"]),
     ],
 )

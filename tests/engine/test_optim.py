@@ -5,7 +5,8 @@ import math
 import pytest
 from timm.optim import param_groups_layer_decay
 
-from maskmatch_scale.engine.optim import base_lr, lr_factor, parameter_groups
+from maskmatch_scale.engine.optim import parameter_groups
+from maskmatch_scale.engine.schedule import base_lr, lr_factor
 from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.recipe import OptimRecipe
 from tests.conftest import TINY_SEGFORMER, TINY_VIT

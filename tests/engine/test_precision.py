@@ -30,7 +30,7 @@ def test_auto_without_a_gpu(make_recipe):
 @pytest.mark.parametrize(
     ("bf16", "batchnorm", "stage", "precision", "reason"),
     [
-        (True, False, 1, "bf16", "nothing speaks against"),
+        (True, False, 1, "bf16", "can use bf16 weights"),
         (True, True, 1, "autocast-bf16", "BatchNorm"),
         (True, False, 0, "autocast-bf16", "engine.zero_stage=0"),
         (False, False, 1, "fp32", "Some GPU has no bf16"),

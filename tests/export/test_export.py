@@ -277,7 +277,7 @@ def test_the_card_says_what_is_known_and_what_is_not(runs, tmp_path):
         "ground, square, disc", "MaskMatch", "`transformers/segformer-b0`", "step 2 of 2", "random weights",
         "8 labelled images and 24 unlabelled ones", "`shapes`", "64×64 px", "1 rank, precision fp32", "seed 0",
         "0.485, 0.456, 0.406",
-        'SegformerForSemanticSegmentation.from_pretrained("before")', 'load_export("before")', "To be filled in",
+        'SegformerForSemanticSegmentation.from_pretrained("before")', 'load_export("before")', "must fill this in",
         "| dev | 5 | 2 |",
     ):  # fmt: skip
         assert part in before, part
@@ -328,11 +328,11 @@ def test_the_command_says_where_and_how_to_load(capsys, monkeypatch, runs, tmp_p
     [
         (None, ["nowhere", "out"], ["nowhere", "no complete checkpoint"]),
         (None, ["run", "out", "--weights", "best"], ["--weights best", "ema or student"]),
-        (None, ["run", "run"], ["run: there is something already", "name another folder"]),
-        (None, ["run", "run/recipe.yaml"], ["there is something already"]),
+        (None, ["run", "run"], ["run: it exists and is not an empty folder", "name another folder"]),
+        (None, ["run", "run/recipe.yaml"], ["not an empty folder"]),
         ("recipe", ["run", "out"], ["no recipe.yaml"]),
         ("data", ["run", "out"], ["class names and palette", "data.root", "gone"]),
-        ("classes", ["run", "out"], ["head.classifier", "recipe.yaml", "put them back"]),
+        ("classes", ["run", "out"], ["head.classifier", "recipe.yaml", "restore the files"]),
     ],
 )
 def test_mistakes(capsys, monkeypatch, runs, tmp_path, spoil, arguments, parts):
@@ -360,7 +360,7 @@ def test_what_is_no_export_is_named(runs, tmp_path):
         load_export(tmp_path)
     export_run(runs("vit linear"), tmp_path / "out")
     (tmp_path / "out" / "head.safetensors").unlink()
-    with pytest.raises(UserError, match=r"not a whole export: .*head\.safetensors"):
+    with pytest.raises(UserError, match=r"not a complete export: .*head\.safetensors"):
         load_export(tmp_path / "out")
     (tmp_path / "out" / "segmenter.json").write_text('{"format": 2}')
     with pytest.raises(UserError, match=r"segmenter\.json: format: .*; export the run again"):

@@ -113,7 +113,7 @@ def test_headline(page, runs_folder):
         ["fixmatch", "FixMatch", "0", "40/40", "0.510"],
         ["maskmatch", "MaskMatch", "0", "40/40", "0.500"],
     ]
-    assert "One seed a method" in page.text
+    assert "One seed for each method" in page.text
     assert f"3 runs in {runs_folder.name}" in page.text
     assert "What is missing" not in page.text
 
@@ -253,7 +253,7 @@ def test_backbones_are_groups(runs_folder, write_run):
 def test_unfinished_run_without_anything(write_run, tmp_path):
     run = write_run(tmp_path / "run", method=FIXMATCH, steps=0, closed=False)
     page = report(run)
-    assert "run: training stands at step 0 of 40; not evaluated on held-out samples" in page.text
+    assert "run: training is at step 0 of 40; not evaluated on held-out samples" in page.text
     assert "no pictures of held-out samples" in page.text
     assert "Nothing was recorded yet." in page.text
     assert "One seed" not in page.text

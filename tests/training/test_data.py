@@ -152,7 +152,7 @@ def test_without_labels_and_without_a_trained_start(make_recipe, never_labelled,
 
     torch.save({"patch_embed.weight": torch.zeros(1)}, backbone)
     model = dict(make_recipe().model) | {"pretrained": str(backbone), "num_classes": 3}
-    with pytest.raises(UserError, match="head and all"):
+    with pytest.raises(UserError, match="with its head"):
         train(make_recipe(data=data, model=model))
 
 

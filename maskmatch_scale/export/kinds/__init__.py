@@ -1,7 +1,7 @@
-"""How the backbones of a library are exported: one file for each kind, named by the families that use it.
+"""How the backbones of a library are exported, with one file for each kind of export.
 
-A backbone family says the name of its kind (`Family.export_kind`). So a new family with a kind that there is changes
-nothing here, and a new kind is one file here and a line in `KINDS`.
+A backbone family names its kind (`Family.export_kind`). A new family that uses an existing kind needs no change here. A
+new kind needs one file here and a line in `KINDS`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ KINDS: dict[str, ExportKind] = {"timm_vit": TimmVit(), "transformers_segformer":
 
 
 def kind_of(backbone: str) -> ExportKind:
-    """How a backbone is exported, by its full name.
+    """The kind of export for a backbone.
+
+    Args:
+        backbone: its full name, as in `model.backbone`.
 
     Raises:
-        ValueError: no family takes such a name.
+        ValueError: no family has such a backbone.
     """
     return KINDS[family_of(backbone).export_kind]

@@ -17,7 +17,7 @@ class Exported:
     """What is exported."""
 
     tensors: Any
-    """The checkpoint's whole weights, an open safetensors file, in a segmenter's names."""
+    """The checkpoint's whole weights: an open safetensors file with a segmenter's names of tensors."""
     segmenter: Segmenter
     """The run's model on the meta device: shapes and configuration."""
     recipe: Recipe
@@ -32,18 +32,18 @@ class ExportKind(ABC):
 
     @abstractmethod
     def name(self, backbone: str) -> str:
-        """`Description.backbone` for a recipe's `model.backbone`: without a path of this machine."""
+        """`Description.backbone` for a recipe's `model.backbone`, without paths of this machine."""
 
     @abstractmethod
     def options(self, recipe: Recipe) -> dict[str, Any]:
-        """`Description.backbone_options`: what the exported files of the backbone do not say."""
+        """`Description.backbone_options`: options that are not in the exported files of the backbone."""
 
     @abstractmethod
     def versions(self) -> dict[str, str]:
-        """The versions of the libraries that it is written with."""
+        """The versions of the libraries that write it, by name."""
 
     def is_whole(self, description: Description) -> bool:
-        """Whether the backbone's library has this segmenter, head and all."""
+        """Whether the backbone's library has a model for the whole segmenter, with its head."""
         return False
 
     def write_model(self, exported: Exported, folder: Path) -> None:
@@ -59,18 +59,18 @@ class ExportKind(ABC):
         """Write the backbone alone, as the library loads it.
 
         Raises:
-            UserError: the library would build other tensors.
+            UserError: the library would build a model with other tensors.
         """
 
     @abstractmethod
     def backbone_in(self, folder: Path, description: Description) -> str:
-        """The name by which `build_segmenter` builds the backbone of an export."""
+        """The name of an export's backbone for `build_segmenter`."""
 
     @abstractmethod
     def card_section(self, name: str, description: Description) -> str:
-        """The section of the model card that says how the library loads an export, in Markdown.
+        """The section of the model card on loading the export with the library, in Markdown.
 
         Args:
-            name: of the export's folder.
+            name: name of the export's folder.
             description: of the export.
         """

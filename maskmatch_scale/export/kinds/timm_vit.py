@@ -1,4 +1,4 @@
-"""ViTs of timm: the backbone is written by timm, with the arguments that build it again."""
+"""ViTs of timm: timm writes the backbone, with the arguments that build it."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from maskmatch_scale.export.kinds.kind import Exported, ExportKind
 from maskmatch_scale.export.tensors import part_of
 from maskmatch_scale.recipe import Recipe
 
-# timm says these of the weights that are published under a model's name. They would be untrue of the exported ones.
+# Facts about the weights that timm publishes under a model's name. They are not true of the exported weights.
 _OF_PUBLISHED_WEIGHTS = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "description")
 
 
 class TimmVit(ExportKind):
-    """`backbone/` with timm's own `config.json` and `model.safetensors`; timm has no head of ours."""
+    """Writes `backbone/` with timm's own `config.json` and `model.safetensors`. timm has none of our heads."""
 
     library = "timm"
 
     def name(self, backbone: str) -> str:
-        """The name as it is."""
+        """The name, unchanged."""
         return backbone
 
     def options(self, recipe: Recipe) -> dict[str, Any]:
-        """Those of the recipe."""
+        """The options of the recipe."""
         return recipe.model.backbone_options
 
     def versions(self) -> dict[str, str]:
-        """Timm's."""
+        """The version of timm."""
         return {"timm": timm.__version__}
 
     def write_backbone(self, exported: Exported, folder: Path) -> None:
         """Have timm write it, with the arguments by which `timm.create_model` gives the same tokens when called.
 
         Raises:
-            UserError: timm builds other tensors by them.
+            UserError: timm builds a model with other tensors from these arguments.
         """
         recipe, backbone = exported.recipe, exported.segmenter.backbone
         # timm lays the last norm before or behind the pooling, by the kind of pooling. Without pooling it must be told.
@@ -66,11 +66,11 @@ class TimmVit(ExportKind):
         save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
 
     def backbone_in(self, folder: Path, description: Description) -> str:
-        """The name as it is: timm builds it, and the options are in the description."""
+        """The name, unchanged: timm builds it, and the options are in the description."""
         return description.backbone
 
     def card_section(self, name: str, description: Description) -> str:
-        """Both ways of loading the backbone."""
+        """Two ways of loading the backbone."""
         return f"""The backbone alone with timm:
 
 ```python

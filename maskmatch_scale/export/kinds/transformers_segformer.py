@@ -1,4 +1,4 @@
-"""SegFormers of transformers: with their own head a whole model of the library, with another the encoder alone."""
+"""SegFormers of transformers: a whole model of the library if the head is SegFormer's own, else the encoder alone."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from maskmatch_scale.recipe import Recipe
 
 
 class TransformersSegformer(ExportKind):
-    """`config.json` and `model.safetensors` as transformers has them, in the export's folder or in `backbone/`."""
+    """Writes `config.json` and `model.safetensors` as transformers does, into the export's folder or `backbone/`."""
 
     library = "transformers"
 
     def name(self, backbone: str) -> str:
-        """Of a folder its name alone, since its path is of this machine."""
+        """The name. If it is a folder, without the path, which belongs to this machine."""
         library, _, name = backbone.partition("/")
         return f"{library}/{Path(name).name}"
 
     def options(self, recipe: Recipe) -> dict[str, Any]:
-        """None: they are in the `config.json` that is written."""
+        """No options: they are in the `config.json` that is written."""
         return {}
 
     def versions(self) -> dict[str, str]:
-        """That of transformers."""
+        """The version of transformers."""
         return {"transformers": transformers.__version__}
 
     def is_whole(self, description: Description) -> bool:
@@ -44,7 +44,7 @@ class TransformersSegformer(ExportKind):
         state = renamed(exported.tensors, ("backbone.", "head."), to_transformers_name)
         save_tensors(state, folder / "model.safetensors")
         height, width = description.image_size
-        # Images are taken at their own size: the run's own evaluation does not resize them.
+        # Images keep their own size, as in the run's evaluation.
         processor = transformers.SegformerImageProcessor(
             do_resize=False,
             size={"height": height, "width": width},
@@ -54,7 +54,7 @@ class TransformersSegformer(ExportKind):
         processor.save_pretrained(folder)
 
     def whole_call(self, folder: Path) -> str:
-        """By transformers, which needs nothing of this package."""
+        """A call of transformers alone."""
         return f'transformers.SegformerForSemanticSegmentation.from_pretrained("{folder}")'
 
     def write_backbone(self, exported: Exported, folder: Path) -> None:
@@ -63,11 +63,11 @@ class TransformersSegformer(ExportKind):
         save_tensors(part_of(exported.tensors, "backbone"), folder / "model.safetensors")
 
     def backbone_in(self, folder: Path, description: Description) -> str:
-        """The folder that the configuration lies in."""
+        """The folder with the `config.json`."""
         return f"transformers/{folder if (folder / 'config.json').is_file() else folder / 'backbone'}"
 
     def card_section(self, name: str, description: Description) -> str:
-        """The whole model, or its encoder."""
+        """How to load the whole model, or its encoder."""
         if self.is_whole(description):
             return f"""With transformers:
 

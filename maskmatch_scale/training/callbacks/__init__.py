@@ -1,8 +1,10 @@
-"""What watches or interrupts a run, one concern a file.
+"""Callbacks: code that watches or interrupts a run, one concern in each file.
 
-To add one, write a file with a subclass of :class:`Callback`, and name it in `CALLBACKS`; the moments are in `base.py`.
-A callback that its recipe does not ask for does nothing. Users pass their own to
-:func:`maskmatch_scale.train.train` instead.
+To add one, write a file with a subclass of :class:`Callback`, and name it in `CALLBACKS`; `base.py` explains when each
+method is called. Every run has all of these callbacks: one that the recipe does not ask for must do nothing. Users can
+pass callbacks of their own to :func:`maskmatch_scale.train.train` instead.
+
+Decision: docs/decisions/0033-callbacks-watch-the-run.md.
 """
 
 from maskmatch_scale.training.callbacks.base import Callback, Record
@@ -20,13 +22,13 @@ CALLBACKS: tuple[type[Callback], ...] = (
     Opening,
     TimeSpent,
     Metrics,
-    NonFinite,  # before all that show or keep figures
+    NonFinite,  # before Progress and Skips, which would show and count figures of a run that is stopped
     Progress,
     Skips,
-    Checkpoints,  # before the evaluation, which may take long
+    Checkpoints,  # before Evaluation, which may take long
     Evaluation,
     Closing,
 )
-"""Those of every run, in the order in which they are called."""
+"""The callbacks of every run, in the order in which they are called."""
 
 __all__ = ["CALLBACKS", "Callback", "Record"]

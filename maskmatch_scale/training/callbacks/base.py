@@ -1,20 +1,22 @@
-"""What a callback is, and the moments at which one is called.
+"""The base class of callbacks, and when its methods are called.
 
     started                     before the first step; the model is built, a continued run is restored
-      before_step               for every step
-      after_step                the step is launched; its figures are still on the device
-      records_read              where a callback wants it: figures of the steps since the last time have been read
-      between_steps             after the records: evaluate, save
+      before_step               before every step
+      after_step                after every step was launched; its figures are still on the device
+      records_read              if any callback wants records: the figures of the steps since the last time are read
+      between_steps             after every step and after records_read: evaluate, save
         evaluated               a record of an evaluation has been written
-      stopping                  some callback has set `run.stop_reason`, and the run stops after this step
-    ended                       always, also after an error
+      stopping                  a callback has set `run.stop_reason`, and the run stops after this step
+    ended                       after the last step, also after an error
     finished                    all steps have been taken, and the loader processes have ended
 
-At every moment callbacks are called in the order of the list in `callbacks/__init__.py`. None knows another one: what
-they share is the :class:`~maskmatch_scale.training.run.Run`. All ranks are at the same moment at the same step, so a
-callback may use collectives, as long as it does so on every rank.
+Each method is called for all callbacks in the order of the list in `callbacks/__init__.py`, before the next method is
+called. Callbacks do not know each other; they share the :class:`~maskmatch_scale.training.run.Run`. All ranks call the
+same method at the same step, so a callback may use collectives if it does so on every rank.
 
-After OLMo-core's `train/callbacks` (https://github.com/allenai/OLMo-core).
+The design follows OLMo-core's `train/callbacks` (https://github.com/allenai/OLMo-core).
+
+Decision: docs/decisions/0033-callbacks-watch-the-run.md.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ if TYPE_CHECKING:
     from maskmatch_scale.training.step import StepFigures
 
 Record = dict[str, Any]
-"""A record as it stands in `metrics.jsonl`."""
+"""A record, as in `metrics.jsonl`."""
 
 
 class Callback:
-    """Watches or interrupts a run. Every method does nothing until it is overridden.
+    """Watches or interrupts a run. Its methods do nothing unless a subclass overrides them.
 
     Args:
         run: on this rank.
@@ -44,20 +46,20 @@ class Callback:
         """The first step is about to be taken."""
 
     def before_step(self, step: int) -> None:
-        """Step number ``step``, from 0, is about to be taken."""
+        """Step ``step`` (from 0) is about to be taken."""
 
     def after_step(self, done: int, figures: StepFigures) -> None:
-        """The step was launched; ``done`` steps are taken. Reading a figure on the device would wait for it."""
+        """A step was launched; ``done`` steps are taken. Reading a figure on the device would wait for it."""
 
     def wants_records(self, done: int) -> bool:
-        """Whether the figures of the steps so far have to be read from the device now."""
+        """Whether the figures of the steps so far must be read from the device now."""
         return False
 
     def records_read(self, records: Sequence[Record]) -> None:
-        """Figures were read: the records of all steps since the last time, at least one, and written to the file."""
+        """Figures were read and written to the file: ``records`` has all steps since the last time, at least one."""
 
     def between_steps(self, done: int) -> None:
-        """``done`` steps are taken. `run.stop_reason` says whether the run stops here."""
+        """``done`` steps are taken. If `run.stop_reason` is set, the run stops after this."""
 
     def evaluated(self, record: Record) -> None:
         """The model was evaluated; ``record`` stands in `metrics.jsonl`."""
@@ -66,18 +68,25 @@ class Callback:
         """The run stops after ``done`` steps, because of `run.stop_reason`."""
 
     def said(self, line: str) -> None:
-        """Somebody has a line for whoever watches the run."""
+        """A line for people who watch the run (:meth:`Run.say`)."""
 
     def ended(self) -> None:
-        """No more steps will be taken, for whatever reason."""
+        """No more steps will be taken, be it after the last step or after an error."""
 
     def finished(self) -> None:
         """All steps have been taken."""
 
     def state(self) -> dict[str, Any]:
-        """JSON values that go into a checkpoint's `state.json`, the same on all ranks; `run.resumed` has them again."""
+        """JSON values for a checkpoint's `state.json`, the same on all ranks.
+
+        A run that continues from the checkpoint has them in `run.resumed`.
+        """
         return {}
 
     def summary(self) -> dict[str, Any]:
         """JSON values for `summary.json`, the same on all ranks."""
         return self.state()
+
+    def is_due(self, done: int, every: int) -> bool:
+        """Whether ``done`` is the last step, or a multiple of ``every`` (0: only the last step)."""
+        return done == self.run.recipe.run.steps or bool(every and done % every == 0)

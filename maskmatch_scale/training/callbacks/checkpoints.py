@@ -1,4 +1,4 @@
-"""When a checkpoint is written: every `run.checkpoint_every` steps, at the end, and before a run stops itself."""
+"""Writes a checkpoint every `run.checkpoint_every` steps, at the end, and before a run stops itself."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ class Checkpoints(Callback):
     """Writes `checkpoints/step-XXXXXXXX` with the state of all callbacks in it."""
 
     def wants_records(self, done: int) -> bool:
-        """Before a checkpoint: figures that are not finite stop the run before it is written."""
-        every, steps = self.run.recipe.run.checkpoint_every, self.run.recipe.run.steps
-        return done == steps or bool(every and done % every == 0)
+        """Before a checkpoint, so that a figure that is not finite stops the run before it is written."""
+        return self.is_due(done, self.run.recipe.run.checkpoint_every)
 
     def between_steps(self, done: int) -> None:
         """Write one if it is due; all ranks together."""

@@ -16,7 +16,7 @@ class Closing(Callback):
     """Rank 0 writes the totals of all callbacks, and a report on this run."""
 
     def finished(self) -> None:
-        """Gather totals on all ranks, write them on rank 0."""
+        """Collect the totals on all ranks, and write them on rank 0."""
         run = self.run
         summary = {
             **run.callback_summary(),

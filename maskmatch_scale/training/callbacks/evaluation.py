@@ -1,4 +1,4 @@
-"""Evaluation on `dev` during training, which serves the choice of settings; `val` is left to `maskmatch evaluate`."""
+"""Evaluation during training, on the split `dev`, for the choice of settings. `maskmatch evaluate` uses `val`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from maskmatch_scale.training.run import Run
 
 
 class Evaluation(Callback):
-    """The teacher every `run.evaluate_every` steps; at the end the student too."""
+    """Evaluates the teacher every `run.evaluate_every` steps, and at the end the student too."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -18,12 +18,11 @@ class Evaluation(Callback):
         self._possible = dev is not None and dev.labelled
 
     def wants_records(self, done: int) -> bool:
-        """Before an evaluation, so that records stand in the file in the order of their steps."""
-        every, steps = self.run.recipe.run.evaluate_every, self.run.recipe.run.steps
-        return done == steps or bool(every and done % every == 0)
+        """Before an evaluation, so that the records in the file are in the order of their steps."""
+        return self.is_due(done, self.run.recipe.run.evaluate_every)
 
     def between_steps(self, done: int) -> None:
-        """Evaluate if it is due; all ranks in lock-step. A run that is being stopped is not evaluated."""
+        """Evaluate if it is due; all ranks call it together. A run that is being stopped is not evaluated."""
         if self._possible and self.wants_records(done) and not self.run.stop_reason:
             for weights in ("ema", "student") if done == self.run.recipe.run.steps else ("ema",):
                 self._evaluate(done, weights)

@@ -1,4 +1,4 @@
-"""Figures of the steps: kept on the device, read every `run.log_every` steps, written to `metrics.jsonl`."""
+"""The figures of the steps: kept on the device, read every `run.log_every` steps, and written to `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ class Metrics(Callback):
 
     def wants_records(self, done: int) -> bool:
         """Every `run.log_every` steps, and after the last one."""
-        run = self.run.recipe.run
-        return done % run.log_every == 0 or done == run.steps
+        return self.is_due(done, self.run.recipe.run.log_every)
 
     def records_read(self, records: Sequence[Record]) -> None:
-        """Log the newest."""
+        """Log the newest record."""
         log.info("%s", json.dumps(records[-1]))

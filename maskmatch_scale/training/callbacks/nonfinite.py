@@ -1,4 +1,4 @@
-"""What happens when a loss or a gradient is not finite: the run stops, or leaves some such steps out."""
+"""Stops a run when a loss or a gradient is not finite, or lets it leave out a few such steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("maskmatch_scale")
 
 
 class NonFinite(Callback):
-    """Stops a run that cannot be saved any more; counts steps that were left out (`run.max_nonfinite_steps`)."""
+    """Stops a run whose weights are no longer finite. Counts steps that were left out (`run.max_nonfinite_steps`)."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -42,8 +42,8 @@ class NonFinite(Callback):
         for record in records:
             if record.get("left_out"):
                 continue
-            # A gradient can overflow where the loss did not: the weights are gone all the same, but for fp16, where
-            # such a step is not taken and the loss scale falls.
+            # A gradient can overflow although the loss did not, and the weights are lost all the same. The exception is
+            # fp16: such a step is not taken, and the loss scale falls.
             norm = 0.0 if record.get("overflow") else record["grad_norm"] or 0.0
             if not math.isfinite(record["loss"] + norm):
                 raise TrainingStopped(self._message(record))

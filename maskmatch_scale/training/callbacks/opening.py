@@ -1,4 +1,4 @@
-"""The lines with which a run begins: versions, ranks, model, precision, data, learning rate."""
+"""The first lines of a run: versions, ranks, model, precision, data, learning rate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger("maskmatch_scale")
 
 
 class Opening(Callback):
-    """Says on the terminal (rank 0) and in the log (all ranks) what is about to run."""
+    """Prints on rank 0, and logs on every rank, what is about to run."""
 
     def started(self) -> None:
         """Print and log the lines."""
@@ -45,5 +45,7 @@ class Opening(Callback):
             )
         unlabelled = engine.micro_batch * recipe.data.unlabelled_per_labelled
         if place.world_size == unlabelled == 1 and recipe.method.strong_view.cutmix_probability:
-            lines.append("no CutMix: one process with one unlabelled image has no other; raise engine.micro_batch")
+            lines.append(
+                "no CutMix: it needs two unlabelled images in a micro-batch, and there is one; raise engine.micro_batch"
+            )
         return lines

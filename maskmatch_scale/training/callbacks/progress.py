@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, lines in a file, nothing of ranks other than 0."""
+"""The progress that rank 0 shows: a bar on a terminal, or lines in a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Progress(Callback):
         self._bar.__enter__()
 
     def before_step(self, step: int) -> None:
-        """Steps of the burn-in are cheaper: where it ends, the time a step is counted anew."""
+        """Tell the bar when the burn-in ends: its steps take less time, so the time left is then estimated anew."""
         self._bar.phase(cheap=step < self.run.recipe.burn_in_steps)
 
     def after_step(self, done: int, figures: StepFigures) -> None:
@@ -38,5 +38,5 @@ class Progress(Callback):
         self._bar.say(line)
 
     def ended(self) -> None:
-        """Take the bar away, so that an error's message stands alone."""
+        """Stop the bar before an error message is printed."""
         self._bar.__exit__(None, None, None)

@@ -1,4 +1,4 @@
-"""Samples that training passed over: listed in `RUN/skipped/rank-N.jsonl`, counted over all ranks, and not too many."""
+"""Bad samples that training skipped: a list in `RUN/skipped/rank-N.jsonl`, a count over all ranks, and a limit."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from maskmatch_scale.training.run import Run
 from maskmatch_scale.training.step import StepFigures
 
 IMAGES_BEFORE_A_SHARE = 1000
-"""The share of skipped samples is taken of at least so many images: early in a run a few bad ones would exceed it."""
+"""The share of skipped samples is taken of at least this many images. Otherwise a few bad samples early in a run
+would exceed it."""
 
 
 class Skips(Callback):
-    """Each rank lists what it skipped; all ranks have the same counts, of which too many stop the run."""
+    """Lists on each rank the samples that it skipped. All ranks have the same counts, and stop if they are too high."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -25,7 +26,7 @@ class Skips(Callback):
         self._path = run.folder.skipped(run.runtime.rank)
 
     def after_step(self, done: int, figures: StepFigures) -> None:
-        """List what this rank skipped for the step."""
+        """List the samples that this rank skipped in the step."""
         self.read += figures.images
         if figures.skipped:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,17 +34,17 @@ class Skips(Callback):
                 file.writelines(json.dumps({"step": done, **asdict(skip)}) + "\n" for skip in figures.skipped)
 
     def records_read(self, records: Sequence[Record]) -> None:
-        """Add what all ranks skipped; ask the run to stop where that is more than `data.max_bad_share`."""
+        """Count the samples that all ranks skipped, and stop the run if their share is above `data.max_bad_share`."""
         before = self.skipped
         self.skipped += sum(sum(record.get("skipped", {}).values()) for record in records)
         if self.skipped and not before:
-            self.run.say(f"a bad sample was skipped; {self._path.parent} lists all that are")
+            self.run.say(f"a bad sample was skipped; {self._path.parent} lists all skipped samples")
         limit = self.run.recipe.data.max_bad_share
         if self.skipped > limit * max(self.read, IMAGES_BEFORE_A_SHARE):
             self.run.stop_reason = (
                 f"step {records[-1]['step']}: {self.skipped} samples were skipped, {self.read} used "
                 f"({self.skipped / max(self.read, 1):.2%}; data.max_bad_share={limit}); {self._path.parent} lists them "
-                "with their reasons. Mend the shards or raise the limit, then continue with --resume auto"
+                "with their reasons. Repair the shards or raise the limit, then continue with --resume auto"
             )
 
     def state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How long a run has taken since its first start, restarts included."""
+"""The time that a run has taken since its first start, over all restarts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from maskmatch_scale.training.callbacks.base import Callback
 
 
 class TimeSpent(Callback):
-    """Wall seconds, and CPU seconds of all ranks."""
+    """Counts wall seconds, and CPU seconds of all ranks."""
 
     def started(self) -> None:
         """Start counting."""
@@ -20,7 +20,7 @@ class TimeSpent(Callback):
         self._began, self._cpu_began = time.monotonic(), _cpu_s()
 
     def state(self) -> dict[str, Any]:
-        """`seconds` and `cpu_s`; CPU seconds are summed over ranks, so all ranks must call it together."""
+        """`seconds`, and `cpu_s` summed over ranks; all ranks call it together."""
         runtime = self.run.runtime
         cpu_s = torch.tensor([_cpu_s() - self._cpu_began], dtype=torch.float64, device=runtime.device)
         return {
