@@ -89,4 +89,4 @@ def test_a_source_of_image_files_is_a_function_and_its_command(tree, run, shards
 @pytest.mark.parametrize("name", ["pictures", "stripes"])
 def test_no_source_of_this_file_is_left_behind(run, name) -> None:
     code, err = run(name, "out")
-    assert (code, f"source {name!r} is unknown" in err) == (2, True)
+    assert (code, f"unknown source {name!r}" in err) == (2, True)
