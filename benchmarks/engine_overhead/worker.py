@@ -42,8 +42,9 @@ from benchmarks.engine_overhead.variants import (
 )
 from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.ema import build_teacher
+from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.protocol import StoredTeacher
-from maskmatch_scale.engine.ranks import Place, Runtime
+from maskmatch_scale.engine.ranks import Runtime
 
 WARM_UP = 3
 """Steps of every variant before anything is timed; weights are compared after them."""

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from maskmatch_scale.engine.ranks import group_device, require_device
+
 CHUNK = 2**22
 """Elements that are gathered at once, over all ranks."""
 
@@ -67,11 +69,11 @@ class FlatAverage:
 
     def update(self, decay: float) -> None:
         """Average ← decay · average + (1 - decay) · masters; all ranks call it together."""
-        ranks = dist.get_world_size(self._masters.group)
+        ranks, device = dist.get_world_size(self._masters.group), group_device(self._masters.group)
         parts = self._flat.view(ranks, -1)
         size = max(1, CHUNK // ranks)
         for start in range(0, parts.shape[1], size):
             own = self._masters.part[start : start + size].to(self._flat.device, torch.float32)
             whole = own.new_empty(ranks * len(own))
-            dist.all_gather_into_tensor(whole, own, group=self._masters.group)
+            dist.all_gather_into_tensor(whole, require_device(own, device), group=self._masters.group)
             parts[:, start : start + size].lerp_(whole.view(ranks, -1), 1 - decay)

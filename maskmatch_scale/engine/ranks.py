@@ -1,33 +1,17 @@
-"""A rank of a job: its number, its device, and its collectives."""
+"""A rank that has joined the process group: its device and its collectives."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-
-@dataclass(frozen=True)
-class Place:
-    """Which rank this is, as the launcher's environment says; known before any process group exists."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    local_world_size: int
-
-    @classmethod
-    def from_environment(cls) -> Place:
-        """Read RANK, LOCAL_RANK, WORLD_SIZE, and LOCAL_WORLD_SIZE (torchrun) or LOCAL_SIZE (deepspeed)."""
-        env = os.environ
-        world_size = int(env.get("WORLD_SIZE", "1"))
-        local = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or str(world_size)
-        return cls(int(env.get("RANK", "0")), int(env.get("LOCAL_RANK", "0")), world_size, int(local))
+from maskmatch_scale.engine.launchers import Place
 
 
 @dataclass(frozen=True)
@@ -50,7 +34,7 @@ class Runtime:
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """A copy of ``values``, summed over all ranks; all ranks call it together."""
-        total = values.clone()
+        total = require_device(values, self.device).clone()
         if self.world_size > 1:
             dist.all_reduce(total)
         return total
@@ -68,6 +52,7 @@ class Runtime:
         Returns:
             The neighbour's tensor.
         """
+        require_device(first, self.device), require_device(last, self.device)
         odd, alone = self.rank % 2 == 1, self.rank % 2 == 0 and self.rank == self.world_size - 1
         own = (first if odd else last).contiguous()
         got = torch.empty_like(own)
@@ -109,6 +94,27 @@ class Runtime:
         """Wait for every rank."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def require_device(values: Tensor, device: torch.device) -> Tensor:
+    """Give a tensor back that is about to enter a collective; every collective of this package asks here.
+
+    gloo takes tensors of the CPU, NCCL those of its GPU. On a machine without a GPU a tensor that was left on the CPU
+    goes unnoticed, and with GPUs every job ends.
+
+    Decision: docs/decisions/0036-collectives-ask-for-their-device.md.
+
+    Raises:
+        RuntimeError: it lies on another device.
+    """
+    if values.device.type != device.type:
+        raise RuntimeError(f"a tensor on {values.device} in a collective of ranks on {device}: a bug in this package")
+    return values
+
+
+def group_device(group: Any) -> torch.device:
+    """The kind of device whose tensors a process group takes."""
+    return torch.device("cuda" if "nccl" in str(dist.get_backend(group)) else "cpu")
 
 
 def _recorded_event() -> torch.cuda.Event:

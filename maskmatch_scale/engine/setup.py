@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from maskmatch_scale.engine.ranks import Place, Runtime
+from maskmatch_scale.engine.launchers import Place
+from maskmatch_scale.engine.precision import use_tensor_cores
+from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.recipe import EngineRecipe
 
@@ -49,8 +51,15 @@ def start(place: Place, recipe: EngineRecipe) -> Runtime:
     torch.set_num_threads(threads)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", place.local_rank)
+        device = torch.device("cuda", gpu_of(place.local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
+    if place.world_size > 1 and "RANK" not in os.environ:
+        # Started by a scheduler, which has variables of its own; torch, DeepSpeed and accelerate read these.
+        os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.world_size)}
+        os.environ |= {"LOCAL_RANK": str(place.local_rank), "LOCAL_WORLD_SIZE": str(place.local_world_size)}
+    if place.master is not None:
+        address, port = place.master
+        os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     if "MASTER_ADDR" not in os.environ:
         # There is no launcher. Without these variables DeepSpeed would look for MPI.
         os.environ.update(
@@ -62,11 +71,32 @@ def start(place: Place, recipe: EngineRecipe) -> Runtime:
             "MASTER_ADDR is set, but RANK is not: the launcher started one process, or has variables of its own for "
             "ranks; use RANKS=2 launch/accelerate.sh, torchrun or deepspeed (launch/README.md)"
         )
+    use_tensor_cores(device, recipe.precision)
     _init_process_group(device, recipe)
     runtime = Runtime(place, device, threads)
     if dist.get_world_size() != place.world_size:
         raise RuntimeError(f"the process group has {dist.get_world_size()} ranks, the launcher said {place.world_size}")
     return runtime
+
+
+def gpu_of(local_rank: int, visible: int) -> int:
+    """Which of the visible GPUs a rank takes.
+
+    Args:
+        local_rank: of the ranks on this machine.
+        visible: GPUs that this process sees. One: the scheduler shows each rank its own.
+
+    Raises:
+        UserError: there are several, but not one for each rank.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise UserError(
+            f"rank {local_rank} of this machine has no GPU: {visible} are visible; start {visible} ranks on each "
+            "machine, or correct CUDA_VISIBLE_DEVICES"
+        )
+    return local_rank
 
 
 def _init_process_group(device: torch.device, recipe: EngineRecipe) -> None:

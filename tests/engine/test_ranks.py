@@ -1,12 +1,16 @@
-"""What ranks send each other, on real processes: three of them, so that one has no peer."""
+"""What ranks send each other, on real processes: three of them, so that one has no peer. What they must not send."""
 
 import socket
 
+import pytest
 import torch
 from torch import distributed as dist
 from torch import multiprocessing
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from maskmatch_scale.engine.ranks import Place, Runtime
+from maskmatch_scale.engine.launchers import Place
+from maskmatch_scale.engine.ranks import Runtime
+from maskmatch_scale.training import preflight
 
 RANKS = 3
 
@@ -37,3 +41,36 @@ def test_of_neighbour():
     assert {rank: answers[rank, "torch.int64"] for rank in range(3)} == {0: [[11, 1]], 1: [[2, 0]], 2: [[1, 1]]}
     assert answers[1, "torch.bool"] == [[True, False]]
     assert answers[2, "torch.float32"] == [[1.0, 1.0]]
+
+
+def pretended_gpu_rank():
+    """Rank 0 of two on a GPU that is not there; what it sends goes nowhere."""
+    return Runtime(Place(0, 0, 2, 2), torch.device("cuda", 0), 1)
+
+
+def test_a_tensor_on_the_host_is_refused_where_ranks_have_gpus(monkeypatch):
+    sent = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: sent.append(tensor.device.type))
+    runtime = pretended_gpu_rank()
+    with pytest.raises(RuntimeError, match="a tensor on cpu in a collective of ranks on cuda:0"):
+        runtime.sum_over_ranks(torch.ones(3))
+    with pytest.raises(RuntimeError, match="a tensor on cpu"):
+        runtime.of_neighbour(torch.ones(3), torch.ones(3))
+    assert not sent
+
+
+def test_class_pixels_are_summed_on_the_device(make_recipe, monkeypatch):
+    """With NCCL alone a sum of CPU tensors raises; before, every job on two GPUs ended so."""
+    sent = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: sent.append(tensor.device.type))
+
+    class Batches:
+        @staticmethod
+        def count_class_pixels(sum_over_ranks):
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                counts = sum_over_ranks(torch.ones(3, dtype=torch.int64))
+                assert counts.device.type == "cpu"
+
+    recipe = make_recipe(method={"class_weights": "inverse_sqrt"})
+    preflight.count_class_pixels(pretended_gpu_rank(), recipe, Batches())
+    assert sent == ["cuda"]
