@@ -21,7 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from torch import Tensor, nn
 
 from maskmatch_scale.engine.ema import ReplicatedTeacher
-from maskmatch_scale.engine.optim import parameter_groups
+from maskmatch_scale.engine.optim import adamw, parameter_groups
 from maskmatch_scale.engine.precision import autocast, autocast_dtype
 from maskmatch_scale.engine.protocol import StepOrder, StoredTeacher
 from maskmatch_scale.engine.ranks import Runtime
@@ -59,7 +59,7 @@ class DdpEngine:
         self._groups = GroupSettings(groups, recipe, runtime.world_size)
         self.base_lr = self._groups.base_lr
         self._trained: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
-        optimizer = torch.optim.AdamW(groups, lr=self.base_lr, betas=recipe.optim.betas)
+        optimizer = adamw(groups, self.base_lr, recipe.optim, runtime.device)
         self._accelerator = accelerator_of(runtime, find_unused=_leaves_unused(student, recipe))
         if recipe.engine.precision == "fp16":
             # accelerate makes a scaler only for its own mixed precision, which is not used (see `accelerator_of`).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from maskmatch_scale.models import Segmenter
@@ -42,3 +43,15 @@ def parameter_groups(student: nn.Module, recipe: OptimRecipe) -> list[dict[str, 
         {"params": parameters, "weight_decay": recipe.weight_decay if decayed else 0.0, "lr_scale": scale}
         for (scale, decayed), parameters in groups.items()
     ]
+
+
+def adamw(groups: list[dict[str, Any]], lr: float, recipe: OptimRecipe, device: torch.device) -> torch.optim.AdamW:
+    """Torch's AdamW; on a GPU as one kernel for many parameters (`fused`).
+
+    Args:
+        groups: from :func:`parameter_groups`.
+        lr: learning rate of the first step.
+        recipe: section optim.
+        device: of the step.
+    """
+    return torch.optim.AdamW(groups, lr=lr, betas=recipe.betas, fused=device.type == "cuda" or None)

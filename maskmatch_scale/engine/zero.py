@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from maskmatch_scale.engine.deepspeed_json import merged
 from maskmatch_scale.engine.ema import ReplicatedTeacher
 from maskmatch_scale.engine.masters import FlatAverage, FlatMasters
-from maskmatch_scale.engine.optim import parameter_groups
+from maskmatch_scale.engine.optim import adamw, parameter_groups
 from maskmatch_scale.engine.precision import autocast, autocast_dtype
 from maskmatch_scale.engine.protocol import StepOrder, StoredTeacher
 from maskmatch_scale.engine.ranks import Runtime
@@ -90,7 +90,7 @@ class ZeroEngine:
         config = deepspeed_config(recipe, runtime.world_size)
         given: dict[str, Any] = {"model_parameters": groups}
         if "optimizer" not in config:
-            given = {"optimizer": torch.optim.AdamW(groups, lr=self.base_lr, betas=recipe.optim.betas)}
+            given = {"optimizer": adamw(groups, self.base_lr, recipe.optim, runtime.device)}
         self._engine, *_ = import_deepspeed().initialize(model=module, config=config, **given)
 
     @staticmethod

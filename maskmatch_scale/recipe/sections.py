@@ -249,7 +249,7 @@ class EngineRecipe(Section):
     `engine.zero_stage` 0."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO stage."""
-    precision: Literal["auto", "fp32", "bf16", "fp16", "autocast-bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "autocast-bf16"] = "auto"
     """bf16, fp16: weights of that type with fp32 master weights. autocast-bf16: fp32 weights, bf16 arithmetic. auto:
     the fastest of fp32, bf16 and autocast-bf16 that is right for this model on this machine."""
     micro_batch: Annotated[int, Field(ge=1)] = 2

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from maskmatch_scale.data.shards.reading import load_index
+from maskmatch_scale.engine.precision import autocast, autocast_dtype
 from maskmatch_scale.evaluation.evaluate import Window, evaluate_split
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.evaluation.save_pictures import save_masked_pictures, save_pictures
@@ -43,6 +44,8 @@ def evaluate_run(
 ) -> list[dict[str, Any]]:
     """Evaluate a run's newest checkpoint, and keep figures in `RUN/evaluation` and pictures in `RUN/pictures`.
 
+    The arithmetic is that of the run's own evaluations: fp32 weights, multiplied in the precision of its recipe.
+
     Args:
         run: run directory.
         split: stream name.
@@ -66,7 +69,8 @@ def evaluate_run(
         models[kind] = segmenter.to(device)
         matrix = ConfusionMatrix(segmenter.num_classes, index.ignore_index)
         window = window_of(recipe, segmenter, device)
-        images = evaluate_split(segmenter, recipe.data, split, window, matrix, progress=progress)
+        with autocast(device, autocast_dtype(recipe)):
+            images = evaluate_split(segmenter, recipe.data, split, window, matrix, progress=progress)
         record = {
             "split": split,
             "weights": kind,
@@ -80,10 +84,11 @@ def evaluate_run(
         folder.evaluations.mkdir(exist_ok=True)
         write_whole(folder.evaluation(split, kind), json.dumps(record, indent=1))
         records.append(record)
-    samples = save_pictures(
-        folder.pictures(split), recipe.data, split, recipe.evaluation.pictures, dict(models), window
-    )
-    if recipe.method.mask.keep is not None:
-        # The student was trained on masked views, together with its context decoder.
-        save_masked_pictures(samples, models.get("student", segmenter), recipe.method.mask, recipe.run.seed, window)
+    with autocast(device, autocast_dtype(recipe)):
+        samples = save_pictures(
+            folder.pictures(split), recipe.data, split, recipe.evaluation.pictures, dict(models), window
+        )
+        if recipe.method.mask.keep is not None:
+            # The student was trained on masked views, together with its context decoder.
+            save_masked_pictures(samples, models.get("student", segmenter), recipe.method.mask, recipe.run.seed, window)
     return records

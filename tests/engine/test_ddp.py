@@ -13,13 +13,14 @@ from torch import nn
 
 from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.ddp import DdpEngine, accelerator_of
-from maskmatch_scale.engine.ranks import Place, Runtime
+from maskmatch_scale.engine.launchers import Place
+from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.runs.model import open_run
 from maskmatch_scale.train import train
 from tests.conftest import TINY_VIT
 
-ACCELERATE = {"library": "accelerate", "zero_stage": 0}
+ACCELERATE = {"library": "accelerate", "zero_stage": 0, "precision": "fp32"}
 MODELS = {
     "vit": {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT, "head": "pixel_shuffle"},
     "segformer": {},

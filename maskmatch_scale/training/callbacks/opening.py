@@ -37,6 +37,8 @@ class Opening(Callback):
             f"{run.batches.labelled_samples} labelled samples, {run.batches.unlabelled_samples} unlabelled, from step "
             f"{run.start}",
         ]
+        if run.runtime.device.type == "cuda" and engine.precision == "fp32":
+            lines.append("products of fp32 matrices run in TF32")
         if recipe.optim.lr_reference_batch:
             lines.append(
                 f"peak learning rate {run.engine.base_lr:.3g}: optim.lr={recipe.optim.lr:g}, "
