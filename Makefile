@@ -49,6 +49,7 @@ bench: install $(VENV)/peers/.installed ## benchmarks into benchmarks/results, a
 	$(BIN)/python -m benchmarks.masked_vs_full --out benchmarks/results/masked_vs_full_bfloat16.json \
 		--backbone transformers/segformer-b2 --dtype bfloat16 --keep 0.3
 	$(BIN)/python -m benchmarks.train_step --out benchmarks/results/train_step.json
+	$(BIN)/python -m benchmarks.launches --out benchmarks/results/launches.json
 	$(BIN)/python -m benchmarks.engine_overhead --out benchmarks/results/engine_overhead.json
 	$(BIN)/python -m benchmarks.loader --out benchmarks/results/loader.json --other-python $(VENV)/peers/bin/python
 

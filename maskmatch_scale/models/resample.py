@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +29,9 @@ _CHUNK_ELEMENTS_ELSEWHERE = 2**26
 _BAND_ROWS = {"cpu": 8}
 """Few rows keep the matrix of a band small and its rows in the cache."""
 _BAND_ROWS_ELSEWHERE = 64
+
+_IMAGES_AT_ONCE = {"cpu": 1}
+"""Images whose levels are added together; elsewhere all, since each launch costs as much as its arithmetic."""
 
 
 def chunk_length(elements: int, device: torch.device) -> int:
@@ -56,19 +60,20 @@ def upsampling_bands(source: int, output: int, rows: int, dtype: torch.dtype, de
         dtype: of the weights.
         device: of the weights.
     """
-    place = ((torch.arange(output, dtype=torch.float64) + 0.5) * (source / output) - 0.5).clamp_(min=0)
-    first = place.floor().long()
-    second = (first + 1).clamp(max=source - 1)
+    # With numpy: these numbers are of the host, whatever mode torch is in.
+    place = ((np.arange(output) + 0.5) * (source / output) - 0.5).clip(min=0)
+    first = np.floor(place).astype(np.int64)
+    second = (first + 1).clip(max=source - 1)
     share = place - first
     bands = []
     for start in range(0, output, rows):
         own = slice(start, min(start + rows, output))
         low, high = int(first[own][0]), int(second[own][-1]) + 1
-        weight = torch.zeros(own.stop - own.start, high - low, dtype=torch.float64)
-        row = torch.arange(len(weight))
+        weight = np.zeros((own.stop - own.start, high - low))
+        row = np.arange(len(weight))
         weight[row, first[own] - low] = 1 - share[own]
         weight[row, second[own] - low] += share[own]
-        bands.append(Band(own, slice(low, high), weight.to(device, dtype)))
+        bands.append(Band(own, slice(low, high), torch.from_numpy(weight).to(device, dtype)))
     return bands
 
 
@@ -144,12 +149,13 @@ class _UpsampledSum(torch.autograd.Function):
         total, *others = (level.view(-1, *size, level.shape[1]) for level, size in zip(levels, sizes))
         dtype = torch.promote_types(total.dtype, torch.float32)
         for bands in zip(*(_bands(level.shape[1], height, dtype, level.device) for level in others)):
-            for index, image in enumerate(total):
-                rows = image[bands[0].output].flatten(1)
+            for images in _parts(len(total), total.device):
+                rows = total[images, bands[0].output].flatten(2)
                 summed = rows.to(dtype)  # a copy in half precision, `rows` itself otherwise
                 for band, level in zip(bands, others):
-                    wide = _widened(level[index, band.source].to(dtype), width)
-                    torch.addmm(summed, band.weight, wide.flatten(1), out=summed)
+                    source = level[images, band.source].to(dtype)
+                    wide = _widened(source.flatten(0, 1), width)
+                    _add_product(summed, band.weight, wide.view(*source.shape[:2], -1))
                 if summed is not rows:
                     rows.copy_(summed)
         return levels[0]
@@ -162,12 +168,32 @@ class _UpsampledSum(torch.autograd.Function):
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         narrow = [gradient.new_zeros(len(images), *size, channels, dtype=dtype) for size in ctx.sizes[1:]]
         for bands in zip(*(_bands(level.shape[1], height, dtype, level.device) for level in narrow)):
-            for index, image in enumerate(images):
-                rows = image[bands[0].output].flatten(1).to(dtype)
+            for part in _parts(len(images), images.device):
+                rows = images[part, bands[0].output].flatten(2).to(dtype)
                 for band, level in zip(bands, narrow):
-                    wide = (band.weight.T @ rows).view(-1, width, channels)
-                    level[index, band.source] += _narrowed(wide, level.shape[2])
+                    wide = _product(band.weight.T, rows)
+                    columns = _narrowed(wide.view(-1, width, channels), level.shape[2])
+                    level[part, band.source] += columns.view(len(rows), -1, *columns.shape[1:])
         return None, gradient, *(level.flatten(0, 2).to(gradient.dtype) for level in narrow)
+
+
+def _parts(images: int, device: torch.device) -> list[slice]:
+    """Images that are worked on together: on a CPU one after the other, whose rows stay in the cache; else all."""
+    at_once = _IMAGES_AT_ONCE.get(device.type, images)
+    return [slice(start, min(start + at_once, images)) for start in range(0, images, max(1, at_once))]
+
+
+def _product(weight: Tensor, rows: Tensor) -> Tensor:
+    """Weight (m, k) times each of (n, k, p): (n, m, p)."""
+    return (weight @ rows[0])[None] if len(rows) == 1 else weight @ rows
+
+
+def _add_product(into: Tensor, weight: Tensor, rows: Tensor) -> None:
+    """Add weight (m, k) times each of (n, k, p) to (n, m, p), in place."""
+    if len(into) == 1:
+        torch.addmm(into[0], weight, rows[0], out=into[0])
+    else:
+        into.baddbmm_(weight.expand(len(into), -1, -1), rows)
 
 
 def _widened(maps: Tensor, width: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Upsampling in bands equals `F.interpolate`, and the chunked end of SegFormer's head equals its modules."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from maskmatch_scale.models import classify
+from maskmatch_scale.models import classify, resample
 from maskmatch_scale.models.classify import norm_relu_classify
 from maskmatch_scale.models.resample import upsampled_sum, upsampling_bands
 
@@ -28,8 +29,14 @@ def test_bands_are_interpolation(source, factor, rows):
 
 
 @settings(deadline=None, max_examples=30)
-@given(batch=st.integers(1, 2), first=sides, coarse=st.lists(sides, min_size=1, max_size=3))
-def test_upsampled_sum_and_its_gradients(batch, first, coarse):
+@given(batch=st.integers(1, 3), first=sides, coarse=st.lists(sides, min_size=1, max_size=3), together=st.booleans())
+def test_upsampled_sum_and_its_gradients(batch, first, coarse, together):
+    """Also with all images together, as off the CPU."""
+    with mock.patch.object(resample, "_IMAGES_AT_ONCE", {} if together else {"cpu": 1}):
+        upsampled_sum_and_its_gradients(batch, first, coarse)
+
+
+def upsampled_sum_and_its_gradients(batch, first, coarse):
     sizes = [(max(h for h, _ in [first, *coarse]) * 2, max(w for _, w in [first, *coarse]) + 3), *coarse]
     levels = [torch.randn(batch * h * w, 5, dtype=torch.float64, requires_grad=True) for h, w in sizes]
     total = upsampled_sum([level * 1 for level in levels], sizes)

@@ -110,15 +110,21 @@ class UnitMixMLP(SegformerMixMLP):  # type: ignore[misc]  # transformers ships n
 def _recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> saved_tensors_hooks:
     """While this is entered, autograd does not keep `tensor`; backward calls `again` to make it once more."""
     # Not the tensor itself: autograd keeps the functions below, and would keep the tensor with them.
-    own = tensor.data_ptr(), tensor.numel()
+    own = _memory(tensor), tensor.numel()
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
-        return saved.shape if (saved.data_ptr(), saved.numel()) == own else saved
+        return saved.shape if (_memory(saved), saved.numel()) == own else saved
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
         return packed if isinstance(packed, Tensor) else again().view(packed)
 
     return saved_tensors_hooks(pack, unpack)
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tells one piece of memory from another, also for tensors that have none (meta)."""
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 def token_rows(windows: Tensor) -> Tensor:
