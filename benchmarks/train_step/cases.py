@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from benchmarks.train_step.straightforward import Straightforward, up
 from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.method.bases import PseudoLabels
-from maskmatch_scale.method.maskmatch import MaskMatch, Step
+from maskmatch_scale.method.maskmatch import MaskMatch, Step, view_draws
 from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.models.cost import encoder_macs, encoder_train_macs
 from maskmatch_scale.models.units import visible_count, zero_masked_pixels
@@ -35,12 +35,13 @@ class Case:
     def __post_init__(self) -> None:
         torch.manual_seed(0)
         size = self.image_size
-        self.segmenter = build_segmenter(self.backbone, self.classes, image_size=size).to(self.device)
+        self.segmenter = build_segmenter(self.backbone, self.classes, image_size=size)
+        self.plain = Straightforward(self.segmenter, self.backbone, size).to(self.device).train()
+        self.segmenter.to(self.device)
         # Threshold 0: every pixel counts, whatever the confidence of random weights.
         recipe = MethodRecipe(mask=MaskRecipe(keep=self.keep), scales=SCALES, threshold=0.0)
         self.maskmatch = MaskMatch(self.segmenter, recipe, 0, 255).to(self.device).train()
         self.teacher = copy.deepcopy(self.segmenter).eval().requires_grad_(False)
-        self.plain = Straightforward(self.segmenter, self.backbone, size).to(self.device).train()
         self.plain_teacher = copy.deepcopy(self.plain).eval().requires_grad_(False)
         draw = torch.Generator().manual_seed(0)
         shape = (self.images, 3, size, size)
@@ -49,6 +50,7 @@ class Case:
             torch.randint(self.classes, (self.images, size, size), generator=draw),
             torch.randint(256, shape, dtype=torch.uint8, generator=draw),
             torch.ones(self.images, size, size, dtype=torch.bool),
+            view_draws(self.segmenter, recipe, 0, (size, size))(range(self.images)),
             tuple(range(self.images)),
         )
         self.step: Step = self.maskmatch.prepare(batch.to(self.device))

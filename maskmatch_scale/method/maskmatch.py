@@ -8,7 +8,7 @@ loss, sums = maskmatch(step, pseudo, scale)      the student runs on all views i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskmatch_scale.data.batches.batch import Batch
-from maskmatch_scale.method.bases import PseudoLabels, build_base
+from maskmatch_scale.method.bases import PseudoLabels, base_class, build_base
+from maskmatch_scale.method.draws import ViewDraws
 from maskmatch_scale.method.losses import cross_entropy_sum, denominator
 from maskmatch_scale.method.pseudo_labels import multi_scale_pseudo_labels
-from maskmatch_scale.method.views import Neighbour, Unlabelled, View
+from maskmatch_scale.method.views import Colours, Neighbour, Unlabelled, View
 from maskmatch_scale.models.segmenter import Segmenter
-from maskmatch_scale.models.units import sample_visible, visible_count, visible_pixel_mask
+from maskmatch_scale.models.units import visible_count, visible_pixel_mask
 from maskmatch_scale.recipe import MaskRecipe, MethodRecipe
 from maskmatch_scale.recipe.bases import has_unlabelled_loss
-from maskmatch_scale.seeds import generator
 
 PARTS = ("loss_x", "loss_u", "loss_m")
 """The losses of a step. Every tensor of shape (3,) below has them in this order."""
@@ -73,6 +73,7 @@ class MaskMatch(nn.Module):
     mean: Tensor
     std: Tensor
     class_weight: Tensor | None
+    part_weights: Tensor
 
     def __init__(
         self,
@@ -93,6 +94,9 @@ class MaskMatch(nn.Module):
         self.batchnorm_frozen = batchnorm_frozen
         self.neighbour = neighbour
         self.base = build_base(recipe.base)
+        self.colours = Colours()
+        weights = torch.tensor([1.0, recipe.unlabelled_weight, recipe.mask.weight], dtype=torch.float64)
+        self.register_buffer("part_weights", weights, persistent=False)
         self.register_buffer("mean", torch.tensor(segmenter.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(segmenter.std).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("class_weight", class_weight, persistent=False)
@@ -116,23 +120,27 @@ class MaskMatch(nn.Module):
         views: tuple[View, ...] = ()
         if uses_unlabelled(self.recipe) and batch.unlabelled_positions:
             weak = View(batch.unlabelled_images / 255, batch.unlabelled_valid, None)
+            draws = view_draws(self.segmenter, self.recipe, self.seed, weak.images.shape[-2:])
             unlabelled = Unlabelled(
-                weak, batch.unlabelled_positions, self.recipe.strong_view, self.seed, self.neighbour
+                weak,
+                batch.unlabelled_positions,
+                draws.read(batch.draws),
+                self.recipe.strong_view,
+                self.seed,
+                self.colours,
+                self.neighbour,
             )
             views = self.base.views(unlabelled)
             if self.recipe.mask.keep is not None:
-                masked = self._masked_view(unlabelled, self.recipe.mask, self.recipe.mask.keep)
+                masked = self._masked_view(unlabelled, self.recipe.mask)
         labels = batch.labels.long()
         return Step(batch.labelled_images / 255, labels, labels != self.ignore_index, unlabelled, views, masked)
 
-    def _masked_view(self, unlabelled: Unlabelled, recipe: MaskRecipe, keep: float) -> MaskedView:
+    def _masked_view(self, unlabelled: Unlabelled, recipe: MaskRecipe) -> MaskedView:
         view = unlabelled.weak if recipe.view == "weak" else unlabelled.strong_view(0)
-        grid = self.segmenter.unit_grid(view.images.shape[-2], view.images.shape[-1])
-        k = visible_count(grid, keep)
-        draws = [sample_visible(1, grid, k, generator(self.seed, "mask", p)) for p in unlabelled.positions]
-        visible = torch.cat(draws).to(view.images.device, non_blocking=True)
-        counted = view.valid
+        visible, counted = unlabelled.drawn.visible, view.valid
         if recipe.pixels != "all":
+            grid = self.segmenter.unit_grid(view.images.shape[-2], view.images.shape[-1])
             seen = visible_pixel_mask(visible, grid, self.segmenter.unit_px)
             counted = counted & (seen if recipe.pixels == "visible" else ~seen)
         return MaskedView(view, visible, counted)
@@ -190,8 +198,7 @@ class MaskMatch(nn.Module):
         if pseudo is not None and step.masked is not None:
             sum_m = self._masked_loss_sum(step.masked, pseudo)
         sums = torch.stack([sum_x, sum_u, sum_m])
-        weights = scale.new_tensor([1.0, self.recipe.unlabelled_weight, self.recipe.mask.weight])
-        loss = (sums * (scale * weights).to(sums.dtype)).sum()
+        loss = (sums * (scale * self.part_weights).to(sums.dtype)).sum()
         return loss, sums.detach()
 
     def _perturbation(self, step: Step, sizes: list[int]) -> Callable[[list[Tensor]], list[Tensor]] | None:
@@ -217,6 +224,23 @@ class MaskMatch(nn.Module):
         target = pseudo.mixed(masked.view.cutmix)
         logits = self.segmenter(self.normalise(masked.view.images), masked.visible, self.recipe.mask.mode)
         return cross_entropy_sum(logits, target.labels, target.confident & masked.counted)
+
+
+def view_draws(segmenter: Segmenter, recipe: MethodRecipe, seed: int, size_px: Sequence[int]) -> ViewDraws:
+    """What has to be drawn for unlabelled images.
+
+    Args:
+        segmenter: the student; it knows the units of an image.
+        recipe: the `method` section.
+        seed: of the run.
+        size_px: (h, w) of the images.
+    """
+    height, width = size_px
+    keep = recipe.mask.keep
+    grid = segmenter.unit_grid(height, width) if keep is not None else None
+    visible = visible_count(grid, keep) if grid is not None and keep is not None else 0
+    strong_views = max(base_class(recipe.base).strong_views, int(keep is not None and recipe.mask.view == "strong"))
+    return ViewDraws(recipe.strong_view, seed, strong_views, (height, width), grid, visible)
 
 
 def uses_unlabelled(recipe: MethodRecipe) -> bool:

@@ -1,107 +1,86 @@
 """Strong views: photometric changes and CutMix, on batches, with parameters drawn for every image by itself.
 
-Parameters are drawn on the host from (seed, purpose, position) and applied to the whole batch on its device. The
-position of an image is a number made from its source, its epoch and its place in the epoch. So an image's views do not
-depend on the other images of its batch, on its rank or on its worker. Only CutMix's partner does: it is the image
-beside it in the global batch.
+Parameters were drawn from (seed, purpose, position) in a loader process (`draws.py`), and are applied here to the whole
+batch on its device. The position of an image is a number made from its source, its epoch and its place in the epoch. So
+an image's views do not depend on the other images of its batch, on its rank or on its worker. Only CutMix's partner
+does: it is the image beside it in the global batch.
 
-Decision: docs/decisions/0006-draws-by-place.md.
+Nothing here waits for the device: no number is read from it, and none is copied to it.
+
 Decision: docs/decisions/0010-weak-view-on-cpu-strong-view-on-device.md.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maskmatch_scale.method.draws import Drawn
 from maskmatch_scale.recipe import StrongViewRecipe
-from maskmatch_scale.seeds import generator, uniform
 
 GREY_WEIGHTS = (0.299, 0.587, 0.114)
 """ITU-R 601 luma of red, green and blue, as torchvision's rgb_to_grayscale."""
 
 
-@dataclass(frozen=True)
-class _Photometric:
-    """One image's drawn parameters; the neutral value leaves the image as it is."""
+class Colours(nn.Module):
+    """Constants of colour space, kept on the device with the module that holds them."""
 
-    brightness: float = 1.0
-    contrast: float = 1.0
-    saturation: float = 1.0
-    hue: float = 0.0
-    grey: bool = False
-    blur_sigma_px: float = 0.0
-    noise: float = 0.0
-    noise_seed: int = 0
+    grey: Tensor
+    to_yiq: Tensor
+    from_yiq: Tensor
 
-
-def _draw(recipe: StrongViewRecipe, source: torch.Generator) -> _Photometric:
-    # Every number is drawn, also where it is not used, so that switching one operation off changes no draw of another.
-    def factor(strength: float) -> float:
-        return uniform(source, max(0.0, 1 - strength), 1 + strength)
-
-    brightness, contrast, saturation = (factor(s) for s in (recipe.brightness, recipe.contrast, recipe.saturation))
-    hue = uniform(source, -recipe.hue, recipe.hue)
-    jittered = uniform(source, 0, 1) < recipe.jitter_probability
-    grey = uniform(source, 0, 1) < recipe.grey_probability
-    blurred = uniform(source, 0, 1) < recipe.blur_probability
-    sigma = uniform(source, *recipe.blur_sigma_px)
-    noise = uniform(source, 0, recipe.noise)
-    noise_seed = int(torch.randint(2**31, (), generator=source))
-    colours = (brightness, contrast, saturation, hue) if jittered else (1.0, 1.0, 1.0, 0.0)
-    return _Photometric(*colours, grey, sigma if blurred else 0.0, noise, noise_seed)
+    def __init__(self) -> None:
+        super().__init__()
+        to_yiq = torch.tensor([GREY_WEIGHTS, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
+        self.register_buffer("grey", torch.tensor(GREY_WEIGHTS).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("to_yiq", to_yiq, persistent=False)
+        self.register_buffer("from_yiq", torch.linalg.inv(to_yiq), persistent=False)
 
 
-def _purpose(what: str, view: int) -> str:
-    """What the numbers of a strong view are drawn for: each view has a purpose of its own."""
-    return what if view == 0 else f"{what} {view}"
-
-
-def photometric(images: Tensor, recipe: StrongViewRecipe, seed: int, positions: Sequence[int], view: int = 0) -> Tensor:
+def photometric(images: Tensor, recipe: StrongViewRecipe, drawn: Mapping[str, Tensor], colours: Colours) -> Tensor:
     """Colour jitter, grey, Gaussian blur and noise (the strong view of UniMatch, without CutMix).
+
+    Which operations run is decided by the recipe alone: what was drawn is on the device, and reading it would wait.
 
     Args:
         images: float (U, 3, h, w), values 0–1.
         recipe: strengths and probabilities.
-        seed: of the run.
-        positions: U numbers, see :attr:`Unlabelled.positions`.
-        view: number of the strong view; each has draws of its own.
+        drawn: float64 (U,) for each name of `draws.PHOTOMETRIC`.
+        colours: constants, on the images' device.
 
     Returns:
         float (U, 3, h, w), values 0–1.
     """
-    drawn = [_draw(recipe, generator(seed, _purpose("strong view", view), position)) for position in positions]
 
-    def column(values: list[float]) -> Tensor:
-        return images.new_tensor(values).view(-1, 1, 1, 1)
+    def column(name: str) -> Tensor:
+        return drawn[name].to(images.dtype).view(-1, 1, 1, 1)
 
-    out = (images * column([d.brightness for d in drawn])).clamp(0, 1)
-    mean = _grey(out).mean(dim=(1, 2, 3), keepdim=True)
-    out = torch.lerp(mean, out, column([d.contrast for d in drawn])).clamp(0, 1)
-    out = torch.lerp(_grey(out), out, column([d.saturation for d in drawn])).clamp(0, 1)
-    if any(d.hue for d in drawn):
-        out = _turn_hue(out, column([d.hue for d in drawn]))
-    grey = column([float(d.grey) for d in drawn])
-    out = torch.lerp(out, _grey(out).expand_as(out), grey)
-    sigmas = [d.blur_sigma_px for d in drawn]
-    if any(sigmas):
+    out = (images * column("brightness")).clamp(0, 1)
+    mean = _grey(out, colours).mean(dim=(1, 2, 3), keepdim=True)
+    out = torch.lerp(mean, out, column("contrast")).clamp(0, 1)
+    out = torch.lerp(_grey(out, colours), out, column("saturation")).clamp(0, 1)
+    if recipe.hue:
+        out = _turn_hue(out, column("hue"), colours)
+    out = torch.lerp(out, _grey(out, colours).expand_as(out), column("grey"))
+    if recipe.blur_probability:
         # The kernel is as wide as the widest that the recipe allows, so an image's blur does not depend on its batch.
-        out = _blur(out, sigmas, widest_px=recipe.blur_sigma_px[1])
-    if any(d.noise for d in drawn):
-        out = (out + torch.stack([_noise(d, out) for d in drawn])).clamp(0, 1)
+        out = _blur(out, drawn["blur_sigma_px"].to(images.dtype), widest_px=recipe.blur_sigma_px[1])
+    if recipe.noise:
+        noise = standard_normal(drawn["noise_seed"].long(), (out.shape[-2], out.shape[-1])).to(out.dtype)
+        out = (out + noise[:, None] * column("noise")).clamp(0, 1)
     return out
 
 
-def _grey(images: Tensor) -> Tensor:
-    return (images * images.new_tensor(GREY_WEIGHTS).view(1, 3, 1, 1)).sum(1, keepdim=True)
+def _grey(images: Tensor, colours: Colours) -> Tensor:
+    return (images * colours.grey.to(images.dtype)).sum(1, keepdim=True)
 
 
-def _turn_hue(images: Tensor, turns: Tensor) -> Tensor:
+def _turn_hue(images: Tensor, turns: Tensor, colours: Colours) -> Tensor:
     """Turn colours about the grey axis in YIQ: a linear map of RGB, one 3 × 3 matrix an image.
 
     Decision: docs/decisions/0011-hue-in-yiq.md.
@@ -109,23 +88,23 @@ def _turn_hue(images: Tensor, turns: Tensor) -> Tensor:
     Args:
         images: float (U, 3, h, w), values 0–1.
         turns: float, U values: angles as shares of a full turn.
+        colours: constants, on the images' device.
     """
-    to_yiq = images.new_tensor([GREY_WEIGHTS, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
     angle = turns.flatten() * 2 * math.pi
     turn = torch.zeros(len(images), 3, 3, dtype=images.dtype, device=images.device)
     turn[:, 0, 0] = 1
     turn[:, 1, 1] = turn[:, 2, 2] = angle.cos()
     turn[:, 1, 2], turn[:, 2, 1] = -angle.sin(), angle.sin()
-    matrix = torch.linalg.inv(to_yiq) @ turn @ to_yiq
+    matrix = colours.from_yiq.to(images.dtype) @ turn @ colours.to_yiq.to(images.dtype)
     return torch.einsum("bij,bjhw->bihw", matrix, images).clamp(0, 1)
 
 
-def _blur(images: Tensor, sigmas_px: list[float], widest_px: float) -> Tensor:
+def _blur(images: Tensor, sigmas_px: Tensor, widest_px: float) -> Tensor:
     """Separable Gaussian blur, one standard deviation an image (0 leaves it), reflected borders."""
     batch, channels, height, width = images.shape
     radius = min(math.ceil(3 * widest_px), height - 1, width - 1)
     offsets = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
-    sigma = images.new_tensor(sigmas_px).clamp(min=1e-3).view(-1, 1)
+    sigma = sigmas_px.clamp(min=1e-3).view(-1, 1)
     kernel = torch.softmax(-(offsets**2) / (2 * sigma**2), dim=1).repeat_interleave(channels, 0)
     flat = images.reshape(1, batch * channels, height, width)
     flat = F.pad(flat, (radius, radius, 0, 0), mode="reflect")
@@ -135,10 +114,33 @@ def _blur(images: Tensor, sigmas_px: list[float], widest_px: float) -> Tensor:
     return flat.view(batch, channels, height, width)
 
 
-def _noise(drawn: _Photometric, like: Tensor) -> Tensor:
-    source = torch.Generator().manual_seed(drawn.noise_seed)
-    noise = torch.randn(like.shape[-2:], generator=source) * drawn.noise
-    return noise.to(like).expand(like.shape[1:])
+def standard_normal(seeds: Tensor, size: tuple[int, int]) -> Tensor:
+    """Normally distributed numbers that depend on (seed, place) alone, made where the seeds are.
+
+    A hash of counters (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), of 32 bits (Wellons'
+    lowbias32), and the Box–Muller transform. A generator of torch would be one object and one launch an image, and
+    would give other numbers on another device.
+
+    Args:
+        seeds: int64 (U,), 0 to 2³² - 1.
+        size: (h, w).
+
+    Returns:
+        float32 (U, h, w), mean 0, standard deviation 1.
+    """
+    counter = torch.arange(size[0] * size[1], device=seeds.device)
+    key = _hash32(seeds)[:, None]
+    radius, angle = (_hash32(key ^ _hash32(2 * counter + number)).double().add_(0.5) / 2**32 for number in (0, 1))
+    normal = radius.log().mul_(-2).sqrt_() * angle.mul_(2 * math.pi).cos_()
+    return normal.float().view(len(seeds), *size)
+
+
+def _hash32(values: Tensor) -> Tensor:
+    """Hash of the lower 32 bits of int64 values, elementwise: int64, 0 to 2³² - 1."""
+    x = values & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF  # may pass 2⁶³; the lower 32 bits stay right
+    return x ^ (x >> 16)
 
 
 @dataclass(frozen=True)
@@ -175,53 +177,32 @@ class CutMix:
         return torch.where(inside, others[self.partner], maps)
 
 
-def draw_cutmix(
-    recipe: StrongViewRecipe,
-    seed: int,
-    positions: Sequence[int],
-    size_px: tuple[int, int],
-    device: torch.device,
-    neighbour: Neighbour | None = None,
-    view: int = 0,
-) -> CutMix:
-    """Draw one box for each image, or none.
+def cutmix_of(boxes: Tensor, size_px: tuple[int, int], neighbour: Neighbour | None = None) -> CutMix:
+    """CutMix by drawn boxes.
 
     An image's partner is the one beside it in the global batch (0 ↔ 1, 2 ↔ 3, …). So pairs are the same however the
     global batch is shared out among ranks. With an odd number of images on each rank some pairs lie on two neighbouring
     ranks. In an odd global batch the last image takes its box from the first.
 
     Args:
-        recipe: cutmix_probability, cutmix_area.
-        seed: of the run.
-        positions: U numbers, see :attr:`Unlabelled.positions`.
+        boxes: int64 (U, 4), see `draws.BOX`.
         size_px: (h, w).
-        device: of the result.
         neighbour: the rank beside this one; None if there is only one.
-        view: number of the strong view; each has draws of its own.
     """
-    height, width = size_px
-    inside = torch.zeros(len(positions), height, width, dtype=torch.bool)
-    for mask, position in zip(inside, positions):
-        source = generator(seed, _purpose("cutmix", view), position)
-        if uniform(source, 0, 1) >= recipe.cutmix_probability:
-            continue
-        area = uniform(source, *recipe.cutmix_area) * height * width
-        aspect = math.exp(uniform(source, math.log(0.3), math.log(1 / 0.3)))
-        rows = min(height, max(1, round(math.sqrt(area * aspect))))
-        columns = min(width, max(1, round(math.sqrt(area / aspect))))
-        top = int(torch.randint(height - rows + 1, (), generator=source))
-        left = int(torch.randint(width - columns + 1, (), generator=source))
-        mask[top : top + rows, left : left + columns] = True
-    count = len(positions)
-    if count % 2 == 0 or not recipe.cutmix_probability:
-        neighbour = None
-    partners = [i ^ 1 if i ^ 1 < count else 0 for i in range(count)]
-    if neighbour is not None:
-        # An odd rank's images begin with the second of a pair.
-        partners = [i ^ 1 for i in range(count - 1)] if neighbour.even else [((i - 1) ^ 1) + 1 for i in range(1, count)]
-        partners.insert(count - 1 if neighbour.even else 0, count)
-    partner = torch.tensor(partners, dtype=torch.int64)
-    return CutMix(inside.to(device, non_blocking=True), partner.to(device, non_blocking=True), neighbour)
+    count, device = len(boxes), boxes.device
+    rows = torch.arange(size_px[0], device=device)[None, :, None]
+    columns = torch.arange(size_px[1], device=device)[None, None, :]
+    top, left, bottom, right = (edge[:, None, None] for edge in boxes.unbind(1))
+    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+    number = torch.arange(count, device=device)
+    if count % 2 == 0:
+        return CutMix(inside, number ^ 1)
+    if neighbour is None:
+        return CutMix(inside, torch.where(number == count - 1, 0, number ^ 1))
+    # `count` stands for the neighbour's image. An odd rank's images begin with the second of a pair.
+    if neighbour.even:
+        return CutMix(inside, torch.where(number == count - 1, count, number ^ 1), neighbour)
+    return CutMix(inside, torch.where(number == 0, count, ((number - 1) ^ 1) + 1), neighbour)
 
 
 @dataclass(frozen=True)
@@ -243,8 +224,11 @@ class Unlabelled:
     weak: View
     positions: Sequence[int]
     """For each image the number that its draws depend on: `unlabelled_positions` of the `Batch`."""
+    drawn: Drawn
+    """What was drawn for the images from their positions."""
     recipe: StrongViewRecipe
     seed: int
+    colours: Colours
     neighbour: Neighbour | None = None
     """The rank beside this one."""
     _strong: dict[int, View] = field(default_factory=dict, repr=False, compare=False)
@@ -256,13 +240,12 @@ class Unlabelled:
         view together.
 
         Args:
-            number: 0, 1, …
+            number: 0, 1, … below `strong_views` of the base.
         """
         if number not in self._strong:
             images, valid = self.weak.images, self.weak.valid
-            size = (images.shape[-2], images.shape[-1])
-            draw = self.recipe, self.seed, self.positions
-            cutmix = draw_cutmix(*draw, size, images.device, self.neighbour, view=number)
-            changed = photometric(images, *draw, view=number)
+            neighbour = self.neighbour if self.recipe.cutmix_probability else None
+            cutmix = cutmix_of(self.drawn.boxes(number), (images.shape[-2], images.shape[-1]), neighbour)
+            changed = photometric(images, self.recipe, self.drawn.photometric(number), self.colours)
             self._strong[number] = View(cutmix(changed), cutmix(valid), cutmix)
         return self._strong[number]

@@ -8,7 +8,7 @@ Decision: docs/decisions/0023-batchnorm-over-all-ranks.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +52,24 @@ def synchronise_batchnorm(module: nn.Module, sum_over_ranks: Callable[[Tensor], 
         assert isinstance(norm, SynchronisedBatchNorm2d)
         norm.sum_over_ranks = _Shared(sum_over_ranks)
     return len(served)
+
+
+def running_statistics(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Every buffer of the BatchNorms in a module, with a copy of it.
+
+    A forward in training changes them, whatever becomes of its step.
+
+    Args:
+        module: a segmenter, or another module.
+    """
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    return [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+
+
+def restore_statistics(kept: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Put back what :func:`running_statistics` has copied."""
+    for buffer, copy in kept:
+        buffer.copy_(copy)
 
 
 class _Shared:

@@ -22,10 +22,11 @@ from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import ShardStream, load_index
 from maskmatch_scale.engine.build import check_settings
 from maskmatch_scale.engine.checkpoint import check_checkpoint, find_checkpoint, load_stream_state
+from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.precision import choose_precision
-from maskmatch_scale.engine.ranks import Place, Runtime
+from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.errors import UserError
-from maskmatch_scale.method.maskmatch import uses_unlabelled
+from maskmatch_scale.method.maskmatch import uses_unlabelled, view_draws
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.families import check_capabilities
 from maskmatch_scale.models.units import visible_count
@@ -83,7 +84,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     precision, reason = choose_precision(recipe, batchnorm=has_batchnorm)
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": precision})})
     check_settings(recipe, place.world_size)
-    recipe, batches = _open_batches(recipe, student.num_classes, place, index)
+    recipe, batches = _open_batches(recipe, student, place, index)
     if "dev" in index.streams:  # opening the stream now finds a missing shard before the first evaluation does
         ShardStream(recipe.data.root, "dev", recipe.data, index=index)
     used = {"labelled": batches.labelled_samples, "unlabelled": batches.unlabelled_samples}
@@ -122,12 +123,24 @@ def check_model(recipe: Recipe, student: Segmenter) -> None:
         raise UserError(f"data.crop_px={list(recipe.data.crop_px)}: {error}") from None
 
 
-def _open_batches(recipe: Recipe, num_classes: int, place: Place, index: ShardIndex) -> tuple[Recipe, TrainingBatches]:
+def _open_batches(
+    recipe: Recipe, student: Segmenter, place: Place, index: ShardIndex
+) -> tuple[Recipe, TrainingBatches]:
     """The training batches, and the recipe with the number of its steps."""
 
     def batches_of(recipe: Recipe) -> TrainingBatches:
-        unlabelled = uses_unlabelled(recipe.method)
-        return TrainingBatches(recipe, num_classes, place.rank, place.world_size, unlabelled=unlabelled, index=index)
+        draw = None
+        if uses_unlabelled(recipe.method):
+            draw = view_draws(student, recipe.method, recipe.run.seed, recipe.data.crop_px)
+        return TrainingBatches(
+            recipe,
+            student.num_classes,
+            place.rank,
+            place.world_size,
+            unlabelled=draw is not None,
+            draw=draw,
+            index=index,
+        )
 
     batches = batches_of(recipe)
     labelled = batches.unlabelled is None
@@ -157,7 +170,8 @@ def count_class_pixels(runtime: Runtime, recipe: Recipe, batches: TrainingBatche
         BadSample: a label map cannot be used.
     """
     if recipe.data.rare_class_crops or recipe.method.class_weights != "none":
-        batches.count_class_pixels(runtime.sum_over_ranks)
+        # Loader processes read the counts, so they come back to the host.
+        batches.count_class_pixels(lambda counts: runtime.sum_over_ranks(counts.to(runtime.device)).cpu())
 
 
 def check_agreement(runtime: Runtime, recipe: Recipe, batches: TrainingBatches, checkpoint: Path | None) -> None:

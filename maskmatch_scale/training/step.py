@@ -17,6 +17,7 @@ from maskmatch_scale.data.faults import REASONS
 from maskmatch_scale.data.order.source import Skip
 from maskmatch_scale.method.ema import ema_decay
 from maskmatch_scale.method.maskmatch import PARTS, Step
+from maskmatch_scale.models.batchnorm import restore_statistics, running_statistics
 from maskmatch_scale.seeds import derive_seed
 from maskmatch_scale.training.run import Run
 
@@ -49,8 +50,8 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
         step: number of the step, from 0.
         batches: `engine.accumulation` micro-batches are taken from it.
     """
-    began = time.monotonic()
     recipe, engine, maskmatch, runtime = run.recipe, run.engine, run.maskmatch, run.runtime
+    stop_step = runtime.stopwatch()
     figures = StepFigures()
     # Dropout and drop path draw from torch's global generator. A seed for each step makes a restart exact.
     torch.manual_seed(derive_seed(recipe.run.seed, "step", step, runtime.rank))
@@ -69,7 +70,10 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
     # The engine averages gradients over ranks and micro-batches; the losses are means over all their pixels.
     scale = runtime.world_size * recipe.engine.accumulation / pixels.clamp(min=1)
     sums = torch.zeros(5 + len(REASONS), dtype=torch.float64, device=runtime.device)
-    sums[5:] = _count_reasons(figures.skipped).to(runtime.device, non_blocking=True)
+    if figures.skipped:  # rarely: the copy from the host waits
+        sums[5:] = _count_reasons(figures.skipped).to(runtime.device)
+    # A forward changes the running statistics of BatchNorm, also when the step is left out afterwards.
+    statistics = running_statistics(run.student) if recipe.run.max_nonfinite_steps else []
     teacher_times = []
     for micro in prepared:
         stop = runtime.stopwatch()
@@ -83,6 +87,7 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
         figures.left_out = bool(recipe.run.max_nonfinite_steps) and _not_finite(run, sums)
         if figures.left_out:
             engine.leave_out()
+            restore_statistics(statistics)
         else:
             engine.backward(loss)
     if not figures.left_out:
@@ -92,8 +97,10 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
         run.teacher.update(ema_decay(step + 1, recipe.method.ema_decay))
     figures.later = {"teacher_s": lambda: sum(time_s() for time_s in teacher_times), "ema_s": stop()}
     _fill(figures, run, step, prepared[0], runtime.sum_over_ranks(sums), pixels)
-    step_s = time.monotonic() - began
-    figures.known |= {"images_per_s": figures.images / step_s, "data_wait_s": waited, "step_s": step_s}
+    step_s = stop_step()
+    figures.known["data_wait_s"] = waited
+    # Of the device: the host has long gone on to the next steps when a GPU has done this one.
+    figures.later |= {"images_per_s": lambda: figures.images / step_s(), "step_s": step_s}
     return figures
 
 

@@ -14,7 +14,7 @@ import torch
 
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.method.maskmatch import MaskMatch
+from maskmatch_scale.method.maskmatch import MaskMatch, view_draws
 from maskmatch_scale.runs.model import build_student
 
 UNDECAYED = ("pos_embed", "cls_token")
@@ -46,10 +46,15 @@ def train_plainly(recipe, world_size: int) -> Outcome:
     global_engine = engine.model_copy(update={"micro_batch": engine.micro_batch * world_size})
     # One process shows what each rank shows, in the order of the ranks.
     data = recipe.data.model_copy(update={"lanes": world_size})
-    stream = TrainingBatches(
-        recipe.model_copy(update={"engine": global_engine, "data": data}), 3, 0, 1, unlabelled=True
-    )
     student = build_student(recipe, ShardIndex.load(recipe.data.root))
+    stream = TrainingBatches(
+        recipe.model_copy(update={"engine": global_engine, "data": data}),
+        3,
+        0,
+        1,
+        unlabelled=True,
+        draw=view_draws(student, recipe.method, recipe.run.seed, recipe.data.crop_px),
+    )
     start = {name: value.clone() for name, value in student.state_dict().items()}
     teacher = copy.deepcopy(student).eval()
     masters = [parameter.detach().clone().requires_grad_() for parameter in student.parameters()]

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.method.bases import Base, PseudoLabels, build_base
+from maskmatch_scale.method.draws import ViewDraws
 from maskmatch_scale.method.losses import cross_entropy_sum
-from maskmatch_scale.method.maskmatch import MaskMatch, uses_unlabelled
-from maskmatch_scale.method.views import Unlabelled, View
+from maskmatch_scale.method.maskmatch import MaskMatch, uses_unlabelled, view_draws
+from maskmatch_scale.method.views import Colours, Unlabelled, View
 from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.recipe.bases import BASES, BaseInfo
@@ -44,6 +46,7 @@ class Weak(Base):
 class FeatureDropout(Base):
     """Two strong views; whole channels of the second one's features are dropped."""
 
+    strong_views = 2
     perturbs_features = True
 
     def views(self, unlabelled: Unlabelled) -> tuple[View, ...]:
@@ -85,13 +88,18 @@ def one_step(recipe: Recipe, model: str) -> MaskMatch:
     return MaskMatch(segmenter, recipe.method, recipe.run.seed, 255, batchnorm_frozen=True).double().train()
 
 
+def first_batch(recipe: Recipe, module: MaskMatch) -> Batch:
+    draw = view_draws(module.segmenter, recipe.method, recipe.run.seed, recipe.data.crop_px)
+    (batch,) = load_batches(TrainingBatches(recipe, 3, 0, 1, unlabelled=True, draw=draw), 0, 1)
+    return batch
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_new_base_gives_the_loss_that_it_says(make_recipe: Callable[..., Recipe], registered: None, model: str):
     recipe = make_recipe(method={"base": "weak", "scales": [1.0], "threshold": 0.3, "mask": {"keep": None}})
     assert uses_unlabelled(recipe.method)
     module = one_step(recipe, model)
-    (batch,) = load_batches(TrainingBatches(recipe, 3, 0, 1, unlabelled=True), 0, 1)
-    step = module.prepare(batch)
+    step = module.prepare(first_batch(recipe, module))
     pseudo = module.pseudo_label(step, module.segmenter)
     _, sums = module(step, pseudo, torch.ones(3, dtype=torch.float64))
     logits = module.segmenter(module.normalise(step.unlabelled.weak.images))
@@ -107,8 +115,7 @@ def test_a_base_perturbs_features_of_the_views_it_names(
     module = one_step(recipe, model)
     calls: list[int] = []
     module.segmenter.head.register_forward_pre_hook(lambda head, inputs: calls.append(len(inputs[0][0])))
-    (batch,) = load_batches(TrainingBatches(recipe, 3, 0, 1, unlabelled=True), 0, 1)
-    step = module.prepare(batch)
+    step = module.prepare(first_batch(recipe, module))
     pseudo = module.pseudo_label(step, module.segmenter)
     calls.clear()
     loss, sums = module(step, pseudo, torch.ones(3, dtype=torch.float64))
@@ -145,6 +152,8 @@ def test_a_run_with_a_new_base_trains_and_is_reported(
 def test_the_table_says_of_every_base_what_it_does(name: str):
     base = build_base(name)
     weak = View(torch.zeros(1, 3, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool), None)
-    views = base.views(Unlabelled(weak, [0], Recipe.model_fields["method"].default.strong_view, 0))
-    assert bool(views) == BASES[name].unlabelled_loss
+    recipe = Recipe.model_fields["method"].default.strong_view
+    draws = ViewDraws(recipe, 0, base.strong_views, (8, 8), None, 0)
+    views = base.views(Unlabelled(weak, [0], draws.read(draws([0])), recipe, 0, Colours()))
+    assert bool(views) == bool(base.strong_views) == BASES[name].unlabelled_loss
     assert base.perturbs_features == (type(base).perturb is not Base.perturb)

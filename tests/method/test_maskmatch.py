@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.method.ema import ema_decay
-from maskmatch_scale.method.maskmatch import MaskMatch
+from maskmatch_scale.method.maskmatch import MaskMatch, view_draws
 from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.models.units import visible_pixel_mask
 from tests.conftest import TINY_SEGFORMER, TINY_VIT
@@ -25,7 +25,8 @@ def build(family, recipe, **options):
     module = (
         MaskMatch(segmenter, recipe.method, recipe.run.seed, 255, batchnorm_frozen=True, **options).double().train()
     )
-    (batch,) = load_batches(TrainingBatches(recipe, 3, 0, 1, unlabelled=True), 0, 1)
+    draw = view_draws(segmenter, recipe.method, recipe.run.seed, recipe.data.crop_px)
+    (batch,) = load_batches(TrainingBatches(recipe, 3, 0, 1, unlabelled=True, draw=draw), 0, 1)
     return module, batch
 
 

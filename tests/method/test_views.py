@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as TF
 
-from maskmatch_scale.method.views import Neighbour, Unlabelled, View, draw_cutmix, photometric
+from maskmatch_scale.method import views as module
+from maskmatch_scale.method.draws import ViewDraws
+from maskmatch_scale.method.views import Colours, Neighbour, Unlabelled, View, cutmix_of, standard_normal
 from maskmatch_scale.recipe import StrongViewRecipe
 
 OFF = {
@@ -17,6 +19,25 @@ OFF = {
 
 def recipe(**changes):
     return StrongViewRecipe(**(OFF | changes))
+
+
+def draws_of(recipe, seed, size=(24, 32), strong_views=1):
+    return ViewDraws(recipe, seed, strong_views, size, None, 0)
+
+
+def photometric(images, recipe, seed, positions):
+    draws = draws_of(recipe, seed)
+    return module.photometric(images, recipe, draws.read(draws(positions)).photometric(0), Colours())
+
+
+def draw_cutmix(recipe, seed, positions, size, neighbour=None):
+    draws = draws_of(recipe, seed, size)
+    return cutmix_of(draws.read(draws(positions)).boxes(0), size, neighbour)
+
+
+def unlabelled_of(weak, positions, recipe, seed, strong_views=1):
+    draws = draws_of(recipe, seed, tuple(weak.images.shape[-2:]), strong_views)
+    return Unlabelled(weak, positions, draws.read(draws(positions)), recipe, seed, Colours())
 
 
 def images(count=4, size=(24, 32)):
@@ -75,7 +96,7 @@ def test_a_view_depends_on_seed_and_position_not_on_the_batch():
 @settings(max_examples=40, deadline=None)
 def test_cutmix_takes_boxes_of_the_partner(count, seed):
     always = recipe(cutmix_probability=1.0)
-    cutmix = draw_cutmix(always, seed, range(seed, seed + count), (20, 30), torch.device("cpu"))
+    cutmix = draw_cutmix(always, seed, range(seed, seed + count), (20, 30))
     own = torch.arange(count)[:, None, None].expand(-1, 20, 30)
     mixed = cutmix(own)
     for number in range(count):
@@ -94,9 +115,8 @@ def test_cutmix_takes_boxes_of_the_partner(count, seed):
 @settings(max_examples=60, deadline=None)
 def test_pairs_are_the_same_however_the_batch_is_shared_out(ranks, each, seed):
     always = recipe(cutmix_probability=1.0)
-    device = torch.device("cpu")
     values = torch.arange(float(ranks * each))[:, None, None].expand(-1, 16, 16)
-    whole = draw_cutmix(always, seed, range(ranks * each), (16, 16), device)(values)
+    whole = draw_cutmix(always, seed, range(ranks * each), (16, 16))(values)
 
     def part_of(rank):
         own = slice(rank * each, (rank + 1) * each)
@@ -104,7 +124,7 @@ def test_pairs_are_the_same_however_the_batch_is_shared_out(ranks, each, seed):
         # that of rank 0.
         number = rank * each - 1 if rank % 2 == 1 else (rank + 1) * each if rank + 1 < ranks else 0
         neighbour = Neighbour(rank % 2 == 0, lambda first, last: values[number]) if ranks > 1 else None
-        return draw_cutmix(always, seed, range(own.start, own.stop), (16, 16), device, neighbour)(values[own])
+        return draw_cutmix(always, seed, range(own.start, own.stop), (16, 16), neighbour)(values[own])
 
     assert whole.equal(torch.cat([part_of(rank) for rank in range(ranks)]))
 
@@ -113,7 +133,7 @@ def test_strong_view_mixes_validity_with_the_pixels():
     valid = torch.ones(2, 16, 16, dtype=torch.bool)
     valid[1] = False
     weak = View(images(2, (16, 16)), valid, None)
-    strong = Unlabelled(weak, [0, 1], recipe(cutmix_probability=1.0), 0).strong_view(0)
+    strong = unlabelled_of(weak, [0, 1], recipe(cutmix_probability=1.0), 0).strong_view(0)
     assert strong.cutmix is not None
     assert strong.valid[0].equal(~strong.cutmix.inside[0])
     assert strong.images[0][:, strong.cutmix.inside[0]].allclose(weak.images[1][:, strong.cutmix.inside[0]], atol=1e-6)
@@ -122,13 +142,32 @@ def test_strong_view_mixes_validity_with_the_pixels():
 def test_strong_views_have_seeds_of_their_own_and_are_made_once():
     weak = View(images(2, (16, 16)), torch.ones(2, 16, 16, dtype=torch.bool), None)
     drawn = recipe(brightness=0.5, cutmix_probability=1.0, jitter_probability=1.0)
-    unlabelled = Unlabelled(weak, [4, 5], drawn, 3)
+    unlabelled = unlabelled_of(weak, [4, 5], drawn, 3, strong_views=3)
     views = [unlabelled.strong_view(number) for number in range(3)]
     assert unlabelled.strong_view(1) is views[1]
     assert len({view.images.sum().item() for view in views}) == 3
     assert not views[0].cutmix.inside.equal(views[1].cutmix.inside)
     # Asked for in another order they are the same, and the first is drawn as the only one of a base with one is.
-    again = Unlabelled(weak, [4, 5], drawn, 3)
+    again = unlabelled_of(weak, [4, 5], drawn, 3, strong_views=3)
     assert again.strong_view(2).images.equal(views[2].images)
-    mixed = draw_cutmix(drawn, 3, [4, 5], (16, 16), torch.device("cpu"))(photometric(weak.images, drawn, 3, [4, 5]))
+    mixed = draw_cutmix(drawn, 3, [4, 5], (16, 16))(photometric(weak.images, drawn, 3, [4, 5]))
     assert views[0].images.equal(mixed)
+
+
+def test_noise_is_normal_and_depends_on_seed_and_place_alone():
+    seeds = torch.tensor([0, 1, 2**31 - 1])
+    noise = standard_normal(seeds, (256, 320))
+    assert noise.shape == (3, 256, 320)
+    assert noise[1].equal(standard_normal(seeds[1:2], (256, 320))[0])
+    # Rows of a smaller image are the first numbers of the same sequence.
+    assert noise[2].flatten()[: 8 * 8].equal(standard_normal(seeds[2:], (8, 8)).flatten())
+    n = noise[0].numel()
+    for image in noise.double():
+        assert abs(image.mean()) < 4 / n**0.5
+        assert abs(image.var() - 1) < 4 * (2 / n) ** 0.5
+        assert abs((image**3).mean()) < 4 * (15 / n) ** 0.5
+        assert abs((image**4).mean() - 3) < 4 * (96 / n) ** 0.5
+        assert (image.abs() > 3).double().mean().item() == pytest.approx(0.0027, rel=0.25)
+        for other in (image.roll(1), image.roll(1, 0)):  # neighbours are independent
+            assert abs((image * other).mean()) < 4 / n**0.5
+    assert abs((noise[0] * noise[1]).mean()) < 4 / n**0.5

@@ -141,3 +141,38 @@ def test_evaluation_leaves_figures_and_pictures(make_recipe):
     assert set(kept["iou"]) == {"ground", "square", "disc"}
     pictures = sorted(p.name for p in next((run / "pictures" / "val").glob("0*")).iterdir())
     assert pictures == ["image.png", "label.png", "prediction-ema.png", "prediction-visible.png", "visible.png"]
+
+
+def test_a_step_that_is_left_out_leaves_batchnorm_as_it_was(make_recipe, monkeypatch):
+    from maskmatch_scale.models import Segmenter
+
+    plain, calls = Segmenter.encode, []
+
+    def overflowing(self, *arguments, **options):
+        features = plain(self, *arguments, **options)
+        if self.training:
+            calls.append(1)
+            if len(calls) == 2:  # supervised: one call a step
+                features[0] = features[0].clone()
+                features[0][0, 0, 0, 0] = float("inf")
+        return features
+
+    monkeypatch.setattr(Segmenter, "encode", overflowing)
+    supervised = {"base": "supervised", "mask": {"keep": None}}
+    recipe = make_recipe(method=supervised, run={"steps": 3, "max_nonfinite_steps": 1, "evaluate_every": 0})
+    run = train(recipe)
+    assert [record.get("left_out") for record in records(run)] == [None, True, None]
+    for weights in ("student", "ema"):
+        state = open_run(run, weights)[1].state_dict()
+        statistics = {name: value for name, value in state.items() if "running" in name}
+        assert statistics
+        assert all(value.isfinite().all() for value in statistics.values())
+        counter = next(value for name, value in state.items() if name.endswith("num_batches_tracked"))
+        assert counter == 2
+
+
+def test_a_run_is_evaluated_in_its_own_precision(make_recipe):
+    run = train(make_recipe(engine={"precision": "autocast-bf16"}, run={"steps": 1}))
+    own = {record["weights"]: record["miou"] for record in records(run, "eval")}
+    again = {record["weights"]: record["miou"] for record in evaluate_run(run, "dev", ("ema", "student"))}
+    assert again == own

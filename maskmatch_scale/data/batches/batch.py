@@ -23,20 +23,23 @@ class Batch:
     """uint8 (U, 3, h, w), the weak view; U may be 0."""
     unlabelled_valid: Tensor
     """bool (U, h, w), False on padding."""
+    draws: Tensor
+    """float64 (U, d): what the method drew for each unlabelled image (strong views, masks) from its position; d may be
+    0. This room does not know what the numbers mean."""
     unlabelled_positions: tuple[int, ...]
-    """For each unlabelled image a number made from its place (source, epoch, number in the epoch). What a method draws
-    for the image (strong views, masks) is drawn from that number."""
+    """For each unlabelled image a number made from its place (source, epoch, number in the epoch)."""
     skipped: tuple[Skip, ...] = ()
     """Samples that could not be used and were skipped for this batch."""
 
     @classmethod
-    def empty(cls, labelled: int, unlabelled: int, size: tuple[int, int]) -> Batch:
+    def empty(cls, labelled: int, unlabelled: int, size: tuple[int, int], draws: int = 0) -> Batch:
         """A batch of uninitialised memory.
 
         Args:
             labelled: number of labelled images, B.
             unlabelled: number of unlabelled images, U.
             size: (h, w) in px.
+            draws: numbers that are drawn for each unlabelled image, d.
         """
         rows, columns = size
         return cls(
@@ -44,23 +47,25 @@ class Batch:
             torch.empty(labelled, rows, columns, dtype=torch.uint8),
             torch.empty(unlabelled, 3, rows, columns, dtype=torch.uint8),
             torch.empty(unlabelled, rows, columns, dtype=torch.bool),
+            torch.empty(unlabelled, draws, dtype=torch.float64),
             (),
         )
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """All tensors, in the order in which :meth:`with_tensors` takes them."""
-        return self.labelled_images, self.labels, self.unlabelled_images, self.unlabelled_valid
+        return self.labelled_images, self.labels, self.unlabelled_images, self.unlabelled_valid, self.draws
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:
         """The same batch with other tensors, such as copies in other memory."""
-        labelled_images, labels, unlabelled_images, unlabelled_valid = tensors
+        labelled_images, labels, unlabelled_images, unlabelled_valid, draws = tensors
         return replace(
             self,
             labelled_images=labelled_images,
             labels=labels,
             unlabelled_images=unlabelled_images,
             unlabelled_valid=unlabelled_valid,
+            draws=draws,
         )
 
     def to(self, device: torch.device) -> Batch:

@@ -49,8 +49,8 @@ class _Slot:
     def take(self, rest: _Rest, *, pin_memory: bool) -> Batch:
         """A copy of the batch in this slot, in page-locked memory if asked."""
         found = [shared[:size] for shared, size in zip(self.tensors, rest.sizes, strict=True)]
-        images, labels, views, valid = (part.pin_memory() if pin_memory else part.clone() for part in found)
-        return Batch(images, labels, views, valid, rest.positions, rest.skipped)
+        images, labels, views, valid, draws = (part.pin_memory() if pin_memory else part.clone() for part in found)
+        return Batch(images, labels, views, valid, draws, rest.positions, rest.skipped)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ Decision: docs/decisions/0030-a-stream-is-a-list-of-shards.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,17 @@ from maskmatch_scale.seeds import derive_seed
 STATE_FORMAT = 1
 
 
+class Draw(Protocol):
+    """Draws numbers for unlabelled images; picklable."""
+
+    @property
+    def width(self) -> int:
+        """Numbers for each image."""
+
+    def __call__(self, positions: Sequence[int]) -> Tensor:
+        """float64 (U, width), in host memory, of U positions; see `Batch.unlabelled_positions`."""
+
+
 class TrainingBatches(Dataset[Batch]):
     """Maps the number of a micro-batch to one rank's :class:`Batch`. Any process may make any batch.
 
@@ -46,6 +57,7 @@ class TrainingBatches(Dataset[Batch]):
         rank: whose batches.
         world_size: number of ranks.
         unlabelled: whether unlabelled images are read at all.
+        draw: draws what the method needs for unlabelled images; None: nothing is drawn.
         index: of ``data.root``, if it was read already.
 
     Raises:
@@ -60,12 +72,14 @@ class TrainingBatches(Dataset[Batch]):
         world_size: int,
         *,
         unlabelled: bool,
+        draw: Draw | None = None,
         index: ShardIndex | None = None,
     ) -> None:
         self.recipe = recipe
         self.rank = rank
         self.world_size = world_size
         self.index = index or load_index(recipe.data.root, recipe.data)
+        self._draw = draw
         self.lanes = count_lanes(recipe, world_size)
         self.labelled: Side | None = None
         """None where ``data.labelled_count`` is 0."""
@@ -133,7 +147,7 @@ class TrainingBatches(Dataset[Batch]):
         Raises:
             DataError: a sample cannot be used, and it may not be skipped or nothing can replace it.
         """
-        images, labels, views, valid = self._empty(0, 0).tensors
+        images, labels, views, valid, draws = self._empty(0, 0).tensors
         skipped: list[Skip] = []
         positions: list[int] = []
         step = number // self.recipe.engine.accumulation
@@ -148,14 +162,15 @@ class TrainingBatches(Dataset[Batch]):
             skipped += [skip for _, _, skips in drawn for skip in skips]
             seed = self.recipe.run.seed
             positions = [derive_seed(seed, "place", source.name, p.epoch, p.place) for source, p in places]
-        return Batch(images, labels, views, valid, tuple(positions), tuple(skipped))
+            draws = self._draw(positions) if self._draw else draws.new_empty(len(positions), 0)
+        return Batch(images, labels, views, valid, draws, tuple(positions), tuple(skipped))
 
     def largest_batch(self) -> Batch:
         """A batch of uninitialised memory, as large as any of this rank."""
         return self._empty(*(side.per_rank if side else 0 for side in (self.labelled, self.unlabelled)))
 
     def _empty(self, labelled: int, unlabelled: int) -> Batch:
-        return Batch.empty(labelled, unlabelled, self.recipe.data.crop_px)
+        return Batch.empty(labelled, unlabelled, self.recipe.data.crop_px, self._draw.width if self._draw else 0)
 
     def places(self, side: Side, number: int) -> Iterator[tuple[WeightedSource, Place]]:
         """The source and place of each of this rank's images of one side in micro-batch ``number``.

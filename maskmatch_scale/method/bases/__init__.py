@@ -44,6 +44,8 @@ class PseudoLabels:
 class Base(ABC):
     """A weak-to-strong method."""
 
+    strong_views: ClassVar[int] = 1
+    """How many strong views :meth:`views` asks for: so many are drawn for every image."""
     perturbs_features: ClassVar[bool] = False
     """Whether :meth:`perturb` is called."""
 
@@ -80,5 +82,10 @@ class Base(ABC):
 
 def build_base(name: str) -> Base:
     """The base that `method.base` names."""
-    base: Base = pkgutil.resolve_name(BASES[name].implementation)()
-    return base
+    return base_class(name)()
+
+
+def base_class(name: str) -> type[Base]:
+    """Its class."""
+    found: type[Base] = pkgutil.resolve_name(BASES[name].implementation)
+    return found
