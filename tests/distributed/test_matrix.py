@@ -97,7 +97,7 @@ REFUSED = {"vit-0-bf16-1": ("vit", {"engine": {"zero_stage": 0, "precision": "bf
 def recipe_of(make, name, folder, stage3_json):
     family, sections = (MATRIX | REFUSED)[name]
     model = FAMILIES[family] | sections.get("model", {})
-    engine = {"micro_batch": 2} | sections["engine"]
+    engine = {"micro_batch": 2, "precision": "fp32"} | sections["engine"]
     if engine["zero_stage"] == 3:
         engine["deepspeed_json"] = str(stage3_json)
     return make(

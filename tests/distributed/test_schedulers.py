@@ -20,10 +20,13 @@ def test_two_processes_of_a_slurm_step_are_one_job(make_recipe, tmp_path):
         "SLURM_STEP_TASKS_PER_NODE": "2",
         "SLURM_STEP_NODELIST": "localhost",
     }
+    # A run within this process has set what a launcher would.
+    torchs = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    clean = {name: value for name, value in environment(**slurm).items() if name not in torchs}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "maskmatch_scale", "train", str(recipe)],
-            env=environment(**slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+            env=clean | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
