@@ -79,8 +79,8 @@ class _Scheduler:
     local_size: str
     started: str
     """Set in the processes that it starts, and not in the script around them."""
-    job: str
-    """A number or text that only this job has: the port is derived from it."""
+    job: tuple[str, ...]
+    """Variables that only this job has, alike on all its ranks: the port is derived from them. May be empty."""
     hosts: str | None = None
     """List of the machines, rank 0's first."""
 
@@ -93,7 +93,7 @@ _SCHEDULERS = (
         local_rank="SLURM_LOCALID",
         local_size="SLURM_STEP_TASKS_PER_NODE",
         started="SLURM_STEP_ID",
-        job="SLURM_JOB_ID",
+        job=("SLURM_JOB_ID", "SLURM_STEP_ID"),
         hosts="SLURM_STEP_NODELIST",
     ),
     _Scheduler(
@@ -103,7 +103,7 @@ _SCHEDULERS = (
         local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
         local_size="OMPI_COMM_WORLD_LOCAL_SIZE",
         started="OMPI_COMM_WORLD_SIZE",
-        job="PMIX_NAMESPACE",
+        job=("PMIX_NAMESPACE",),
     ),
     _Scheduler(
         "mpiexec",
@@ -112,7 +112,7 @@ _SCHEDULERS = (
         local_rank="MPI_LOCALRANKID",
         local_size="MPI_LOCALNRANKS",
         started="PMI_SIZE",
-        job="PMI_ID",
+        job=(),
     ),
 )
 
@@ -144,11 +144,13 @@ def _master(env: Mapping[str, str], scheduler: _Scheduler, world_size: int, loca
         address = "127.0.0.1"
     if "MASTER_PORT" in env:
         return address, int(env["MASTER_PORT"])
-    if scheduler.job not in env:
+    if not scheduler.job or any(name not in env for name in scheduler.job):
         raise UserError(
-            f"neither MASTER_PORT nor {scheduler.job} is set; set MASTER_PORT to a free port of rank 0's host"
+            f"{scheduler.name} has set nothing that a port can be derived from; set MASTER_PORT to a free port of rank "
+            "0's host"
         )
-    return address, _FIRST_PORT + zlib.crc32(env[scheduler.job].encode()) % _PORTS
+    job = ".".join(env[name] for name in scheduler.job)
+    return address, _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS
 
 
 def first_host(hosts: str) -> str:

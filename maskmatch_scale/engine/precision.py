@@ -57,16 +57,13 @@ def choose_precision(recipe: Recipe, *, batchnorm: bool) -> tuple[Precision, str
     return wanted, "engine.precision"
 
 
-def use_tensor_cores(device: torch.device, precision: str) -> bool:
-    """Let products of fp32 matrices run in TF32 where the run is fp32 and on a GPU; returns whether they do.
+def uses_tf32(device: torch.device, precision: str) -> bool:
+    """Whether products of fp32 matrices run in TF32: in fp32 runs on a GPU.
 
     TF32 keeps the exponents of fp32 and 10 bits of its mantissa. Without it a GPU multiplies fp32 matrices at a small
     part of its speed. Convolutions run in TF32 by torch's default.
     """
-    wanted = device.type == "cuda" and precision == "fp32"
-    if wanted:
-        torch.set_float32_matmul_precision("high")
-    return wanted
+    return device.type == "cuda" and precision == "fp32"
 
 
 def autocast_dtype(recipe: Recipe) -> torch.dtype | None:

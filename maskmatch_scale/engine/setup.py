@@ -16,7 +16,7 @@ import torch
 from torch import distributed as dist
 
 from maskmatch_scale.engine.launchers import Place
-from maskmatch_scale.engine.precision import use_tensor_cores
+from maskmatch_scale.engine.precision import uses_tf32
 from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.recipe import EngineRecipe
@@ -71,7 +71,8 @@ def start(place: Place, recipe: EngineRecipe) -> Runtime:
             "MASTER_ADDR is set, but RANK is not: the launcher started one process, or has variables of its own for "
             "ranks; use RANKS=2 launch/accelerate.sh, torchrun or deepspeed (launch/README.md)"
         )
-    use_tensor_cores(device, recipe.precision)
+    if uses_tf32(device, recipe.precision):
+        torch.set_float32_matmul_precision("high")
     _init_process_group(device, recipe)
     runtime = Runtime(place, device, threads)
     if dist.get_world_size() != place.world_size:

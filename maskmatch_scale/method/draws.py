@@ -106,22 +106,15 @@ class ViewDraws:
         left = int(torch.randint(width - columns + 1, (), generator=source))
         return [float(top), float(left), float(top + rows), float(left + columns)]
 
-    def read(self, rows: Tensor) -> Drawn:
-        """Rows that :meth:`__call__` made, on any device, as what they mean.
-
-        Args:
-            rows: float64 (U, width).
-        """
-        return Drawn(rows, self.strong_views)
-
 
 @dataclass(frozen=True)
 class Drawn:
     """What was drawn for the unlabelled images of one micro-batch, on their device."""
 
     rows: Tensor
-    """float64 (U, width)."""
+    """float64 (U, width), as :class:`ViewDraws` made them."""
     strong_views: int
+    """Of the `ViewDraws`."""
 
     def photometric(self, view: int) -> dict[str, Tensor]:
         """Numbers of a strong view by the names in `PHOTOMETRIC`: float64 (U,) each."""

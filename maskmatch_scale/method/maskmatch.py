@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.method.bases import PseudoLabels, base_class, build_base
-from maskmatch_scale.method.draws import ViewDraws
+from maskmatch_scale.method.draws import Drawn, ViewDraws
 from maskmatch_scale.method.losses import cross_entropy_sum, denominator
 from maskmatch_scale.method.pseudo_labels import multi_scale_pseudo_labels
 from maskmatch_scale.method.views import Colours, Neighbour, Unlabelled, View
@@ -94,6 +94,7 @@ class MaskMatch(nn.Module):
         self.batchnorm_frozen = batchnorm_frozen
         self.neighbour = neighbour
         self.base = build_base(recipe.base)
+        self.strong_views = strong_views_of(recipe)
         self.colours = Colours()
         weights = torch.tensor([1.0, recipe.unlabelled_weight, recipe.mask.weight], dtype=torch.float64)
         self.register_buffer("part_weights", weights, persistent=False)
@@ -120,11 +121,10 @@ class MaskMatch(nn.Module):
         views: tuple[View, ...] = ()
         if uses_unlabelled(self.recipe) and batch.unlabelled_positions:
             weak = View(batch.unlabelled_images / 255, batch.unlabelled_valid, None)
-            draws = view_draws(self.segmenter, self.recipe, self.seed, weak.images.shape[-2:])
             unlabelled = Unlabelled(
                 weak,
                 batch.unlabelled_positions,
-                draws.read(batch.draws),
+                Drawn(batch.draws, self.strong_views),
                 self.recipe.strong_view,
                 self.seed,
                 self.colours,
@@ -239,8 +239,13 @@ def view_draws(segmenter: Segmenter, recipe: MethodRecipe, seed: int, size_px: S
     keep = recipe.mask.keep
     grid = segmenter.unit_grid(height, width) if keep is not None else None
     visible = visible_count(grid, keep) if grid is not None and keep is not None else 0
-    strong_views = max(base_class(recipe.base).strong_views, int(keep is not None and recipe.mask.view == "strong"))
-    return ViewDraws(recipe.strong_view, seed, strong_views, (height, width), grid, visible)
+    return ViewDraws(recipe.strong_view, seed, strong_views_of(recipe), (height, width), grid, visible)
+
+
+def strong_views_of(recipe: MethodRecipe) -> int:
+    """How many strong views of an image are drawn: those of the base, and the one that is masked if it is strong."""
+    masked_strong = recipe.mask.keep is not None and recipe.mask.view == "strong"
+    return max(base_class(recipe.base).strong_views, int(masked_strong))
 
 
 def uses_unlabelled(recipe: MethodRecipe) -> bool:

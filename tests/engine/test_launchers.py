@@ -22,7 +22,14 @@ MPIRUN = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "PMIX_NAMESPACE": "3894411265",
 }
-MPIEXEC = {"PMI_SIZE": "2", "PMI_RANK": "0", "PMI_ID": "0", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
+MPIEXEC = {
+    "PMI_SIZE": "2",
+    "PMI_RANK": "0",
+    "PMI_ID": "0",
+    "MPI_LOCALRANKID": "0",
+    "MPI_LOCALNRANKS": "2",
+    "MASTER_PORT": "2345",
+}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +59,8 @@ def test_all_ranks_of_a_job_find_the_same_master_and_jobs_differ():
     address, port = places[0].master
     assert address == "gpu007"
     assert 20_000 <= port < 40_000
-    assert Place.from_environment(SRUN | {"SLURM_JOB_ID": "4171"}).master[1] != port
+    for other in ({"SLURM_JOB_ID": "4171"}, {"SLURM_STEP_ID": "1"}):  # two steps of a job may share a machine
+        assert Place.from_environment(SRUN | other).master[1] != port
     given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
     assert Place.from_environment(SRUN | given).master is None
 
@@ -65,6 +73,8 @@ def test_all_ranks_of_a_job_find_the_same_master_and_jobs_differ():
         ({k: v for k, v in MPIRUN.items() if "LOCAL_RANK" not in k}, "OMPI_COMM_WORLD_LOCAL_RANK is not"),
         (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "does not say where rank 0 is; set MASTER_ADDR"),
         ({k: v for k, v in MPIRUN.items() if k != "PMIX_NAMESPACE"}, "set MASTER_PORT"),
+        # PMI_ID is the rank: a port made from it would be another one for each.
+        ({k: v for k, v in MPIEXEC.items() if k != "MASTER_PORT"}, "mpiexec has set nothing .* set MASTER_PORT"),
     ],
 )
 def test_a_launcher_that_says_too_little_is_refused(env, message):

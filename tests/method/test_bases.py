@@ -15,7 +15,7 @@ from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.method.bases import Base, PseudoLabels, build_base
-from maskmatch_scale.method.draws import ViewDraws
+from maskmatch_scale.method.draws import Drawn, ViewDraws
 from maskmatch_scale.method.losses import cross_entropy_sum
 from maskmatch_scale.method.maskmatch import MaskMatch, uses_unlabelled, view_draws
 from maskmatch_scale.method.views import Colours, Unlabelled, View
@@ -154,6 +154,6 @@ def test_the_table_says_of_every_base_what_it_does(name: str):
     weak = View(torch.zeros(1, 3, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool), None)
     recipe = Recipe.model_fields["method"].default.strong_view
     draws = ViewDraws(recipe, 0, base.strong_views, (8, 8), None, 0)
-    views = base.views(Unlabelled(weak, [0], draws.read(draws([0])), recipe, 0, Colours()))
+    views = base.views(Unlabelled(weak, [0], Drawn(draws([0]), base.strong_views), recipe, 0, Colours()))
     assert bool(views) == bool(base.strong_views) == BASES[name].unlabelled_loss
     assert base.perturbs_features == (type(base).perturb is not Base.perturb)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as TF
 
 from maskmatch_scale.method import views as module
-from maskmatch_scale.method.draws import ViewDraws
+from maskmatch_scale.method.draws import Drawn, ViewDraws
 from maskmatch_scale.method.views import Colours, Neighbour, Unlabelled, View, cutmix_of, standard_normal
 from maskmatch_scale.recipe import StrongViewRecipe
 
@@ -27,17 +27,17 @@ def draws_of(recipe, seed, size=(24, 32), strong_views=1):
 
 def photometric(images, recipe, seed, positions):
     draws = draws_of(recipe, seed)
-    return module.photometric(images, recipe, draws.read(draws(positions)).photometric(0), Colours())
+    return module.photometric(images, recipe, Drawn(draws(positions), draws.strong_views).photometric(0), Colours())
 
 
 def draw_cutmix(recipe, seed, positions, size, neighbour=None):
     draws = draws_of(recipe, seed, size)
-    return cutmix_of(draws.read(draws(positions)).boxes(0), size, neighbour)
+    return cutmix_of(Drawn(draws(positions), draws.strong_views).boxes(0), size, neighbour)
 
 
 def unlabelled_of(weak, positions, recipe, seed, strong_views=1):
     draws = draws_of(recipe, seed, tuple(weak.images.shape[-2:]), strong_views)
-    return Unlabelled(weak, positions, draws.read(draws(positions)), recipe, seed, Colours())
+    return Unlabelled(weak, positions, Drawn(draws(positions), draws.strong_views), recipe, seed, Colours())
 
 
 def images(count=4, size=(24, 32)):

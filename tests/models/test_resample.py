@@ -33,22 +33,18 @@ def test_bands_are_interpolation(source, factor, rows):
 def test_upsampled_sum_and_its_gradients(batch, first, coarse, together):
     """Also with all images together, as off the CPU."""
     with mock.patch.object(resample, "_IMAGES_AT_ONCE", {} if together else {"cpu": 1}):
-        upsampled_sum_and_its_gradients(batch, first, coarse)
-
-
-def upsampled_sum_and_its_gradients(batch, first, coarse):
-    sizes = [(max(h for h, _ in [first, *coarse]) * 2, max(w for _, w in [first, *coarse]) + 3), *coarse]
-    levels = [torch.randn(batch * h * w, 5, dtype=torch.float64, requires_grad=True) for h, w in sizes]
-    total = upsampled_sum([level * 1 for level in levels], sizes)
-    maps = [level.view(batch, h, w, 5).permute(0, 3, 1, 2) for level, (h, w) in zip(levels, sizes)]
-    expected = sum(F.interpolate(m, size=sizes[0], mode="bilinear", align_corners=False) for m in maps)
-    expected = expected.permute(0, 2, 3, 1).reshape(-1, 5)
-    torch.testing.assert_close(total, expected, rtol=0, atol=1e-12)
-    weight = torch.randn_like(total)
-    ours = torch.autograd.grad((total * weight).sum(), levels, retain_graph=True)
-    theirs = torch.autograd.grad((expected * weight).sum(), levels)
-    for own, want in zip(ours, theirs):
-        torch.testing.assert_close(own, want, rtol=0, atol=1e-11)
+        sizes = [(max(h for h, _ in [first, *coarse]) * 2, max(w for _, w in [first, *coarse]) + 3), *coarse]
+        levels = [torch.randn(batch * h * w, 5, dtype=torch.float64, requires_grad=True) for h, w in sizes]
+        total = upsampled_sum([level * 1 for level in levels], sizes)
+        maps = [level.view(batch, h, w, 5).permute(0, 3, 1, 2) for level, (h, w) in zip(levels, sizes)]
+        expected = sum(F.interpolate(m, size=sizes[0], mode="bilinear", align_corners=False) for m in maps)
+        expected = expected.permute(0, 2, 3, 1).reshape(-1, 5)
+        torch.testing.assert_close(total, expected, rtol=0, atol=1e-12)
+        weight = torch.randn_like(total)
+        ours = torch.autograd.grad((total * weight).sum(), levels, retain_graph=True)
+        theirs = torch.autograd.grad((expected * weight).sum(), levels)
+        for own, want in zip(ours, theirs):
+            torch.testing.assert_close(own, want, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("training", [True, False])

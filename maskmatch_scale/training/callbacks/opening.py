@@ -9,6 +9,7 @@ import platform
 import torch
 
 from maskmatch_scale import __version__
+from maskmatch_scale.engine.precision import uses_tf32
 from maskmatch_scale.training.callbacks.base import Callback
 
 log = logging.getLogger("maskmatch_scale")
@@ -37,7 +38,7 @@ class Opening(Callback):
             f"{run.batches.labelled_samples} labelled samples, {run.batches.unlabelled_samples} unlabelled, from step "
             f"{run.start}",
         ]
-        if run.runtime.device.type == "cuda" and engine.precision == "fp32":
+        if uses_tf32(run.runtime.device, engine.precision):
             lines.append("products of fp32 matrices run in TF32")
         if recipe.optim.lr_reference_batch:
             lines.append(
