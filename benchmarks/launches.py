@@ -86,7 +86,7 @@ def rows_of(backbone: str, images: int, side_px: int, classes: int) -> list[dict
     parts: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         "teacher, three scales": (case.pseudo_label, case.plain_pseudo_label),
         "student, all views, with backward": (
-            lambda: case.forward_backward(pseudo),
+            lambda: case.all_views(pseudo),
             lambda: (case.plain_labelled(), case.plain_strong(plain), case.plain_masked(plain)),
         ),
     }

@@ -158,8 +158,7 @@ class ZeroTrainer:
 
     def backward(self, images: Tensor, labels: Tensor) -> None:
         """See `Trainer`."""
-        loss, _ = self.engine.forward(images, labels)
-        self.engine.backward(loss)
+        self.engine.accumulate(images, labels, last=True)
 
     def update(self, number: int) -> None:
         """See `Trainer`."""

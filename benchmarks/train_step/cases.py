@@ -67,11 +67,15 @@ class Case:
         assert pseudo is not None
         return pseudo
 
-    def forward_backward(self, pseudo: PseudoLabels) -> Tensor:
-        """All views, all losses."""
-        loss, sums = self.maskmatch(self.step, pseudo, self.scale)
+    def view(self, part: str, pseudo: PseudoLabels) -> None:
+        """Forward and backward of one view."""
+        loss, _ = self.maskmatch(part, self.step, pseudo, self.scale)
         loss.backward()
-        return sums
+
+    def all_views(self, pseudo: PseudoLabels) -> None:
+        """One view after the other, as `training.step.take_step` runs them."""
+        for part in self.step.parts:
+            self.view(part, pseudo)
 
     def update(self, student: nn.Module, teacher: nn.Module) -> None:
         """Optimizer and teacher, the same for both implementations."""
@@ -82,7 +86,7 @@ class Case:
 
     def ours(self) -> None:
         """One step of this package."""
-        self.forward_backward(self.pseudo_label())
+        self.all_views(self.pseudo_label())
         self.update(self.segmenter, self.teacher)
 
     # --- the straightforward step ------------------------------------------------------------------------------------
@@ -141,22 +145,24 @@ class Case:
     def disagreement(self) -> dict[str, float]:
         """How far both steps differ where their formulas are the same: labels (share of pixels), L_x and L_u.
 
-        They are compared in eval mode: without dropout, and because in training mode our BatchNorm normalises the views
-        of one batch together, theirs each view by itself.
+        They are compared in eval mode, without dropout.
         """
         modules = (self.maskmatch, self.plain)
         for module in modules:
             module.eval()
         ours, theirs = self.pseudo_label(), self.plain_pseudo_label()
-        sums = self.maskmatch(self.step, ours, self.scale)[1] * self.scale
+        ours_x, ours_u = (
+            self.maskmatch(part, self.step, ours, self.scale)[1] * self.scale[index]
+            for index, part in enumerate(("loss_x", "loss_u"))
+        )
         plain_x, plain_u = self.plain_labelled(), self.plain_strong(ours)
         for module in modules:
             module.zero_grad(set_to_none=True)
             module.train()
         return {
             "labels_differ": float((ours.labels != theirs.labels).double().mean()),
-            "loss_x_differs": abs(float(sums[0] - plain_x)),
-            "loss_u_differs": abs(float(sums[1] - plain_u)),
+            "loss_x_differs": abs(float(ours_x - plain_x)),
+            "loss_u_differs": abs(float(ours_u - plain_u)),
         }
 
     # --- counts ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,15 +16,8 @@ def measure(case: Case, repeats: int) -> tuple[list[dict[str, Any]], list[dict[s
     say(f"{case.backbone}: checking that both steps agree")
     differences = case.disagreement()
     pseudo = case.pseudo_label()
-    masked_off = replace(case.step, masked=None)
     masked = case.step.masked
     assert masked is not None
-
-    def views_only() -> None:
-        case.maskmatch(masked_off, pseudo, case.scale)[0].backward()
-
-    def masked_pass() -> None:
-        (case.maskmatch._masked_loss_sum(masked, pseudo) * 1e-6).backward()
 
     def masked_encoder() -> None:
         levels = case.segmenter.encode(case.maskmatch.normalise(masked.view.images), masked.visible)
@@ -44,8 +36,9 @@ def measure(case: Case, repeats: int) -> tuple[list[dict[str, Any]], list[dict[s
     parts: dict[str, dict[str, Run]] = {
         "ours": {
             "teacher, three scales": case.pseudo_label,
-            "labelled and strong view": views_only,
-            "masked view": masked_pass,
+            "labelled view": lambda: case.view("loss_x", pseudo),
+            "strong view": lambda: case.view("loss_u", pseudo),
+            "masked view": lambda: case.view("loss_m", pseudo),
             "of it: encoder": masked_encoder,
             "of it: context decoder": context,
             "optimizer and EMA": lambda: case.update(case.segmenter, case.teacher),

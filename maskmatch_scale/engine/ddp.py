@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from maskmatch_scale.engine.ema import ReplicatedTeacher
 from maskmatch_scale.engine.optim import adamw, parameter_groups
 from maskmatch_scale.engine.precision import autocast, autocast_dtype
-from maskmatch_scale.engine.protocol import StepOrder, StoredTeacher
+from maskmatch_scale.engine.protocol import StepOrder, StoredTeacher, leaves_out
 from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.engine.schedule import GroupSettings
 from maskmatch_scale.errors import UserError
@@ -54,7 +54,7 @@ class DdpEngine:
         self.skipped = False
         self._device = runtime.device
         self._dtype = autocast_dtype(recipe)
-        self._order = StepOrder(recipe.engine.accumulation)
+        self._order = StepOrder()
         groups = parameter_groups(student, recipe.optim)
         self._groups = GroupSettings(groups, recipe, runtime.world_size)
         self.base_lr = self._groups.base_lr
@@ -77,24 +77,16 @@ class DdpEngine:
     def check_settings(recipe: Recipe, world_size: int) -> None:
         """See `Engine`: accelerate takes no settings apart from the recipe's."""
 
-    def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def accumulate(self, *arguments: Any, last: bool) -> Tensor:
         """See `Engine`."""
-        last = self._order.forward()
+        self._order.accumulate(last=last)
         # DDP decides in the forward whether its backward averages over ranks.
-        local = nullcontext() if last else self._accelerator.no_sync(self._module)
-        with local, autocast(self._device, self._dtype):
-            result: tuple[Tensor, Tensor] = self._module(*arguments)
+        with nullcontext() if last else self._accelerator.no_sync(self._module):
+            with autocast(self._device, self._dtype):
+                loss, figures = self._module(*arguments)
+            self._accelerator.backward(loss)
+        result: Tensor = figures.detach()
         return result
-
-    def backward(self, loss: Tensor) -> None:
-        """See `Engine`."""
-        self._order.backward()
-        self._accelerator.backward(loss / self.recipe.engine.accumulation)
-
-    def leave_out(self) -> None:
-        """See `Engine`."""
-        self._order.leave_out()
-        self._optimizer.zero_grad()
 
     def step(self, number: int) -> None:
         """See `Engine`."""
@@ -110,8 +102,13 @@ class DdpEngine:
         self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
         if self.recipe.optim.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self._trained, self.recipe.optim.clip_norm, self.grad_norm)
-        self._optimizer.step()
-        self.skipped = self._accelerator.optimizer_step_was_skipped
+        if self._accelerator.scaler is not None:
+            self._optimizer.step()  # asks the scaler whether the gradients are finite
+            self.skipped = self._accelerator.optimizer_step_was_skipped
+        else:
+            self.skipped = leaves_out(self.recipe) and not bool(self.grad_norm.isfinite())
+            if not self.skipped:
+                self._optimizer.step()
         self._optimizer.zero_grad()
 
     def lr(self, number: int) -> float:

@@ -39,21 +39,23 @@ _RECIPES_OWN = {"optimizer": "the section optim", "scheduler": "optim.schedule"}
 _PASSED = frozenset(
     {
         *("zero_optimization", "bf16", "fp16", "torch_autocast"),
-        *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "comms_logger"),
-        *("wall_clock_breakdown", "memory_breakdown", "flops_profiler"),
+        *("data_types", "communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
+        *("comms_logger", "wall_clock_breakdown", "memory_breakdown", "flops_profiler"),
     }
 )
 """Top-level keys that are handed on to DeepSpeed."""
 
 _WITHIN = {
-    "bf16": {"enabled", "immediate_grad_update", "check_grad_overflow"},
+    "bf16": {"enabled", "immediate_grad_update"},
+    "data_types": {"grad_accum_dtype"},
     "fp16": {
         *("enabled", "loss_scale", "initial_scale_power", "loss_scale_window"),
         *("hysteresis", "consecutive_hysteresis", "min_loss_scale"),
     },
     "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
 }
-"""Keys that are allowed in these sections. DeepSpeed has more: 16-bit masters and moments, which are not supported."""
+"""Keys that are allowed in these sections. DeepSpeed has more: 16-bit masters and moments, which are not supported, and
+a switch that would let it take a step with gradients that are not finite."""
 
 _NOT_WITHIN_ZERO = {
     "load_from_fp32_weights": "a resumed run would start from rounded weights",
@@ -64,11 +66,12 @@ _NOT_WITHIN_ZERO = {
 """Keys of `zero_optimization` that change what is trained or restored, and why they are refused."""
 
 
-def merged(config: dict[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
+def merged(defaults: dict[str, Any], config: dict[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
     """The recipe's DeepSpeed config with what `engine.deepspeed_json` adds.
 
     Args:
-        config: DeepSpeed's settings made from the recipe alone.
+        defaults: settings that the file may change.
+        config: settings that follow from the recipe.
         recipe: of the run.
         world_size: number of ranks.
 
@@ -98,7 +101,7 @@ def merged(config: dict[str, Any], recipe: Recipe, world_size: int) -> dict[str,
                 f"{path}: {key}={json.dumps(value)}, but the recipe's {_DECIDED[key]} makes it "
                 f"{json.dumps(of_recipe)}; change one of the two, or leave {key} out of the file"
             )
-    whole = _over(given, config)
+    whole = over(over(defaults, given), config)
     _check_schemas(path, whole)
     return whole
 
@@ -129,12 +132,12 @@ def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + key, value
 
 
-def _over(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Two nested settings merged; where both have a key, ``over`` wins."""
+def over(under: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Two nested settings merged; where both have a key, ``top`` wins."""
     both = dict(under)
-    for key, value in over.items():
+    for key, value in top.items():
         below = under.get(key)
-        both[key] = _over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        both[key] = over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     # train_batch_size follows from the other keys. "auto" is for libraries that fill in DeepSpeed's settings.
     return {key: value for key, value in both.items() if key != "train_batch_size" and value != "auto"}
 
@@ -150,9 +153,13 @@ def _check_sections(path: Path, given: dict[str, Any]) -> None:
                 raise UserError(f"{path}: {name}.{key} is not handed on; there are {', '.join(sorted(_WITHIN[name]))}")
             if name == "zero_optimization" and key in _NOT_WITHIN_ZERO:
                 raise UserError(f"{path}: {name}.{key} is refused: {_NOT_WITHIN_ZERO[key]}; take it out of the file")
-    dtype = given.get("communication_data_type")
-    if dtype not in (None, "fp32", "fp16", "bf16"):
-        raise UserError(f"{path}: communication_data_type={json.dumps(dtype)}; it must be fp32, fp16 or bf16")
+    types = {
+        "communication_data_type": given.get("communication_data_type"),
+        "data_types.grad_accum_dtype": given.get("data_types", {}).get("grad_accum_dtype"),
+    }
+    for key, dtype in types.items():
+        if dtype not in (None, "fp32", "fp16", "bf16"):
+            raise UserError(f"{path}: {key}={json.dumps(dtype)}; it must be fp32, fp16 or bf16")
 
 
 def _check_schemas(path: Path, config: dict[str, Any]) -> None:

@@ -36,13 +36,12 @@ class FlatMasters:
     @classmethod
     def of(cls, optimizer: Any) -> list[FlatMasters]:
         """The masters of every group of DeepSpeed's optimizer at ZeRO-1 and 2."""
-        pieces = zip(
-            optimizer.bit16_groups_flat,
-            optimizer.single_partition_of_fp32_groups,
-            optimizer.real_dp_process_group,
-            strict=True,
-        )
-        return [cls(weights, part.detach(), group) for weights, part, group in pieces]
+        if hasattr(optimizer, "bf16_groups_flat"):  # stage 1, with gradients added in fp32
+            weights, parts = optimizer.bf16_groups_flat, optimizer.fp32_groups_flat_partition
+        else:
+            weights, parts = optimizer.bit16_groups_flat, optimizer.single_partition_of_fp32_groups
+        pieces = zip(weights, parts, optimizer.real_dp_process_group, strict=True)
+        return [cls(whole, part.detach(), group) for whole, part, group in pieces]
 
 
 class FlatAverage:

@@ -41,8 +41,8 @@ class StoredTeacher(Protocol):
 class Engine(Protocol):
     """A module and its optimizer on every rank.
 
-    For each micro-batch of a step call :meth:`forward` and then :meth:`backward`, once each. After the last one call
-    :meth:`step`. Any other order raises a `RuntimeError` (:class:`StepOrder`).
+    For each view of each micro-batch call :meth:`accumulate`. After the last one call :meth:`step`. Any other order
+    raises a `RuntimeError` (:class:`StepOrder`).
     """
 
     name: str
@@ -54,13 +54,16 @@ class Engine(Protocol):
     grad_norm: Tensor | float | None
     """Norm of the whole gradient of the last step, before clipping."""
     skipped: bool
-    """Whether the last step was not taken, because fp16 gradients overflowed."""
+    """Whether the last step was not taken, because its gradients were not finite. Then nothing is left of them.
+
+    It is False, and such a step taken, where nobody asked for leaving steps out (`leaves_out`).
+    """
 
     def __init__(self, module: nn.Module, student: nn.Module, recipe: Recipe, runtime: Runtime) -> None:
         """Prepare a module for training.
 
         Args:
-            module: called once for each micro-batch; its ``segmenter`` is the student whose parameters are optimised.
+            module: returns a loss and figures; its ``segmenter`` is the student whose parameters are optimised.
             student: that segmenter.
             recipe: of the run.
             runtime: this rank.
@@ -74,17 +77,16 @@ class Engine(Protocol):
             UserError: names the file and its key.
         """
 
-    def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """The module's (loss, sums) for one micro-batch."""
+    def accumulate(self, *arguments: Any, last: bool) -> Tensor:
+        """One forward of the module and the backward of its loss, whose gradients are added to those of the step.
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch, divided by the number of micro-batches.
+        Args:
+            arguments: of the module.
+            last: whether this is the last call before :meth:`step`. After it the gradients are averaged over ranks.
 
-        After the last micro-batch they are averaged over ranks.
+        Returns:
+            The module's figures, without a graph.
         """
-
-    def leave_out(self) -> None:
-        """Drop the forward that waits for its backward: this step is not taken."""
 
     def step(self, number: int) -> None:
         """Take optimizer step ``number`` (from 0) with its learning rate."""
@@ -129,46 +131,31 @@ class Engine(Protocol):
 
 
 class StepOrder:
-    """Counts the calls of a step, and raises on an order that gives wrong results at some ZeRO stage.
+    """Raises a `RuntimeError` if a step does not end with the one call of `accumulate` that is its last.
 
-    DeepSpeed accepts such orders without an error. Several backwards before one step are wrong at stages 1 and 2,
-    several forwards before their backwards at stage 3 (docs/zero.md). They raise a `RuntimeError`.
-
-    Args:
-        micro_batches: number of micro-batches of one step.
+    DeepSpeed accepts other orders without an error: it would step with gradients that were not averaged over ranks, or
+    not step at all (docs/zero.md).
     """
 
-    def __init__(self, micro_batches: int) -> None:
-        self._micro_batches = micro_batches
-        self._backwards = 0
-        self._waiting = False
+    def __init__(self) -> None:
+        self._complete = False
 
-    def forward(self) -> bool:
-        """A forward begins. Returns whether it is the last of the step."""
-        if self._waiting:
-            raise RuntimeError("two forwards without a backward between them: silently wrong at ZeRO-3")
-        if self._backwards == self._micro_batches:
-            raise RuntimeError(f"more than engine.accumulation={self._micro_batches} micro-batches before a step")
-        self._waiting = True
-        return self._backwards + 1 == self._micro_batches
-
-    def backward(self) -> bool:
-        """A backward begins. Returns whether it is the last of the step."""
-        if not self._waiting:
-            raise RuntimeError("a backward without a forward of its own: silently wrong at ZeRO-1 and 2")
-        self._waiting = False
-        self._backwards += 1
-        return self._backwards == self._micro_batches
+    def accumulate(self, *, last: bool) -> None:
+        """A forward and its backward begin."""
+        if self._complete:
+            raise RuntimeError("gradients after the last of this step: they would not be averaged over ranks")
+        self._complete = last
 
     def step(self) -> None:
         """The step begins."""
-        if self._waiting or self._backwards < self._micro_batches:
-            raise RuntimeError(
-                f"a step after {self._backwards} of {self._micro_batches} backwards: DeepSpeed would not take it"
-            )
-        self._backwards = 0
+        if not self._complete:
+            raise RuntimeError("a step before its last gradients: they are not averaged over ranks yet")
+        self._complete = False
 
-    def leave_out(self) -> None:
-        """The step is not taken."""
-        self._waiting = False
-        self._backwards = 0
+
+def leaves_out(recipe: Recipe) -> bool:
+    """Whether a step with non-finite gradients is left out.
+
+    fp16 gradients overflow now and then, and the loss scale falls. In other precisions a recipe asks for it.
+    """
+    return recipe.engine.precision == "fp16" or recipe.run.max_nonfinite_steps > 0

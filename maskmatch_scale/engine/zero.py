@@ -1,7 +1,6 @@
-"""The engine that calls DeepSpeed directly: one forward for all views, one backward, one step.
+"""The engine that calls DeepSpeed directly: a forward and its backward for each view, then one step.
 
-Any other order of forwards and backwards gives wrong results at some ZeRO stage, without an error (docs/zero.md).
-`StepOrder` refuses it.
+Other orders of forwards and backwards give wrong results at some ZeRO stage, without an error (docs/zero.md).
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskmatch_scale.engine.deepspeed_json import merged
+from maskmatch_scale.engine.deepspeed_json import merged, over
 from maskmatch_scale.engine.ema import ReplicatedTeacher
 from maskmatch_scale.engine.masters import FlatAverage, FlatMasters
 from maskmatch_scale.engine.optim import adamw, parameter_groups
 from maskmatch_scale.engine.precision import autocast, autocast_dtype
-from maskmatch_scale.engine.protocol import StepOrder, StoredTeacher
+from maskmatch_scale.engine.protocol import StepOrder, StoredTeacher, leaves_out
 from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.engine.schedule import GroupSettings, base_lr
 from maskmatch_scale.engine.setup import import_deepspeed
@@ -29,7 +28,8 @@ from maskmatch_scale.recipe import Recipe
 def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """DeepSpeed's settings for a recipe, merged with those of the user's file (`engine.deepspeed_json`).
 
-    Keys whose defaults would change what the recipe means are always written out.
+    Keys whose defaults would change what the recipe means are always written out. Gradients of bf16 weights are added
+    and averaged in fp32, and at stage 2 averaged during the backward pass, unless the file says otherwise.
 
     Args:
         recipe: of the run; its precision is not `auto` any more.
@@ -53,17 +53,22 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
+    defaults: dict[str, Any] = {"zero_optimization": {"overlap_comm": True}} if engine.zero_stage == 2 else {}
     if engine.precision in ("bf16", "fp16"):
         config[engine.precision] = {"enabled": True}
+    if engine.precision == "bf16":
+        defaults |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     if engine.precision == "autocast-bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # Gradients of the modules in this list would be averaged in bf16.
+        defaults["torch_autocast"] = {"lower_precision_safe_modules": []}
     if engine.offload_optimizer:
         # With offloading DeepSpeed refuses an optimizer object. These settings make it build torch's AdamW itself.
         config["optimizer"] = {
             "type": "AdamW",
             "params": {"torch_adam": True, "lr": base_lr(recipe, world_size), "betas": list(recipe.optim.betas)},
         }
-    return merged(config, recipe, world_size) if engine.deepspeed_json else config
+    return merged(defaults, config, recipe, world_size) if engine.deepspeed_json else over(defaults, config)
 
 
 class ZeroEngine:
@@ -83,7 +88,7 @@ class ZeroEngine:
         self.grad_norm: Tensor | float | None = None
         self.skipped = False
         self._device = runtime.device
-        self._order = StepOrder(recipe.engine.accumulation)
+        self._order = StepOrder()
         groups = parameter_groups(student, recipe.optim)
         self._groups = GroupSettings(groups, recipe, runtime.world_size)
         self.base_lr = self._groups.base_lr
@@ -99,46 +104,43 @@ class ZeroEngine:
         if recipe.engine.deepspeed_json:
             deepspeed_config(recipe, world_size)
 
-    def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def accumulate(self, *arguments: Any, last: bool) -> Tensor:
         """See `Engine`."""
-        self._order.forward()
-        result: tuple[Tensor, Tensor] = self._engine(*arguments)
+        self._order.accumulate(last=last)
+        # Without this call DeepSpeed would count its own steps to know which backward is the last.
+        self._engine.set_gradient_accumulation_boundary(last)
+        loss, figures = self._engine(*arguments)
+        self._engine.backward(loss, scale_wrt_gas=False)
+        result: Tensor = figures.detach()
         return result
-
-    def backward(self, loss: Tensor) -> None:
-        """See `Engine`."""
-        last = self._order.backward()
-        self._engine.backward(loss)
-        if not last:
-            # DeepSpeed counts micro-batches in its step(): without this call the real step would do nothing.
-            self._engine.step()
-
-    def leave_out(self) -> None:
-        """See `Engine`."""
-        self._order.leave_out()
 
     def step(self, number: int) -> None:
         """See `Engine`."""
         self._order.step()
         self._groups.set_lr(self._engine.optimizer.param_groups, number)
-        self.grad_norm = self._plain_grad_norm()
+        if self.recipe.engine.zero_stage == 0:
+            self._step_at_stage_0()
+            return
         skipped_before = self._engine.skipped_steps
         self._engine.step()
-        # DeepSpeed leaves out a step with non-finite gradients in every precision. Only in fp16 is that no error: the
-        # loss scale falls, and the next step may be finite.
-        self.skipped = self.recipe.engine.precision == "fp16" and self._engine.skipped_steps > skipped_before
-        if self.grad_norm is None:
-            self.grad_norm = self._engine.get_global_grad_norm()
+        # At stages 1 to 3 DeepSpeed leaves out a step with non-finite gradients in every precision.
+        self.skipped = leaves_out(self.recipe) and self._engine.skipped_steps > skipped_before
+        self.grad_norm = self._engine.get_global_grad_norm()
 
     def lr(self, number: int) -> float:
         """See `Engine`."""
         return self._groups.lr(number)
 
-    def _plain_grad_norm(self) -> Tensor | None:
-        """The gradient norm at stage 0, where DeepSpeed reports none; None at other stages."""
-        if self.recipe.engine.zero_stage > 0:
-            return None
-        return torch.nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None])
+    def _step_at_stage_0(self) -> None:
+        """A step without ZeRO, where DeepSpeed reports no norm of the gradients and takes every step."""
+        self.grad_norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.student.parameters() if p.grad is not None]
+        )
+        self.skipped = leaves_out(self.recipe) and not bool(self.grad_norm.isfinite())
+        if self.skipped:
+            self._engine.zero_grad()
+        else:
+            self._engine.step()
 
     def full_fp32_parameters(self, *, keep: bool) -> dict[str, Tensor]:
         """See `Engine`; a collective at stage 3 and with 16-bit weights."""

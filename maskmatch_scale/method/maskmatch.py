@@ -3,7 +3,7 @@
 step = maskmatch.prepare(batch)                  views and visible units are drawn
 pixels = maskmatch.denominators(step)            the caller sums them over ranks and micro-batches
 pseudo = maskmatch.pseudo_label(step, teacher)   the teacher labels the whole weak view
-loss, sums = maskmatch(step, pseudo, scale)      the student runs on all views in one call, as DeepSpeed needs it
+for part in step.parts: loss, sum = maskmatch(part, step, pseudo, scale)     one forward pass, then its backward pass
 """
 
 from __future__ import annotations
@@ -55,6 +55,16 @@ class Step:
     """None during burn-in and in runs without a loss on unlabelled images."""
     views: tuple[View, ...]
     masked: MaskedView | None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The losses that are taken, one forward pass each, in their order.
+
+        The masked view is the last one: the context decoder gets gradients from it alone, and DDP needs them in the
+        backward pass that averages over ranks.
+        """
+        there = (len(self.labelled_images) > 0, bool(self.views), self.masked is not None)
+        return tuple(part for part, is_there in zip(PARTS, there, strict=True) if is_there)
 
 
 class MaskMatch(nn.Module):
@@ -169,58 +179,49 @@ class MaskMatch(nn.Module):
             pseudo.mixed(view.cutmix)
         return pseudo
 
-    def forward(self, step: Step, pseudo: PseudoLabels | None, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The student on every view.
+    def forward(
+        self, part: str, step: Step, pseudo: PseudoLabels | None, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The student's forward pass for one loss.
 
         Args:
+            part: one of `Step.parts`.
             step: from :meth:`prepare`.
             pseudo: from :meth:`pseudo_label`.
             scale: float64 (3,): factor on each part's sum over pixels. The caller gives one over the global
-                denominator, times what undoes the engine's averaging over ranks and micro-batches.
+                denominator, times what undoes the engine's averaging over ranks.
 
         Returns:
-            The loss to call backward on (scalar), and the parts' sums over pixels, detached: float32 (3,).
+            The loss to call backward on (scalar), and the part's sum over pixels, detached: float32 scalars.
         """
-        zero = step.labelled_images.new_zeros(())
-        sizes = [len(step.labelled_images), *(len(view.images) for view in step.views)]
-        # Labelled images and views have one shape, so one forward pass takes them all.
-        images = torch.cat([step.labelled_images, *(view.images for view in step.views)])
-        sum_x = sum_u = sum_m = zero
-        view_logits: list[Tensor] = []
-        if len(images):
-            logits, *view_logits = self.segmenter(
-                self.normalise(images), perturb=self._perturbation(step, sizes)
-            ).split(sizes)
-            if len(step.labels):
-                sum_x = cross_entropy_sum(logits, step.labels, step.labelled_pixels, self.class_weight)
-        if pseudo is not None and step.views:
-            sum_u = self.base.loss_sum(view_logits, step.views, pseudo)
-        if pseudo is not None and step.masked is not None:
-            sum_m = self._masked_loss_sum(step.masked, pseudo)
-        sums = torch.stack([sum_x, sum_u, sum_m])
-        loss = (sums * (scale * self.part_weights).to(sums.dtype)).sum()
-        return loss, sums.detach()
+        if part == "loss_x":
+            logits = self.segmenter(self.normalise(step.labelled_images))
+            total = cross_entropy_sum(logits, step.labels, step.labelled_pixels, self.class_weight)
+        else:
+            assert pseudo is not None
+            total = self._unlabelled_loss_sum(step, pseudo) if part == "loss_u" else self._masked_loss_sum(step, pseudo)
+        index = PARTS.index(part)
+        return total * (scale[index] * self.part_weights[index]).to(total.dtype), total.detach()
 
-    def _perturbation(self, step: Step, sizes: list[int]) -> Callable[[list[Tensor]], list[Tensor]] | None:
-        """The base's perturbation of features of one batch that holds labelled images and all views, if it has one.
-
-        Args:
-            step: of the batch.
-            sizes: numbers of labelled images and of images of each view; labelled features are not perturbed.
-        """
+    def _unlabelled_loss_sum(self, step: Step, pseudo: PseudoLabels) -> Tensor:
+        """The base's loss. Its views run in one forward pass: they have one shape, and the loss may compare them."""
         unlabelled = step.unlabelled
-        if not self.base.perturbs_features or unlabelled is None or not step.views:
-            return None
+        assert unlabelled is not None
+        sizes = [len(view.images) for view in step.views]
 
         def perturb(features: list[Tensor]) -> list[Tensor]:
-            labelled, *views = zip(*(torch.split(level, sizes) for level in features))
+            views = zip(*(torch.split(level, sizes) for level in features), strict=True)
             perturbed = self.base.perturb([list(levels) for levels in views], unlabelled)
-            return [torch.cat(parts) for parts in zip(labelled, *perturbed, strict=True)]
+            return [torch.cat(parts) for parts in zip(*perturbed, strict=True)]
 
-        return perturb
+        images = self.normalise(torch.cat([view.images for view in step.views]))
+        logits = self.segmenter(images, perturb=perturb if self.base.perturbs_features else None)
+        return self.base.loss_sum(logits.split(sizes), step.views, pseudo)
 
-    def _masked_loss_sum(self, masked: MaskedView, pseudo: PseudoLabels) -> Tensor:
+    def _masked_loss_sum(self, step: Step, pseudo: PseudoLabels) -> Tensor:
         """Σ over ω ∩ R of 1[c ≥ τ] CE(S(u_m, visible = V), ŷ)."""
+        masked = step.masked
+        assert masked is not None
         target = pseudo.mixed(masked.view.cutmix)
         logits = self.segmenter(self.normalise(masked.view.images), masked.visible, self.recipe.mask.mode)
         return cross_entropy_sum(logits, target.labels, target.confident & masked.counted)

@@ -253,7 +253,7 @@ class EngineRecipe(Section):
     """bf16, fp16: weights of that type with fp32 master weights. autocast-bf16: fp32 weights, bf16 arithmetic. auto:
     the fastest of fp32, bf16 and autocast-bf16 that is right for this model on this machine."""
     micro_batch: Annotated[int, Field(ge=1)] = 2
-    """Labelled images of each rank in one forward and backward pass."""
+    """Labelled images of each rank in one forward and backward pass. Each view of the unlabelled ones has its own."""
     accumulation: Annotated[int, Field(ge=1)] = 1
     """Micro-batches of each rank in one optimizer step."""
     offload_optimizer: bool = False
@@ -307,8 +307,7 @@ class RunRecipe(Section):
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between lines of progress; metrics stay on the device until then."""
     max_nonfinite_steps: Annotated[int, Field(ge=0)] = 0
-    """Number of steps with a non-finite loss that are left out before the run stops. Above 0 it costs one device
-    synchronisation per step."""
+    """Number of steps with non-finite gradients that are left out before the run stops."""
 
 
 class Recipe(Section):

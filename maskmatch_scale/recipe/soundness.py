@@ -78,11 +78,6 @@ def unsound(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "engine.compile=true with engine.activation_checkpointing=true: no test shows that they are right together; "
         "switch one off",
     )
-    yield (
-        bool(recipe.run.max_nonfinite_steps) and engine.accumulation > 1,
-        f"run.max_nonfinite_steps={recipe.run.max_nonfinite_steps} with engine.accumulation={engine.accumulation}: "
-        "a step cannot be left out after some of its micro-batches; set the first key to 0 or the second to 1",
-    )
 
 
 def _unsound_without_labels(recipe: Recipe) -> Iterator[tuple[bool, str]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.data.faults import REASONS
 from maskmatch_scale.data.order.source import Skip
+from maskmatch_scale.engine.protocol import leaves_out
 from maskmatch_scale.method.ema import ema_decay
 from maskmatch_scale.method.maskmatch import PARTS, Step
 from maskmatch_scale.models.batchnorm import restore_statistics, running_statistics
@@ -37,7 +38,7 @@ class StepFigures:
     skipped: tuple[Skip, ...] = ()
     """Bad samples that this rank skipped."""
     left_out: bool = False
-    """Whether the step was not taken, because the loss was not finite."""
+    """Whether the step was not taken, because its gradients were not finite (`run.max_nonfinite_steps`)."""
 
 
 def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
@@ -67,33 +68,31 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
 
     local = torch.stack([maskmatch.denominators(micro) for micro in prepared]).sum(0)
     pixels = runtime.sum_over_ranks(local)
-    # The engine averages gradients over ranks and micro-batches; the losses are means over all their pixels.
-    scale = runtime.world_size * recipe.engine.accumulation / pixels.clamp(min=1)
+    # The engine averages gradients over ranks; the losses are means over the pixels of all of them.
+    scale = runtime.world_size / pixels.clamp(min=1)
     sums = torch.zeros(5 + len(REASONS), dtype=torch.float64, device=runtime.device)
     if figures.skipped:  # rarely: the copy from the host waits
         sums[5:] = _count_reasons(figures.skipped).to(runtime.device)
     # A forward changes the running statistics of BatchNorm, also when the step is left out afterwards.
-    statistics = running_statistics(run.student) if recipe.run.max_nonfinite_steps else []
+    statistics = running_statistics(run.student) if leaves_out(recipe) else []
     teacher_times = []
     for micro in prepared:
         stop = runtime.stopwatch()
         pseudo = maskmatch.pseudo_label(micro, run.teacher)
         teacher_times.append(stop())
-        loss, parts = engine.forward(micro, pseudo, scale)
-        sums[:3] += parts
+        for part in micro.parts:
+            # One view at a time, so that only one view's activations are kept for a backward pass.
+            last = micro is prepared[-1] and part == micro.parts[-1]
+            sums[PARTS.index(part)] += engine.accumulate(part, micro, pseudo, scale, last=last)
         if pseudo is not None and micro.unlabelled is not None:
             valid = micro.unlabelled.weak.valid
             sums[3:5] += torch.stack([(pseudo.confident & valid).sum(), valid.sum()])
-        figures.left_out = bool(recipe.run.max_nonfinite_steps) and _not_finite(run, sums)
-        if figures.left_out:
-            engine.leave_out()
-            restore_statistics(statistics)
-        else:
-            engine.backward(loss)
-    if not figures.left_out:
-        engine.step(step)
+    engine.step(step)
+    figures.left_out = engine.skipped and recipe.engine.precision != "fp16"
     stop = runtime.stopwatch()
-    if not figures.left_out and not engine.skipped:
+    if engine.skipped:
+        restore_statistics(statistics)
+    else:
         run.teacher.update(ema_decay(step + 1, recipe.method.ema_decay))
     figures.later = {"teacher_s": lambda: sum(time_s() for time_s in teacher_times), "ema_s": stop()}
     _fill(figures, run, step, prepared[0], runtime.sum_over_ranks(sums), pixels)
@@ -110,11 +109,6 @@ def _count_reasons(skipped: Sequence[Skip]) -> Tensor:
     for skip in skipped:
         counts[REASONS.index(skip.reason)] += 1
     return counts
-
-
-def _not_finite(run: Run, sums: Tensor) -> bool:
-    """Whether this step's loss is not finite on any rank; waits for the device."""
-    return not bool(run.runtime.sum_over_ranks(sums).isfinite().all())
 
 
 def _fill(figures: StepFigures, run: Run, step: int, micro: Step, sums: Tensor, pixels: Tensor) -> None:

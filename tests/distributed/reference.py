@@ -81,10 +81,11 @@ def train_plainly(recipe, world_size: int) -> Outcome:
         total = 0.0
         for micro in micros:
             pseudo = step_module.pseudo_label(micro, teach)
-            with student_arithmetic:
-                loss, _ = step_module(micro, pseudo, 1 / pixels)
-            loss.backward()
-            total += float(loss.detach())
+            for part in micro.parts:
+                with student_arithmetic:
+                    loss, _ = step_module(part, micro, pseudo, 1 / pixels)
+                loss.backward()
+                total += float(loss.detach())
         losses.append(total)
         for master, parameter in zip(masters, student.parameters(), strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()

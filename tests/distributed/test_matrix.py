@@ -82,11 +82,10 @@ MATRIX = _matrix()
 WITHOUT = {
     # Guard → the run of the matrix that it is taken away from.
     "clipping-default": "vit-1-unclipped",
-    "step-after-each-backward": "vit-1-fp32-2",
+    "boundary": "vit-1-fp32-2",
     "teacher-threshold": "vit-3-fp32-1",
     "average-of-masters": "vit-2-bf16-no-memory",
     "average-in-fp32": "vit-1-fp32-1",
-    "one-backward": "vit-1-fp32-1",
     "refusal": "vit-0-bf16-1",
 }
 

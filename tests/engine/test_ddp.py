@@ -162,10 +162,9 @@ def test_equals_a_loop_in_plain_torch(ddp_of_one, make_recipe, clip_norm):
     adamw = torch.optim.AdamW(groups, betas=engine.recipe.optim.betas)
     inputs = torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(1))
     for number in range(3):
-        for micro in inputs[number]:
-            loss, _ = engine.forward(micro, number != 1)
-            engine.backward(loss)
-            (plain(micro, number != 1)[0] / 2).backward()
+        for last, micro in enumerate(inputs[number]):
+            engine.accumulate(micro, number != 1, last=bool(last))
+            plain(micro, number != 1)[0].backward()
         engine.step(number)
         for p in plain.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -186,14 +185,15 @@ def test_equals_a_loop_in_plain_torch(ddp_of_one, make_recipe, clip_norm):
 def test_a_step_left_out_leaves_nothing_behind(ddp_of_one, make_recipe):
     weights = []
     for also_left_out in (False, True):
-        engine, module = toy_engine(make_recipe, engine=ACCELERATE)
+        engine, module = toy_engine(make_recipe, engine=ACCELERATE, run={"max_nonfinite_steps": 3})
         for number in range(3):
             if also_left_out:
-                engine.forward(torch.ones(2, 4), number != 1, float("nan"))
-                engine.leave_out()
-            loss, _ = engine.forward(torch.full((2, 4), float(number)), number != 1)
-            engine.backward(loss)
+                engine.accumulate(torch.ones(2, 4), True, float("nan"), last=True)
+                engine.step(number)
+                assert engine.skipped
+            engine.accumulate(torch.full((2, 4), float(number)), True, last=True)
             engine.step(number)
+            assert not engine.skipped
         weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert weights[0].equal(weights[1])
 
@@ -203,8 +203,7 @@ def test_an_overflow_in_fp16_skips_the_step(make_recipe, tmp_path):
     before = [p.detach().clone() for p in module.parameters()]
     scale = engine._accelerator.scaler.get_scale()
     for number, (factor, skipped) in enumerate([(float("inf"), True), (1e-4, False)]):
-        loss, _ = engine.forward(torch.ones(2, 4), True, factor)
-        engine.backward(loss)
+        engine.accumulate(torch.ones(2, 4), True, factor, last=True)
         engine.step(number)
         assert engine.skipped is skipped
         unchanged = all(one.equal(other) for one, other in zip(before, module.parameters(), strict=True))
@@ -224,12 +223,12 @@ def test_an_overflow_in_fp16_skips_the_step(make_recipe, tmp_path):
 
 def test_the_order_of_calls_is_held(make_recipe):
     engine, _ = toy_engine(make_recipe, engine=ACCELERATE)
-    loss, _ = engine.forward(torch.ones(2, 4), True)
-    with pytest.raises(RuntimeError, match="a step after 0 of 1 backwards"):
+    engine.accumulate(torch.ones(2, 4), True, last=False)
+    with pytest.raises(RuntimeError, match="a step before its last gradients"):
         engine.step(0)
-    engine.backward(loss)
-    with pytest.raises(RuntimeError, match="a backward without a forward"):
-        engine.backward(loss)
+    engine.accumulate(torch.ones(2, 4), True, last=True)
+    with pytest.raises(RuntimeError, match="gradients after the last"):
+        engine.accumulate(torch.ones(2, 4), True, last=True)
 
 
 def test_other_ranks_than_the_launchers_are_refused(fresh_accelerate):

@@ -27,8 +27,28 @@ def test_without_a_file_the_recipe_decides_everything(make_recipe):
     config = deepspeed_config(recipe, 2)
     assert config["train_micro_batch_size_per_gpu"] == 3
     assert config["gradient_accumulation_steps"] == 2
-    assert config["zero_optimization"] == {"stage": 2}
+    assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True}
     assert config["gradient_clipping"] == 0.0  # DeepSpeed's own default is 1
+
+
+def test_bf16_gradients_are_added_and_averaged_in_fp32(make_recipe, config_of):
+    config = deepspeed_config(make_recipe(engine={"precision": "bf16"}), 2)
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["communication_data_type"] == "fp32"
+    config = deepspeed_config(make_recipe(engine={"precision": "autocast-bf16"}), 2)
+    assert config["torch_autocast"]["lower_precision_safe_modules"] == []
+
+
+def test_a_file_may_choose_otherwise(config_of):
+    content = {"data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "bf16"}
+    config = config_of(content, engine={"precision": "bf16"})
+    assert config["data_types"] == content["data_types"]
+    assert config["communication_data_type"] == "bf16"
+    modules = {"lower_precision_safe_modules": ["torch.nn.Linear"]}
+    config = config_of({"torch_autocast": modules}, engine={"precision": "autocast-bf16"})
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"} | modules
+    config = config_of({"zero_optimization": {"overlap_comm": False}}, engine={"zero_stage": 2})
+    assert config["zero_optimization"]["overlap_comm"] is False
 
 
 def test_it_adds_what_tunes(config_of):
@@ -87,6 +107,9 @@ def test_details_of_offloading(config_of):
         ({"torch_autocast": {"lower_precision_safe_module": []}}, ["torch_autocast.lower_precision_safe_module"]),
         ({"zero_optimization": {"load_from_fp32_weights": False}}, ["load_from_fp32_weights", "rounded weights"]),
         ({"communication_data_type": "fp61"}, ['communication_data_type="fp61"']),
+        ({"data_types": {"grad_accum_dtype": "fp61"}}, ['data_types.grad_accum_dtype="fp61"']),
+        ({"data_types": "fp32"}, ["data_types=", "an object"]),
+        ({"bf16": {"check_grad_overflow": False}}, ["bf16.check_grad_overflow", "not handed on"]),
         ("{", ["not readable as JSON"]),
         ("[1]", ["an object"]),
     ],

@@ -22,7 +22,7 @@ class PlainEngine:
     def __init__(self, module, student, recipe, runtime):
         self.recipe, self.student, self.module = recipe, student, module
         self.grad_norm, self.skipped = None, False
-        self.order = StepOrder(recipe.engine.accumulation)
+        self.order = StepOrder()
         groups = parameter_groups(student, recipe.optim)
         self.groups = GroupSettings(groups, recipe, runtime.world_size)
         self.base_lr = self.groups.base_lr
@@ -32,17 +32,11 @@ class PlainEngine:
     def check_settings(recipe, world_size):
         pass
 
-    def forward(self, *arguments):
-        self.order.forward()
-        return self.module(*arguments)
-
-    def backward(self, loss):
-        self.order.backward()
-        (loss / self.recipe.engine.accumulation).backward()
-
-    def leave_out(self):
-        self.order.leave_out()
-        self.optimizer.zero_grad()
+    def accumulate(self, *arguments, last):
+        self.order.accumulate(last=last)
+        loss, figures = self.module(*arguments)
+        loss.backward()
+        return figures
 
     def step(self, number):
         self.order.step()

@@ -26,6 +26,7 @@ from maskmatch_scale.record.summary import summarise
 from maskmatch_scale.seeds import generator
 from maskmatch_scale.train import train
 from tests.conftest import TINY_SEGFORMER, TINY_VIT
+from tests.method.parts import all_parts
 
 MODELS = {
     "segformer": {"backbone": "transformers/segformer-b0", "backbone_options": TINY_SEGFORMER},
@@ -84,7 +85,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 def one_step(recipe: Recipe, model: str) -> MaskMatch:
     torch.manual_seed(0)
     segmenter = build_segmenter(num_classes=3, image_size=64, **MODELS[model]).double()
-    # BatchNorm frozen: a view's logits then do not depend on the views beside it.
+    # BatchNorm frozen: a view's logits then do not depend on the other view of its base.
     return MaskMatch(segmenter, recipe.method, recipe.run.seed, 255, batchnorm_frozen=True).double().train()
 
 
@@ -101,7 +102,7 @@ def test_a_new_base_gives_the_loss_that_it_says(make_recipe: Callable[..., Recip
     module = one_step(recipe, model)
     step = module.prepare(first_batch(recipe, module))
     pseudo = module.pseudo_label(step, module.segmenter)
-    _, sums = module(step, pseudo, torch.ones(3, dtype=torch.float64))
+    _, sums = all_parts(module, step, pseudo, torch.ones(3, dtype=torch.float64))
     logits = module.segmenter(module.normalise(step.unlabelled.weak.images))
     expected = cross_entropy_sum(logits, pseudo.labels, pseudo.confident & step.unlabelled.weak.valid)
     torch.testing.assert_close(sums[1], expected.detach().to(sums.dtype), rtol=1e-9, atol=0)
@@ -118,8 +119,8 @@ def test_a_base_perturbs_features_of_the_views_it_names(
     step = module.prepare(first_batch(recipe, module))
     pseudo = module.pseudo_label(step, module.segmenter)
     calls.clear()
-    loss, sums = module(step, pseudo, torch.ones(3, dtype=torch.float64))
-    assert calls == [2 + 2 + 2, 2]  # labelled images and both views in one call, the masked view in another
+    loss, sums = all_parts(module, step, pseudo, torch.ones(3, dtype=torch.float64))
+    assert calls == [2, 2 + 2, 2]  # labelled images, both views of the base together, the masked view
     loss.backward()
     assert all(parameter.grad is not None for parameter in module.parameters())
 

@@ -11,6 +11,7 @@ from maskmatch_scale.method.maskmatch import MaskMatch, view_draws
 from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.models.units import visible_pixel_mask
 from tests.conftest import TINY_SEGFORMER, TINY_VIT
+from tests.method.parts import all_parts
 
 BACKBONES = {
     "segformer": {"backbone": "transformers/segformer-b0", "backbone_options": TINY_SEGFORMER, "head": "pixel_shuffle"},
@@ -21,7 +22,7 @@ BACKBONES = {
 def build(family, recipe, **options):
     torch.manual_seed(0)
     segmenter = build_segmenter(num_classes=3, image_size=64, **BACKBONES[family]).double()
-    # BatchNorm frozen: a view's logits then do not depend on the views beside it.
+    # BatchNorm frozen: then nothing but the formulas decides.
     module = (
         MaskMatch(segmenter, recipe.method, recipe.run.seed, 255, batchnorm_frozen=True, **options).double().train()
     )
@@ -46,7 +47,7 @@ def test_losses_equal_the_formulas(make_recipe, family, view, pixels):
     module, batch = build(family, recipe, class_weight=weight)
     step = module.prepare(batch)
     pseudo = module.pseudo_label(step, module.segmenter)
-    loss, sums = module(step, pseudo, 1 / module.denominators(step))
+    loss, sums = all_parts(module, step, pseudo, 1 / module.denominators(step))
 
     s, normal = module.segmenter, lambda images: ((images - module.mean) / module.std).double()
     labels = batch.labels.long().masked_fill(batch.labels == 255, -100)
@@ -81,7 +82,7 @@ def test_masked_loss_has_no_gradient_to_masked_pixels(make_recipe, family):
     pseudo = module.pseudo_label(step, module.segmenter)
     images = step.masked.view.images.double().requires_grad_()
     object.__setattr__(step.masked.view, "images", images)
-    module._masked_loss_sum(step.masked, pseudo).backward()
+    module._masked_loss_sum(step, pseudo).backward()
     seen = visible_pixel_mask(step.masked.visible, module.segmenter.unit_grid(64, 64), module.segmenter.unit_px)
     masked = ~seen[:, None].expand_as(images)
     assert (images.grad[masked] == 0).all()
@@ -107,8 +108,7 @@ def test_switched_off_parts_cost_nothing(make_recipe):
     (batch,) = load_batches(TrainingBatches(plain, 3, 0, 1, unlabelled=False), 0, 1)
     step = module.prepare(batch)
     assert step.unlabelled is step.masked is module.pseudo_label(step, module.segmenter) is None
-    _, sums = module(step, None, torch.ones(3, dtype=torch.float64))
-    assert sums[1:].eq(0).all()
+    assert step.parts == ("loss_x",)
 
 
 def test_images_with_no_valid_pixel_change_nothing(make_recipe):
@@ -118,7 +118,7 @@ def test_images_with_no_valid_pixel_change_nothing(make_recipe):
     step = module.prepare(batch)
     pseudo = module.pseudo_label(step, module.segmenter)
     assert module.denominators(step).eq(0).all()
-    _, sums = module(step, pseudo, 1 / module.denominators(step).clamp(min=1))
+    _, sums = all_parts(module, step, pseudo, 1 / module.denominators(step).clamp(min=1))
     assert sums.eq(0).all()
 
 

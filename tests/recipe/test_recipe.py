@@ -77,7 +77,6 @@ ACCELERATE = "engine.library=accelerate"
         (["engine.zero_stage=2", "engine.offload_parameters=true"], ["engine.offload_parameters", "zero_stage=3"]),
         (["engine.zero_stage=3", "engine.compile=true"], ["engine.compile", "engine.zero_stage=2"]),
         (["engine.compile=true", "engine.activation_checkpointing=true"], ["engine.activation_checkpointing"]),
-        (["run.max_nonfinite_steps=1", "engine.accumulation=2"], ["run.max_nonfinite_steps", "engine.accumulation"]),
     ],
 )
 def test_combinations_that_train_wrongly_are_refused(path, overrides, parts):

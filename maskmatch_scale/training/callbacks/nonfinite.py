@@ -40,30 +40,35 @@ class NonFinite(Callback):
             TrainingStopped: names the step, the figures and the last good checkpoint.
         """
         for record in records:
-            if record.get("left_out"):
+            overflow = record.get("overflow", False)
+            # In fp16 a gradient overflows now and then: the step is not taken, and the loss scale falls. But a smaller
+            # scale does not mend a loss that is not finite, so such a step counts as one that was left out.
+            self.left_out += overflow and not math.isfinite(record["loss"])
+            norm = 0.0 if overflow else record["grad_norm"] or 0.0
+            left_out = record.get("left_out", False) or overflow
+            if math.isfinite(record["loss"] + norm) and not record.get("left_out"):
                 continue
-            # A gradient can overflow although the loss did not, and the weights are lost all the same. The exception is
-            # fp16: such a step is not taken, and the loss scale falls.
-            norm = 0.0 if record.get("overflow") else record["grad_norm"] or 0.0
-            if not math.isfinite(record["loss"] + norm):
+            # A gradient can overflow although the loss did not, and the weights are lost all the same.
+            if not left_out or self.left_out > self.run.recipe.run.max_nonfinite_steps:
                 raise TrainingStopped(self._message(record))
-        if self._just_left_out:
-            if self.left_out > self.run.recipe.run.max_nonfinite_steps:
-                raise TrainingStopped(self._message(records[-1]))
-            log.warning("step %d left out: the loss is not finite", records[-1]["step"])
+            log.warning("step %d left out: the %s is not finite", record["step"], _what(record))
 
     def summary(self) -> dict[str, Any]:
         """How many steps were left out."""
         return {"steps_left_out": self.left_out}
 
     def _message(self, record: Record) -> str:
-        what = "gradient" if math.isfinite(record["loss"]) else "loss"
         shown = ", ".join(f"{name}={record[name]}" for name in (*PARTS, "grad_norm") if record.get(name) is not None)
         checkpoint = self.run.last_checkpoint
         remedy = "there is no checkpoint before it"
         if checkpoint:
             remedy = f"the last good checkpoint is {checkpoint}: continue with --resume {checkpoint}"
         return (
-            f"step {record['step']}: the {what} is not finite ({shown}); {remedy}. "
+            f"step {record['step']}: the {_what(record)} is not finite ({shown}); {remedy}. "
             "Lower optim.lr or set optim.clip_norm"
         )
+
+
+def _what(record: Record) -> str:
+    """Which of the two is not finite."""
+    return "gradient" if math.isfinite(record["loss"]) else "loss"
