@@ -36,6 +36,8 @@ class Variant:
     zero_stage: int | None = None
     persistence: int | None = None
     """stage3_param_persistence_threshold, elements; None: DeepSpeed's default (1e5)."""
+    bf16_gradients: bool = False
+    """bf16: gradients added and averaged in bf16, DeepSpeed's default, and not in fp32, ours."""
     fused: bool = False
     """DDP with torch's fused AdamW; all others use the implementation that torch chooses."""
 
@@ -44,6 +46,7 @@ class Variant:
         """For tables and plots."""
         stage = "" if self.zero_stage is None else f" ZeRO-{self.zero_stage}"
         more = "" if self.persistence is None else f", persistence {self.persistence}"
+        more += ", bf16 gradients" if self.bf16_gradients else ""
         return f"{self.library}{stage} {self.precision}{more}{', fused AdamW' if self.fused else ''}"
 
     @property
@@ -72,6 +75,7 @@ FP32 = (
 BF16 = (
     Variant("ddp", "autocast-bf16"),
     *(Variant("deepspeed", "bf16", stage) for stage in (1, 2, 3)),
+    *(Variant("deepspeed", "bf16", stage, bf16_gradients=True) for stage in (1, 2, 3)),
     *(Variant("deepspeed", "autocast-bf16", stage) for stage in range(4)),
 )
 """bf16 comes before autocast-bf16: DeepSpeed's autocast sets a flag in the process that later optimizers read."""
@@ -194,7 +198,7 @@ def build_recipe(variant: Variant, options: dict[str, Any], folder: Path, more: 
     """A recipe whose `engine` and `optim` sections are the variant's: constant learning rate, never clipped.
 
     Args:
-        variant: stage, precision and persistence threshold.
+        variant: stage, precision, persistence threshold and type of gradients.
         options: of the benchmark; `batch` images a rank.
         folder: of this rank alone, for the file with further DeepSpeed settings.
         more: further keys of DeepSpeed's `zero_optimization`.
@@ -204,9 +208,12 @@ def build_recipe(variant: Variant, options: dict[str, Any], folder: Path, more: 
         zero["stage3_param_persistence_threshold"] = variant.persistence
     engine: dict[str, Any] = {"micro_batch": options["batch"], "precision": variant.precision, "threads": 1}
     engine["zero_stage"] = variant.zero_stage or 0
-    if zero and variant.library == "deepspeed":
-        file = folder / f"{'-'.join(f'{key}={value}' for key, value in zero.items())}.json"
-        file.write_text(json.dumps({"zero_optimization": zero}))
+    settings: dict[str, Any] = {"zero_optimization": zero} if zero else {}
+    if variant.bf16_gradients:
+        settings |= {"data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "bf16"}
+    if settings and variant.library == "deepspeed":
+        file = folder / f"{variant.name.replace(' ', '-')}-{'-'.join(f'{key}={value}' for key, value in zero.items())}.json"
+        file.write_text(json.dumps(settings))
         engine["deepspeed_json"] = str(file)
     return parse_recipe(
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from maskmatch_scale.models.backbone import Encoder, Macs
+from maskmatch_scale.models.recompute import mark_cheap_outputs, recomputing
 from maskmatch_scale.models.units import Grid
 from maskmatch_scale.models.vit.masking import Tap, VisibleUnits
 
@@ -26,6 +28,9 @@ class VitEncoder(Encoder):
         channels: (C,) a level; all levels are equally wide.
         strides: (patch,) a level, pixels a token; all levels are equally fine.
         taps: hooks on the blocks whose tokens are levels. The last level has none: the model returns it.
+        recomputes: whether outputs of GELU and LayerNorm are made again in the backward pass (`recompute`). Not with
+            checkpointing, which keeps neither them nor their inputs, and not in compiled blocks, where the compiler
+            decides what is kept.
     """
 
     model: Any
@@ -33,6 +38,7 @@ class VitEncoder(Encoder):
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     taps: tuple[Tap, ...] = ()
+    recomputes: bool = True
 
     @classmethod
     def build(cls, model: Any, unit_px: int | None, levels: int = 1) -> VitEncoder:
@@ -61,6 +67,7 @@ class VitEncoder(Encoder):
         taps = tuple(Tap() for _ in range(levels - 1))
         for level, tap in enumerate(taps, start=1):
             model.blocks[-(-depth * level // levels) - 1].register_forward_hook(tap)
+        mark_cheap_outputs(model.blocks)
         return cls(model, unit_px, (int(model.embed_dim),) * levels, (patch,) * levels, taps)
 
     @property
@@ -80,6 +87,7 @@ class VitEncoder(Encoder):
     def checkpoint_blocks(self) -> None:
         """Keep only the inputs of blocks for backward, by timm's own switch; passes without gradients lose no time."""
         self.model.set_grad_checkpointing(True)
+        self.recomputes = False
 
     def compile_blocks(self) -> None:
         """Run every block through torch.compile from now on; copy the model before this call, not after it.
@@ -92,6 +100,7 @@ class VitEncoder(Encoder):
         limits.recompile_limit = max(limits.recompile_limit, 8 * len(self.model.blocks))
         for block in self.model.blocks:
             block.forward = torch.compile(block.forward)
+        self.recomputes = False
 
     def layer_ids(self) -> dict[str, int]:
         """As timm numbers layers: 0 for the embeddings, 1 … L for the L blocks, L for the final norm too."""
@@ -139,7 +148,8 @@ class VitEncoder(Encoder):
             tap.open = True
         try:
             # A call, not forward_features: ZeRO-3 gathers parameters by hooks, and hooks run on calls only.
-            last: Tensor = self.model(images)
+            with recomputing() if self.recomputes and torch.is_grad_enabled() else nullcontext():
+                last: Tensor = self.model(images)
             # The same as the call does with the last block's tokens. Models that pool have their norm in forward_head.
             levels = [self.model.forward_head(self.model.norm(tap.tokens)) for tap in self.taps]
         finally:
