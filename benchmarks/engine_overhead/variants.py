@@ -212,7 +212,8 @@ def build_recipe(variant: Variant, options: dict[str, Any], folder: Path, more: 
     if variant.bf16_gradients:
         settings |= {"data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "bf16"}
     if settings and variant.library == "deepspeed":
-        file = folder / f"{variant.name.replace(' ', '-')}-{'-'.join(f'{key}={value}' for key, value in zero.items())}.json"
+        parts = [variant.name.replace(" ", "-"), *(f"{key}={value}" for key, value in zero.items())]
+        file = folder / f"{'-'.join(parts)}.json"
         file.write_text(json.dumps(settings))
         engine["deepspeed_json"] = str(file)
     return parse_recipe(

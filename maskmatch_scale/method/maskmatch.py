@@ -179,9 +179,7 @@ class MaskMatch(nn.Module):
             pseudo.mixed(view.cutmix)
         return pseudo
 
-    def forward(
-        self, part: str, step: Step, pseudo: PseudoLabels | None, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, part: str, step: Step, pseudo: PseudoLabels | None, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The student's forward pass for one loss.
 
         Args:

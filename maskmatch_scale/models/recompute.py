@@ -29,7 +29,7 @@ class _Again:
     def __call__(self) -> Tensor:
         # Not the module's own call, whose hooks are for forward passes.
         with torch.no_grad():
-            output: Tensor = type(self.module).forward(self.module, self.given)  # type: ignore[operator]
+            output: Tensor = type(self.module).forward(self.module, self.given)
         return output
 
 
