@@ -46,6 +46,9 @@ class DdpEngine:
             settings before.
     """
 
+    every_gradient_first = False
+    """DDP waits for every parameter in the backward pass that averages over ranks."""
+
     def __init__(self, module: nn.Module, student: nn.Module, recipe: Recipe, runtime: Runtime) -> None:
         self.name = "accelerate"
         self.recipe = recipe

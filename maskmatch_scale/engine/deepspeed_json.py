@@ -91,6 +91,7 @@ def merged(defaults: dict[str, Any], config: dict[str, Any], recipe: Recipe, wor
             raise UserError(f"{path}: {key!r} is not a setting that is handed on to DeepSpeed{hint}")
     _check_sections(path, given)
     decided = dict(_leaves(config))
+    decided["gradient_accumulation_steps"] = recipe.engine.accumulation  # DeepSpeed itself counts none
     decided["train_batch_size"] = recipe.engine.micro_batch * recipe.engine.accumulation * world_size
     for key, value in _leaves(given):
         if key not in _DECIDED or value == "auto":

@@ -53,6 +53,8 @@ class Engine(Protocol):
     """Peak learning rate of the backbone."""
     grad_norm: Tensor | float | None
     """Norm of the whole gradient of the last step, before clipping."""
+    every_gradient_first: bool
+    """Which backward pass of a step must reach every parameter that the others reach: its first, or else its last."""
     skipped: bool
     """Whether the last step was not taken, because its gradients were not finite. Then nothing is left of them.
 

@@ -46,7 +46,10 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         zero["offload_param"] = {"device": "cpu"}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": engine.micro_batch,
-        "gradient_accumulation_steps": engine.accumulation,
+        # Every backward pass before a step adds to its gradients, however many there are: views and micro-batches.
+        # At stage 0 DeepSpeed would average them inside its step, and their norm is computed here, before it.
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": engine.zero_stage == 0,
         # Without the key DeepSpeed clips to 1.
         "gradient_clipping": recipe.optim.clip_norm or 0.0,
         "zero_optimization": zero,
@@ -81,6 +84,10 @@ class ZeroEngine:
         runtime: this rank.
     """
 
+    every_gradient_first = True
+    """At stage 3, and at stage 2 with offloading, only the first backward pass of a step writes gradients over those of
+    the step before. Later ones add to them (DeepSpeed's `micro_step_id`)."""
+
     def __init__(self, module: nn.Module, student: nn.Module, recipe: Recipe, runtime: Runtime) -> None:
         self.name = f"ZeRO-{recipe.engine.zero_stage}"
         self.recipe = recipe
@@ -107,10 +114,10 @@ class ZeroEngine:
     def accumulate(self, *arguments: Any, last: bool) -> Tensor:
         """See `Engine`."""
         self._order.accumulate(last=last)
-        # Without this call DeepSpeed would count its own steps to know which backward is the last.
-        self._engine.set_gradient_accumulation_boundary(last)
+        if self.recipe.engine.zero_stage == 0:
+            self._engine.set_gradient_accumulation_boundary(last)
         loss, figures = self._engine(*arguments)
-        self._engine.backward(loss, scale_wrt_gas=False)
+        self._engine.backward(loss)
         result: Tensor = figures.detach()
         return result
 

@@ -58,10 +58,9 @@ class Step:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The losses that are taken, one forward pass each, in their order.
+        """The losses that are taken, one forward pass each. The last one reaches every parameter that any reaches.
 
-        The masked view is the last one: the context decoder gets gradients from it alone, and DDP needs them in the
-        backward pass that averages over ranks.
+        (Only the masked view uses the context decoder.)
         """
         there = (len(self.labelled_images) > 0, bool(self.views), self.masked is not None)
         return tuple(part for part, is_there in zip(PARTS, there, strict=True) if is_there)

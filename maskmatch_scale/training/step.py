@@ -80,9 +80,10 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
         stop = runtime.stopwatch()
         pseudo = maskmatch.pseudo_label(micro, run.teacher)
         teacher_times.append(stop())
-        for part in micro.parts:
+        parts = micro.parts[::-1] if engine.every_gradient_first else micro.parts
+        for part in parts:
             # One view at a time, so that only one view's activations are kept for a backward pass.
-            last = micro is prepared[-1] and part == micro.parts[-1]
+            last = micro is prepared[-1] and part == parts[-1]
             sums[PARTS.index(part)] += engine.accumulate(part, micro, pseudo, scale, last=last)
         if pseudo is not None and micro.unlabelled is not None:
             valid = micro.unlabelled.weak.valid

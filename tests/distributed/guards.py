@@ -22,16 +22,19 @@ def _clipping_default():
     return mock.patch.object(zero, "deepspeed_config", config)
 
 
-def _boundary():
-    """DeepSpeed takes the backward pass that it counted to for the last one, unless it is told which one is."""
+def _unmanaged():
+    """DeepSpeed takes the backward pass that it counted to for the last of a step, unless it is told not to count."""
+    plain = zero.deepspeed_config
 
-    def accumulate(self, *arguments, last):
-        self._order.accumulate(last=last)
-        loss, figures = self._engine(*arguments)
-        self._engine.backward(loss, scale_wrt_gas=False)
-        return figures.detach()
+    def config(recipe, world_size):
+        return plain(recipe, world_size) | {"managed_gradient_accumulation": True}
 
-    return mock.patch.object(zero.ZeroEngine, "accumulate", accumulate)
+    return mock.patch.object(zero, "deepspeed_config", config)
+
+
+def _masked_view_first():
+    """A gradient that the first backward pass of a step does not reach is added to that of the step before."""
+    return mock.patch.object(zero.ZeroEngine, "every_gradient_first", False)
 
 
 def _teacher_threshold():
@@ -100,7 +103,8 @@ def _refusal():
 
 GUARDS = {
     "clipping-default": _clipping_default,
-    "boundary": _boundary,
+    "unmanaged": _unmanaged,
+    "masked-view-first": _masked_view_first,
     "teacher-threshold": _teacher_threshold,
     "average-of-masters": _average_of_masters,
     "average-in-fp32": _average_in_fp32,

@@ -82,7 +82,8 @@ MATRIX = _matrix()
 WITHOUT = {
     # Guard → the run of the matrix that it is taken away from.
     "clipping-default": "vit-1-unclipped",
-    "boundary": "vit-1-fp32-2",
+    "unmanaged": "vit-1-fp32-1",
+    "masked-view-first": "vit-3-fp32-1",
     "teacher-threshold": "vit-3-fp32-1",
     "average-of-masters": "vit-2-bf16-no-memory",
     "average-in-fp32": "vit-1-fp32-1",

@@ -26,7 +26,7 @@ def test_without_a_file_the_recipe_decides_everything(make_recipe):
     recipe = make_recipe(engine={"micro_batch": 3, "accumulation": 2, "zero_stage": 2})
     config = deepspeed_config(recipe, 2)
     assert config["train_micro_batch_size_per_gpu"] == 3
-    assert config["gradient_accumulation_steps"] == 2
+    assert (config["gradient_accumulation_steps"], config["managed_gradient_accumulation"]) == (1, False)
     assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True}
     assert config["gradient_clipping"] == 0.0  # DeepSpeed's own default is 1
 

@@ -18,6 +18,7 @@ class PlainEngine:
     """One process, torch's AdamW, no library."""
 
     name = "plain torch"
+    every_gradient_first = False
 
     def __init__(self, module, student, recipe, runtime):
         self.recipe, self.student, self.module = recipe, student, module

@@ -154,7 +154,7 @@ def test_what_waits_is_found(make_recipe, monkeypatch):
 class Untouched:
     """An engine and a teacher that compute the forward alone."""
 
-    skipped, grad_norm = False, None
+    skipped, grad_norm, every_gradient_first = False, None, True
 
     def __init__(self, module, segmenter):
         self.module, self.segmenter = module, segmenter
