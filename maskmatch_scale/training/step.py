@@ -54,8 +54,6 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
     recipe, engine, maskmatch, runtime = run.recipe, run.engine, run.maskmatch, run.runtime
     stop_step = runtime.stopwatch()
     figures = StepFigures()
-    # Dropout and drop path draw from torch's global generator. A seed for each step makes a restart exact.
-    torch.manual_seed(derive_seed(recipe.run.seed, "step", step, runtime.rank))
     maskmatch.train()
     prepared = []
     waited = 0.0
@@ -76,12 +74,15 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
     # A forward changes the running statistics of BatchNorm, also when the step is left out afterwards.
     statistics = running_statistics(run.student) if leaves_out(recipe) else []
     teacher_times = []
-    for micro in prepared:
+    for number, micro in enumerate(prepared):
         stop = runtime.stopwatch()
         pseudo = maskmatch.pseudo_label(micro, run.teacher)
         teacher_times.append(stop())
-        parts = micro.parts[::-1] if engine.every_gradient_first else micro.parts
+        parts = (micro.parts[-1:] + micro.parts[:-1]) if engine.every_gradient_first else micro.parts
         for part in parts:
+            # Dropout and drop path draw from torch's global generator. A seed for each view makes a restart exact, and
+            # the order of views of no matter.
+            torch.manual_seed(derive_seed(recipe.run.seed, "step", step, runtime.rank, number, part))
             # One view at a time, so that only one view's activations are kept for a backward pass.
             last = micro is prepared[-1] and part == parts[-1]
             sums[PARTS.index(part)] += engine.accumulate(part, micro, pseudo, scale, last=last)

@@ -81,6 +81,7 @@ def train_plainly(recipe, world_size: int) -> Outcome:
         total = 0.0
         for micro in micros:
             pseudo = step_module.pseudo_label(micro, teach)
+            # The order matters to BatchNorm's running statistics alone.
             for part in micro.parts:
                 with student_arithmetic:
                     loss, _ = step_module(part, micro, pseudo, 1 / pixels)
