@@ -22,6 +22,10 @@ class Transfers:
     count: int = 0
 
 
+_TRANSFERS = Transfers()
+"""Of this process: its runs share process groups."""
+
+
 @dataclass(frozen=True)
 class Runtime:
     """A rank that has joined the process group."""
@@ -31,7 +35,7 @@ class Runtime:
     threads: int
     members: tuple[Member, ...] = ()
     """What each rank of the job is; empty for a single one."""
-    transfers: Transfers = field(default_factory=Transfers, compare=False)
+    transfers: Transfers = field(default_factory=lambda: _TRANSFERS, compare=False)
 
     @property
     def rank(self) -> int:

@@ -72,6 +72,7 @@ class Watch:
         self._answer_s = min(_SLOWEST_ANSWER_S, max(5.0, timeout_s / 4))
         self._watched = threading.get_ident()
         self._log: Path | None = None
+        self._collectives: Path | None = None
         self._closed = threading.Event()
         self._ends: Ends | None = None
         self._gone: int | None = None
@@ -92,18 +93,19 @@ class Watch:
                 thread.start()
 
     @contextmanager
-    def logging_to(self, path: Path) -> Generator[None, None, None]:
+    def logging_to(self, path: Path, collectives: Path) -> Generator[None, None, None]:
         """While the body runs, stacks go to the log of this rank, also when torch aborts the process.
 
         Args:
             path: the log.
+            collectives: where torch's record of the last collectives is written when a rank is lost.
         """
         if not self._threads:
             yield
             return
         enabled = faulthandler.is_enabled()
         with path.open("a", encoding="utf-8") as file:
-            self._log = path
+            self._log, self._collectives = path, collectives
             faulthandler.enable(file)  # NCCL's watchdog ends a process by a signal
             try:
                 yield
@@ -117,7 +119,7 @@ class Watch:
                 faulthandler.disable()
                 if enabled:
                     faulthandler.enable()
-                self._log = None
+                self._log = self._collectives = None
 
     def close(self, left: Literal["finished", "failed"]) -> None:
         """End the thread, and tell the other ranks."""
@@ -235,7 +237,7 @@ class Watch:
         os._exit(1)
 
     def _report(self, line: str, *, aloud: bool) -> None:
-        rank, path = self._runtime.rank, self._log
+        rank, path, collectives = self._runtime.rank, self._log, self._collectives
         if line.startswith("error"):
             # Logging may hang too: in a lock of the thread that is watched, or on a disk.
             threading.Thread(target=_exit_after, args=(_WRITING_S,), daemon=True).start()
@@ -251,7 +253,8 @@ class Watch:
                 file.write("the stacks of this rank's threads, innermost call first\n")
                 file.flush()
                 faulthandler.dump_traceback(file)
-            _write_collectives(rank, self._runtime.device.type)
+            if collectives is not None:
+                _write_collectives(collectives, self._runtime.device.type)
         except OSError as error:
             log.error("stacks cannot be written: %s", error)
 
@@ -320,15 +323,14 @@ def _innermost(thread: int) -> str:
     return " > ".join(found) or "code of others"
 
 
-def _write_collectives(rank: int, device: str) -> None:
-    """Write torch's record of this rank's last collectives where torch itself would, for `torchfrtrace`."""
-    prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE")
-    # torch has no public name for it, and older versions none for gloo's.
+def _write_collectives(path: Path, device: str) -> None:
+    """Write torch's record of this rank's last collectives as NCCL's watchdog would, for `torchfrtrace`."""
+    # torch has no public name for it, and older versions have none for gloo's.
     name = "_dump_nccl_trace" if device == "cuda" else "_dump_fr_trace"
     dump = getattr(getattr(sys.modules.get("torch._C"), "_distributed_c10d", None), name, None)
-    if prefix and dump is not None:
+    if dump is not None:
         with suppress(RuntimeError):
-            Path(f"{prefix}{rank}").write_bytes(dump())
+            path.write_bytes(dump())
 
 
 def _exit_after(seconds: float) -> None:

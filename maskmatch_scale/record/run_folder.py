@@ -8,7 +8,7 @@ data.json                 classes, colours and sample counts of the data (runs/d
 deepspeed.json            a copy of engine.deepspeed_json, if the recipe names one
 metrics.jsonl             a record for each step and each evaluation
 log/rank-N.txt            the log of each rank, with tracebacks
-log/collectives-rank-N    torch's record of the last collectives, for torchfrtrace, if a collective took too long
+log/collectives-rank-N    torch's record of the last collectives, for torchfrtrace, if a rank was lost
 skipped/rank-N.jsonl      bad samples that training skipped, if any
 checkpoints/              see engine/checkpoint.py
 evaluation/SPLIT-WEIGHTS.json  figures of `maskmatch evaluate`
@@ -73,10 +73,9 @@ class RunFolder:
         """Log of one rank."""
         return self.path / "log" / f"rank-{rank}.txt"
 
-    @property
-    def collectives(self) -> Path:
-        """What torch's records of collectives begin with; the number of a rank follows."""
-        return self.path / "log" / "collectives-rank-"
+    def collectives(self, rank: int) -> Path:
+        """What torch has kept of the last collectives of one rank."""
+        return self.path / "log" / f"collectives-rank-{rank}"
 
     def skipped(self, rank: int) -> Path:
         """Bad samples that one rank skipped."""

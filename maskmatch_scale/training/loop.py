@@ -39,8 +39,8 @@ def train(recipe: Recipe, resume: str | None = None, *, callbacks: Sequence[Call
     """
     checked = preflight.check(recipe, resume)
     recipe, folder = checked.recipe, checked.folder
-    if checked.place.world_size > 1:  # where torch writes its record of collectives when one takes too long
-        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.collectives))
+    if checked.place.world_size > 1:  # where NCCL's watchdog writes its record; it appends the rank
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.collectives(0)).removesuffix("0"))
     runtime = setup.start(checked.place, recipe.engine)
     with watch_ranks(runtime, recipe.engine.collective_timeout_s) as watch:
         preflight.check_agreement(runtime, recipe, checked.batches, checked.checkpoint)
@@ -48,8 +48,8 @@ def train(recipe: Recipe, resume: str | None = None, *, callbacks: Sequence[Call
         if runtime.rank == 0:
             open_folder(folder, recipe, checked.data, continued=checked.continues_in_place)
         runtime.barrier()
-        log = folder.log(runtime.rank)
-        with rank_log(log), watch.logging_to(log):
+        log, collectives = folder.log(runtime.rank), folder.collectives(runtime.rank)
+        with rank_log(log), watch.logging_to(log, collectives):
             run = build_run(checked, runtime)
             makers: list[Callable[[Run], Callback]] = [*CALLBACKS, *callbacks]
             run.callbacks = [make(run) for make in makers]

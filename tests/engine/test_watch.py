@@ -19,7 +19,7 @@ def test_a_single_rank_watches_nobody(tmp_path):
     before, enabled = threading.active_count(), faulthandler.is_enabled()
     with (
         watch_ranks(Runtime(Place(0, 0, 1, 1), torch.device("cpu"), 1), 1) as watching,
-        watching.logging_to(tmp_path / "log"),
+        watching.logging_to(tmp_path / "log", tmp_path / "collectives"),
     ):
         watching.step = 1
         assert threading.active_count() == before
