@@ -33,6 +33,8 @@ class Heartbeat:
     """Number of the optimizer step that it is in, from 1; None: not in a step."""
     doing: str
     """The innermost functions of this package that its thread is in."""
+    last: str | None = None
+    """The last collective that it called, without what may differ between ranks; None: not known."""
     left: Literal["finished", "failed"] | None = None
     """Whether it has finished its run, or ended it with an error that it reports itself."""
 
@@ -76,6 +78,9 @@ def find_missing(
         and (silent or any(_ahead(own, now[other]) for other in ranks))
     )
     if not waiting:
+        waiting = _out_of_step(now, timeout_s)
+        if waiting:
+            return _waiting_for_each_other(waiting, members, states, now, timeout_s)
         where = "; ".join(_named(r, members[r], states[r], now[r]) for r in ranks[:_NAMED])
         return Finding(
             (), (), f"no collective for {timeout_s:g} s, and no rank waits for another, as far as can be seen: {where}"
@@ -87,15 +92,9 @@ def find_missing(
         and not any(_ahead(now[r], now[other]) for other in ranks if other not in silent)
     }
     missing = tuple(sorted(silent | late))
-    limit = f"(engine.collective_timeout_s={timeout_s:g})"
     if not missing:
-        places = "; ".join(_named(r, members[r], states[r], now[r]) for r in waiting[:_NAMED])
-        return Finding(
-            (),
-            waiting,
-            f"ranks wait for each other in different collectives, so that none did join a collective within the time "
-            f"limit {limit}: {places}; they ran different code, for example another number of forwards",
-        )
+        return _waiting_for_each_other(waiting, members, states, now, timeout_s)
+    limit = f"(engine.collective_timeout_s={timeout_s:g})"
     names = "; ".join(_named(r, members[r], states[r], now[r]) for r in missing[:_NAMED])
     more = f"; and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
     first = now[waiting[0]]
@@ -130,6 +129,32 @@ def died(rank: int, member: Member) -> str:
     return f"another rank has died: rank {rank} ({_identity(member, 'ended')}); {_remedy('ended', silent=True)}"
 
 
+def _out_of_step(now: Sequence[Heartbeat | None], timeout_s: float) -> tuple[int, ...]:
+    """Two ranks that have called equally many collectives, but not the same ones; empty: there are none."""
+    still = [(r, beat) for r, beat in enumerate(now) if beat is not None and beat.still_s >= timeout_s and beat.last]
+    for r, beat in still[1:]:
+        if beat.last != still[0][1].last:
+            return (still[0][0], r)
+    return ()
+
+
+def _waiting_for_each_other(
+    waiting: tuple[int, ...],
+    members: Sequence[Member],
+    states: Sequence[State],
+    now: Sequence[Heartbeat | None],
+    timeout_s: float,
+) -> Finding:
+    places = "; ".join(_named(r, members[r], states[r], now[r]) for r in waiting[:_NAMED])
+    return Finding(
+        (),
+        waiting,
+        f"ranks wait for each other in different collectives, so none did join a collective within the time limit "
+        f"(engine.collective_timeout_s={timeout_s:g}): {places}; they ran different code, for example another number "
+        "of forwards",
+    )
+
+
 def _silent(state: State, earlier: Heartbeat | None, now: Heartbeat | None) -> bool:
     if now is not None and now.left == "finished":
         return False
@@ -159,7 +184,8 @@ def _identity(member: Member, state: State) -> str:
 
 def _place(beat: Heartbeat) -> str:
     step = "" if beat.step is None else f"at step {beat.step}, "
-    return f"{step}in {beat.doing}, for {beat.still_s:.0f} s"
+    last = "" if beat.last is None else f" (last collective: {beat.last})"
+    return f"{step}in {beat.doing}{last}, for {beat.still_s:.0f} s"
 
 
 def _remedy(state: State, *, silent: bool) -> str:

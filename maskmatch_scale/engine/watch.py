@@ -22,12 +22,13 @@ import faulthandler
 import json
 import logging
 import os
+import pickle
 import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -169,7 +170,10 @@ class Watch:
         if called != self._called:
             self._called, self._moved_at = called, time.monotonic()
         still_s = time.monotonic() - self._moved_at
-        return Heartbeat(time.time(), called, still_s, self.step, _innermost(self._watched), left)
+        last = None
+        if still_s >= self._timeout_s * _FIRST_LOOK:
+            last = _last_collective(self._runtime.device.type)
+        return Heartbeat(time.time(), called, still_s, self.step, _innermost(self._watched), last, left)
 
     def _send(self, own: Heartbeat) -> None:
         self._outbox.put(json.dumps(asdict(own)))
@@ -253,8 +257,9 @@ class Watch:
                 file.write("the stacks of this rank's threads, innermost call first\n")
                 file.flush()
                 faulthandler.dump_traceback(file)
-            if collectives is not None:
-                _write_collectives(collectives, self._runtime.device.type)
+            record = _collectives(self._runtime.device.type)
+            if collectives is not None and record is not None:
+                collectives.write_bytes(record)
         except OSError as error:
             log.error("stacks cannot be written: %s", error)
 
@@ -323,14 +328,25 @@ def _innermost(thread: int) -> str:
     return " > ".join(found) or "code of others"
 
 
-def _write_collectives(path: Path, device: str) -> None:
-    """Write torch's record of this rank's last collectives as NCCL's watchdog would, for `torchfrtrace`."""
+def _last_collective(device: str) -> str | None:
+    """The last collective that this rank called: its name, and the sizes of an all-reduce; None: not known."""
+    record = _collectives(device, includeStackTraces=False)
+    entries = [] if record is None else [e for e in pickle.loads(record)["entries"] if not e["is_p2p"]]
+    if not entries:
+        return None
+    name = str(entries[-1]["profiling_name"]).rpartition(":")[2]
+    return f"{name} {entries[-1]['input_sizes']}" if "all_reduce" in name else name
+
+
+def _collectives(device: str, **options: bool) -> bytes | None:
+    """What torch's flight recorder has kept of this rank's last collectives, pickled as NCCL's watchdog writes it."""
     # torch has no public name for it, and older versions have none for gloo's.
     name = "_dump_nccl_trace" if device == "cuda" else "_dump_fr_trace"
     dump = getattr(getattr(sys.modules.get("torch._C"), "_distributed_c10d", None), name, None)
-    if dump is not None:
-        with suppress(RuntimeError):
-            path.write_bytes(dump())
+    try:
+        return None if dump is None else bytes(dump(**options))
+    except (RuntimeError, TypeError):
+        return None
 
 
 def _exit_after(seconds: float) -> None:

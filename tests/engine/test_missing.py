@@ -101,6 +101,15 @@ def test_ranks_that_wait_in_different_collectives():
     assert "wait for each other in different collectives" in found.line
 
 
+def test_ranks_that_wait_in_different_collectives_of_one_group():
+    found = find([beat(9, 101, last="all_gather"), beat(9, 101, last="all_reduce [[3, 3]]")])
+    assert (found.missing, found.waiting) == ((), (0, 1))
+    assert "(last collective: all_gather)" in found.line
+    assert "(last collective: all_reduce [[3, 3]])" in found.line
+    alike = find([beat(9, 101, last="all_gather"), beat(9, 101, last="all_gather"), beat(9, 3)])
+    assert not alike.waiting
+
+
 def test_many_ranks_are_not_all_listed():
     found = find([beat(9, 101)] + [beat(8, 120)] * 20)
     assert found.missing == tuple(range(1, 21))
