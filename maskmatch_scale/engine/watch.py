@@ -331,11 +331,11 @@ def _innermost(thread: int) -> str:
 def _last_collective(device: str) -> str | None:
     """The last collective that this rank called: its name, and the sizes of an all-reduce; None: not known."""
     record = _collectives(device, includeStackTraces=False)
-    entries = [] if record is None else [e for e in pickle.loads(record)["entries"] if not e["is_p2p"]]
-    if not entries:
-        return None
-    name = str(entries[-1]["profiling_name"]).rpartition(":")[2]
-    return f"{name} {entries[-1]['input_sizes']}" if "all_reduce" in name else name
+    for entry in reversed([] if record is None else pickle.loads(record)["entries"]):
+        name = str(entry["profiling_name"]).rpartition(":")[2]
+        if not entry["is_p2p"] and "send" not in name and "recv" not in name:
+            return f"{name} {entry['input_sizes']}" if "all_reduce" in name else name
+    return None
 
 
 def _collectives(device: str, **options: bool) -> bytes | None:
