@@ -235,12 +235,12 @@ def _peak_by_name(name: str, dtype: torch.dtype) -> float | None:
 
 
 def describe_machine(device: torch.device, sources: Sequence[str]) -> dict[str, Any]:
-    """The machine, the versions and the commit of a run; no host name and no path.
+    """The machine, the versions, the commit and the sources of a run; no host name and no path.
 
     Args:
         device: where the variants run.
         sources: files or folders of the repository on which the figures depend; if they have changed, the commit is
-            marked.
+            marked. A rebase gives their commit another hash, but not them: so their own hashes are kept too.
     """
     return {
         "cpu": _cpu_name(),
@@ -254,6 +254,7 @@ def describe_machine(device: torch.device, sources: Sequence[str]) -> dict[str, 
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "timm", "transformers")},
         "commit": _commit(sources),
+        "sources": _source_hashes(sources),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -267,15 +268,23 @@ def _cpu_name() -> str:
 
 def _commit(sources: Sequence[str]) -> str | None:
     """Short hash, with a mark if `sources` have changed since; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
     try:
-        changed = git("status", "--porcelain", "--", *sources)
-        return git("rev-parse", "--short", "HEAD") + (" with uncommitted changes" if changed else "")
+        changed = _git("status", "--porcelain", "--", *sources)
+        return _git("rev-parse", "--short", "HEAD") + (" with uncommitted changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _source_hashes(sources: Sequence[str]) -> str | None:
+    """`FOLDER HASH, …`: what git calls the content of each of `sources` at this commit; None outside a checkout."""
+    try:
+        return ", ".join(f"{source} {_git('rev-parse', '--short', f'HEAD:{source}')}" for source in sources)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def say(line: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,18 @@ from torch import Tensor
 from torch import distributed as dist
 
 from maskmatch_scale.engine.launchers import Place
+from maskmatch_scale.engine.members import Member
+
+
+@dataclass
+class Transfers:
+    """How many tensors this rank has sent to and taken from single other ranks. gloo counts them as collectives."""
+
+    count: int = 0
+
+
+_TRANSFERS = Transfers()
+"""Of this process: its runs share process groups."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +33,9 @@ class Runtime:
     place: Place
     device: torch.device
     threads: int
+    members: tuple[Member, ...] = ()
+    """What each rank of the job is; empty for a single one."""
+    transfers: Transfers = field(default_factory=lambda: _TRANSFERS, compare=False)
 
     @property
     def rank(self) -> int:
@@ -62,9 +77,23 @@ class Runtime:
             transfers.append(dist.P2POp(dist.isend, own, peer))
         if self.rank == 0 and self.world_size % 2 == 1:
             transfers.append(dist.P2POp(dist.isend, first.contiguous(), self.world_size - 1))
+        self.transfers.count += len(transfers)
         for work in dist.batch_isend_irecv(transfers):
             work.wait()
         return got
+
+    def collectives_called(self) -> dict[str, int]:
+        """How many collectives this rank has called in each process group of all ranks; any thread may ask.
+
+        A collective counts when it is called, not when it is done. Sends and receives do not count.
+        """
+        called: dict[str, int] = {}
+        for group, name in list(dist.distributed_c10d._world.pg_names.items()):
+            if group.size() == self.world_size:
+                count: int = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+                own = group == dist.group.WORLD and dist.get_backend(group) == "gloo"
+                called[str(name)] = count - (self.transfers.count if own else 0)
+        return called
 
     def stopwatch(self) -> Callable[[], Callable[[], float]]:
         """Start measuring the time of work on this rank's device.

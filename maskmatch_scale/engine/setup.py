@@ -16,10 +16,15 @@ import torch
 from torch import distributed as dist
 
 from maskmatch_scale.engine.launchers import Place
+from maskmatch_scale.engine.members import Member, connect, meet
 from maskmatch_scale.engine.precision import uses_tf32
 from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.recipe import EngineRecipe
+
+GRACE_S = 60
+"""Seconds by which torch's own time limit is longer than `engine.collective_timeout_s`: until then engine/watch.py has
+said which ranks did not come."""
 
 
 def import_deepspeed() -> Any:
@@ -45,7 +50,7 @@ def start(place: Place, recipe: EngineRecipe) -> Runtime:
             among the ranks of the machine).
 
     Raises:
-        UserError: the launcher does not say which rank this is.
+        UserError: the launcher does not say which rank this is, or has given two ranks the same GPU.
     """
     threads = recipe.threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     torch.set_num_threads(threads)
@@ -74,10 +79,12 @@ def start(place: Place, recipe: EngineRecipe) -> Runtime:
     if uses_tf32(device, recipe.precision):
         torch.set_float32_matmul_precision("high")
     _init_process_group(device, recipe)
-    runtime = Runtime(place, device, threads)
     if dist.get_world_size() != place.world_size:
         raise RuntimeError(f"the process group has {dist.get_world_size()} ranks, the launcher said {place.world_size}")
-    return runtime
+    if place.world_size == 1:
+        return Runtime(place, device, threads)
+    store = connect(recipe.collective_timeout_s)
+    return Runtime(place, device, threads, meet(store, place.rank, place.world_size, Member.here(device)))
 
 
 def gpu_of(local_rank: int, visible: int) -> int:
@@ -102,7 +109,7 @@ def gpu_of(local_rank: int, visible: int) -> int:
 
 def _init_process_group(device: torch.device, recipe: EngineRecipe) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=recipe.collective_timeout_s)
+    timeout = timedelta(seconds=recipe.collective_timeout_s + GRACE_S)
     # DeepSpeed makes further groups later and gives them no time limit. torch then uses these.
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(dist.distributed_c10d, name, timeout)

@@ -269,7 +269,8 @@ class EngineRecipe(Section):
     """JSON file with further DeepSpeed settings: ZeRO++, buckets, communication. Settings that the recipe has too must
     agree with it."""
     collective_timeout_s: Annotated[int, Field(ge=1)] = 1800
-    """Seconds that a rank waits for the other ranks in one collective before the job ends with an error."""
+    """Seconds that a rank waits for the other ranks in one collective before the job ends with an error that names the
+    ranks that did not come."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of each rank; null = the cores of the machine divided by its ranks."""
 

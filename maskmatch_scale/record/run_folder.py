@@ -8,6 +8,7 @@ data.json                 classes, colours and sample counts of the data (runs/d
 deepspeed.json            a copy of engine.deepspeed_json, if the recipe names one
 metrics.jsonl             a record for each step and each evaluation
 log/rank-N.txt            the log of each rank, with tracebacks
+log/collectives-rank-N    torch's record of the last collectives, for torchfrtrace, if a rank was lost
 skipped/rank-N.jsonl      bad samples that training skipped, if any
 checkpoints/              see engine/checkpoint.py
 evaluation/SPLIT-WEIGHTS.json  figures of `maskmatch evaluate`
@@ -71,6 +72,10 @@ class RunFolder:
     def log(self, rank: int) -> Path:
         """Log of one rank."""
         return self.path / "log" / f"rank-{rank}.txt"
+
+    def collectives(self, rank: int) -> Path:
+        """What torch has kept of the last collectives of one rank."""
+        return self.path / "log" / f"collectives-rank-{rank}"
 
     def skipped(self, rank: int) -> Path:
         """Bad samples that one rank skipped."""

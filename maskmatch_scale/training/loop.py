@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.engine import setup
+from maskmatch_scale.engine.watch import Watch, watch_ranks
 from maskmatch_scale.errors import TrainingStopped
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.runs.folder import open_folder, rank_log
@@ -37,21 +39,25 @@ def train(recipe: Recipe, resume: str | None = None, *, callbacks: Sequence[Call
     """
     checked = preflight.check(recipe, resume)
     recipe, folder = checked.recipe, checked.folder
+    if checked.place.world_size > 1:  # where NCCL's watchdog writes its record; it appends the rank
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.collectives(0)).removesuffix("0"))
     runtime = setup.start(checked.place, recipe.engine)
-    preflight.check_agreement(runtime, recipe, checked.batches, checked.checkpoint)
-    preflight.count_class_pixels(runtime, recipe, checked.batches)
-    if runtime.rank == 0:
-        open_folder(folder, recipe, checked.data, continued=checked.continues_in_place)
-    runtime.barrier()
-    with rank_log(folder.log(runtime.rank)):
-        run = build_run(checked, runtime)
-        makers: list[Callable[[Run], Callback]] = [*CALLBACKS, *callbacks]
-        run.callbacks = [make(run) for make in makers]
-        _take_steps(run)
+    with watch_ranks(runtime, recipe.engine.collective_timeout_s) as watch:
+        preflight.check_agreement(runtime, recipe, checked.batches, checked.checkpoint)
+        preflight.count_class_pixels(runtime, recipe, checked.batches)
+        if runtime.rank == 0:
+            open_folder(folder, recipe, checked.data, continued=checked.continues_in_place)
+        runtime.barrier()
+        log, collectives = folder.log(runtime.rank), folder.collectives(runtime.rank)
+        with rank_log(log), watch.logging_to(log, collectives):
+            run = build_run(checked, runtime)
+            makers: list[Callable[[Run], Callback]] = [*CALLBACKS, *callbacks]
+            run.callbacks = [make(run) for make in makers]
+            _take_steps(run, watch)
     return folder.path
 
 
-def _take_steps(run: Run) -> None:
+def _take_steps(run: Run, watch: Watch) -> None:
     """Take the steps of a run; `callbacks/base.py` explains when each method of a callback is called."""
     steps, accumulation = run.recipe.run.steps, run.recipe.engine.accumulation
     on_gpu = run.runtime.device.type == "cuda"
@@ -62,6 +68,7 @@ def _take_steps(run: Run) -> None:
         for callback in run.callbacks:
             callback.started()
         for step in range(run.start, steps):
+            watch.step = step + 1
             for callback in run.callbacks:
                 callback.before_step(step)
             figures = take_step(run, step, loader)
@@ -77,6 +84,7 @@ def _take_steps(run: Run) -> None:
                 for callback in run.callbacks:
                     callback.stopping(step + 1)
                 raise TrainingStopped(run.stop_reason)
+    watch.step = None
     loader.close()  # ends the loader processes, whose CPU time counts only then
     for callback in run.callbacks:
         callback.finished()

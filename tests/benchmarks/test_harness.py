@@ -74,3 +74,14 @@ def test_counts_a_grouped_convolution_and_its_peak(monkeypatch: pytest.MonkeyPat
 
     held = [torch.zeros(500_000)]
     assert peak_mb(two_then_one, held, torch.device("cpu")) == pytest.approx(5, abs=0.01)
+
+
+def test_the_sources_are_named_by_their_own_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import harness
+
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(harness, "_git", lambda *arguments: asked.append(arguments) or "0123abc")
+    machine = harness.describe_machine(torch.device("cpu"), ["maskmatch_scale", "configs"])
+    assert machine["sources"] == "maskmatch_scale 0123abc, configs 0123abc"
+    assert ("rev-parse", "--short", "HEAD:maskmatch_scale") in asked

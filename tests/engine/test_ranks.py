@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.ranks import Runtime
+from maskmatch_scale.engine.watch import _last_collective
 from maskmatch_scale.training import preflight
 
 RANKS = 3
@@ -19,9 +20,15 @@ def on_a_rank(rank, port, found):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     runtime = Runtime(Place(rank, rank, RANKS, RANKS), torch.device("cpu"), 1)
+    runtime.sum_over_ranks(torch.ones(3))
     for dtype in (torch.float32, torch.int64, torch.bool):
         first, last = (torch.tensor([[value, value % 2]]).to(dtype) for value in (10 * rank + 1, 10 * rank + 2))
         found.put((rank, str(dtype), runtime.of_neighbour(first, last).tolist()))
+    last = _last_collective("cpu")
+    dist.barrier()
+    # Ranks are compared by these numbers. gloo counts sends and receives too, and the ranks have made unequal many.
+    found.put((rank, "called", runtime.collectives_called()))
+    found.put((rank, "last", last))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -41,6 +48,9 @@ def test_of_neighbour():
     assert {rank: answers[rank, "torch.int64"] for rank in range(3)} == {0: [[11, 1]], 1: [[2, 0]], 2: [[1, 1]]}
     assert answers[1, "torch.bool"] == [[True, False]]
     assert answers[2, "torch.float32"] == [[1.0, 1.0]]
+    assert answers[0, "called"] == answers[1, "called"] == answers[2, "called"]
+    assert sum(answers[0, "called"].values()) == 2
+    assert {answers[rank, "last"] for rank in range(3)} == {"all_reduce [[3]]"}
 
 
 def pretended_gpu_rank():

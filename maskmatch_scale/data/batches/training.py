@@ -27,7 +27,7 @@ from maskmatch_scale.data.batches.class_pixels import ClassPixels
 from maskmatch_scale.data.batches.sources import Side, count_lanes, open_side
 from maskmatch_scale.data.batches.views import SampleViews, label_map
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.order.queue import Place
+from maskmatch_scale.data.order.queue import SamplePlace
 from maskmatch_scale.data.order.source import Skip, WeightedSource
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import load_index
@@ -172,7 +172,7 @@ class TrainingBatches(Dataset[Batch]):
     def _empty(self, labelled: int, unlabelled: int) -> Batch:
         return Batch.empty(labelled, unlabelled, self.recipe.data.crop_px, self._draw.width if self._draw else 0)
 
-    def places(self, side: Side, number: int) -> Iterator[tuple[WeightedSource, Place]]:
+    def places(self, side: Side, number: int) -> Iterator[tuple[WeightedSource, SamplePlace]]:
         """The source and place of each of this rank's images of one side in micro-batch ``number``.
 
         Those are the rank's slots of the global batch; each slot belongs to a lane.

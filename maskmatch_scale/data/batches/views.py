@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskmatch_scale.data.batches.augment import WeakView, rare_class_pixel
 from maskmatch_scale.data.images.decode import decode_image, decode_label
-from maskmatch_scale.data.order.queue import Place
+from maskmatch_scale.data.order.queue import SamplePlace
 from maskmatch_scale.data.order.source import Skip, WeightedSource
 from maskmatch_scale.data.shards.reading import RawSample
 from maskmatch_scale.recipe import Recipe
@@ -58,7 +58,7 @@ class SampleViews:
         self._class_pixels = class_pixels
         self._weak_view = WeakView(data.crop_px, data.scale_range, data.flip_probability, ignore_index)
 
-    def labelled(self, source: WeightedSource, place: Place) -> tuple[Tensor, Tensor, list[Skip]]:
+    def labelled(self, source: WeightedSource, place: SamplePlace) -> tuple[Tensor, Tensor, list[Skip]]:
         """The view of a labelled sample.
 
         Returns:
@@ -85,7 +85,7 @@ class SampleViews:
         assert target is not None
         return view, target, skipped
 
-    def unlabelled(self, source: WeightedSource, place: Place) -> tuple[Tensor, Tensor, list[Skip]]:
+    def unlabelled(self, source: WeightedSource, place: SamplePlace) -> tuple[Tensor, Tensor, list[Skip]]:
         """The view of an unlabelled sample.
 
         Returns:

@@ -18,7 +18,7 @@ from fractions import Fraction
 from typing import Any
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.order.queue import Interval, Place, Queue
+from maskmatch_scale.data.order.queue import Interval, Queue, SamplePlace
 
 
 def shares(weights: Sequence[float]) -> tuple[Fraction, ...]:
@@ -114,7 +114,7 @@ class Leg:
         """Images of one lane in a step."""
         return self.batch // self.lanes
 
-    def at(self, step: int, lane: int, number: int) -> tuple[int, Place]:
+    def at(self, step: int, lane: int, number: int) -> tuple[int, SamplePlace]:
         """The source of image ``number`` of a lane in a step, and the image's place in the epochs of that source.
 
         Args:

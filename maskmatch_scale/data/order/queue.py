@@ -22,7 +22,7 @@ from typing import NamedTuple
 from maskmatch_scale.data.order.epoch import Cut
 
 
-class Place(NamedTuple):
+class SamplePlace(NamedTuple):
     """The place of a sample in the endless sequence of a source's epochs."""
 
     epoch: int
@@ -58,7 +58,7 @@ class Queue:
     left: tuple[Interval, ...] = ()
     epoch: int = 0
 
-    def at(self, lane: int, count: int) -> Place:
+    def at(self, lane: int, count: int) -> SamplePlace:
         """What a lane takes next when it has taken ``count`` samples."""
         return self._place(*self._split(lane, count))
 
@@ -82,15 +82,15 @@ class Queue:
     def _cut(self, round_: int) -> Cut:
         return Cut(self.samples if round_ else self._rest, self.lanes)
 
-    def _place(self, round_: int, run: int, within: int) -> Place:
+    def _place(self, round_: int, run: int, within: int) -> SamplePlace:
         """The place of sample number ``within`` of a run."""
         place = self._cut(round_).start(run) + within
         if round_:
-            return Place(self.epoch + round_ - 1, self.lanes, place)
+            return SamplePlace(self.epoch + round_ - 1, self.lanes, place)
         ends = self._ends
         number = bisect_right(ends, place)
         interval = self.left[number]
-        return Place(interval.epoch, interval.lanes, interval.stop - (ends[number] - place))
+        return SamplePlace(interval.epoch, interval.lanes, interval.stop - (ends[number] - place))
 
     @property
     def _ends(self) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.order.epoch import EpochOrder
 from maskmatch_scale.data.order.mix import SourceInfo
-from maskmatch_scale.data.order.queue import Place
+from maskmatch_scale.data.order.queue import SamplePlace
 from maskmatch_scale.data.remote.address import is_remote
 from maskmatch_scale.data.shards.reading import RawSample, ShardStream
 from maskmatch_scale.seeds import derive_seed
@@ -109,7 +109,7 @@ class WeightedSource:
             self._orders[epoch, lanes] = order
         return order
 
-    def locate(self, place: Place) -> tuple[int, int]:
+    def locate(self, place: SamplePlace) -> tuple[int, int]:
         """(shard, number within it) of the sample at ``place``."""
         return self._in_shard(*self.order(place.epoch, place.lanes)[place.place])
 
@@ -120,7 +120,7 @@ class WeightedSource:
         number = int(self.numbers[int(self._first[shard]) + among_used])
         return shard, number - int(self.stream.shards.starts[shard])
 
-    def load(self, place: Place, prepare: Callable[[RawSample], Prepared]) -> tuple[Prepared, list[Skip]]:
+    def load(self, place: SamplePlace, prepare: Callable[[RawSample], Prepared]) -> tuple[Prepared, list[Skip]]:
         """Read the sample at ``place`` and prepare it; if it is bad and may be skipped, prepare another one instead.
 
         Args:
@@ -150,7 +150,7 @@ class WeightedSource:
                     skipped.append(Skip(self.name, self.stream.shards.file(shard), key, bad.reason, last))
         raise DataError(f"source {self.name!r}: {tried} samples in a row cannot be used; the last: {last}")
 
-    def _candidates(self, place: Place) -> Iterator[tuple[int, int]]:
+    def _candidates(self, place: SamplePlace) -> Iterator[tuple[int, int]]:
         """(shard, number within it) of the sample at a place, then of its replacements. They depend on the place alone.
 
         Replacements are drawn first from the window of the sample; then, in case one lost shard fills that window, from
@@ -169,7 +169,7 @@ class WeightedSource:
                     tried.add(drawn)
                     yield self._in_shard(*order[drawn])
 
-    def prefetch(self, place: Place) -> None:
+    def prefetch(self, place: SamplePlace) -> None:
         """Fetch the shards of the window around ``place`` in the background."""
         order = self.order(place.epoch, place.lanes)
         start, stop = order.window_of(place.place)

@@ -9,7 +9,7 @@ import time
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.remote import http, objects, pipe
 from maskmatch_scale.data.remote.address import PIPE, is_http, scrubbed, shown
-from maskmatch_scale.data.remote.transfer import Fault, FetchOptions, Sink, Transfer
+from maskmatch_scale.data.remote.transfer import FetchOptions, Sink, Transfer, TransferError
 
 _LONGEST_PAUSE_S = 30.0
 _MOST_IN_MEMORY = 1 << 30
@@ -46,15 +46,15 @@ def fetch(url: str, sink: Sink, size: int | None, sha256: str | None, options: F
             get(transfer)
             transfer.check_whole()
             break
-        except Fault as fault:
-            if fault.final or attempt >= options.attempts:
+        except TransferError as error:
+            if error.final or attempt >= options.attempts:
                 tries = "once" if attempt == 1 else f"{attempt} times"
                 raise BadSample(
                     "shard_unreadable",
-                    f"{shown(url)}: tried {tries} and failed: {scrubbed(str(fault), url)}; "
-                    f"{fault.advice or 'check the network and the server, or try later'}",
+                    f"{shown(url)}: tried {tries} and failed: {scrubbed(str(error), url)}; "
+                    f"{error.advice or 'check the network and the server, or try later'}",
                 ) from None
-            pause = max(_backoff(attempt, options.timeout_s), fault.wait_s)
+            pause = max(_backoff(attempt, options.timeout_s), error.wait_s)
         time.sleep(pause)
     return transfer.received
 

@@ -12,7 +12,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 
-from maskmatch_scale.data.remote.transfer import Fault, Transfer
+from maskmatch_scale.data.remote.transfer import Transfer, TransferError
 
 _BLOCK = 1 << 20
 _LONGEST_RETRY_AFTER_S = 60.0
@@ -36,7 +36,7 @@ def get(transfer: Transfer) -> None:
     """Fetch a file in one try; only what is missing, if the server can send that.
 
     Raises:
-        Fault: the try has failed.
+        TransferError: the try has failed.
     """
     # No compressed answers: their lengths and ranges would not be those of the file.
     headers = {"Accept-Encoding": "identity", "User-Agent": "maskmatch_scale"}
@@ -60,7 +60,7 @@ def get(transfer: Transfer) -> None:
             ),
         )
     except urllib3.exceptions.HTTPError as error:
-        raise _fault(error, transfer.timeout_s) from None
+        raise _transfer_error(error, transfer.timeout_s) from None
     whole = False
     try:
         _check_head(transfer, response)
@@ -94,7 +94,7 @@ def _check_head(transfer: Transfer, response: urllib3.BaseHTTPResponse) -> None:
         start, total = _content_range(headers.get("Content-Range", ""))
         if start != transfer.received:
             transfer.restart()
-            raise Fault("it answers with another range than was asked for")
+            raise TransferError("it answers with another range than was asked for")
         if total is not None:
             transfer.expect(total)
     elif status == 200:
@@ -108,7 +108,7 @@ def _check_head(transfer: Transfer, response: urllib3.BaseHTTPResponse) -> None:
     else:
         if status in (206, 416):
             transfer.restart()
-        raise Fault(
+        raise TransferError(
             f"HTTP {status} {response.reason or ''}".strip(),
             _STATUS_ADVICE.get(status, ""),
             final=300 <= status < 500 and status not in (*_MAY_PASS, 416),
@@ -141,30 +141,34 @@ def _read(response: urllib3.BaseHTTPResponse, timeout_s: float) -> bytes:
         # read1 returns what has arrived. read would wait for a whole block, and not notice that bytes trickle.
         return response.read1(_BLOCK, decode_content=False)
     except urllib3.exceptions.HTTPError as error:
-        raise _fault(error, timeout_s) from None
+        raise _transfer_error(error, timeout_s) from None
 
 
-def _fault(error: BaseException, timeout_s: float) -> Fault:
-    """Turn an error of urllib3 into a fault, in our own words: urllib3's message contains the address and its query."""
+def _transfer_error(error: BaseException, timeout_s: float) -> TransferError:
+    """Turn an error of urllib3 into ours, in our own words: urllib3's message contains the address and its query."""
     if isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason is not None:
         error = error.reason
     if isinstance(error, urllib3.exceptions.ProxyError):
-        return Fault(f"the proxy: {_fault(error.original_error, timeout_s)}", "check http_proxy and https_proxy")
+        return TransferError(
+            f"the proxy: {_transfer_error(error.original_error, timeout_s)}", "check http_proxy and https_proxy"
+        )
     if isinstance(error, urllib3.exceptions.ResponseError):
-        return Fault(f"more than {_REDIRECTS} redirects", "check the address", final=True)
+        return TransferError(f"more than {_REDIRECTS} redirects", "check the address", final=True)
     if isinstance(error, urllib3.exceptions.LocationValueError):
-        return Fault("not a valid address", "check the address", final=True)
+        return TransferError("not a valid address", "check the address", final=True)
     if isinstance(error, urllib3.exceptions.NameResolutionError):
-        return Fault("the host's name is not known", "check the address and the network")
+        return TransferError("the host's name is not known", "check the address and the network")
     if isinstance(error, urllib3.exceptions.NewConnectionError):
         reason = error.__cause__
-        return Fault(f"no connection ({getattr(reason, 'strerror', None) or 'refused'})")
+        return TransferError(f"no connection ({getattr(reason, 'strerror', None) or 'refused'})")
     if isinstance(error, urllib3.exceptions.ConnectTimeoutError):
-        return Fault(f"no connection in {timeout_s:g} s")
+        return TransferError(f"no connection in {timeout_s:g} s")
     if isinstance(error, urllib3.exceptions.ReadTimeoutError):
-        return Fault(f"stalled: no byte in {timeout_s:g} s")
+        return TransferError(f"stalled: no byte in {timeout_s:g} s")
     if isinstance(error, urllib3.exceptions.SSLError):
-        return Fault(f"TLS: {error}", "check the server's certificate (SSL_CERT_FILE names a bundle of your own)")
+        return TransferError(
+            f"TLS: {error}", "check the server's certificate (SSL_CERT_FILE names a bundle of your own)"
+        )
     if isinstance(error, (urllib3.exceptions.ProtocolError, urllib3.exceptions.IncompleteRead)):
-        return Fault("the connection was cut")
-    return Fault(f"{type(error).__name__}: {error}")
+        return TransferError("the connection was cut")
+    return TransferError(f"{type(error).__name__}: {error}")

@@ -10,7 +10,7 @@ from typing import IO, TypeVar
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.remote.address import scrubbed, shown
-from maskmatch_scale.data.remote.transfer import Fault, Transfer
+from maskmatch_scale.data.remote.transfer import Transfer, TransferError
 
 _T = TypeVar("_T")
 
@@ -25,7 +25,7 @@ def get(transfer: Transfer) -> None:
     """Fetch what is missing of a file, in one try.
 
     Raises:
-        Fault: the try has failed.
+        TransferError: the try has failed.
         DataError: the library for this scheme is not installed.
     """
     try:
@@ -56,7 +56,7 @@ def _open(url: str) -> tuple[IO[bytes], int | None]:
     except ValueError as error:
         if "Protocol not known" not in str(error):
             raise
-        raise Fault("no such kind of address", "check what stands before ://", final=True) from None
+        raise TransferError("no such kind of address", "check what stands before ://", final=True) from None
     system.invalidate_cache()  # forget the listings that an earlier try read
     return system.open(path, "rb", block_size=_BLOCK), system.size(path)
 
@@ -75,12 +75,12 @@ def _ask(transfer: Transfer, call: Callable[[], _T]) -> _T:
     try:
         answer, error = answers.get(timeout=transfer.timeout_s)
     except queue.Empty:
-        raise Fault(f"stalled: no answer in {transfer.timeout_s:g} s") from None
+        raise TransferError(f"stalled: no answer in {transfer.timeout_s:g} s") from None
     if error is None:
         return answer  # type: ignore[return-value]
-    if isinstance(error, (Fault, ImportError)) or not isinstance(error, Exception):
+    if isinstance(error, (TransferError, ImportError)) or not isinstance(error, Exception):
         raise error
-    raise Fault(
+    raise TransferError(
         f"{type(error).__name__}: {error}",
         "check the address and the permissions" if isinstance(error, _FINAL) else "",
         final=isinstance(error, _FINAL),

@@ -12,7 +12,7 @@ from typing import IO
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.remote.address import PIPE, shown
-from maskmatch_scale.data.remote.transfer import Fault, FetchOptions, Transfer
+from maskmatch_scale.data.remote.transfer import FetchOptions, Transfer, TransferError
 
 _BLOCK = 1 << 20
 
@@ -34,7 +34,7 @@ def get(transfer: Transfer) -> None:
     """Run the command once and take what it prints, from the first byte.
 
     Raises:
-        Fault: it prints nothing for too long, does not end, or ends with a code other than 0.
+        TransferError: it prints nothing for too long, does not end, or ends with a code other than 0.
     """
     transfer.restart()
     with tempfile.TemporaryFile() as errors:
@@ -52,7 +52,7 @@ def get(transfer: Transfer) -> None:
                 transfer.write(block)
             code = process.wait(transfer.timeout_s)
         except subprocess.TimeoutExpired:
-            raise Fault("the command does not end") from None
+            raise TransferError("the command does not end") from None
         finally:
             if process.returncode is None:  # not waited for yet: no other process can have its number
                 with suppress(ProcessLookupError):
@@ -63,7 +63,7 @@ def get(transfer: Transfer) -> None:
             errors.seek(0)
             last_line = errors.read()[-2000:].decode(errors="replace").strip().rpartition("\n")[2]
             transfer.restart()
-            raise Fault(
+            raise TransferError(
                 f"the command ended with code {code}{f' ({last_line})' if last_line else ''}", "try it in a shell"
             )
 
@@ -72,5 +72,5 @@ def _read(output: IO[bytes], timeout_s: float) -> bytes:
     with selectors.DefaultSelector() as selector:
         selector.register(output, selectors.EVENT_READ)
         if not selector.select(timeout_s):
-            raise Fault(f"stalled: no byte in {timeout_s:g} s")
+            raise TransferError(f"stalled: no byte in {timeout_s:g} s")
     return os.read(output.fileno(), _BLOCK)

@@ -34,8 +34,8 @@ class FetchOptions:
     """Whether ``pipe:COMMAND`` may run its command."""
 
 
-class Fault(Exception):  # noqa: N818 - tried again unless it is final
-    """One try has failed.
+class TransferError(Exception):
+    """One try has failed; there is another unless this is final.
 
     Args:
         message: what went wrong.
@@ -94,12 +94,12 @@ class Transfer:
         """Note how many bytes the file has, as the source says.
 
         Raises:
-            Fault: another number is expected.
+            TransferError: another number is expected.
         """
         if self._total is not None and total != self._total:
             expected = self._total
             self.restart()
-            raise Fault(f"{total} bytes where {expected} are expected", _OTHER_BYTES)
+            raise TransferError(f"{total} bytes where {expected} are expected", _OTHER_BYTES)
         self._total = total
         self._sink.resize(total)
 
@@ -107,12 +107,12 @@ class Transfer:
         """Take the next bytes of the file.
 
         Raises:
-            Fault: they are too many, or come too slowly.
+            TransferError: they are too many, or come too slowly.
         """
         if self._total is not None and self.received + len(block) > self._total:
             expected = self._total
             self.restart()
-            raise Fault(f"more than the {expected} bytes that are expected", _OTHER_BYTES)
+            raise TransferError(f"more than the {expected} bytes that are expected", _OTHER_BYTES)
         self._sink.write(block, self.received)
         self._digest.update(block)
         self.received += len(block)
@@ -121,16 +121,16 @@ class Transfer:
         if self._since_mark >= _LEAST_BYTES or self._marked_at == math.inf:
             self._marked_at, self._since_mark = now, 0
         elif now - self._marked_at > self.timeout_s and self.received != self._total:
-            raise Fault(f"stalled: {self._since_mark} bytes in {now - self._marked_at:.3g} s")
+            raise TransferError(f"stalled: {self._since_mark} bytes in {now - self._marked_at:.3g} s")
 
     def check_whole(self) -> None:
         """Compare the file, which has ended, with its size and checksum.
 
         Raises:
-            Fault: bytes are missing, or the checksum is another one.
+            TransferError: bytes are missing, or the checksum is another one.
         """
         if self._total is not None and self.received < self._total:
-            raise Fault(f"cut after {self.received} of {self._total} bytes")
+            raise TransferError(f"cut after {self.received} of {self._total} bytes")
         if self._sha256 is not None and self._digest.hexdigest() != self._sha256.lower():
             self.restart()
-            raise Fault("its bytes are not those the index has the checksum of", _OTHER_BYTES)
+            raise TransferError("its bytes are not those the index has the checksum of", _OTHER_BYTES)

@@ -48,7 +48,7 @@ def load_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
-class Sheet:
+class ContactSheet:
     """A picture that grows downwards."""
 
     def __init__(self) -> None:

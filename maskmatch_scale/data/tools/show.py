@@ -16,7 +16,7 @@ from maskmatch_scale.data.shards.reading import ShardOpener, load_index
 from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.data.tools.overlay import legend, overlaid, thumbnail
 from maskmatch_scale.data.tools.shard_check import OpenShard
-from maskmatch_scale.data.tools.sheet import Card, Sheet, filling
+from maskmatch_scale.data.tools.sheet import Card, ContactSheet, filling
 from maskmatch_scale.seeds import generator
 
 
@@ -67,7 +67,7 @@ def contact_sheet(
         about = f"{len(cards)} of {entry.samples:,} samples, {kind}, in {shards}"
         sections.append((name, about, cards, 1 + entry.labelled, longest))
     labelled = any(index.stream(name).labelled for name in names)
-    sheet = Sheet()
+    sheet = ContactSheet()
     sheet.title(index.source, str(root))
     if labelled:
         sheet.legend(legend(index, pixels))
