@@ -196,44 +196,6 @@ def gather_share(run: Run, device: torch.device) -> float | None:
     return gathers / total if total else None
 
 
-PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    "B200": {"half": 2250, "tf32": 1125},
-    "H200 NVL": {"half": 835, "tf32": 418},
-    "H200": {"half": 989, "tf32": 495},
-    "H100 NVL": {"half": 835, "tf32": 418},
-    "H100 PCIe": {"half": 756, "tf32": 378},
-    "H100": {"half": 989, "tf32": 495},
-    "A100": {"half": 312, "tf32": 156},
-    "A30": {"half": 165, "tf32": 82},
-    "A10": {"half": 125, "tf32": 62.5},
-    "L40S": {"half": 362, "tf32": 183},
-    "L4": {"half": 121, "tf32": 60},
-}
-"""10¹² FLOP/s of a GPU, dense (half of what data sheets print "with sparsity"): bfloat16 and float16 alike, and TF32.
-
-From NVIDIA's data sheets. A name matches if `torch.cuda.get_device_name` contains it as whole words. The first match
-counts, so longer names come first.
-"""
-
-
-def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """10¹² FLOP/s that the device can reach with this dtype; None for a CPU and for a GPU that is not in the table.
-
-    float32 is compared with TF32, its fastest arithmetic, whether or not torch is allowed to use it.
-    """
-    return _peak_by_name(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
-
-
-def _peak_by_name(name: str, dtype: torch.dtype) -> float | None:
-    words = f" {name.replace('-', ' ')} "
-    if " MIG " in words:  # a slice of the GPU
-        return None
-    for known, peaks in PEAK_TFLOPS.items():
-        if f" {known} " in words:
-            return peaks["tf32" if dtype == torch.float32 else "half"]
-    return None
-
-
 def describe_machine(device: torch.device, sources: Sequence[str]) -> dict[str, Any]:
     """The machine, the versions and the commit of a run; no host name and no path.
 

@@ -8,6 +8,7 @@ data.json                 classes, colours and sample counts of the data (runs/d
 deepspeed.json            a copy of engine.deepspeed_json, if the recipe names one
 metrics.jsonl             a record for each step and each evaluation
 log/rank-N.txt            the log of each rank, with tracebacks
+profile/rank-N.json.gz    the trace of each rank, if the recipe asks for one
 skipped/rank-N.jsonl      bad samples that training skipped, if any
 checkpoints/              see engine/checkpoint.py
 evaluation/SPLIT-WEIGHTS.json  figures of `maskmatch evaluate`
@@ -71,6 +72,10 @@ class RunFolder:
     def log(self, rank: int) -> Path:
         """Log of one rank."""
         return self.path / "log" / f"rank-{rank}.txt"
+
+    def profile(self, rank: int) -> Path:
+        """Trace of one rank by torch's profiler."""
+        return self.path / "profile" / f"rank-{rank}.json.gz"
 
     def skipped(self, rank: int) -> Path:
         """Bad samples that one rank skipped."""
