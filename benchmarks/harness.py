@@ -209,6 +209,8 @@ def describe_machine(device: torch.device, sources: Sequence[str]) -> dict[str, 
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "driver": _driver_version() if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "clock": "process time" if device.type == "cpu" else "wall time between synchronisations",
         "load_at_start": round(os.getloadavg()[0], 2),
@@ -225,6 +227,16 @@ def _cpu_name() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _driver_version() -> str | None:
+    """Of NVIDIA's driver, as its own tool says it; None if it does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0] if lines else None
 
 
 def _commit(sources: Sequence[str]) -> str | None:
