@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STEPS ?=
 SEED ?= 0
 
-.PHONY: help install quickstart test test-all lint bench clean
+.PHONY: help install quickstart test test-all test-gpu lint bench bench-gpu clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,10 +26,13 @@ quickstart: install ## pages rendered, six runs trained on 2 ranks, report over 
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/quickstart.sh $(if $(STEPS),STEPS=$(STEPS)) SEED=$(SEED)
 
 test: install lint ## lint, types, rooms, and the fast tests: what CI runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu' --durations=10
 
 test-all: install lint ## all tests, also the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20
+
+test-gpu: install ## what only a GPU can show, about 8 minutes; skipped by name without one
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu -m gpu -rs -s --durations=10
 
 lint: install ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
@@ -52,6 +55,9 @@ bench: install $(VENV)/peers/.installed ## benchmarks into benchmarks/results, a
 	$(BIN)/python -m benchmarks.launches --out benchmarks/results/launches.json
 	$(BIN)/python -m benchmarks.engine_overhead --out benchmarks/results/engine_overhead.json
 	$(BIN)/python -m benchmarks.loader --out benchmarks/results/loader.json --other-python $(VENV)/peers/bin/python
+
+bench-gpu: install ## masked_vs_full, train_step, engine_overhead on a GPU into benchmarks/results/gpu, 16 minutes
+	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu --minutes 16
 
 clean: ## what the other targets made, but not runs and data
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

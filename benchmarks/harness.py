@@ -196,44 +196,6 @@ def gather_share(run: Run, device: torch.device) -> float | None:
     return gathers / total if total else None
 
 
-PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    "B200": {"half": 2250, "tf32": 1125},
-    "H200 NVL": {"half": 835, "tf32": 418},
-    "H200": {"half": 989, "tf32": 495},
-    "H100 NVL": {"half": 835, "tf32": 418},
-    "H100 PCIe": {"half": 756, "tf32": 378},
-    "H100": {"half": 989, "tf32": 495},
-    "A100": {"half": 312, "tf32": 156},
-    "A30": {"half": 165, "tf32": 82},
-    "A10": {"half": 125, "tf32": 62.5},
-    "L40S": {"half": 362, "tf32": 183},
-    "L4": {"half": 121, "tf32": 60},
-}
-"""10¹² FLOP/s of a GPU, dense (half of what data sheets print "with sparsity"): bfloat16 and float16 alike, and TF32.
-
-From NVIDIA's data sheets. A name matches if `torch.cuda.get_device_name` contains it as whole words. The first match
-counts, so longer names come first.
-"""
-
-
-def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """10¹² FLOP/s that the device can reach with this dtype; None for a CPU and for a GPU that is not in the table.
-
-    float32 is compared with TF32, its fastest arithmetic, whether or not torch is allowed to use it.
-    """
-    return _peak_by_name(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
-
-
-def _peak_by_name(name: str, dtype: torch.dtype) -> float | None:
-    words = f" {name.replace('-', ' ')} "
-    if " MIG " in words:  # a slice of the GPU
-        return None
-    for known, peaks in PEAK_TFLOPS.items():
-        if f" {known} " in words:
-            return peaks["tf32" if dtype == torch.float32 else "half"]
-    return None
-
-
 def describe_machine(device: torch.device, sources: Sequence[str]) -> dict[str, Any]:
     """The machine, the versions, the commit and the sources of a run; no host name and no path.
 
@@ -247,6 +209,8 @@ def describe_machine(device: torch.device, sources: Sequence[str]) -> dict[str, 
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "driver": _driver_version() if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "clock": "process time" if device.type == "cpu" else "wall time between synchronisations",
         "load_at_start": round(os.getloadavg()[0], 2),
@@ -264,6 +228,16 @@ def _cpu_name() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _driver_version() -> str | None:
+    """Of NVIDIA's driver, as its own tool says it; None if it does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0] if lines else None
 
 
 def _commit(sources: Sequence[str]) -> str | None:

@@ -90,8 +90,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="timed rounds, of which the minimum counts; default %(default)s",
     )
-    add("--ranks", type=int, metavar="N", help="at least 2; default: the GPUs here, or 2 on a CPU, one thread each")
-    add("--fp32-only", action="store_true", help="leave out bf16 and autocast-bf16")
+    add("--ranks", type=int, metavar="N", help="default: the GPUs here, or 2 on a CPU, one thread each. With 1 nothing "
+        "is sent, and what is left is the engine's own work")  # fmt: skip
+    add("--variants", nargs="+", metavar="TEXT", help="variants of our engine whose name contains one of these, as "
+        "'ZeRO-1 bf16'; DDP is always there. All variants are in memory at once")  # fmt: skip
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--fp32-only", action="store_true", help="leave out bf16 and autocast-bf16")
+    only.add_argument("--bf16-only", action="store_true", help="leave out fp32")
     return parser.parse_args(arguments)
 
 
@@ -99,13 +104,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Launch, collect, and write JSON, Markdown and PNG."""
     options = parse(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ranks = options.ranks or max(2, torch.cuda.device_count())
+    ranks = options.ranks if options.ranks is not None else torch.cuda.device_count() or 2
     try:
         for name in ("image_size", "batch", "classes", "rounds"):
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: {getattr(options, name)}; it must be at least 1")
-        if ranks < 2 or (device.type == "cuda" and ranks > torch.cuda.device_count()):
-            raise ValueError(f"--ranks: {ranks}; it must be at least 2, and on GPUs at most their number")
+        if ranks < 1 or (device.type == "cuda" and ranks > torch.cuda.device_count()):
+            raise ValueError(f"--ranks: {ranks}; it must be at least 1, and on GPUs at most their number")
         check_out(options.out)
         for backbone in (options.backbone, options.memory_backbone):  # mistakes are found now, not under the launcher
             with torch.device("meta"):
@@ -121,8 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine["clock"] = "wall time of the slowest rank between barriers; cpu_ratio: process time summed over ranks"
     names = ("backbone", "memory_backbone", "backbone_options", "image_size", "batch", "classes", "rounds")
     settings = {name: getattr(options, name) for name in names}
+    kinds = {"fp32": not options.bf16_only, "bf16": not options.fp32_only, "variants": options.variants}
     try:
-        found = launch(settings | {"bf16": not options.fp32_only}, ranks)
+        found = launch(settings | kinds, ranks)
     except RuntimeError as error:
         say(f"engine_overhead: {error}")
         return 1

@@ -38,8 +38,9 @@ def judge(found: Mapping[str, list[dict[str, Any]]]) -> None:
 
 
 def page(machine: Mapping[str, Any], found: Mapping[str, list[dict[str, Any]]]) -> str:
-    """The three tables in Markdown."""
-    tables = markdown("engine_overhead", machine, found["rows"], COLUMNS)
+    """The three tables in Markdown; `mfu` is shown where the device's peak is known."""
+    known = any(row["mfu"] is not None for row in found["rows"])
+    tables = markdown("engine_overhead", machine, found["rows"], (*COLUMNS, "mfu") if known else COLUMNS)
     tables += "\n## The teacher's average\n\n" + markdown_table(found["teachers"], TEACHER_COLUMNS)
     return tables + "\n## Model states on a rank\n\n" + markdown_table(found["memory"], MEMORY_COLUMNS)
 

@@ -181,17 +181,21 @@ def build_trainer(variant: Variant, segmenter: Segmenter, recipe: Recipe, runtim
 
 
 def build_student(options: dict[str, Any], backbone: str, device: torch.device) -> Segmenter:
-    """A segmenter with the same random weights at every call and on every rank, without context decoder."""
+    """A segmenter with the same random weights at every call and on every rank, without context decoder.
+
+    It is built where it will be: on one CPU thread the random weights of a large model take many seconds.
+    """
     torch.manual_seed(0)
-    segmenter = build_segmenter(
-        backbone,
-        options["classes"],
-        head="linear",
-        image_size=options["image_size"],
-        context=False,
-        backbone_options=options["backbone_options"],
-    )
-    return segmenter.to(device).train()
+    with device:
+        segmenter = build_segmenter(
+            backbone,
+            options["classes"],
+            head="linear",
+            image_size=options["image_size"],
+            context=False,
+            backbone_options=options["backbone_options"],
+        )
+    return segmenter.train()
 
 
 def build_recipe(variant: Variant, options: dict[str, Any], folder: Path, more: dict[str, Any] | None = None) -> Recipe:

@@ -40,11 +40,13 @@ from benchmarks.engine_overhead.variants import (
     build_student,
     build_trainer,
 )
+from maskmatch_scale.device_peaks import peak_tflops
 from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.ema import build_teacher
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.protocol import StoredTeacher
 from maskmatch_scale.engine.ranks import Runtime
+from maskmatch_scale.models.cost import encoder_train_macs
 
 WARM_UP = 3
 """Steps of every variant before anything is timed; weights are compared after them."""
@@ -114,9 +116,10 @@ class Bench:
         alone = Variant("alone", variants[0].precision)
         control, _ = self._build(alone)
         start = _flat(control.weights(keep=True))
-        for number in range(WARM_UP):
-            self._step(control, batch, number)
-        weights[alone] = _flat(control.weights(keep=True))
+        if self.runtime.world_size > 1:  # one rank has nobody to communicate with
+            for number in range(WARM_UP):
+                self._step(control, batch, number)
+            weights[alone] = _flat(control.weights(keep=True))
         reference = weights[variants[0]]
         moved = (reference - start).norm()
         for variant, vector in weights.items():
@@ -134,7 +137,7 @@ class Bench:
                     clock.time(f"ema {variant.name}", lambda: teacher.update(DECAY))  # noqa: B023
             done += 1
         times = clock.over_ranks()
-        steps = [self._step_row(variant, times, apart[variant], apart[alone]) for variant in built]
+        steps = [self._step_row(variant, times, apart[variant], apart.get(alone)) for variant in built]
         teachers = [
             self._teacher_row(variant, teacher, times, batch[0])
             for variant, (_, teacher) in built.items()
@@ -180,7 +183,7 @@ class Bench:
         variant: Variant,
         times: dict[str, tuple[list[float], list[float]]],
         apart: float,
-        alone: float,
+        alone: float | None,
     ) -> dict[str, Any]:
         wall, cpu = times[f"step {variant.name}"]
         base_wall, base_cpu = times[f"step {variant.baseline.name}"]
@@ -197,7 +200,19 @@ class Bench:
             "apart": apart,
             "apart_alone": alone,
             "tolerance": TOLERANCE[variant.precision],
+            "mfu": self._mfu(variant, min(wall)),
         }
+
+    def _mfu(self, variant: Variant, step_s: float) -> float | None:
+        """Share of the device's peak that the backbone's work takes; None where the peak is not known."""
+        dtype = torch.float32 if variant.precision == "fp32" else torch.bfloat16
+        peak = peak_tflops(self.runtime.device, dtype)
+        if peak is None:
+            return None
+        student = build_student(self.options, self.options["backbone"], torch.device("meta"))
+        side = self.options["image_size"]
+        flops = 2 * self.options["batch"] * encoder_train_macs(student, side, side)
+        return flops / step_s / (peak * 1e12)
 
     def _teacher_row(
         self,
@@ -324,6 +339,14 @@ def _release(trainer: Trainer) -> None:
     gc.collect()
 
 
+FAMILIES = {"fp32": FP32, "bf16": BF16}
+
+
+def chosen(family: Sequence[Variant], texts: Sequence[str] | None) -> list[Variant]:
+    """The variants of our engine whose name contains one of the texts (None: all), and all of DDP."""
+    return [v for v in family if texts is None or v.library == "ddp" or any(text in v.name for text in texts)]
+
+
 def main(file: Path) -> None:
     """Measure as the file says; rank 0 writes the rows."""
     options = json.loads(file.read_text())
@@ -333,7 +356,7 @@ def main(file: Path) -> None:
     first = build_recipe(Variant("deepspeed", "fp32", 1), options, folder)
     runtime = setup.start(place, first.engine)
     bench = Bench(options, runtime, folder)
-    families = [FP32, BF16] if options["bf16"] else [FP32]
+    families = [chosen(family, options["variants"]) for name, family in FAMILIES.items() if options[name]]
     result: dict[str, list[dict[str, Any]]] = {"rows": [], "teachers": [], "memory": []}
     gc.collect()
     gc.freeze()  # the many objects of the libraries need not be searched every time

@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from benchmarks.harness import check_out, describe_machine, peak_tflops, say, write_json
+from benchmarks.harness import check_out, describe_machine, say, write_json
 from benchmarks.masked_vs_full.cases import CLASSES, DTYPES, Case
 from benchmarks.masked_vs_full.measure import measure
 from benchmarks.masked_vs_full.report import draw, page
+from maskmatch_scale.device_peaks import peak_tflops
 from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.models.units import visible_count
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from benchmarks.harness import check_out, describe_machine, say, write_json
-from benchmarks.train_step.cases import Case
+from benchmarks.train_step.cases import PRECISIONS, Case
 from benchmarks.train_step.measure import measure
 from benchmarks.train_step.report import draw, page
+from maskmatch_scale.device_peaks import peak_tflops
 from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.models.units import visible_count
 
@@ -21,7 +22,8 @@ SOURCES = ("maskmatch_scale", "benchmarks/harness.py", "benchmarks/train_step")
 
 EXAMPLES = """examples:
   python -m benchmarks.train_step --out benchmarks/results/train_step.json
-  python -m benchmarks.train_step --out /tmp/b5.json --backbone transformers/segformer-b5 --device cuda --images 8
+  python -m benchmarks.train_step --out /tmp/b5.json --backbone transformers/segformer-b5 --device cuda --images 8 \\
+    --precision autocast-bf16
 """
 
 
@@ -44,12 +46,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--classes", type=int, default=21, metavar="N", help="default 21, as in Pascal VOC")
     add("--keep", type=float, default=0.3, metavar="SHARE", help="share of visible units; default 0.3")
     add("--repeats", type=int, default=5, metavar="N", help="timed rounds, of which the minimum counts; default 5")
+    add("--precision", choices=list(PRECISIONS), default="fp32", help="of products; weights are fp32; default fp32, in "
+        "TF32 on a GPU")  # fmt: skip
     add("--device", default="cpu", help="cpu (one thread, process time) or cuda; default cpu")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure every backbone and write JSON, Markdown and PNG."""
+    """Measure every backbone and write JSON, Markdown and PNG; 1 if a backbone did not fit into memory."""
     options = parse(arguments)
     torch.set_num_threads(1)
     try:
@@ -67,18 +71,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         say(f"train_step: {error}")
         return 2
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as in a run
     machine = describe_machine(device, SOURCES)
+    peak = peak_tflops(device, PRECISIONS[options.precision] or torch.float32)
+    code = 0
     rows: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []
     for backbone in options.backbone:
-        case = Case(backbone, options.image_size, options.classes, options.images, options.keep, device)
-        new_rows, new_parts = measure(case, options.repeats)
+        sizes = (options.image_size, options.classes, options.images, options.keep)
+        try:
+            new_rows, new_parts = measure(Case(backbone, *sizes, device, options.precision), options.repeats, peak)
+        except torch.OutOfMemoryError:  # the other backbones may fit
+            say(f"train_step: {backbone}: out of GPU memory, left out; try fewer --images")
+            code = 1
+            torch.cuda.empty_cache()
+            continue
         rows, parts = rows + new_rows, parts + new_parts
         write_json(options.out, machine, rows, parts=parts)
         options.out.with_suffix(".md").write_text(page(machine, rows, parts), encoding="utf-8")
-    draw(rows, parts).savefig(options.out.with_suffix(".png"), dpi=110)
-    say(f"wrote {options.out}, and .md and .png beside it")
-    return 0
+    if rows:
+        draw(rows, parts).savefig(options.out.with_suffix(".png"), dpi=110)
+        say(f"wrote {options.out}, and .md and .png beside it")
+    return code
 
 
 if __name__ == "__main__":

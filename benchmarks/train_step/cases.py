@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +12,18 @@ from torch.nn import functional as F
 
 from benchmarks.train_step.straightforward import Straightforward, up
 from maskmatch_scale.data.batches.batch import Batch
+from maskmatch_scale.engine.precision import autocast
 from maskmatch_scale.method.bases import PseudoLabels
 from maskmatch_scale.method.maskmatch import MaskMatch, Step, view_draws
+from maskmatch_scale.method.work import Work, step_work
 from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.models.cost import encoder_macs, encoder_train_macs
 from maskmatch_scale.models.units import visible_count, zero_masked_pixels
 from maskmatch_scale.recipe import MaskRecipe, MethodRecipe
 
 SCALES = (0.5, 1.0, 1.5)
+PRECISIONS = {"fp32": None, "autocast-bf16": torch.bfloat16}
+"""`engine.precision` of a step with fp32 weights: the type in which they are multiplied; None: in their own."""
 
 
 @dataclass
@@ -31,6 +36,7 @@ class Case:
     images: int
     keep: float
     device: torch.device
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -59,17 +65,23 @@ class Case:
             module: torch.optim.AdamW(module.parameters(), lr=1e-5) for module in (self.segmenter, self.plain)
         }
 
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """A context for forwards of both steps."""
+        return autocast(self.device, PRECISIONS[self.precision])
+
     # --- ours, part by part ------------------------------------------------------------------------------------------
 
     def pseudo_label(self) -> PseudoLabels:
         """The teacher at three scales."""
-        pseudo = self.maskmatch.pseudo_label(self.step, self.teacher)
+        with self.arithmetic():
+            pseudo = self.maskmatch.pseudo_label(self.step, self.teacher)
         assert pseudo is not None
         return pseudo
 
     def view(self, part: str, pseudo: PseudoLabels) -> None:
         """Forward and backward of one view."""
-        loss, _ = self.maskmatch(part, self.step, pseudo, self.scale)
+        with self.arithmetic():
+            loss, _ = self.maskmatch(part, self.step, pseudo, self.scale)
         loss.backward()
 
     def all_views(self, pseudo: PseudoLabels) -> None:
@@ -100,13 +112,17 @@ class Case:
         maps = []
         for scale in SCALES:
             sides = [max(patch, round(side * scale / patch) * patch) for side in images.shape[2:]]
-            maps.append(up(self.plain_teacher(up(images, sides)), images.shape[2:]).softmax(1))
+            with self.arithmetic():
+                logits = self.plain_teacher(up(images, sides))
+            maps.append(up(logits.float(), images.shape[2:]).softmax(1))
         confidence, labels = torch.stack(maps).mean(0).max(1)
         return PseudoLabels(labels, confidence >= 0.0)
 
     def plain_pass(self, images: Tensor, target: Tensor, counted: Tensor) -> Tensor:
         """One view: forward, full-resolution logits, cross-entropy, backward."""
-        logits = up(self.plain(self.maskmatch.normalise(images)), target.shape[1:])
+        with self.arithmetic():
+            logits = self.plain(self.maskmatch.normalise(images))
+        logits = up(logits.float(), target.shape[1:])
         loss = F.cross_entropy(logits, target.masked_fill(~counted, -100), reduction="sum") / counted.sum()
         loss.backward()
         return loss.detach()
@@ -151,10 +167,11 @@ class Case:
         for module in modules:
             module.eval()
         ours, theirs = self.pseudo_label(), self.plain_pseudo_label()
-        ours_x, ours_u = (
-            self.maskmatch(part, self.step, ours, self.scale)[1] * self.scale[index]
-            for index, part in enumerate(("loss_x", "loss_u"))
-        )
+        with self.arithmetic():
+            ours_x, ours_u = (
+                self.maskmatch(part, self.step, ours, self.scale)[1] * self.scale[index]
+                for index, part in enumerate(("loss_x", "loss_u"))
+            )
         plain_x, plain_u = self.plain_labelled(), self.plain_strong(ours)
         for module in modules:
             module.zero_grad(set_to_none=True)
@@ -166,6 +183,13 @@ class Case:
         }
 
     # --- counts ------------------------------------------------------------------------------------------------------
+
+    def work(self, step: str) -> Work:
+        """What `ours` or the `straightforward` step asks of the backbone: the latter computes masked units too."""
+        recipe = self.maskmatch.recipe
+        if step != "ours":
+            recipe = recipe.model_copy(update={"mask": recipe.mask.model_copy(update={"mode": "zero"})})
+        return step_work(self.segmenter, recipe, (self.image_size,) * 2, self.images, self.images)
 
     def limit(self) -> float:
         """Amdahl's limit of masking: the backbone's multiply–adds of a step without dropping, over those with it."""

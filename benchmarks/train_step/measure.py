@@ -5,32 +5,41 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.harness import Run, peak_mb, say, time_interleaved
 from benchmarks.train_step.cases import Case
 
 
-def measure(case: Case, repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of the two steps, and rows of their parts."""
+def measure(case: Case, repeats: int, peak: float | None = None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of the two steps, and rows of their parts.
+
+    Args:
+        case: what to measure.
+        repeats: timed rounds.
+        peak: 10¹² FLOP/s that the device can reach in this precision; None: not known.
+    """
     say(f"{case.backbone}: checking that both steps agree")
     differences = case.disagreement()
     pseudo = case.pseudo_label()
     masked = case.step.masked
     assert masked is not None
 
+    def masked_levels() -> list[Tensor]:
+        with case.arithmetic():
+            return case.segmenter.encode(case.maskmatch.normalise(masked.view.images), masked.visible)
+
     def masked_encoder() -> None:
-        levels = case.segmenter.encode(case.maskmatch.normalise(masked.view.images), masked.visible)
+        levels = masked_levels()
         torch.autograd.backward(levels, [torch.zeros_like(level) for level in levels])
 
-    detached = [level.detach().requires_grad_() for level in case.segmenter.encode(
-        case.maskmatch.normalise(masked.view.images), masked.visible
-    )]  # fmt: skip
+    detached = [level.detach().requires_grad_() for level in masked_levels()]
     grid = case.segmenter.unit_grid(case.image_size, case.image_size)
 
     def context() -> None:
         assert case.segmenter.context is not None
-        guesses = case.segmenter.context(detached, masked.visible, grid)
+        with case.arithmetic():
+            guesses = case.segmenter.context(detached, masked.visible, grid)
         torch.autograd.backward(guesses, [torch.zeros_like(guess) for guess in guesses])
 
     parts: dict[str, dict[str, Run]] = {
@@ -65,11 +74,12 @@ def measure(case: Case, repeats: int) -> tuple[list[dict[str, Any]], list[dict[s
         peaks[name] = peak_mb(runs[name], held, case.device)
     say(f"{case.backbone}: {len(runs)} variants × {repeats}")
     timings = time_interleaved(_with_gradients(runs, case), repeats, case.device)
-    base = {"backbone": case.backbone, "image_size": case.image_size, "classes": case.classes, "images": case.images}
+    base = {name: getattr(case, name) for name in ("backbone", "image_size", "classes", "images", "precision")}
     limit = case.limit()
     rows = []
     for name in ("ours", "straightforward"):
         speedup = timings["straightforward"].minimum / timings[name].minimum
+        tflops = case.work(name).flops / timings[name].minimum / 1e12
         rows.append(
             {
                 **base,
@@ -81,6 +91,8 @@ def measure(case: Case, repeats: int) -> tuple[list[dict[str, Any]], list[dict[s
                 "limit": limit if name == "ours" else 1.0,
                 "efficiency": speedup / limit if name == "ours" else 1.0,
                 "peak_mb": peaks[name],
+                "tflops": tflops,
+                "mfu": None if peak is None else tflops / peak,
                 "repeats": repeats,
                 **differences,
             }

@@ -18,14 +18,15 @@ PART_COLUMNS = ("backbone", "step", "part", "seconds_min", "share")
 
 
 def page(machine: Mapping[str, Any], rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -> str:
-    """Both tables in Markdown."""
-    tables = markdown("train_step", machine, rows, COLUMNS)
+    """Both tables in Markdown; `mfu` is shown where the device's peak is known."""
+    known = any(row["mfu"] is not None for row in rows)
+    tables = markdown("train_step", machine, rows, (*COLUMNS, "mfu") if known else COLUMNS)
     return tables + "\n## Where the time goes\n\n" + markdown_table(parts, PART_COLUMNS)
 
 
 def draw(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -> Figure:
     """Two stacked bars a backbone: where a step's seconds go."""
-    backbones = list(dict.fromkeys(row["backbone"] for row in rows))
+    backbones = list(dict.fromkeys(row["backbone"] for row in rows))  # of one size and precision
     figure = Figure(figsize=(9, 0.8 + 1.6 * len(backbones)), layout="constrained")
     colours = {
         "teacher, three scales": "#0072b2", "labelled and strong view": "#117733", "labelled view": "#009e73",

@@ -49,5 +49,11 @@ def _resize(images: Tensor, scale: float, patch_px: int) -> Tensor:
     """Images resized bilinearly by a factor, sides rounded to whole patches."""
     if scale == 1:
         return images
-    rows, columns = (max(patch_px, round(side * scale / patch_px) * patch_px) for side in images.shape[-2:])
-    return F.interpolate(images, size=(rows, columns), mode="bilinear", align_corners=False)
+    size = resized_px(images.shape[-2:], scale, patch_px)
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+
+
+def resized_px(size_px: Sequence[int], scale: float, patch_px: int) -> tuple[int, int]:
+    """Height and width of an image at a scale, pixels, rounded to whole patches."""
+    rows, columns = (max(patch_px, round(side * scale / patch_px) * patch_px) for side in size_px)
+    return rows, columns

@@ -40,6 +40,17 @@ def encoder_train_macs(segmenter: Segmenter, height_px: int, width_px: int, visi
     return 2 * first + 3 * rest
 
 
+def encoder_tokens(segmenter: Segmenter, height_px: int, width_px: int, visible_units: int | None = None) -> int:
+    """Tokens of one image at the backbone's finest level, without class and register tokens.
+
+    Arguments as for `encoder_macs`. Of a ViT these are the patches; a SegFormer has fewer tokens at its other levels.
+    """
+    stride = segmenter.encoder.strides[0]
+    if visible_units is None:
+        return (height_px // stride) * (width_px // stride)
+    return visible_units * (segmenter.unit_px // stride) ** 2
+
+
 def _macs(segmenter: Segmenter, height: int, width: int, visible_units: int | None) -> Macs:
     if visible_units is None:
         segmenter.check_size(height, width)

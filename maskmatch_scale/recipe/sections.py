@@ -44,6 +44,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 BadSamples = Literal["fail", "skip"]
 SidesPx = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(_pair)]
+StepRange = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], AfterValidator(_ascending)]
 ScaleRange = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
 
 
@@ -307,6 +308,9 @@ class RunRecipe(Section):
     """Steps between evaluations on the split `dev`; 0 = only at the end."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between lines of progress; metrics stay on the device until then."""
+    profile: StepRange | None = None
+    """[first, last]: steps, counted from 1, of which every rank writes a trace of torch's profiler to
+    RUN/profile/rank-N.json.gz (docs/watching.md). null = none."""
     max_nonfinite_steps: Annotated[int, Field(ge=0)] = 0
     """Number of steps with non-finite gradients that are left out before the run stops."""
 

@@ -86,7 +86,8 @@ def _figures(record: Mapping[str, Any], remaining_s: float | None, *, at_least: 
         for key, label, form, unit in (
             ("loss", "loss", ".3f", ""), ("loss_x", "x", ".3f", ""), ("loss_u", "u", ".3f", ""),
             ("loss_m", "m", ".3f", ""), ("coverage", "coverage", ".0%", ""), ("lr", "lr", ".1e", ""),
-            ("images_per_s", "", ".1f", " img/s"), ("data_wait_s", "waiting", ".2f", " s"),
+            ("images_per_s", "", ".1f", " img/s"), ("tokens_per_s", "", ",.0f", " tok/s"), ("mfu", "MFU", ".0%", ""),
+            ("gpu_peak_gb", "peak", ".1f", " GB"), ("data_wait_s", "waiting", ".2f", " s"),
         )
         if record.get(key) is not None
     ]  # fmt: skip

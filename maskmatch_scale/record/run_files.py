@@ -23,7 +23,10 @@ from yaml import YAMLError
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.record.run_folder import RunFolder
 
-CURVES = ("loss", "loss_x", "loss_u", "loss_m", "lr", "coverage", "images_per_s")
+RATES = ("images_per_s", "tokens_per_s", "mfu")
+"""Figures that say how fast a step was."""
+
+CURVES = ("loss", "loss_x", "loss_u", "loss_m", "lr", "coverage", *RATES)
 """Figures of a train record that are read."""
 
 

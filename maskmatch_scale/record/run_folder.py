@@ -9,6 +9,7 @@ deepspeed.json            a copy of engine.deepspeed_json, if the recipe names o
 metrics.jsonl             a record for each step and each evaluation
 log/rank-N.txt            the log of each rank, with tracebacks
 log/collectives-rank-N    torch's record of the last collectives, for torchfrtrace, if a rank was lost
+profile/rank-N.json.gz    the trace of each rank, if the recipe asks for one
 skipped/rank-N.jsonl      bad samples that training skipped, if any
 checkpoints/              see engine/checkpoint.py
 evaluation/SPLIT-WEIGHTS.json  figures of `maskmatch evaluate`
@@ -76,6 +77,10 @@ class RunFolder:
     def collectives(self, rank: int) -> Path:
         """What torch has kept of the last collectives of one rank."""
         return self.path / "log" / f"collectives-rank-{rank}"
+
+    def profile(self, rank: int) -> Path:
+        """Trace of one rank by torch's profiler."""
+        return self.path / "profile" / f"rank-{rank}.json.gz"
 
     def skipped(self, rank: int) -> Path:
         """Bad samples that one rank skipped."""

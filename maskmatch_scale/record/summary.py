@@ -48,6 +48,12 @@ class RunSummary:
     """The newest evaluation of each split and weights; ``dev`` comes last."""
     images_per_s: float | None
     """Median over steps, without the first :data:`START_UP_STEPS` and the cheaper steps of the burn-in."""
+    tokens_per_s: float | None
+    """Likewise."""
+    mfu: float | None
+    """Share of the GPUs' peak, 0–1, likewise."""
+    gpu_peak_gb: float | None
+    """The most that torch had allocated on one GPU in a step, 10⁹ bytes."""
     seconds: float | None
     """Wall time of training in seconds."""
     cpu_s: float | None
@@ -108,7 +114,10 @@ def summarise_files(run: RunFiles) -> RunSummary:
         steps_asked=steps_asked,
         finished=run.closing is not None and steps_asked is not None and steps_done >= steps_asked,
         scores=run.scores,
-        images_per_s=_median_rate(run),
+        images_per_s=_median_rate(run, "images_per_s"),
+        tokens_per_s=_median_rate(run, "tokens_per_s"),
+        mfu=_median_rate(run, "mfu"),
+        gpu_peak_gb=number(closing.get("gpu_peak_gb")),
         seconds=number(closing.get("seconds")),
         cpu_s=number(closing.get("cpu_s")),
     )
@@ -160,13 +169,15 @@ def headline(runs: Sequence[RunSummary]) -> Headline:
     columns = ["run", "method", "seed", "steps"]
     for split in splits:
         columns += [f"{split} mIoU", f"{split} mIoU (student)", f"{split} pixel accuracy"]
-    columns += ["images/s", "time"]
+    columns += ["images/s", "MFU", "peak GB of a GPU", "time"]
     rows = []
     for run, label in zip(runs, method_labels(runs)):
         row = [run.name, label, "–" if run.seed is None else str(run.seed), _steps(run)]
         for split in splits:
             row += _split_figures(run, split)
-        rows.append((*row, _rate(run.images_per_s), _duration(run.seconds)))
+        mfu = "–" if run.mfu is None else f"{run.mfu:.0%}"
+        peak = "–" if run.gpu_peak_gb is None else f"{run.gpu_peak_gb:.1f}"
+        rows.append((*row, _rate(run.images_per_s), mfu, peak, _duration(run.seconds)))
     # Columns without any figure are left out (if no student was evaluated, for example).
     filled = [column for column in range(len(columns)) if any(row[column] != "–" for row in rows)]
     return Headline(
@@ -238,6 +249,9 @@ def as_rows(runs: Sequence[RunSummary]) -> list[dict[str, object]]:
                     for score in run.scores
                 ],
                 "images_per_s": run.images_per_s,
+                "tokens_per_s": run.tokens_per_s,
+                "mfu": run.mfu,
+                "gpu_peak_gb": run.gpu_peak_gb,
                 "seconds": run.seconds,
                 "cpu_s": run.cpu_s,
             }
@@ -245,9 +259,9 @@ def as_rows(runs: Sequence[RunSummary]) -> list[dict[str, object]]:
     return rows
 
 
-def _median_rate(run: RunFiles) -> float | None:
-    """Median images/s over steps; see :attr:`RunSummary.images_per_s`."""
-    rates, steps = run.train.values["images_per_s"], run.train.steps
+def _median_rate(run: RunFiles, name: str) -> float | None:
+    """Median of one of :data:`RATES` over steps; see :attr:`RunSummary.images_per_s`."""
+    rates, steps = run.train.values[name], run.train.steps
     burn_in = round((number(run.settings.get("method.burn_in")) or 0) * (_whole(run.settings.get("run.steps")) or 0))
     # A run that ended within the burn-in has only such steps: then they count too.
     for first in (burn_in + START_UP_STEPS, START_UP_STEPS, 0):

@@ -85,6 +85,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": precision})})
     check_settings(recipe, place.world_size)
     recipe, batches = _open_batches(recipe, student, place, index)
+    check_profile(recipe)
     if "dev" in index.streams:  # opening the stream now finds a missing shard before the first evaluation does
         ShardStream(recipe.data.root, "dev", recipe.data, index=index)
     used = {"labelled": batches.labelled_samples, "unlabelled": batches.unlabelled_samples}
@@ -121,6 +122,17 @@ def check_model(recipe: Recipe, student: Segmenter) -> None:
         student.check_size(*recipe.data.crop_px)
     except ValueError as error:
         raise UserError(f"data.crop_px={list(recipe.data.crop_px)}: {error}") from None
+
+
+def check_profile(recipe: Recipe) -> None:
+    """Refuse to profile steps that the run does not have; their number is known now.
+
+    Raises:
+        UserError: names the key and the number of steps.
+    """
+    profile, steps = recipe.run.profile, recipe.run.steps
+    if profile is not None and profile[1] > steps:
+        raise UserError(f"run.profile={list(profile)}: the run has {steps} steps; name steps from 1 to {steps}")
 
 
 def _open_batches(

@@ -14,8 +14,9 @@ from maskmatch_scale.engine.checkpoint import load_checkpoint
 from maskmatch_scale.engine.ema import build_teacher
 from maskmatch_scale.engine.protocol import Engine, StoredTeacher
 from maskmatch_scale.engine.ranks import Runtime
-from maskmatch_scale.method.maskmatch import MaskMatch, class_weights
+from maskmatch_scale.method.maskmatch import MaskMatch, class_weights, uses_unlabelled
 from maskmatch_scale.method.views import Neighbour
+from maskmatch_scale.method.work import Work, step_work
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.batchnorm import synchronise_batchnorm
 from maskmatch_scale.recipe import Recipe
@@ -44,6 +45,10 @@ class Run:
     maskmatch: MaskMatch
     engine: Engine
     teacher: StoredTeacher
+    burn_in_work: Work
+    """What a step of the burn-in asks of this rank's backbone."""
+    work: Work
+    """The same of a step after it."""
     metrics: MetricsLog
     """Collects the figures of steps and evaluations. Every rank has one; only that of rank 0 writes the file."""
     resumed: dict[str, Any]
@@ -59,6 +64,10 @@ class Run:
     def start(self) -> int:
         """Number of optimizer steps that were taken before this start."""
         return int(self.resumed.get("step", 0))
+
+    def work_in(self, step: int) -> Work:
+        """What step ``step`` (from 0) asks of this rank's backbone."""
+        return self.burn_in_work if step < self.recipe.burn_in_steps else self.work
 
     def say(self, line: str) -> None:
         """Log a line, and give it to the callbacks to show."""
@@ -91,6 +100,7 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
         CheckpointError: the checkpoint does not fit the model or its optimizer.
     """
     recipe, student, batches = checked.recipe, checked.student, checked.batches
+    burn_in_work, work = _work(recipe, student, batches)  # before ZeRO-3 takes the weights apart
     average = copy.deepcopy(student)  # made in host memory, so that a GPU never holds both whole models
     student.to(runtime.device)
     if recipe.model.batchnorm == "synchronised" and runtime.world_size > 1:
@@ -124,7 +134,20 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
         maskmatch=maskmatch,
         engine=engine,
         teacher=teacher,
+        burn_in_work=burn_in_work,
+        work=work,
         metrics=MetricsLog(checked.folder.metrics if runtime.rank == 0 else None),
         resumed=resumed,
         last_checkpoint=checked.checkpoint,
     )
+
+
+def _work(recipe: Recipe, student: Segmenter, batches: TrainingBatches) -> tuple[Work, Work]:
+    """What a step asks of a rank's backbone, in the burn-in and after it."""
+    images = recipe.engine.micro_batch * recipe.engine.accumulation
+    labelled = images if batches.labelled is not None else 0
+    unlabelled = images * recipe.data.unlabelled_per_labelled if uses_unlabelled(recipe.method) else 0
+    burn_in, after = (
+        step_work(student, recipe.method, recipe.data.crop_px, labelled, count) for count in (0, unlabelled)
+    )
+    return burn_in, after

@@ -51,9 +51,19 @@ def test_rows_of_two_ranks(benchmark, tmp_path):
     assert "(4+4+4+8)Ψ/N" in out.with_suffix(".md").read_text()
 
 
+def test_chosen_variants(benchmark):
+    from benchmarks.engine_overhead.variants import BF16, FP32
+    from benchmarks.engine_overhead.worker import chosen
+
+    assert chosen(FP32, None) == list(FP32)
+    names = [variant.name for variant in chosen(BF16, ["ZeRO-1 bf16", "ZeRO-3"])]
+    ours = ["ZeRO-1 bf16", "ZeRO-3 bf16", "ZeRO-3 autocast-bf16"]
+    assert names == ["ddp autocast-bf16", *(f"deepspeed {name}" for name in ours)]
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
-    [(["--batch", "0"], "--batch: 0"), (["--ranks", "1"], "--ranks: 1"), (["--backbone", "timm/resnet50"], "resnet50")],
+    [(["--batch", "0"], "--batch: 0"), (["--ranks", "0"], "--ranks: 0"), (["--backbone", "timm/resnet50"], "resnet50")],
 )
 def test_mistakes_are_one_line(benchmark, tmp_path, capsys, options, named):
     out = tmp_path / "overhead.json"

@@ -39,25 +39,6 @@ def test_share_of_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert none == 0
 
 
-def test_peak_of_a_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.harness import _peak_by_name, peak_tflops
-
-    for name, half in {
-        "NVIDIA A100-SXM4-80GB": 312,
-        "NVIDIA H100 80GB HBM3": 989,
-        "NVIDIA H100 PCIe": 756,
-        "NVIDIA H200": 989,
-        "NVIDIA L40S": 362,
-        "NVIDIA L4": 121,
-        "NVIDIA A10G": None,
-        "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
-    }.items():
-        assert _peak_by_name(name, torch.bfloat16) == half, name
-    assert _peak_by_name("NVIDIA L4", torch.float32) == 60
-    assert peak_tflops(torch.device("cpu"), torch.float32) is None
-
-
 def test_counts_a_grouped_convolution_and_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.harness import count_gmacs, peak_mb

@@ -11,17 +11,18 @@ from maskmatch_scale.engine.setup import _free_port
 BIN = Path(sys.executable).parent
 
 
-def environment(**more):
+def environment(*, on_gpu=False, **more):
     """Of a launched process: the environment's own commands first, one thread a rank."""
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path} | more
+    accelerator = {} if on_gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | accelerator | {"OMP_NUM_THREADS": "1", "PATH": path} | more
 
 
-def deepspeed_command(*arguments):
-    """`deepspeed` on two CPU ranks."""
+def deepspeed_command(*arguments, ranks=2, on_gpu=False):
+    """`deepspeed` on ranks of the CPU, or of GPUs."""
     return [
-        str(BIN / "deepspeed"), "--num_accelerators", "2", "--no_local_rank", "--master_port", str(_free_port()),
-        *map(str, arguments),
+        str(BIN / "deepspeed"), "--num_gpus" if on_gpu else "--num_accelerators", str(ranks), "--no_local_rank",
+        "--master_port", str(_free_port()), *map(str, arguments),
     ]  # fmt: skip
 
 

@@ -148,6 +148,19 @@ def test_headline_has_held_out_figures_and_no_empty_column(runs_folder, write_ru
                              "dev pixel accuracy", "images/s")  # fmt: skip
 
 
+def test_figures_of_a_gpu(write_run, tmp_path):
+    run = write_run(tmp_path / "gpu", method=FIXMATCH, steps=12, steps_asked=15, burn_in=0)
+    append(run, *(train_record(step, tokens_per_s=5e4, mfu=0.41, gpu_peak_gb=30.0) for step in (13, 14, 15)))
+    closing = json.loads((run / "summary.json").read_text()) | {"gpu_peak_gb": 31.26}
+    (run / "summary.json").write_text(json.dumps(closing))
+    summary = summarise(run)
+    assert (summary.tokens_per_s, summary.mfu, summary.gpu_peak_gb) == (5e4, 0.41, 31.26)
+    table = headline([summary])
+    assert table.rows[0][table.columns.index("MFU")] == "41%"
+    assert table.rows[0][table.columns.index("peak GB of a GPU")] == "31.3"
+    assert as_rows([summary])[0]["mfu"] == 0.41
+
+
 def test_terminal_table_fits_and_loses_no_figure(runs_folder, write_run):
     scores = {("val", "ema"): 0.42, ("val_font", "ema"): 0.31}
     write_run(runs_folder / "[bold]vit", method=FIXMATCH, backbone="timm/vit_tiny_patch16_224", scores=scores)

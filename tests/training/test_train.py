@@ -20,10 +20,15 @@ def records(run: Path, kind: str = "train"):
 
 def test_a_run_directory_has_what_the_contract_says(make_recipe):
     run = train(make_recipe(run={"steps": 4, "checkpoint_every": 2, "log_every": 3}, method={"burn_in": 0.25}))
-    names = "step kind loss loss_x loss_u loss_m lr grad_norm coverage images_per_s data_wait_s step_s"
+    names = "step kind loss loss_x loss_u loss_m lr grad_norm coverage images_per_s data_wait_s step_s teacher_s ema_s"
+    names += " tokens_per_s mfu gpu_allocated_gb gpu_reserved_gb gpu_peak_gb"
     steps = records(run)
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
     assert all(set(names.split()) <= record.keys() for record in steps)
+    assert all(record[name] is None for record in steps for name in ("mfu", "gpu_peak_gb"))  # there is no GPU
+    # SegFormer's finest level has tokens of 4 px; 2 images, 3 views of them after the burn-in, of which one to 0.3.
+    tokens = [2 * 256, 2 * (2 * 256 + round(0.3 * 4) * 64)]
+    assert [r["tokens_per_s"] * r["step_s"] for r in steps[:2]] == pytest.approx(tokens)
     assert steps[0]["loss_u"] is None
     assert steps[1]["loss_u"] > 0
     assert steps[1]["loss_m"] > 0

@@ -11,22 +11,28 @@ from maskmatch_scale.training.callbacks.base import Callback, Record
 from maskmatch_scale.training.callbacks.checkpoints import Checkpoints
 from maskmatch_scale.training.callbacks.closing import Closing
 from maskmatch_scale.training.callbacks.evaluation import Evaluation
+from maskmatch_scale.training.callbacks.gpu_memory import GpuMemory
 from maskmatch_scale.training.callbacks.metrics import Metrics
 from maskmatch_scale.training.callbacks.nonfinite import NonFinite
 from maskmatch_scale.training.callbacks.opening import Opening
+from maskmatch_scale.training.callbacks.profile import Profile
 from maskmatch_scale.training.callbacks.progress import Progress
 from maskmatch_scale.training.callbacks.skips import Skips
+from maskmatch_scale.training.callbacks.throughput import Throughput
 from maskmatch_scale.training.callbacks.time_spent import TimeSpent
 
 CALLBACKS: tuple[type[Callback], ...] = (
     Opening,
     TimeSpent,
+    GpuMemory,  # these two before Metrics: they add figures to the step's
+    Throughput,
     Metrics,
     NonFinite,  # before Progress and Skips, which would show and count figures of a run that is stopped
     Progress,
     Skips,
     Checkpoints,  # before Evaluation, which may take long
     Evaluation,
+    Profile,
     Closing,
 )
 """The callbacks of every run, in the order in which they are called."""

@@ -1,0 +1,66 @@
+"""A trace of a few steps by torch's profiler: what host and device did when, for a viewer (`run.profile`)."""
+
+from __future__ import annotations
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from maskmatch_scale.training.callbacks.base import Callback
+from maskmatch_scale.training.run import Run
+from maskmatch_scale.training.step import StepFigures
+
+
+class Profile(Callback):
+    """Writes `RUN/profile/rank-N.json.gz`, a Chrome trace, on every rank; does nothing unless `run.profile` is set.
+
+    Profiling slows the steps down, and before and after them the host waits for the device. What happens between the
+    steps (an evaluation, a checkpoint) is in the trace too. A run that continues within the steps profiles the rest.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self._profiler: profile | None = None
+        self._label: record_function | None = None
+        self._steps: list[int] = []
+
+    def before_step(self, step: int) -> None:
+        """Start before the first of the steps, and label each of them."""
+        wanted = self.run.recipe.run.profile
+        if wanted is None or not wanted[0] <= step + 1 <= wanted[1]:
+            return
+        if self._profiler is None:
+            activities = [ProfilerActivity.CPU]
+            if self.run.runtime.device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+                torch.cuda.synchronize(self.run.runtime.device)  # no kernels of the step before
+            self._profiler = profile(activities=activities, record_shapes=True, profile_memory=True)
+            self._profiler.start()
+        self._steps.append(step + 1)
+        self._label = record_function(f"step {step + 1}")
+        self._label.__enter__()  # type: ignore[no-untyped-call]
+
+    def after_step(self, done: int, figures: StepFigures) -> None:
+        """Write the trace after the last of the steps."""
+        if self._label is not None:
+            self._label.__exit__(None, None, None)
+            self._label = None
+        wanted = self.run.recipe.run.profile
+        if wanted is not None and done == wanted[1]:
+            self._write()
+
+    def ended(self) -> None:
+        """Write what there is, if an error ended the run within the steps."""
+        self._write()
+
+    def _write(self) -> None:
+        if self._profiler is None:
+            return
+        if self.run.runtime.device.type == "cuda":
+            torch.cuda.synchronize(self.run.runtime.device)  # kernels of the last step are in the trace, too
+        self._profiler.stop()
+        path = self.run.folder.profile(self.run.runtime.rank)
+        path.parent.mkdir(exist_ok=True)
+        self._profiler.export_chrome_trace(str(path))
+        self._profiler = None
+        steps = f"steps {self._steps[0]} to {self._steps[-1]}"
+        self.run.say(f"profile of {steps}: {path}; open it at https://ui.perfetto.dev or in chrome://tracing")

@@ -1,0 +1,61 @@
+"""An error for every wait of the host within a step, as torch's sync debug mode sees them.
+
+DeepSpeed waits within its own backward and step (for the gradient norm, to look for overflows). There waits are counted
+and not refused; under accelerate, which waits for nothing, they are refused in the whole step.
+"""
+
+import warnings
+
+import torch
+
+from maskmatch_scale.training.callbacks import Callback
+
+FIRST = 3
+"""Steps that may wait: they make what is kept, such as weights of upsampling and NCCL's communicators."""
+
+
+class NoWaiting(Callback):
+    """Switches the mode on for every step, and off between them."""
+
+    counts = None
+    """Waits of DeepSpeed's own backward and step in the last run."""
+
+    def __init__(self, run):
+        super().__init__(run)
+        self.on = False
+        type(self).counts = {"backward": 0, "step": 0}
+        if run.recipe.engine.library == "deepspeed":
+            for name in self.counts:
+                setattr(run.engine, name, self._counted(name, getattr(run.engine, name)))
+
+    def before_step(self, step):
+        if step >= FIRST:
+            self.on = True
+            self.set("error")
+
+    def after_step(self, done, figures):
+        self.on = False
+        self.set("default")
+
+    def ended(self):
+        self.set("default")
+
+    def _counted(self, name, plain):
+        def counted(*arguments):
+            if not self.on:
+                return plain(*arguments)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self.set("warn")
+                result = plain(*arguments)
+                self.set("error")
+            self.counts[name] += sum("synchronizing" in str(warning.message) for warning in caught)
+            return result
+
+        return counted
+
+    @staticmethod
+    def set(mode):
+        """Without a GPU there is no such mode."""
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode(mode)
