@@ -28,8 +28,8 @@ from transformers.models.segformer.modeling_segformer import SegformerMixMLP
 
 from maskmatch_scale.models.backbone import Encoder, Macs
 from maskmatch_scale.models.segformer.config import check_geometry
-from maskmatch_scale.models.segformer.layers import HaloConv2d, PatchConv2d, UnitMixMLP, token_rows
-from maskmatch_scale.models.units import Grid, Halo, UnitPlan, zero_masked_pixels
+from maskmatch_scale.models.segformer.layers import HaloConv2d, PatchConv2d, TableLinear, UnitMixMLP, token_rows
+from maskmatch_scale.models.units import Grid, Halo, UnitPlan, unit_tokens, zero_masked_pixels
 
 
 @dataclass
@@ -62,6 +62,7 @@ class SegformerEncoder(Encoder):
                 module.__class__ = PatchConv2d if module.groups == 1 else HaloConv2d
             elif type(module) is SegformerMixMLP:
                 module.__class__ = UnitMixMLP
+                module.fc1.__class__ = TableLinear
         return cls(model, check_geometry(config), tuple(config.hidden_sizes), strides)
 
     def checkpoint_blocks(self) -> None:
@@ -92,7 +93,17 @@ class SegformerEncoder(Encoder):
         return maps
 
     def visible(self, images: Tensor, visible: Tensor, grid: Grid) -> list[Tensor]:
-        """Encode visible units alone: [(B, k, r, r, C)], unit tokens of every stage; r = unit_px / stride."""
+        """Encode visible units alone: [(B, k, r, r, C)], unit tokens of every stage; r = unit_px / stride.
+
+        With every unit visible both ways of running compute the same, and whole images need no halos. With fewer, whole
+        images would be another function.
+        """
+        if visible.shape[1] == grid[0] * grid[1]:  # then `visible` is 0 … k − 1, whatever the image
+            return [unit_tokens(maps, grid) for maps in self.full(images)]
+        return self.by_units(images, visible, grid)
+
+    def by_units(self, images: Tensor, visible: Tensor, grid: Grid) -> list[Tensor]:
+        """What `visible` gives, always by units and halos."""
         batch, k = visible.shape
         plan = UnitPlan(visible, grid)
         features: list[Tensor] = []
