@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import SegformerModel
 from transformers.models.segformer.modeling_segformer import SegformerMixMLP
 
-from maskmatch_scale.models.backbone import Encoder, Macs
+from maskmatch_scale.models.backbone import Encoder, Macs, allow_graphs
 from maskmatch_scale.models.segformer.config import check_geometry
 from maskmatch_scale.models.segformer.layers import HaloConv2d, PatchConv2d, TableLinear, UnitMixMLP, token_rows
 from maskmatch_scale.models.units import Grid, Halo, UnitPlan, unit_tokens, zero_masked_pixels
@@ -44,6 +44,7 @@ class SegformerEncoder(Encoder):
         channels: C of every stage.
         strides: pixels a token of every stage.
         checkpointing: see `checkpoint_blocks`.
+        unit_block: runs a block on unit tokens (block, tokens, halo).
     """
 
     model: Any
@@ -51,6 +52,7 @@ class SegformerEncoder(Encoder):
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     checkpointing: bool = False
+    unit_block: Callable[..., Tensor] = field(default_factory=lambda: _block)
 
     @classmethod
     def build(cls, config: Any) -> SegformerEncoder:
@@ -72,6 +74,18 @@ class SegformerEncoder(Encoder):
             if isinstance(module, UnitMixMLP):
                 # Its own hooks would run before the checkpoint's, and keep what the checkpoint drops.
                 module.recompute = False
+
+    def compile_blocks(self) -> None:
+        """Run every block through torch.compile from now on; copy the model before this call, not after it.
+
+        A graph serves one size of images: with symbolic heights and widths torch 2.14's Inductor fails on the layout of
+        the depthwise convolution. A run has few sizes, those of its crops and of the teacher's scales.
+        """
+        blocks = [block for stage in self.model.stages for block in stage.blocks]
+        allow_graphs(len(blocks))
+        for block in blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)
+        self.unit_block = torch.compile(_block, dynamic=False)
 
     def _run(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if not (self.checkpointing and torch.is_grad_enabled()):
@@ -120,7 +134,7 @@ class SegformerEncoder(Encoder):
             tokens = stage.patch_embeddings.layer_norm(embedded.view(batch, k * r * r, -1))
             halo = plan.halo(r, 1, 1)
             for block in stage.blocks:
-                tokens = self._run(_block, block, tokens, halo)
+                tokens = self._run(self.unit_block, block, tokens, halo)
             tokens = stage.layer_norm(tokens)
             features.append(tokens.view(batch, k, r, r, -1))
         return features
