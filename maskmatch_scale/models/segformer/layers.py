@@ -49,7 +49,8 @@ class TableLinear(nn.Linear):
         """
         if not table:
             return super().forward(x)
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             # Autocast does not cast what a function with a backward of its own computes.
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -130,6 +131,7 @@ class _HaloDepthwise(torch.autograd.Function):
         table, weight, bias, index, mixed = ctx.saved_tensors
         halo = Halo(index)
         if mixed is None:
+            assert of_mixed is not None
             gradient_table = with_zero_row(of_mixed)
         else:
             gradient_table = torch.empty_like(table)
