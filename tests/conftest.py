@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -113,6 +114,11 @@ TINY_SEGFORMER = {
 
 TINY_VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 16}
 """timm options likewise."""
+
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("c++", "g++", "clang++")),
+    reason="no C++ compiler, which torch.compile needs on a CPU",
+)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from maskmatch_scale.models.units import Grid
@@ -115,6 +116,17 @@ class Encoder(ABC):
         Layer-wise decay of the learning rate goes by it. Called only if `Family.numbers_layers`.
         """
         raise NotImplementedError
+
+
+def allow_graphs(blocks: int) -> None:
+    """Let torch.compile make as many graphs as this number of blocks needs.
+
+    All blocks share one code object. Each may have another drop path, and so needs a graph of its own: in training, in
+    evaluation, and for images of several sizes. Beyond torch's limits nothing would be compiled.
+    """
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 8 * blocks)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * blocks)
 
 
 @dataclass(frozen=True)

@@ -114,11 +114,20 @@ def masked_units(visible: Tensor, grid: Grid) -> Tensor:
 
 def gather_units(maps: Tensor, visible: Tensor, grid: Grid) -> Tensor:
     """Cut visible units out of dense maps (B, C, h, w): unit tokens (B, k, r, r, C), r = h / rows."""
+    image = torch.arange(len(maps), device=visible.device)[:, None]
+    return _tiles(maps, grid)[image, visible // grid[1], visible % grid[1]]
+
+
+def unit_tokens(maps: Tensor, grid: Grid) -> Tensor:
+    """Dense maps (B, C, h, w) as unit tokens of all units (B, rows · cols, r, r, C), r = h / rows."""
+    return _tiles(maps, grid).flatten(1, 2)
+
+
+def _tiles(maps: Tensor, grid: Grid) -> Tensor:
+    """A view of dense maps (B, C, h, w) as (B, rows, cols, r, r, C)."""
     batch, channels, height, width = maps.shape
     rows, cols = grid
-    tiles = maps.view(batch, channels, rows, height // rows, cols, width // cols)
-    image = torch.arange(batch, device=visible.device)[:, None]
-    return tiles.permute(0, 2, 4, 3, 5, 1)[image, visible // cols, visible % cols]
+    return maps.view(batch, channels, rows, height // rows, cols, width // cols).permute(0, 2, 4, 3, 5, 1)
 
 
 def merge_units(tokens: Tensor, visible: Tensor, others: Tensor | None, grid: Grid) -> Tensor:
@@ -208,9 +217,13 @@ class Halo:
 
     index: Tensor
 
-    def windows(self, tokens: Tensor) -> Tensor:
-        """Gather unit tokens (…, C), B · k · r² of them, into windows (B · k, C, side, side), channels last."""
-        return self._gather(tokens, self.index).permute(0, 3, 1, 2)
+    def windows(self, table: Tensor) -> Tensor:
+        """Gather rows of a table (B · k · r² + 1, C), the last one zero, into windows (B · k, C, side, side).
+
+        Windows lie in channels-last memory. `with_zero_row` makes a table by a copy; a layer that knows that its output
+        is gathered writes it into one (`segformer.layers.TableLinear`).
+        """
+        return table.index_select(0, self.index.flatten()).view(*self.index.shape, -1).permute(0, 3, 1, 2)
 
     def patches(self, tokens: Tensor, kernel: int, stride: int) -> Tensor:
         """Gather (B, k · r², C) unit tokens into what a convolution's kernel sees at each place of the windows.
@@ -218,11 +231,10 @@ class Halo:
         (B · k · places², kernel² · C), taps row-major, channels last.
         """
         index = self.index.unfold(1, kernel, stride).unfold(2, kernel, stride)  # (B · k, places, places, taps, taps)
-        return self._gather(tokens, index).view(-1, kernel * kernel * tokens.shape[-1])
+        rows = with_zero_row(tokens.flatten(0, -2)).index_select(0, index.flatten())
+        return rows.view(-1, kernel * kernel * tokens.shape[-1])
 
-    @staticmethod
-    def _gather(tokens: Tensor, index: Tensor) -> Tensor:
-        channels = tokens.shape[-1]
-        rows = tokens.reshape(-1, channels)
-        rows = torch.cat([rows, rows.new_zeros(1, channels)])
-        return rows.index_select(0, index.flatten()).view(*index.shape, channels)
+
+def with_zero_row(rows: Tensor) -> Tensor:
+    """Copy rows (n, C) into a table (n + 1, C) whose last row is zero."""
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])

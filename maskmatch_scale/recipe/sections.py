@@ -265,7 +265,7 @@ class EngineRecipe(Section):
     """Compute the backbone's blocks a second time in the backward pass instead of keeping their activations: the same
     gradients, less memory, one more forward pass of the blocks."""
     compile: bool = False
-    """Compile the blocks of a ViT with torch.compile, those of student and teacher (ZeRO-0 to 2)."""
+    """Compile the backbone's blocks with torch.compile, those of student and teacher (ZeRO-0 to 2)."""
     deepspeed_json: str | None = None
     """JSON file with further DeepSpeed settings: ZeRO++, buckets, communication. Settings that the recipe has too must
     agree with it."""

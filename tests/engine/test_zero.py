@@ -9,7 +9,7 @@ from maskmatch_scale.engine.checkpoint import CheckpointError
 from maskmatch_scale.runs.model import open_run
 from maskmatch_scale.train import train
 from maskmatch_scale.training.callbacks import Callback
-from tests.conftest import TINY_VIT
+from tests.conftest import TINY_VIT, needs_compiler
 
 VIT = {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT}
 
@@ -19,13 +19,16 @@ def records(run: Path):
 
 
 @pytest.mark.slow  # the compiler takes most of a minute
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_compiled_blocks_train_as_eager_ones(make_recipe, tmp_path, stage):
+@needs_compiler
+@pytest.mark.parametrize("model", [VIT, {}], ids=["vit", "segformer"])
+def test_compiled_blocks_train_as_eager_ones(make_recipe, tmp_path, model):
+    """At ZeRO-0; ZeRO-1 and 2 on two ranks: tests/distributed/test_compiled.py."""
     losses = []
     for compiled in (False, True):
-        engine = {"zero_stage": stage, "compile": compiled}
+        engine = {"zero_stage": 0, "compile": compiled}
         run = {"dir": str(tmp_path / str(compiled)), "steps": 4, "evaluate_every": 0}
-        folder = train(make_recipe(model=VIT, engine=engine, run=run, optim={"lr": 1e-3}))
+        sections = {"model": model} if model else {}
+        folder = train(make_recipe(engine=engine, run=run, optim={"lr": 1e-3}, **sections))
         losses.append([r["loss"] for r in records(folder) if r["kind"] == "train"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 

@@ -36,7 +36,10 @@ def test_checkpointed_blocks_keep_no_wide_activation(build):
     kept = []
     for stage in segmenter.backbone.stages:
         for block in stage.blocks:
-            block.mlp.fc1.register_forward_hook(lambda _, __, out: kept.append(weakref.ref(out)))
+            # Whole images give tokens; unit tokens give tokens and the table that they lie in.
+            block.mlp.fc1.register_forward_hook(
+                lambda _, __, out: kept.extend(map(weakref.ref, out if isinstance(out, tuple) else (out,)))
+            )
     for mask in (None, visible):
         kept.clear()
         logits = segmenter(images, mask)

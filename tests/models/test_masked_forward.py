@@ -43,9 +43,19 @@ def test_masked_pixels_change_nothing_and_get_no_gradient(build, family, head, m
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("family", [*FAMILIES, "dinov2", "dinov3", "rope_mixed"])
-def test_all_visible_is_the_full_forward_with_its_gradients(build, family, head):
+@pytest.mark.parametrize(
+    ("family", "halos"),
+    [
+        *((family, False) for family in [*FAMILIES, "dinov2", "dinov3", "rope_mixed"]),
+        # A SegFormer takes whole images when every unit is visible; its halos give the same.
+        ("segformer", True),
+        ("segformer_fine", True),
+    ],
+)
+def test_all_visible_is_the_full_forward_with_its_gradients(build, family, head, halos, monkeypatch):
     segmenter = build(family, head=head).eval()
+    if halos:
+        monkeypatch.setattr(segmenter.encoder, "visible", segmenter.encoder.by_units)
     images, visible = batch(segmenter, k=12)
     weight = None
     gradients = []
@@ -63,6 +73,24 @@ def test_all_visible_is_the_full_forward_with_its_gradients(build, family, head)
     for full, masked in zip(*gradients):
         scale = full.abs().max().clamp_min(1)
         torch.testing.assert_close(masked / scale, full / scale, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", ["segformer", "segformer_fine"])
+def test_a_segformer_with_all_units_visible_runs_whole_images(build, family, training, monkeypatch):
+    segmenter = build(family, backbone_options={"drop_path_rate": 0.3}).train(training)
+    images, visible = batch(segmenter, k=12)
+    monkeypatch.setattr(segmenter.encoder, "by_units", lambda *_: pytest.fail("halos are slower here"))
+    torch.manual_seed(1)
+    whole = segmenter.encode(images)
+    torch.manual_seed(1)
+    tokens = segmenter.encode(images, visible)
+    for maps, level in zip(whole, tokens, strict=True):
+        assert level.shape[:2] == visible.shape
+        assert units.merge_units(level, visible, None, (3, 4)).equal(maps)
+    # One unit fewer is another function, which only the units themselves can compute.
+    with pytest.raises(pytest.fail.Exception):
+        segmenter.encode(images, visible[:, :11])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

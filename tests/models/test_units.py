@@ -72,6 +72,8 @@ def test_merge_undoes_gather(grid, r, seed):
     total = grid[0] * grid[1]
     visible = units.sample_visible(2, grid, (total + 1) // 2, generator)
     maps = torch.randn(2, 3, grid[0] * r, grid[1] * r, generator=generator)
+    everything = torch.arange(total).expand(2, -1)
+    assert units.unit_tokens(maps, grid).equal(units.gather_units(maps, everything, grid))
     tokens = units.gather_units(maps, visible, grid)
     others = units.gather_units(maps, units.masked_units(visible, grid), grid) if total > 1 else None
     assert units.merge_units(tokens, visible, others, grid).equal(maps)
@@ -88,7 +90,7 @@ def test_halo_reads_what_padding_and_masking_would(grid, r, before, after, seed)
     tokens = units.gather_units(maps, visible, grid).reshape(2, -1, 3)
     halo = units.UnitPlan(visible, grid).halo(r, before, after)
     side = before + r + after
-    windows = halo.windows(tokens).view(2, visible.shape[1], 3, side, side)
+    windows = halo.windows(units.with_zero_row(tokens.flatten(0, 1))).view(2, visible.shape[1], 3, side, side)
     padded = F.pad(maps * units.visible_pixel_mask(visible, grid, r)[:, None], (before, after, before, after))
     for b in range(2):
         for j, unit in enumerate(visible[b].tolist()):

@@ -12,11 +12,6 @@ from maskmatch_scale.train import train
     ("sections", "message"),
     [
         (
-            {"engine": {"compile": True}},
-            "model.backbone=transformers/segformer-b0 with engine.compile=true: only the blocks of a ViT are compiled; "
-            "set engine.compile=false",
-        ),
-        (
             {"optim": {"layer_decay": 0.7}},
             "optim.layer_decay=0.7 with model.backbone=transformers/segformer-b0: it is defined for a ViT's blocks; "
             "set optim.layer_decay=1",

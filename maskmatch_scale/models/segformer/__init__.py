@@ -24,6 +24,7 @@ class SegformerFamily(Family):
     accepted = ("transformers/segformer-b0 … -b5", "transformers/<folder with a config.json>")
     default_head = "segformer"
     export_kind = "transformers_segformer"
+    compiles_blocks = True
 
     def build(self, wanted: Wanted) -> Backbone:
         """Build the encoder from its configuration. Weights may include a head, so they are read once that is built."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,10 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import SegformerModel
 from transformers.models.segformer.modeling_segformer import SegformerMixMLP
 
-from maskmatch_scale.models.backbone import Encoder, Macs
+from maskmatch_scale.models.backbone import Encoder, Macs, allow_graphs
 from maskmatch_scale.models.segformer.config import check_geometry
-from maskmatch_scale.models.segformer.layers import HaloConv2d, PatchConv2d, UnitMixMLP, token_rows
-from maskmatch_scale.models.units import Grid, Halo, UnitPlan, zero_masked_pixels
+from maskmatch_scale.models.segformer.layers import HaloConv2d, PatchConv2d, TableLinear, UnitMixMLP, token_rows
+from maskmatch_scale.models.units import Grid, Halo, UnitPlan, unit_tokens, zero_masked_pixels
 
 
 @dataclass
@@ -44,6 +44,7 @@ class SegformerEncoder(Encoder):
         channels: C of every stage.
         strides: pixels a token of every stage.
         checkpointing: see `checkpoint_blocks`.
+        unit_block: runs a block on unit tokens (block, tokens, halo).
     """
 
     model: Any
@@ -51,6 +52,7 @@ class SegformerEncoder(Encoder):
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     checkpointing: bool = False
+    unit_block: Callable[..., Tensor] = field(default_factory=lambda: _block)
 
     @classmethod
     def build(cls, config: Any) -> SegformerEncoder:
@@ -62,6 +64,7 @@ class SegformerEncoder(Encoder):
                 module.__class__ = PatchConv2d if module.groups == 1 else HaloConv2d
             elif type(module) is SegformerMixMLP:
                 module.__class__ = UnitMixMLP
+                module.fc1.__class__ = TableLinear
         return cls(model, check_geometry(config), tuple(config.hidden_sizes), strides)
 
     def checkpoint_blocks(self) -> None:
@@ -71,6 +74,18 @@ class SegformerEncoder(Encoder):
             if isinstance(module, UnitMixMLP):
                 # Its own hooks would run before the checkpoint's, and keep what the checkpoint drops.
                 module.recompute = False
+
+    def compile_blocks(self) -> None:
+        """Run every block through torch.compile from now on; copy the model before this call, not after it.
+
+        A graph serves one size of images: with symbolic heights and widths torch 2.14's Inductor fails on the layout of
+        the depthwise convolution. A run has few sizes, those of its crops and of the teacher's scales.
+        """
+        blocks = [block for stage in self.model.stages for block in stage.blocks]
+        allow_graphs(len(blocks))
+        for block in blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)
+        self.unit_block = torch.compile(_block, dynamic=False)
 
     def _run(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if not (self.checkpointing and torch.is_grad_enabled()):
@@ -92,7 +107,17 @@ class SegformerEncoder(Encoder):
         return maps
 
     def visible(self, images: Tensor, visible: Tensor, grid: Grid) -> list[Tensor]:
-        """Encode visible units alone: [(B, k, r, r, C)], unit tokens of every stage; r = unit_px / stride."""
+        """Encode visible units alone: [(B, k, r, r, C)], unit tokens of every stage; r = unit_px / stride.
+
+        With every unit visible both ways of running compute the same, and whole images need no halos. With fewer, whole
+        images would be another function.
+        """
+        if visible.shape[1] == grid[0] * grid[1]:  # then `visible` is 0 … k − 1, whatever the image
+            return [unit_tokens(maps, grid) for maps in self.full(images)]
+        return self.by_units(images, visible, grid)
+
+    def by_units(self, images: Tensor, visible: Tensor, grid: Grid) -> list[Tensor]:
+        """What `visible` gives, always by units and halos."""
         batch, k = visible.shape
         plan = UnitPlan(visible, grid)
         features: list[Tensor] = []
@@ -109,7 +134,7 @@ class SegformerEncoder(Encoder):
             tokens = stage.patch_embeddings.layer_norm(embedded.view(batch, k * r * r, -1))
             halo = plan.halo(r, 1, 1)
             for block in stage.blocks:
-                tokens = self._run(_block, block, tokens, halo)
+                tokens = self._run(self.unit_block, block, tokens, halo)
             tokens = stage.layer_norm(tokens)
             features.append(tokens.view(batch, k, r, r, -1))
         return features

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.segformer.modeling_segformer import SegformerMixMLP
 
-from maskmatch_scale.models.units import Halo
+from maskmatch_scale.models.units import Halo, with_zero_row
 
 
 class PatchConv2d(nn.Conv2d):
@@ -38,18 +38,70 @@ class PatchConv2d(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, self.stride)
 
 
+class TableLinear(nn.Linear):
+    """A linear layer that can leave room for a zero row after its output, so that a `Halo` gathers without a copy."""
+
+    def forward(self, x: Tensor, table: bool = False) -> Any:
+        """(…, C) to (…, C_out).
+
+        With `table`, tokens (B, n, C) give two results: tokens (B · n, C_out), and the table (B · n + 1, C_out) that
+        they are the first rows of and whose last row is zero. The table has no gradient.
+        """
+        if not table:
+            return super().forward(x)
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            # Autocast does not cast what a function with a backward of its own computes.
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        return _LinearTable.apply(x.flatten(0, 1), weight, bias)
+
+
+class _LinearTable(torch.autograd.Function):
+    """`TableLinear` of rows (n, C): the same products in the same order as those of `F.linear` and its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows, weight)
+        table = rows.new_empty(len(rows) + 1, len(weight))
+        torch.addmm(bias, rows, weight.T, out=table[:-1])
+        table[-1:].zero_()
+        ctx.mark_non_differentiable(table)
+        return table[:-1], table
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            gradient @ weight if needs_rows else None,
+            gradient.T @ rows if needs_weight else None,
+            gradient.sum(0) if needs_bias else None,
+        )
+
+
 class HaloConv2d(nn.Conv2d):
     """A depthwise convolution that also runs on unit tokens alone. `PatchConv2d` says why it is called as a module."""
 
-    def forward(self, x: Tensor, halo: Halo | None = None) -> Tensor:
-        """Convolve maps (B, C, h, w), or unit tokens (B, k · r², C) with their neighbours by `halo`."""
-        if halo is None:
+    def forward(self, x: Tensor, halo: Halo | None = None, table: Tensor | None = None, gelu: bool = False) -> Any:
+        """Convolve maps (B, C, h, w), or unit tokens (B · k · r², C) with their neighbours by `halo`.
+
+        Args:
+            x: maps or unit tokens.
+            halo: where neighbours of unit tokens lie; None: x is maps.
+            table: unit tokens and a zero row after them, for `Halo.windows`.
+            gelu: also apply GELU to what unit tokens give. The result is then a pair: activated tokens, and the
+                convolution's own output, which has no gradient.
+        """
+        if halo is None or table is None:
             return super().forward(_with_batch_stride(x))
         weight, bias = self.weight, self.bias
         if torch.is_autocast_enabled(x.device.type):
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        mixed: Tensor = _HaloDepthwise.apply(x.flatten(0, 1), weight, bias, halo)
-        return mixed.view(x.shape)
+        mixed, activated = _HaloDepthwise.apply(x, table, weight, bias, halo.index, gelu)
+        return (activated, mixed) if gelu else mixed
 
 
 class _HaloDepthwise(torch.autograd.Function):
@@ -58,31 +110,46 @@ class _HaloDepthwise(torch.autograd.Function):
     With stride 1 and an odd kernel, the gradient of the input is the same convolution of the gradient with the kernel
     turned round. So backward gathers with the same plan instead of scattering, and sums in a fixed order. Only the
     tokens are kept for it; the windows are up to nine times larger.
+
+    GELU belongs to it because its gradient is what backward gathers: it is written into a table right away.
     """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor | None, halo: Halo) -> Tensor:
-        ctx.save_for_backward(tokens, weight, bias)
-        ctx.halo = halo
-        return token_rows(F.conv2d(halo.windows(tokens), weight, bias, groups=len(weight)))
+    def forward(
+        ctx: Any, tokens: Tensor, table: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gelu: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        mixed = token_rows(F.conv2d(Halo(index).windows(table), weight, bias, groups=len(weight)))
+        ctx.save_for_backward(table, weight, bias, index, mixed if gelu else None)
+        if not gelu:
+            return mixed, None
+        ctx.mark_non_differentiable(mixed)
+        return mixed, F.gelu(mixed)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        tokens, weight, bias = ctx.saved_tensors
+    def backward(ctx: Any, of_mixed: Tensor | None, of_activated: Tensor | None) -> tuple[Tensor | None, ...]:
+        table, weight, bias, index, mixed = ctx.saved_tensors
+        halo = Halo(index)
+        if mixed is None:
+            assert of_mixed is not None
+            gradient_table = with_zero_row(of_mixed)
+        else:
+            gradient_table = torch.empty_like(table)
+            torch.ops.aten.gelu_backward.grad_input(of_activated, mixed, grad_input=gradient_table[:-1])
+            gradient_table[-1:].zero_()
         grad_tokens = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            turned = F.conv2d(ctx.halo.windows(gradient), weight.flip(2, 3), groups=len(weight))
+            turned = F.conv2d(halo.windows(gradient_table), weight.flip(2, 3), groups=len(weight))
             grad_tokens = token_rows(turned)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            windows = ctx.halo.windows(tokens)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            windows = halo.windows(table)
             side = windows.shape[2] - weight.shape[2] + 1
-            outputs = gradient.view(len(windows), side, side, -1).permute(0, 3, 1, 2)
+            outputs = gradient_table[:-1].view(len(windows), side, side, -1).permute(0, 3, 1, 2)
             _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
                 outputs, windows, weight, None if bias is None else [len(weight)], [1, 1], [0, 0], [1, 1],
                 False, [0, 0], len(weight), [False, True, bias is not None],
             )  # fmt: skip
-        return grad_tokens, grad_weight, grad_bias, None
+        return grad_tokens, None, grad_weight, grad_bias, None, None
 
 
 class UnitMixMLP(SegformerMixMLP):  # type: ignore[misc]  # transformers ships no types
@@ -97,14 +164,27 @@ class UnitMixMLP(SegformerMixMLP):  # type: ignore[misc]  # transformers ships n
         self, hidden_states: Tensor, height: int | None = None, width: int | None = None, halo: Halo | None = None
     ) -> Tensor:
         """Tokens (B, n, C) of maps of height × width, or unit tokens with their neighbours by `halo`: same shape."""
-        wide = self.fc1(hidden_states)
-        wide = self.dwconv(wide, height, width) if halo is None else self.dwconv.dwconv(wide, halo)
-        activated = self.activation_fn(wide)
+        if halo is None:
+            wide = self.dwconv(self.fc1(hidden_states), height, width)
+            activated = self.activation_fn(wide)
+        else:
+            wide, activated = self._unit_activation(hidden_states, halo)
         dropped = self.dropout.training and self.dropout.p
         if dropped or not self.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.dropout(self.fc2(self.dropout(activated)))  # type: ignore[no-any-return]
         with _recomputed(activated, lambda: self.activation_fn(wide)):
             return self.fc2(activated)  # type: ignore[no-any-return]
+
+    def _unit_activation(self, tokens: Tensor, halo: Halo) -> tuple[Tensor, Tensor]:
+        """Of unit tokens (B, n, C): what the convolution gives and what the activation makes of it, (B, n, C_wide)."""
+        wide, table = self.fc1(tokens, table=True)
+        gelu = getattr(self.activation_fn, "act", None) is F.gelu
+        if gelu:
+            activated, mixed = self.dwconv.dwconv(wide, halo, table, gelu=True)
+        else:
+            mixed = self.dwconv.dwconv(wide, halo, table)
+            activated = self.activation_fn(mixed)
+        return mixed.view(*tokens.shape[:2], -1), activated.view(*tokens.shape[:2], -1)
 
 
 def _recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> saved_tensors_hooks:

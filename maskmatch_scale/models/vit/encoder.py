@@ -10,7 +10,7 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from maskmatch_scale.models.backbone import Encoder, Macs
+from maskmatch_scale.models.backbone import Encoder, Macs, allow_graphs
 from maskmatch_scale.models.recompute import mark_cheap_outputs, recomputing
 from maskmatch_scale.models.units import Grid
 from maskmatch_scale.models.vit.masking import Tap, VisibleUnits
@@ -95,9 +95,7 @@ class VitEncoder(Encoder):
         What is compiled is each block's `forward`, not the block itself. So the hooks that
         keep levels stay outside.
         """
-        # All blocks share one code object. Each may have another drop path, and so needs a graph of its own.
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, 8 * len(self.model.blocks))
+        allow_graphs(len(self.model.blocks))
         for block in self.model.blocks:
             block.forward = torch.compile(block.forward)
         self.recomputes = False
