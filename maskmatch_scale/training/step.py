@@ -74,11 +74,11 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
         sums[5:] = _count_reasons(figures.skipped).to(runtime.device)
     # A forward changes the running statistics of BatchNorm, also when the step is left out afterwards.
     statistics = running_statistics(run.student) if recipe.run.max_nonfinite_steps else []
-    teacher_times = []
-    for micro in prepared:
-        stop = runtime.stopwatch()
-        pseudo = maskmatch.pseudo_label(micro, run.teacher)
-        teacher_times.append(stop())
+    stop = runtime.stopwatch()
+    with run.teacher.gathered():
+        pseudo_labels = [maskmatch.pseudo_label(micro, run.teacher) for micro in prepared]
+    teacher_s = stop()
+    for micro, pseudo in zip(prepared, pseudo_labels, strict=True):
         loss, parts = engine.forward(micro, pseudo, scale)
         sums[:3] += parts
         if pseudo is not None and micro.unlabelled is not None:
@@ -95,7 +95,7 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
     stop = runtime.stopwatch()
     if not figures.left_out and not engine.skipped:
         run.teacher.update(ema_decay(step + 1, recipe.method.ema_decay))
-    figures.later = {"teacher_s": lambda: sum(time_s() for time_s in teacher_times), "ema_s": stop()}
+    figures.later = {"teacher_s": teacher_s, "ema_s": stop()}
     _fill(figures, run, step, prepared[0], runtime.sum_over_ranks(sums), pixels)
     step_s = stop_step()
     figures.known["data_wait_s"] = waited

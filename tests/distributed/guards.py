@@ -7,7 +7,7 @@ reference by far more than a sound run does. One that passes without its guard s
 import contextlib
 from unittest import mock
 
-from maskmatch_scale.engine import sharded_teacher, zero
+from maskmatch_scale.engine import gathering, zero
 
 
 def _clipping_default():
@@ -32,16 +32,9 @@ def _step_after_each_backward():
     return mock.patch.object(zero.ZeroEngine, "backward", backward)
 
 
-def _teacher_threshold():
-    """Small parameters of a teacher under ZeRO-3 are kept whole and ignore what is written to their shards."""
-    deepspeed = zero.import_deepspeed()
-    plain = deepspeed.initialize
-
-    def initialize(**arguments):
-        arguments["config"]["zero_optimization"].pop("stage3_param_persistence_threshold", None)
-        return plain(**arguments)
-
-    return mock.patch.object(sharded_teacher, "import_deepspeed", return_value=mock.Mock(initialize=initialize))
+def _teacher_released():
+    """What a sharded teacher has gathered is forgotten before its shards change."""
+    return mock.patch.object(gathering.Gathering, "kept", contextlib.nullcontext)
 
 
 def _average_of_masters():
@@ -105,7 +98,7 @@ def _one_backward():
 GUARDS = {
     "clipping-default": _clipping_default,
     "step-after-each-backward": _step_after_each_backward,
-    "teacher-threshold": _teacher_threshold,
+    "teacher-released": _teacher_released,
     "average-of-masters": _average_of_masters,
     "average-in-fp32": _average_in_fp32,
     "refusal": _refusal,

@@ -83,7 +83,7 @@ WITHOUT = {
     # Guard → the run of the matrix that it is taken away from.
     "clipping-default": "vit-1-unclipped",
     "step-after-each-backward": "vit-1-fp32-2",
-    "teacher-threshold": "vit-3-fp32-1",
+    "teacher-released": "vit-3-fp32-1",
     "average-of-masters": "vit-2-bf16-no-memory",
     "average-in-fp32": "vit-1-fp32-1",
     "one-backward": "vit-1-fp32-1",
