@@ -34,7 +34,13 @@ def _step_after_each_backward():
 
 def _teacher_released():
     """What a sharded teacher has gathered is forgotten before its shards change."""
-    return mock.patch.object(gathering.Gathering, "kept", contextlib.nullcontext)
+
+    @contextlib.contextmanager
+    def kept(self):
+        self._most_kept = self._max_live
+        yield
+
+    return mock.patch.object(gathering.Gathering, "kept", kept)
 
 
 def _average_of_masters():
