@@ -8,6 +8,8 @@ Decision: docs/decisions/0018-teacher-copied-before-averaged-after.md.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,10 @@ class Teacher:
         self.patch_px = int(getattr(teacher, "patch_px", 1))
         self._copies_buffers = recipe.method.ema_buffers == "copy"
         self._dtype = autocast_dtype(recipe)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """See `StoredTeacher`; a teacher that is whole needs no gathering."""
+        return nullcontext()
 
     def _update_buffers(self, decay: float) -> None:
         average_buffers(self.module, self.student, 0.0 if self._copies_buffers else decay)

@@ -28,6 +28,12 @@ class StoredTeacher(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) to logits (B, classes, h, w), without gradients."""
 
+    def gathered(self) -> AbstractContextManager[None]:
+        """A context in which sharded weights are gathered once for all forwards; all ranks enter and leave it together.
+
+        The teacher must not be updated in it.
+        """
+
     def update(self, decay: float) -> None:
         """Move the teacher towards the student: T ← decay · T + (1 - decay) · S. All ranks call it together."""
 

@@ -1,105 +1,136 @@
-"""The teacher at ZeRO-3: its average is sharded like the student, and each rank averages its own shards.
+"""The teacher at ZeRO-3: each rank keeps its shard of the average, in fp32, and averages it by itself.
 
-The teacher is a second ZeRO-3 engine, which shards the same parameters in the same way. So an update sends nothing.
+The shards are cut as DeepSpeed cuts the student's, so an update sends nothing. A forward gathers the weights
+(`gathering.py`), each once for all forwards within :meth:`ShardedTeacher.gathered`, in the precision of the products.
 
 Decision: docs/decisions/0018-teacher-copied-before-averaged-after.md.
-Decision: docs/decisions/0019-sharded-teacher-in-place.md.
+Decision: docs/decisions/0038-own-gathering-for-the-teacher.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from maskmatch_scale.engine.ema import Teacher
+from maskmatch_scale.engine.gathering import Bucket, Gathering, Shard
 from maskmatch_scale.engine.precision import autocast
 from maskmatch_scale.engine.protocol import Engine
-from maskmatch_scale.engine.setup import import_deepspeed
 
 
 class ShardedTeacher(Teacher):
-    """A second ZeRO-3 engine, without an optimizer, with the same shards as the student's."""
+    """An average in shards that lie as the student's do.
 
-    def __init__(self, teacher: nn.Module, engine: Engine) -> None:
+    Args:
+        teacher: the average, fp32, whole, in host memory. Its parameters are emptied; their parts move to the shards.
+        engine: of the student, which DeepSpeed has sharded.
+        device: of its forwards.
+        bucket_size: largest number of elements that are gathered together; a larger weight is gathered by itself.
+        max_live: largest number of elements that are kept gathered, see `Gathering`.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, engine: Engine, device: torch.device, *, bucket_size: int, max_live: int
+    ) -> None:
         super().__init__(teacher, engine)
-        # With the default threshold small parameters are kept whole, and writing to their shards has no effect.
-        zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
-        if engine.recipe.engine.offload_parameters:
-            zero["offload_param"] = {"device": "cpu"}
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-        self._engine: Any
-        self._engine, *_ = import_deepspeed().initialize(model=_Autocast(teacher, self._dtype), config=config)
-        self._pairs = list(zip(teacher.parameters(), self.student.parameters(), strict=True))
+        self._device = device
+        self._parameters = dict(teacher.named_parameters())
+        self._shards = {name: Shard(like) for name, like in self.student.named_parameters()}
+        assert self._shards.keys() == self._parameters.keys(), "the teacher is no copy of the student"
+        buckets = []
+        for dtype, names in self._bucket_names(bucket_size):
+            shards = [self._shards[name] for name in names]
+            bucket = Bucket(shards, dtype, device, offloaded=engine.recipe.engine.offload_parameters)
+            buckets.append((bucket, [self._parameters[name] for name in names]))
+        for name, parameter in self._parameters.items():
+            self._shards[name].put(parameter)
+            parameter.data = torch.empty(0, device=device)
+        teacher.to(device)
+        self._gathering = Gathering(teacher, buckets, max_live)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """See `StoredTeacher`."""
+        return self._gathering.kept()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Forward, which gathers layer by layer: all ranks must call it equally often."""
-        logits: Tensor = self._engine(images)
+        """Forward in the student's precision, which gathers: all ranks must call it equally often."""
+        with self._gathering.forward(), autocast(images.device, self._dtype):
+            logits: Tensor = self.module(images)
         return logits
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """One multi-tensor lerp of this rank's shards; nothing is sent."""
-        from deepspeed.utils import safe_get_local_fp32_param
-
-        shards, masters = [], []
-        for average, parameter in self._pairs:
-            shard = _shard(average)
-            master: Tensor = safe_get_local_fp32_param(parameter).flatten()
-            shards.append(shard[: master.numel()])
-            masters.append(master.to(shard.device))
+        shards = [shard.values for shard in self._shards.values()]
+        # To the host it must be a blocking copy: the values are used there at once.
+        masters = [
+            _master(parameter).to(shard.device, non_blocking=shard.device.type != "cpu")
+            for parameter, shard in zip(self.student.parameters(), shards, strict=True)
+        ]
         torch._foreach_lerp_(shards, masters, 1 - decay)
         self._update_buffers(decay)
 
     def full_state(self, *, keep: bool) -> dict[str, Tensor]:
         """See `StoredTeacher`; one parameter is gathered at a time."""
         state = {name: buffer.detach().cpu().clone() for name, buffer in self.module.named_buffers()}
-        for name, parameter in self.module.named_parameters():
-            with _whole(parameter):
-                if keep:
-                    state[name] = parameter.detach().cpu().clone()
+        for name, shard in self._shards.items():
+            whole = shard.gather(self._device)
+            if keep:
+                state[name] = whole.cpu()
         return {name: state[name] for name in self.module.state_dict() if name in state and keep}
 
     @torch.no_grad()
     def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """See `StoredTeacher`; one parameter is scattered at a time, from rank 0."""
+        """See `StoredTeacher`; every rank has the whole state, so nothing is sent."""
         for name, buffer in self.module.named_buffers():
             if name in state:
                 buffer.copy_(state[name])
-        for name, parameter in self.module.named_parameters():
-            with _whole(parameter, modifier_rank=0):
-                parameter.copy_(state[name])
+        for name, shard in self._shards.items():
+            shard.put(state[name])
+
+    def _bucket_names(self, most: int) -> Iterator[tuple[torch.dtype, list[str]]]:
+        """Names of neighbouring parameters of one dtype and one part of the model, up to ``most`` elements."""
+        products = set(_products(self.module)) if self._dtype else set()
+        open_buckets: dict[tuple[str, torch.dtype], list[str]] = {}
+        for name, parameter in self._parameters.items():
+            dtype = self._dtype if self._dtype and name in products else torch.float32
+            # By part (backbone, head, context): a teacher's forward never reads the context decoder.
+            names = open_buckets.setdefault((name.partition(".")[0], dtype), [])
+            if names and sum(self._parameters[one].numel() for one in names) + parameter.numel() > most:
+                yield dtype, list(names)
+                names.clear()
+            names.append(name)
+        for (_, dtype), names in open_buckets.items():
+            yield dtype, names
 
 
-class _Autocast(nn.Module):
-    """Enters autocast inside the module: around an engine DeepSpeed switches it off on a GPU, and warns only once."""
+def _products(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Names of the weights that autocast converts whenever they are used: those of linear layers and convolutions.
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.module = module
-        self.dtype = dtype
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The module's forward, under autocast."""
-        with autocast(images.device, self.dtype):
-            logits: Tensor = self.module(images)
-        return logits
-
-
-def _shard(parameter: nn.Parameter) -> Tensor:
-    """This rank's flat shard of a ZeRO-3 parameter."""
-    shard: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-    return shard
+    Not their biases, which DeepSpeed's replacement of `F.linear` adds in fp32; and not the weights of a module that
+    says `weights_in_fp32`, because it computes with them before autocast sees them.
+    """
+    if getattr(module, "weights_in_fp32", False):
+        return
+    if isinstance(module, nn.Linear | _ConvNd):
+        yield f"{prefix}weight"
+    for name, child in module.named_children():
+        yield from _products(child, f"{prefix}{name}.")
 
 
-@contextmanager
-def _whole(parameter: nn.Parameter, modifier_rank: int | None = None) -> Iterator[None]:
-    """Gather a parameter for the body; at the end the changes of ``modifier_rank``, if given, go to all shards."""
-    import deepspeed
+def _master(parameter: Any) -> Tensor:
+    """This rank's part of the fp32 master of a ZeRO-3 parameter, (n,), where DeepSpeed keeps it.
 
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier_rank):
-        yield
+    DeepSpeed's `safe_get_local_fp32_param` gives the same values, but waits for the device, and copies to it what lies
+    in host memory.
+    """
+    optimizer = parameter._z3_optimizer
+    group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    master: Tensor = optimizer.fp32_partitioned_groups_flat[group].detach()[start : start + size]
+    return master

@@ -170,7 +170,13 @@ class ZeroEngine:
             return ReplicatedTeacher(average, self)
         from maskmatch_scale.engine.sharded_teacher import ShardedTeacher
 
-        return ShardedTeacher(average, self)
+        return ShardedTeacher(
+            average,
+            self,
+            self._device,
+            bucket_size=self._engine.zero_prefetch_bucket_size(),
+            max_live=self._engine.zero_max_live_parameters(),
+        )
 
     def averager(self, averages: Sequence[nn.Parameter]) -> Callable[[float], None]:
         """See `Engine`. With 16-bit weights at stages 1 and 2 the masters are sharded, and are gathered in pieces."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ class Window:
     def normalise(self, image: Tensor) -> Tensor:
         """A uint8 image (3, H, W), normalised, in ``dtype`` and on the device."""
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
-        return ((image.to(self.device) / 255 - mean) / std).to(self.dtype)
+        return ((image.to(self.device, non_blocking=True) / 255 - mean) / std).to(self.dtype)
 
     def predict(self, segmenter: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
         """Class of every pixel of a uint8 image (3, H, W): int64 (H, W), on the CPU."""
@@ -60,7 +61,7 @@ def evaluate_split(
 
     Args:
         segmenter: normalised images to logits, in eval mode.
-        data: section of the recipe, which says where the split is.
+        data: section of the recipe: where the split is, and how many processes decode the next images (`workers`).
         split: stream name, for example `dev`.
         window: how images are cut.
         matrix: the counts are added to it.
@@ -73,18 +74,20 @@ def evaluate_split(
     """
     rank, world_size = place
     images = load_index(data.root, data).stream(split).samples
-    samples = evaluation_samples(data, split, rank, world_size)
-    for _ in range(math.ceil(images / world_size)):
-        sample = next(samples, None)
-        forwards = 0
-        if sample is not None:
-            size = (sample.image.shape[-2], sample.image.shape[-1])
-            forwards = forwards_of(size, window.size_px, window.recipe.overlap, window.recipe.window_batch)
-        most = _largest(forwards, rank, world_size, sum_over_ranks, window.device)
-        if sample is not None:
-            matrix.update(window.predict(segmenter, sample.image), sample.label)
-        _run_empty(segmenter, most - forwards, window)
-        progress()
+    on_gpu = window.device.type == "cuda"
+    samples = evaluation_samples(data, split, rank, world_size, workers=data.workers, pin_memory=on_gpu)
+    with closing(samples):  # ends its processes, also after an error
+        for _ in range(math.ceil(images / world_size)):
+            sample = next(samples, None)
+            forwards = 0
+            if sample is not None:
+                size = (sample.image.shape[-2], sample.image.shape[-1])
+                forwards = forwards_of(size, window.size_px, window.recipe.overlap, window.recipe.window_batch)
+            most = _largest(forwards, rank, world_size, sum_over_ranks, window.device)
+            if sample is not None:
+                matrix.update(window.predict(segmenter, sample.image), sample.label)
+            _run_empty(segmenter, most - forwards, window)
+            progress()
     matrix.counts = sum_over_ranks(matrix.counts.to(window.device)).cpu()
     return images
 

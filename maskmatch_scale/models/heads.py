@@ -123,6 +123,9 @@ class SegformerHead(nn.Module):
     Decision: docs/decisions/0024-no-gradient-for-the-bias-before-batchnorm.md.
     """
 
+    weights_in_fp32 = True
+    """Under autocast, too: weights are multiplied together before a product with features rounds them."""
+
     def __init__(
         self, channels: Sequence[int], num_classes: int, hidden_size: int, dropout: float, shuffle: int = 1
     ) -> None:

@@ -120,7 +120,8 @@ class DataRecipe(Section):
     """Share of labelled crops that are placed around a pixel of a drawn class. Classes are drawn with probability
     proportional to frequency^-1/2, so that rare classes are seen more often."""
     workers: Annotated[int, Field(ge=0)] = 2
-    """Loader processes of each rank; 0 = samples are loaded in the training process, between steps."""
+    """Loader processes of each rank; 0 = samples are loaded in the training process, between steps. While an evaluation
+    runs, as many processes of its own decode its next images."""
 
 
 class ModelRecipe(Section):

@@ -73,11 +73,11 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
         sums[5:] = _count_reasons(figures.skipped).to(runtime.device)
     # A forward changes the running statistics of BatchNorm, also when the step is left out afterwards.
     statistics = running_statistics(run.student) if leaves_out(recipe) else []
-    teacher_times = []
-    for number, micro in enumerate(prepared):
-        stop = runtime.stopwatch()
-        pseudo = maskmatch.pseudo_label(micro, run.teacher)
-        teacher_times.append(stop())
+    stop = runtime.stopwatch()
+    with run.teacher.gathered():
+        pseudo_labels = [maskmatch.pseudo_label(micro, run.teacher) for micro in prepared]
+    teacher_s = stop()
+    for number, (micro, pseudo) in enumerate(zip(prepared, pseudo_labels, strict=True)):
         parts = (micro.parts[-1:] + micro.parts[:-1]) if engine.every_gradient_first else micro.parts
         for part in parts:
             # Dropout and drop path draw from torch's global generator. A seed for each view makes a restart exact, and
@@ -96,7 +96,7 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
         restore_statistics(statistics)
     else:
         run.teacher.update(ema_decay(step + 1, recipe.method.ema_decay))
-    figures.later = {"teacher_s": lambda: sum(time_s() for time_s in teacher_times), "ema_s": stop()}
+    figures.later = {"teacher_s": teacher_s, "ema_s": stop()}
     _fill(figures, run, step, prepared[0], runtime.sum_over_ranks(sums), pixels)
     step_s = stop_step()
     figures.known["data_wait_s"] = waited

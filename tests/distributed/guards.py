@@ -7,7 +7,7 @@ reference by far more than a sound run does. One that passes without its guard s
 import contextlib
 from unittest import mock
 
-from maskmatch_scale.engine import sharded_teacher, zero
+from maskmatch_scale.engine import gathering, zero
 
 
 def _clipping_default():
@@ -37,16 +37,15 @@ def _masked_view_first():
     return mock.patch.object(zero.ZeroEngine, "every_gradient_first", False)
 
 
-def _teacher_threshold():
-    """Small parameters of a teacher under ZeRO-3 are kept whole and ignore what is written to their shards."""
-    deepspeed = zero.import_deepspeed()
-    plain = deepspeed.initialize
+def _teacher_released():
+    """What a sharded teacher has gathered is forgotten before its shards change."""
 
-    def initialize(**arguments):
-        arguments["config"]["zero_optimization"].pop("stage3_param_persistence_threshold", None)
-        return plain(**arguments)
+    @contextlib.contextmanager
+    def kept(self):
+        self._most_kept = self._max_live
+        yield
 
-    return mock.patch.object(sharded_teacher, "import_deepspeed", return_value=mock.Mock(initialize=initialize))
+    return mock.patch.object(gathering.Gathering, "kept", kept)
 
 
 def _average_of_masters():
@@ -105,7 +104,7 @@ GUARDS = {
     "clipping-default": _clipping_default,
     "unmanaged": _unmanaged,
     "masked-view-first": _masked_view_first,
-    "teacher-threshold": _teacher_threshold,
+    "teacher-released": _teacher_released,
     "average-of-masters": _average_of_masters,
     "average-in-fp32": _average_in_fp32,
     "refusal": _refusal,

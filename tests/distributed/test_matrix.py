@@ -28,13 +28,12 @@ FAMILIES = {
 NO_BATCHNORM = {"head": "linear"}
 """bf16 weights do not go with BatchNorm."""
 STEPS = 6
-TOLERANCE = {"fp32": 1e-4, "autocast-bf16": 0.06, "bf16": 0.1}
+TOLERANCE = {"fp32": 5e-4, "autocast-bf16": 0.06, "bf16": 0.1}
 """Largest distance of the weights from the reference's, as a share of the way that they have gone.
 
-fp32: sums in another order, over six steps of AdamW. bf16: rounding of 2^-9 in every product, which AdamW's division
-by the gradient's own size carries into whole steps wherever a gradient is small. (autocast-bf16 on a SegFormer at
-ZeRO-3 is the largest of its kind: there DeepSpeed gathers weights in bf16, so the products of two weights in the head
-are rounded, too.)
+fp32: sums in another order, over six steps of AdamW (3e-6), and now and then a pixel whose two best classes are equal to
+rounding, so that the teacher gives it another label (4e-4). bf16: rounding of 2^-9 in every product, which AdamW's division
+by the gradient's own size carries into whole steps wherever a gradient is small.
 """
 
 
@@ -84,7 +83,7 @@ WITHOUT = {
     "clipping-default": "vit-1-unclipped",
     "unmanaged": "vit-1-fp32-1",
     "masked-view-first": "vit-3-fp32-1",
-    "teacher-threshold": "vit-3-fp32-1",
+    "teacher-released": "vit-3-fp32-1",
     "average-of-masters": "vit-2-bf16-no-memory",
     "average-in-fp32": "vit-1-fp32-1",
     "refusal": "vit-0-bf16-1",

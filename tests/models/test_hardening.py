@@ -19,6 +19,8 @@ def test_checkpointed_blocks_give_the_same_gradients_and_run_twice(build, family
     gradients, norms = [], []
     for checkpoint in (False, True):
         segmenter = build(family, checkpoint_activations=checkpoint, **options).train()
+        if not family.startswith("segformer"):
+            segmenter.encoder.recomputes = False  # its norms would be counted, too
         images, visible = batch(segmenter)
         torch.manual_seed(3)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.images.decode import decode_image, decode_label
 from maskmatch_scale.data.order.epoch import Cut
 from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.recipe import DataRecipe
+
+_AHEAD = 2
+"""Samples that each process decodes ahead of time."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,43 @@ class EvaluationSample:
     label: Tensor
     """uint8 (H, W)."""
 
+    def pin_memory(self) -> EvaluationSample:
+        """The same sample, its image in page-locked memory; torch's loader calls this, too."""
+        return replace(self, image=self.image.pin_memory())
+
+
+class _Decoded(Dataset["EvaluationSample | DataError"]):
+    """Maps the number of a sample of a labelled stream to the sample."""
+
+    def __init__(self, stream: ShardStream, max_pixels: int) -> None:
+        self.stream, self.max_pixels = stream, max_pixels
+
+    def __getitem__(self, number: int) -> EvaluationSample | DataError:
+        try:
+            raw = self.stream[number]
+            assert raw.label is not None
+            image = decode_image(raw.image, raw.name, max_pixels=self.max_pixels)
+            size = (image.shape[-2], image.shape[-1])
+            label = decode_label(raw.label, raw.name, ignore_index=self.stream.index.ignore_index, size=size)
+        except DataError as error:
+            return error  # returned, because torch would add a traceback to the message of one that is raised
+        return EvaluationSample(number, raw.key, image, label)
+
 
 def evaluation_samples(
-    data: DataRecipe, split: str, rank: int = 0, world_size: int = 1, numbers: Iterable[int] | None = None
-) -> Iterator[EvaluationSample]:
+    data: DataRecipe,
+    split: str,
+    rank: int = 0,
+    world_size: int = 1,
+    numbers: Sequence[int] | None = None,
+    *,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Generator[EvaluationSample, None, None]:
     """This rank's share of a labelled split of `data.root`, each sample once over all ranks.
 
-    A rank reads consecutive samples, so that it needs only some of the shards.
+    A rank reads consecutive samples, so that it needs only some of the shards. Close the generator if not all samples
+    were taken: this ends the processes.
 
     Args:
         data: the section of the recipe.
@@ -40,9 +74,11 @@ def evaluation_samples(
         rank: whose share. If the samples cannot be shared out equally, the first ranks have one more.
         world_size: number of ranks.
         numbers: numbers of the samples to read instead of the rank's share.
+        workers: processes that decode the next samples meanwhile; 0 = each is decoded here when it is asked for.
+        pin_memory: whether images are in page-locked memory.
 
     Raises:
-        DataError: the split has no labels, or a sample cannot be used.
+        DataError: the split has no labels; or, when it is its turn, a sample cannot be used.
     """
     stream = ShardStream(data.root, split, data)
     if not stream.labels:
@@ -50,10 +86,21 @@ def evaluation_samples(
     if numbers is None:
         cut = Cut(len(stream), world_size)
         numbers = range(cut.start(rank), cut.start(rank + 1))
-    for number in numbers:
-        raw = stream[number]
-        assert raw.label is not None
-        image = decode_image(raw.image, raw.name, max_pixels=data.max_image_px)
-        size = (image.shape[-2], image.shape[-1])
-        label = decode_label(raw.label, raw.name, ignore_index=stream.index.ignore_index, size=size)
-        yield EvaluationSample(number, raw.key, image, label)
+    decoded = _Decoded(stream, data.max_image_px)
+    workers = min(workers, len(numbers) - 1)  # for a single sample there is nothing to decode meanwhile
+    found: Iterable[EvaluationSample | DataError]
+    if workers > 0:
+        found = DataLoader(
+            decoded,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            prefetch_factor=_AHEAD,
+            pin_memory=pin_memory,
+        )
+    else:
+        found = map(decoded.__getitem__, numbers)
+    for sample in found:
+        if isinstance(sample, DataError):
+            raise sample
+        yield sample.pin_memory() if pin_memory and not workers > 0 else sample

@@ -31,7 +31,7 @@ class Evaluation(Callback):
         run, runtime = self.run, self.run.runtime
         matrix = ConfusionMatrix(run.student.num_classes, run.data.ignore_index)
         run.student.eval()
-        with run.engine.arithmetic():
+        with run.engine.arithmetic(), run.teacher.gathered():
             evaluate_split(
                 run.teacher if weights == "ema" else run.student,
                 run.recipe.data,
