@@ -91,7 +91,7 @@ def rows_of(backbone: str, images: int, side_px: int, classes: int) -> list[dict
             lambda: (case.plain_labelled(), case.plain_strong(plain), case.plain_masked(plain)),
         ),
     }
-    case.forward_backward(pseudo)  # makes what every later step finds: the weights of upsampling
+    case.all_views(pseudo)  # makes what every later step finds: the weights of upsampling
     case.maskmatch.zero_grad(set_to_none=True)
     rows = []
     for part, (ours, theirs) in parts.items():

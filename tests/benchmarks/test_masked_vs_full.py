@@ -67,7 +67,9 @@ def test_rows_have_the_contracts_keys_and_agree_with_each_other(main: Main, back
         assert 0 < row["wall_min"] <= row["wall_median"]
         assert row["mode"] == "drop" or row["ideal_speedup"] == 1
         assert (row["mode"] == "drop") == (row["gather_share"] is not None)
-        assert row["gather_share"] is None or 0 < row["gather_share"] < 1
+        if row["mode"] == "drop":  # a SegFormer with all units visible takes the path of whole images
+            assert 0 <= row["gather_share"] < 1
+            assert row["gather_share"] > 0 or row["keep"] == 1
         assert row["mfu"] is None
     for kind in ("forward", "train"):
         full, ours, library = found[kind, "full", 1.0], found[kind, "drop", 0.5], found[kind, "library", 1.0]

@@ -31,9 +31,9 @@ STEPS = 6
 TOLERANCE = {"fp32": 5e-4, "autocast-bf16": 0.06, "bf16": 0.1}
 """Largest distance of the weights from the reference's, as a share of the way that they have gone.
 
-fp32: sums in another order, over six steps of AdamW (3e-6), and now and then a pixel whose two best classes are equal to
-rounding, so that the teacher gives it another label (4e-4). bf16: rounding of 2^-9 in every product, which AdamW's division
-by the gradient's own size carries into whole steps wherever a gradient is small.
+fp32: sums in another order, over six steps of AdamW (3e-6), and now and then a pixel whose two best classes are equal
+to rounding, so that the teacher gives it another label (4e-4). bf16: rounding of 2^-9 in every product, which AdamW's
+division by the gradient's own size carries into whole steps wherever a gradient is small.
 """
 
 
