@@ -48,12 +48,16 @@ class _CrossEntropySum(torch.autograd.Function):
         class_weight = None if class_weight is None else class_weight.to(dtype)
         total = torch.zeros((), dtype=dtype, device=logits.device)
         gradient = torch.zeros_like(logits, dtype=dtype) if ctx.needs_input_grad[0] else None
+        weight, index = _weights(target, class_weight, dtype)
+        minus = -weight
         for band in upsampling_rows(logits, target.shape[1], target.shape[2]):
             wanted = target[:, band.output]
             log_p = band.upsample(logits).log_softmax(1)
             total += F.nll_loss(log_p, wanted, class_weight, ignore_index=IGNORED, reduction="sum")
             if gradient is not None:
-                band.add_gradient(_logit_gradient(log_p, wanted, class_weight), gradient)
+                # weight · (softmax − one-hot), in the memory of log_p
+                own, which, less = weight[:, :, band.output], index[:, :, band.output], minus[:, :, band.output]
+                band.add_gradient(log_p.exp_().mul_(own).scatter_add_(1, which, less), gradient)
         ctx.save_for_backward(gradient)
         ctx.dtype = logits.dtype
         return total
@@ -65,14 +69,12 @@ class _CrossEntropySum(torch.autograd.Function):
         return (gradient * scale).to(ctx.dtype), None, None
 
 
-def _logit_gradient(log_p: Tensor, target: Tensor, class_weight: Tensor | None) -> Tensor:
-    """Weight · (softmax − one-hot), zero where the target is ignored; overwrites log_p (B, classes, rows, W)."""
+def _weights(target: Tensor, class_weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight of each pixel, 0 where the target is ignored, and its class, 0 there: both (B, 1, H, W)."""
     counts = target != IGNORED
-    target = target.masked_fill(~counts, 0)[:, None]
-    weight = counts[:, None].to(log_p.dtype)
-    if class_weight is not None:
-        weight = weight * class_weight[target]
-    return log_p.exp_().mul_(weight).scatter_add_(1, target, -weight)
+    index = target.masked_fill(~counts, 0)[:, None]
+    weight = counts[:, None].to(dtype)
+    return (weight if class_weight is None else weight * class_weight[index]), index
 
 
 def denominator(target: Tensor, pixels: Tensor, class_weight: Tensor | None = None) -> Tensor:

@@ -36,7 +36,7 @@ def multi_scale_pseudo_labels(
     confidence = torch.empty_like(labels, dtype=torch.promote_types(logits[0].dtype, torch.float32))
     # In bands of rows, so that of each scale only its logits are kept, at their own resolution.
     with torch.autocast(images.device.type, enabled=False):
-        for bands in zip(*(upsampling_rows(own, height, width, teacher=True) for own in logits), strict=True):
+        for bands in zip(*(upsampling_rows(own, height, width) for own in logits), strict=True):
             total = bands[0].upsample(logits[0]).softmax(1)
             for band, own in zip(bands[1:], logits[1:], strict=True):
                 total += band.upsample(own).softmax(1)

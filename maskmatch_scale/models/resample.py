@@ -23,29 +23,25 @@ from torch.autograd.function import once_differentiable
 
 _CHUNK_ELEMENTS = {"cpu": 2**18}
 """A CPU works through a chunk in several passes, so a chunk should fit the cache: 1 MB in float32."""
-_CHUNK_ELEMENTS_ELSEWHERE = 2**26
-"""An accelerator needs work for all its processors; 256 MB in float32 is little of its memory."""
-_CHUNK_ELEMENTS_OF_A_TEACHER = 2**27
-"""Likewise while no activations are kept for backward: 512 MB, and half as many launches."""
+_CHUNK_ELEMENTS_ELSEWHERE = 2**27
+"""An accelerator needs work for all its processors; 512 MB in float32 is little of its memory."""
 
 _BAND_ROWS = {"cpu": 8}
 """Few rows keep the matrix of a band small and its rows in the cache."""
-_BAND_ROWS_ELSEWHERE = 64
+_BAND_ROWS_ELSEWHERE = 128
 
 _IMAGES_AT_ONCE = {"cpu": 1}
 """Images whose levels are added together; elsewhere all, since each launch costs as much as its arithmetic."""
 
 
-def chunk_length(elements: int, device: torch.device, teacher: bool = False) -> int:
+def chunk_length(elements: int, device: torch.device) -> int:
     """How many items of `elements` numbers make a chunk on a device; at least 1.
 
     Args:
         elements: numbers an item.
         device: where the chunk lies.
-        teacher: whether it is of a pass that keeps no activations.
     """
-    elsewhere = _CHUNK_ELEMENTS_OF_A_TEACHER if teacher else _CHUNK_ELEMENTS_ELSEWHERE
-    return max(1, _CHUNK_ELEMENTS.get(device.type, elsewhere) // elements)
+    return max(1, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ELSEWHERE) // elements)
 
 
 @dataclass(frozen=True)
@@ -114,13 +110,13 @@ class RowBand:
         into[:, :, self.source] += gradient if self.weight is None else self.weight.T @ gradient
 
 
-def upsampling_rows(maps: Tensor, height: int, width: int, *, teacher: bool = False) -> list[RowBand]:
+def upsampling_rows(maps: Tensor, height: int, width: int) -> list[RowBand]:
     """Bands that upsample maps (B, C, h, w) to height × width, each as large as a chunk should be (`chunk_length`).
 
     Maps of the same B and C are cut into the same output rows, whatever their h and w.
     """
     batch, channels, own_height, _ = maps.shape
-    length = chunk_length(batch * channels * width, maps.device, teacher)
+    length = chunk_length(batch * channels * width, maps.device)
     if own_height == height:
         parts = [slice(start, min(start + length, height)) for start in range(0, height, length)]
         return [RowBand(part, part, None, width) for part in parts]
