@@ -19,6 +19,7 @@ from maskmatch_scale.engine.ema import Teacher
 from maskmatch_scale.engine.precision import autocast
 from maskmatch_scale.engine.protocol import Engine
 from maskmatch_scale.engine.setup import import_deepspeed
+from maskmatch_scale.engine.sharding import shard_deferred
 
 
 class ShardedTeacher(Teacher):
@@ -31,6 +32,7 @@ class ShardedTeacher(Teacher):
         if engine.recipe.engine.offload_parameters:
             zero["offload_param"] = {"device": "cpu"}
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+        shard_deferred(teacher, config, torch.float32)
         self._engine: Any
         self._engine, *_ = import_deepspeed().initialize(model=_Autocast(teacher, self._dtype), config=config)
         self._pairs = list(zip(teacher.parameters(), self.student.parameters(), strict=True))

@@ -92,7 +92,8 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
     """
     recipe, student, batches = checked.recipe, checked.student, checked.batches
     average = copy.deepcopy(student)  # made in host memory, so that a GPU never holds both whole models
-    student.to(runtime.device)
+    if student.deferred is None:  # else there are no weights yet: the engine makes and shards them
+        student.to(runtime.device)
     if recipe.model.batchnorm == "synchronised" and runtime.world_size > 1:
         synchronise_batchnorm(student, runtime.sum_over_ranks)
     if recipe.engine.compile:
