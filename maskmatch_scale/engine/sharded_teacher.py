@@ -8,7 +8,7 @@ Decision: docs/decisions/0019-sharded-teacher-in-place.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,7 +67,7 @@ class ShardedTeacher(Teacher):
         return {name: state[name] for name in self.module.state_dict() if name in state and keep}
 
     @torch.no_grad()
-    def load_full_state(self, state: dict[str, Tensor]) -> None:
+    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
         """See `StoredTeacher`; one parameter is scattered at a time, from rank 0."""
         for name, buffer in self.module.named_buffers():
             if name in state:
