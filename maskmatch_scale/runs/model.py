@@ -1,6 +1,7 @@
 """The model of a run: built from its recipe, and loaded from its checkpoint.
 
 Decision: docs/decisions/0022-models-built-whole.md.
+Decision: docs/decisions/0039-deferred-weights-at-zero-3.md.
 """
 
 from __future__ import annotations

@@ -86,6 +86,7 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
 
     Decision: docs/decisions/0018-teacher-copied-before-averaged-after.md.
     Decision: docs/decisions/0022-models-built-whole.md.
+    Decision: docs/decisions/0039-deferred-weights-at-zero-3.md.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model or its optimizer.
