@@ -87,6 +87,9 @@ def test_random_weights_in_other_forms():
             with torch.no_grad():
                 self.layers[3].weight.copy_(self.layers[0].weight.t() @ self.layers[1].weight)
                 self.layers[0].weight.data.div_(3)  # after another weight was made of it
+                self.joined = nn.Parameter(torch.empty(64, 32))
+                for part, layer in zip(self.joined.chunk(2), self.layers):  # from weights that were freed, to a part
+                    part.copy_(layer.weight)
                 self.embedding[:, 0] = self.table[0, 0]
             self.limit = float(self.layers[2].weight.detach().abs().max())
 
