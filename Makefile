@@ -54,6 +54,7 @@ bench: install $(VENV)/peers/.installed ## benchmarks into benchmarks/results, a
 	$(BIN)/python -m benchmarks.train_step --out benchmarks/results/train_step.json
 	$(BIN)/python -m benchmarks.launches --out benchmarks/results/launches.json
 	$(BIN)/python -m benchmarks.engine_overhead --out benchmarks/results/engine_overhead.json
+	$(BIN)/python -m benchmarks.building --out benchmarks/results/building.json
 	$(BIN)/python -m benchmarks.loader --out benchmarks/results/loader.json --other-python $(VENV)/peers/bin/python
 
 bench-gpu: install ## masked_vs_full, train_step, engine_overhead on a GPU into benchmarks/results/gpu, 16 minutes

@@ -22,11 +22,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -120,7 +121,7 @@ def load_checkpoint(folder: Path, engine: Engine, teacher: StoredTeacher, runtim
             f"{folder}: its optimizer state does not fit this run ({type(error).__name__}: {error}); model, "
             "optim.head_lr_multiplier and optim.layer_decay must be as they were, and all of its files must be there"
         ) from error
-    teacher.load_full_state(load_weights(folder, "ema"))
+    teacher.load_full_state(_WeightsFile(weights_file(folder, "ema")))
     if _own_buffers(engine, runtime):
         for name, value in load_file(folder / "buffers" / f"rank-{runtime.rank}.safetensors").items():
             _buffers(engine, teacher)[name].copy_(value)
@@ -218,6 +219,28 @@ def load_weights(folder: Path, weights: str) -> dict[str, Tensor]:
     """Whole fp32 weights of a checkpoint by name, on the CPU; ``weights`` is `ema` or `student`."""
     state: dict[str, Tensor] = load_file(weights_file(folder, weights))
     return state
+
+
+class _WeightsFile(Mapping[str, Tensor]):
+    """Tensors of a safetensors file by name, each read when it is asked for and not kept here."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, "pt") as file:
+            self._names = list(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path, "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _save(state: dict[str, Tensor], path: Path) -> None:

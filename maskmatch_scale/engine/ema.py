@@ -8,6 +8,7 @@ Decision: docs/decisions/0018-teacher-copied-before-averaged-after.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -72,7 +73,7 @@ class ReplicatedTeacher(Teacher):
         """See `StoredTeacher`; no collective: every rank has the whole average."""
         return {name: value.detach().cpu() for name, value in self.module.state_dict().items() if keep}
 
-    def load_full_state(self, state: dict[str, Tensor]) -> None:
+    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
         """See `StoredTeacher`; every name must be there, and no other."""
         self.module.load_state_dict(state)
 

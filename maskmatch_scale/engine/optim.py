@@ -34,7 +34,8 @@ def parameter_groups(student: nn.Module, recipe: OptimRecipe) -> list[dict[str, 
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            decayed = parameter.dim() > 1 and not name.endswith(_UNDECAYED)
+            # A parameter that ZeRO-3 has cut has no dimensions of its own.
+            decayed = len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and not name.endswith(_UNDECAYED)
             in_backbone = name.startswith("backbone.")
             depth = deepest - layers[name] if layers and in_backbone else 0
             scale = recipe.layer_decay**depth if in_backbone else recipe.head_lr_multiplier

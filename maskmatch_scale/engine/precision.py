@@ -73,6 +73,11 @@ def autocast_dtype(recipe: Recipe) -> torch.dtype | None:
     return None if precision == "fp32" else torch.float16 if precision == "fp16" else torch.bfloat16
 
 
+def weights_dtype(recipe: Recipe) -> torch.dtype:
+    """The type of the student's weights under DeepSpeed."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.engine.precision, torch.float32)
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
     """Autocast to ``dtype``, or nothing if it is None."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

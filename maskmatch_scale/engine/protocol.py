@@ -7,7 +7,7 @@ Decision: docs/decisions/0020-engine-as-a-protocol.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,8 +40,8 @@ class StoredTeacher(Protocol):
     def full_state(self, *, keep: bool) -> dict[str, Tensor]:
         """Whole fp32 state on the CPU. All ranks call it together; those with ``keep=False`` get an empty dict."""
 
-    def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Put :meth:`full_state` back; all ranks call it together."""
+    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put :meth:`full_state` back; all ranks call it together. A tensor may be read when it is asked for."""
 
 
 class Engine(Protocol):

@@ -9,7 +9,7 @@ Decision: docs/decisions/0038-own-gathering-for-the-teacher.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +21,7 @@ from maskmatch_scale.engine.ema import Teacher
 from maskmatch_scale.engine.gathering import Bucket, Gathering, Shard
 from maskmatch_scale.engine.precision import autocast
 from maskmatch_scale.engine.protocol import Engine
+from maskmatch_scale.models.deferred import DeferredWeights
 
 
 class ShardedTeacher(Teacher):
@@ -39,17 +40,21 @@ class ShardedTeacher(Teacher):
     ) -> None:
         super().__init__(teacher, engine)
         self._device = device
-        self._parameters = dict(teacher.named_parameters())
         self._shards = {name: Shard(like) for name, like in self.student.named_parameters()}
-        assert self._shards.keys() == self._parameters.keys(), "the teacher is no copy of the student"
+        whole = dict(teacher.named_parameters())
+        assert self._shards.keys() == whole.keys(), "the teacher is no copy of the student"
+        weights: DeferredWeights | None = getattr(teacher, "deferred", None)
+        _replace_parameters(teacher, {p: nn.Parameter(torch.empty(0, device=device), False) for p in whole.values()})
+        self._parameters = dict(teacher.named_parameters())
         buckets = []
         for dtype, names in self._bucket_names(bucket_size):
             shards = [self._shards[name] for name in names]
             bucket = Bucket(shards, dtype, device, offloaded=engine.recipe.engine.offload_parameters)
             buckets.append((bucket, [self._parameters[name] for name in names]))
-        for name, parameter in self._parameters.items():
-            self._shards[name].put(parameter)
-            parameter.data = torch.empty(0, device=device)
+        for name in self._parameters:  # a weight that is made one at a time is whole here alone
+            parameter = whole.pop(name)
+            self._shards[name].put(weights.make(name) if weights is not None and name in weights else parameter)
+        teacher.deferred = None  # type: ignore[assignment]
         teacher.to(device)
         self._gathering = Gathering(teacher, buckets, max_live)
 
@@ -86,7 +91,7 @@ class ShardedTeacher(Teacher):
         return {name: state[name] for name in self.module.state_dict() if name in state and keep}
 
     @torch.no_grad()
-    def load_full_state(self, state: dict[str, Tensor]) -> None:
+    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
         """See `StoredTeacher`; every rank has the whole state, so nothing is sent."""
         for name, buffer in self.module.named_buffers():
             if name in state:
@@ -98,16 +103,23 @@ class ShardedTeacher(Teacher):
         """Names of neighbouring parameters of one dtype and one part of the model, up to ``most`` elements."""
         products = set(_products(self.module)) if self._dtype else set()
         open_buckets: dict[tuple[str, torch.dtype], list[str]] = {}
-        for name, parameter in self._parameters.items():
+        for name in self._shards:
             dtype = self._dtype if self._dtype and name in products else torch.float32
             # By part (backbone, head, context): a teacher's forward never reads the context decoder.
             names = open_buckets.setdefault((name.partition(".")[0], dtype), [])
-            if names and sum(self._parameters[one].numel() for one in names) + parameter.numel() > most:
+            if names and sum(self._shards[one].shape.numel() for one in (*names, name)) > most:
                 yield dtype, list(names)
                 names.clear()
             names.append(name)
         for (_, dtype), names in open_buckets.items():
             yield dtype, names
+
+
+def _replace_parameters(module: nn.Module, others: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Put other parameters in the places of a module's own."""
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            owner._parameters[name] = others[parameter]
 
 
 def _products(module: nn.Module, prefix: str = "") -> Iterator[str]:

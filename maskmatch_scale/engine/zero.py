@@ -17,11 +17,12 @@ from maskmatch_scale.engine.deepspeed_json import merged, over
 from maskmatch_scale.engine.ema import ReplicatedTeacher
 from maskmatch_scale.engine.masters import FlatAverage, FlatMasters
 from maskmatch_scale.engine.optim import adamw, parameter_groups
-from maskmatch_scale.engine.precision import autocast, autocast_dtype
+from maskmatch_scale.engine.precision import autocast, autocast_dtype, weights_dtype
 from maskmatch_scale.engine.protocol import StepOrder, StoredTeacher, leaves_out
 from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.engine.schedule import GroupSettings, base_lr
 from maskmatch_scale.engine.setup import import_deepspeed
+from maskmatch_scale.engine.sharding import shard_deferred
 from maskmatch_scale.recipe import Recipe
 
 
@@ -96,10 +97,11 @@ class ZeroEngine:
         self.skipped = False
         self._device = runtime.device
         self._order = StepOrder()
+        config = deepspeed_config(recipe, runtime.world_size)
+        shard_deferred(student, config, weights_dtype(recipe))
         groups = parameter_groups(student, recipe.optim)
         self._groups = GroupSettings(groups, recipe, runtime.world_size)
         self.base_lr = self._groups.base_lr
-        config = deepspeed_config(recipe, runtime.world_size)
         given: dict[str, Any] = {"model_parameters": groups}
         if "optimizer" not in config:
             given = {"optimizer": adamw(groups, self.base_lr, recipe.optim, runtime.device)}

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from maskmatch_scale.models.backbone import Encoder, Family
 from maskmatch_scale.models.context import ContextDecoder
+from maskmatch_scale.models.deferred import DeferredWeights
 from maskmatch_scale.models.families import only_these_compile, only_these_number_layers
 from maskmatch_scale.models.units import Grid, check_visible, merge_units, visible_pixel_mask, zero_masked_pixels
 
@@ -41,7 +42,10 @@ class Segmenter(nn.Module):
         backbone: the library's module.
         head: features to logits.
         context: features for masked units, or None.
+        deferred: makes the values of parameters that are on the meta device; None if there are none (the usual case).
     """
+
+    deferred: DeferredWeights | None = None
 
     def __init__(
         self,

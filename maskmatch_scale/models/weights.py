@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from maskmatch_scale.models.deferred import read_deferred
 
 _log = logging.getLogger(__name__)
 
@@ -36,11 +39,15 @@ def find_weights(pretrained: str | Path) -> Path:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """State dict of a `.safetensors` file or of a torch file, of which only tensors are unpickled.
 
+    During a deferred build the tensors of a `.safetensors` file are read when they are used.
+
     Raises:
         ValueError: the file cannot be read, or holds no state dict.
     """
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state: Any = read_deferred(path)
+        if state is None:
+            state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"pretrained: cannot read {str(path)!r} as weights: {error}") from error
     state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else state

@@ -1,6 +1,7 @@
 """The model of a run: built from its recipe, and loaded from its checkpoint.
 
 Decision: docs/decisions/0022-models-built-whole.md.
+Decision: docs/decisions/0039-deferred-weights-at-zero-3.md.
 """
 
 from __future__ import annotations
@@ -15,18 +16,22 @@ from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.engine.checkpoint import find_checkpoint, load_state, load_weights, weights_file
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.models import Segmenter, build_segmenter
+from maskmatch_scale.models.deferred import build_deferred
 from maskmatch_scale.models.weights import read_own
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.runs.data import RunData, classes_of_start, read_run_data, recipe_of, run_of
 
 
-def build_student(recipe: Recipe, index: ShardIndex | RunData, *, pretrained: bool = True) -> Segmenter:
+def build_student(
+    recipe: Recipe, index: ShardIndex | RunData, *, pretrained: bool = True, deferred: bool = False
+) -> Segmenter:
     """Build the segmenter of a recipe, with random weights drawn from the run's seed.
 
     Args:
         recipe: of the run.
         index: of its data; only the class names are used.
         pretrained: whether to read the weights that `model.pretrained` names.
+        deferred: whether to leave out the weights: `Segmenter.deferred` makes them one at a time, the same numbers.
 
     Raises:
         UserError: the data have more classes than the recipe, the model cannot be built, or a run without labels does
@@ -41,9 +46,9 @@ def build_student(recipe: Recipe, index: ShardIndex | RunData, *, pretrained: bo
             f"model.num_classes={num_classes}: the labels of {recipe.data.root} have {len(index.classes)} classes; "
             "raise it, or leave it out to take theirs"
         )
-    torch.manual_seed(recipe.run.seed)
-    try:
-        segmenter = build_segmenter(
+
+    def build() -> Segmenter:
+        return build_segmenter(
             model.backbone,
             num_classes,
             head=model.head,
@@ -54,6 +59,14 @@ def build_student(recipe: Recipe, index: ShardIndex | RunData, *, pretrained: bo
             checkpoint_activations=recipe.engine.activation_checkpointing,
             backbone_options=model.backbone_options,
         )
+
+    torch.manual_seed(recipe.run.seed)
+    try:
+        if deferred:
+            segmenter, weights = build_deferred(build)
+            segmenter.deferred = weights
+        else:
+            segmenter = build()
     except ValueError as error:
         raise UserError(f"model: {error}") from error
     if trained is not None:

@@ -49,7 +49,7 @@ class Checked:
     batches: TrainingBatches
     """Of this rank. If the run continues, they begin where the checkpoint was written."""
     student: Segmenter
-    """Whole, in host memory."""
+    """In host memory: whole, or at ZeRO-3 without its weights (`Segmenter.deferred`)."""
     place: Place
     checkpoint: Path | None
     """The checkpoint that the run continues from; None: a new run."""
@@ -78,7 +78,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     place = Place.from_environment()
     check_backbone(recipe)
     index = load_index(recipe.data.root, recipe.data)
-    student = build_student(recipe, describe_data(recipe, index))
+    student = build_student(recipe, describe_data(recipe, index), deferred=recipe.engine.zero_stage == 3)
     check_model(recipe, student)
     has_batchnorm = any(isinstance(module, _BatchNorm) for module in student.modules())
     precision, reason = choose_precision(recipe, batchnorm=has_batchnorm)

@@ -95,6 +95,7 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
 
     Decision: docs/decisions/0018-teacher-copied-before-averaged-after.md.
     Decision: docs/decisions/0022-models-built-whole.md.
+    Decision: docs/decisions/0039-deferred-weights-at-zero-3.md.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model or its optimizer.
@@ -102,7 +103,8 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
     recipe, student, batches = checked.recipe, checked.student, checked.batches
     burn_in_work, work = _work(recipe, student, batches)  # before ZeRO-3 takes the weights apart
     average = copy.deepcopy(student)  # made in host memory, so that a GPU never holds both whole models
-    student.to(runtime.device)
+    if student.deferred is None:  # else there are no weights yet: the engine makes and shards them
+        student.to(runtime.device)
     if recipe.model.batchnorm == "synchronised" and runtime.world_size > 1:
         synchronise_batchnorm(student, runtime.sum_over_ranks)
     if recipe.engine.compile:

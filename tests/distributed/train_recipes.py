@@ -2,7 +2,7 @@
 
 A launch costs 10-20 s, another run in the same processes about one: so many configurations share a launch.
 A job may have, beside its recipe: `resume`; `probe`, a file for the teacher's logits after the run; `without`, a guard
-of `guards.py` that is taken away for it.
+of `guards.py` that is taken away for it; `built`, how its model is built (`building.py`).
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import torch
 from maskmatch_scale.recipe import parse_recipe
 from maskmatch_scale.train import train
 from maskmatch_scale.training.callbacks import Callback, closing
+from tests.distributed.building import built
 from tests.distributed.guards import without
 from tests.distributed.reference import probe_images
 
@@ -40,4 +41,6 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
         Probe.file = job.get("probe")
         if job.get("without"):
             stack.enter_context(without(job["without"]))
+        if job.get("built"):
+            stack.enter_context(built(job["built"]))
         train(parse_recipe(job["recipe"]), job.get("resume"), callbacks=[Probe] if Probe.file else [])

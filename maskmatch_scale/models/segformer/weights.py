@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import SegformerForSemanticSegmentation
 
+from maskmatch_scale.models.deferred import kept_whole
 from maskmatch_scale.models.segformer.config import OFFICIAL
 from maskmatch_scale.models.weights import read_weights, to_own_name
 
@@ -27,12 +28,13 @@ def segformer_weights(source: str | Path, config: Any) -> dict[str, Tensor]:
     """
     state = None
     name: str | None = str(source).replace("segformer-", "nvidia/mit-") if source in OFFICIAL else str(source)
-    if Path(source).is_file():
-        state, name = read_weights(Path(source)), None
     try:
-        model, info = SegformerForSemanticSegmentation.from_pretrained(
-            name, config=config, state_dict=state, ignore_mismatched_sizes=True, output_loading_info=True
-        )
+        with kept_whole():  # transformers loads in threads
+            if Path(source).is_file():
+                state, name = read_weights(Path(source)), None
+            model, info = SegformerForSemanticSegmentation.from_pretrained(
+                name, config=config, state_dict=state, ignore_mismatched_sizes=True, output_loading_info=True
+            )
     except OSError as error:
         raise ValueError(f"pretrained: transformers finds no weights at {name!r}: {error}") from error
     absent = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}

@@ -8,9 +8,11 @@ from typing import Any
 
 import timm
 from timm.layers import PatchEmbed
+from timm.models import clean_state_dict
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
+from maskmatch_scale.models.deferred import read_deferred
 from maskmatch_scale.models.vit.masking import KeepVisible
 
 
@@ -40,13 +42,16 @@ def create_vit(
     if image_size is not None:
         arguments["img_size"] = image_size
     if isinstance(weights, Path):
-        arguments["pretrained_cfg_overlay"] = {"file": str(weights), "custom_load": False}
+        state = read_deferred(weights)
+        source = {"file": str(weights)} if state is None else {"state_dict": clean_state_dict(state)}
+        arguments["pretrained_cfg_overlay"] = {**source, "custom_load": False}
     try:
         model = timm.create_model(name, pretrained=bool(weights), **arguments)
     except TypeError as error:  # models that are no ViT do not take dynamic_img_size
         raise ValueError(
             f"backbone: timm/{name} is no ViT that can drop tokens, or backbone_options has an unknown key: {error}"
         ) from error
+    model.pretrained_cfg.pop("state_dict", None)
     _refuse_undroppable(name, model)
     # The model gives tokens, not a pooled vector. Pooling parameters would never see a gradient.
     model.global_pool, model.attn_pool = "", None
