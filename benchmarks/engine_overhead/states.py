@@ -62,18 +62,20 @@ def _add(found: Storages, tensor: Tensor) -> None:
         found[str(tensor.device), storage.data_ptr()] = storage
 
 
-def formula(variant: Variant, moment: str) -> tuple[dict[str, int], dict[str, int]]:
+def formula(variant: Variant) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes per parameter that a rank keeps: those it keeps whole, and those divided by the number of ranks.
 
     ZeRO (Rajbhandari et al., arXiv 1910.02054, section 5): weights and gradients of 2 bytes, 12 of optimizer state
-    (fp32 master and AdamW's two moments). With fp32 weights DeepSpeed keeps a separate fp32 master all the same from
-    stage 1 on; DDP and stage 0 have none.
+    (fp32 master and AdamW's two moments). Gradients of bf16 weights are fp32 unless the variant says otherwise. With
+    fp32 weights DeepSpeed keeps a separate fp32 master all the same from stage 1 on; DDP and stage 0 have none. At
+    stage 1 gradients stay whole until the step, since several backward passes may add to them.
     """
     wide = 2 if variant.precision == "bf16" else 4
     stage = variant.zero_stage or 0
-    state = {"weights": wide, "gradients": wide, "master": 4 if stage else 0, "moments": 8}
+    gradients = 2 if variant.bf16_gradients else 4
+    state = {"weights": wide, "gradients": gradients, "master": 4 if stage else 0, "moments": 8}
     divided = {"master", "moments"} if stage else set()
-    if stage >= 2 or (stage == 1 and moment == BEFORE_STEP):
+    if stage >= 2:
         divided |= {"gradients"}
     if stage == 3:
         divided |= {"weights"}

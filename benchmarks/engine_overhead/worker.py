@@ -271,7 +271,7 @@ class Bench:
         trainer.update(1)
         rows = []
         for moment, (size, apart) in measured.items():
-            whole, divided = formula(variant, moment)
+            whole, divided = formula(variant)
             predicted = parameters * (sum(whole.values()) + sum(divided.values()) / self.runtime.world_size)
             rows.append(
                 {
