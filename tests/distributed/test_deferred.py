@@ -11,7 +11,7 @@ from maskmatch_scale.models import build_segmenter
 from tests.conftest import TINY_SEGFORMER, TINY_VIT, recipe_maker
 from tests.distributed.launching import launch, records
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 VIT = {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT}
 SEGFORMER = {"backbone": "transformers/segformer-b0", "backbone_options": TINY_SEGFORMER}

@@ -147,6 +147,7 @@ def test_a_rank_that_does_not_come(drill, kind, lost, launcher, place):
     assert not drill.left_over()
 
 
+@pytest.mark.slow
 def test_ranks_out_of_step(drill):
     # The guard of lock-step evaluation taken away: rank 1 has one of five images fewer, and at ZeRO-3 every forward is
     # a collective.
