@@ -29,7 +29,7 @@ def test_a_table_holds_what_the_layer_gives_and_a_zero_row(autocast):
         layer.zero_grad()
         out.backward(upstream.to(out.dtype))
         found.append([out, x.grad, layer.weight.grad, layer.bias.grad])
-    # DeepSpeed's ZeRO-3, if it ran in this process before, has replaced F.linear: under autocast it adds the bias in fp32.
+    # If ZeRO-3 ran in this process before, DeepSpeed has replaced F.linear: under autocast it adds the bias in fp32.
     tolerance = 2**-6 if autocast else 0.0
     for plain, other in zip(*found, strict=True):
         assert other.dtype == plain.dtype
