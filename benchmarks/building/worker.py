@@ -21,6 +21,7 @@ from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.build import build_engine
 from maskmatch_scale.engine.ema import build_teacher
 from maskmatch_scale.engine.launchers import Place
+from maskmatch_scale.engine.precision import weights_dtype
 from maskmatch_scale.engine.sharding import shard_deferred
 from maskmatch_scale.engine.zero import deepspeed_config
 from maskmatch_scale.method.maskmatch import MaskMatch
@@ -112,11 +113,11 @@ def _whole_run(options: dict[str, Any], recipe: Recipe, runtime: Any, memory: Me
     block = _largest_block(student)
     average = copy.deepcopy(student)
     config = deepspeed_config(recipe, runtime.world_size)
-    part("shard", lambda: shard_deferred(student, config, torch.float32))
+    part("shard", lambda: shard_deferred(student, config, weights_dtype(recipe)))
     maskmatch = MaskMatch(student, recipe.method, 0, 255)
     engine = part("engine", lambda: build_engine(maskmatch, student, recipe, runtime))
     teacher = part("teacher", lambda: build_teacher(average, engine))
-    shards = {who: _shard_bytes(module) for who, module in (("student", student), ("teacher", teacher.module))}
+    shards = {"student": _shard_bytes(student), "teacher": _held_bytes(teacher)}
     row = {
         "parameters": parameters,
         "block_mb": block / MB,
@@ -140,6 +141,11 @@ def _largest_block(student: Segmenter) -> int:
 def _shard_bytes(module: nn.Module) -> int:
     """Bytes of this rank's shards of a module's weights."""
     return sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in module.parameters())  # type: ignore[attr-defined]
+
+
+def _held_bytes(teacher: Any) -> int:
+    """Bytes of this rank's shards of the teacher."""
+    return sum(int(shard.values.nbytes) for shard in teacher._shards.values())
 
 
 def _state_bytes(optimizer: Any) -> int:

@@ -29,7 +29,7 @@ def draw(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -> Fig
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))  # of one size and precision
     figure = Figure(figsize=(9, 0.8 + 1.6 * len(backbones)), layout="constrained")
     colours = {
-        "teacher, three scales": "#0072b2", "labelled and strong view": "#117733", "labelled view": "#009e73",
+        "teacher, three scales": "#0072b2", "labelled view": "#009e73",
         "strong view": "#56b4e9", "masked view": "#d55e00", "optimizer and EMA": "0.6",
     }  # fmt: skip
     for panel, backbone in zip(figure.subplots(len(backbones), 1, squeeze=False).flat, backbones):

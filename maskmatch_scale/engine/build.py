@@ -19,7 +19,7 @@ def build_engine(module: nn.Module, student: nn.Module, recipe: Recipe, runtime:
     """Build the engine of `engine.library`.
 
     Args:
-        module: called once for each micro-batch; its ``segmenter`` is the student whose parameters are optimised.
+        module: called once for each view; its ``segmenter`` is the student whose parameters are optimised.
         student: that segmenter.
         recipe: of the run.
         runtime: this rank.

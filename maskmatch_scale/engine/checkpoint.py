@@ -229,6 +229,9 @@ class _WeightsFile(Mapping[str, Tensor]):
         with safe_open(path, "pt") as file:
             self._names = list(file.keys())
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._names
+
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)

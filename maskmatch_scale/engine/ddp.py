@@ -36,7 +36,7 @@ class DdpEngine:
     """A module under accelerate (`protocol.Engine`).
 
     Args:
-        module: called once for each micro-batch; its ``segmenter`` is the student whose parameters are optimised.
+        module: called once for each view; its ``segmenter`` is the student whose parameters are optimised.
         student: that segmenter.
         recipe: sections engine, optim and run are read.
         runtime: this rank.

@@ -90,6 +90,7 @@ def merged(defaults: dict[str, Any], config: dict[str, Any], recipe: Recipe, wor
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{path}: {key!r} is not a setting that is handed on to DeepSpeed{hint}")
     _check_sections(path, given)
+    _check_gradients(path, given, recipe)
     decided = dict(_leaves(config))
     decided["gradient_accumulation_steps"] = recipe.engine.accumulation  # DeepSpeed itself counts none
     decided["train_batch_size"] = recipe.engine.micro_batch * recipe.engine.accumulation * world_size
@@ -102,7 +103,7 @@ def merged(defaults: dict[str, Any], config: dict[str, Any], recipe: Recipe, wor
                 f"{path}: {key}={json.dumps(value)}, but the recipe's {_DECIDED[key]} makes it "
                 f"{json.dumps(of_recipe)}; change one of the two, or leave {key} out of the file"
             )
-    whole = over(over(defaults, given), config)
+    whole = over(over(defaults, over({}, given)), config)
     _check_schemas(path, whole)
     return whole
 
@@ -154,13 +155,31 @@ def _check_sections(path: Path, given: dict[str, Any]) -> None:
                 raise UserError(f"{path}: {name}.{key} is not handed on; there are {', '.join(sorted(_WITHIN[name]))}")
             if name == "zero_optimization" and key in _NOT_WITHIN_ZERO:
                 raise UserError(f"{path}: {name}.{key} is refused: {_NOT_WITHIN_ZERO[key]}; take it out of the file")
-    types = {
-        "communication_data_type": given.get("communication_data_type"),
-        "data_types.grad_accum_dtype": given.get("data_types", {}).get("grad_accum_dtype"),
-    }
-    for key, dtype in types.items():
-        if dtype not in (None, "fp32", "fp16", "bf16"):
-            raise UserError(f"{path}: {key}={json.dumps(dtype)}; it must be fp32, fp16 or bf16")
+    dtype = given.get("communication_data_type")
+    if dtype not in (None, "auto", "fp32", "fp16", "bf16"):
+        raise UserError(f"{path}: communication_data_type={json.dumps(dtype)}; it must be fp32, fp16 or bf16")
+
+
+def _check_gradients(path: Path, given: dict[str, Any], recipe: Recipe) -> None:
+    """Refuse ways to add and average gradients at which DeepSpeed fails late, or goes wrong in silence."""
+    engine, zero = recipe.engine, given.get("zero_optimization", {})
+    if zero.get("overlap_comm") is True and engine.zero_stage < 2:
+        raise UserError(
+            f"{path}: zero_optimization.overlap_comm=true with engine.zero_stage={engine.zero_stage}: gradients are "
+            "averaged in the step there, after all views; leave it out, or use engine.zero_stage=2"
+        )
+    if zero.get("zero_quantized_gradients") is True and engine.precision != "fp16":
+        raise UserError(
+            f"{path}: zero_optimization.zero_quantized_gradients=true with engine.precision={engine.precision}: "
+            "DeepSpeed's kernel reads gradients as fp16, whatever they are; leave it out, or use engine.precision=fp16"
+        )
+    dtype = given.get("data_types", {}).get("grad_accum_dtype")
+    allowed = ("fp32", engine.precision if engine.precision in ("bf16", "fp16") else "fp32")
+    if dtype not in (None, "auto", *allowed):
+        raise UserError(
+            f"{path}: data_types.grad_accum_dtype={json.dumps(dtype)} with engine.precision={engine.precision}; "
+            f"it must be {' or '.join(dict.fromkeys(allowed))}"
+        )
 
 
 def _check_schemas(path: Path, config: dict[str, Any]) -> None:

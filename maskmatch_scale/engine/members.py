@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -82,7 +83,8 @@ def meet(store: Store, rank: int, world_size: int, own: Member) -> tuple[Member,
         error.on_all_ranks = True
         store.set(f"read/{rank}", "")
         if rank == 0:
-            store.wait([f"read/{other}" for other in range(world_size)], timedelta(seconds=_LEAVING_S))
+            with suppress(RuntimeError):  # a rank that has ended already has read them, or never will
+                store.wait([f"read/{other}" for other in range(world_size)], timedelta(seconds=_LEAVING_S))
         raise error
     return members
 

@@ -64,7 +64,7 @@ class Engine(Protocol):
     skipped: bool
     """Whether the last step was not taken, because its gradients were not finite. Then nothing is left of them.
 
-    It is False, and such a step taken, where nobody asked for leaving steps out (`leaves_out`).
+    It is False where nobody asked for leaving steps out (`leaves_out`): such a step ends the run.
     """
 
     def __init__(self, module: nn.Module, student: nn.Module, recipe: Recipe, runtime: Runtime) -> None:

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.modules.conv import _ConvNd
 
 from maskmatch_scale.engine.ema import Teacher
 from maskmatch_scale.engine.gathering import Bucket, Gathering, Shard
 from maskmatch_scale.engine.precision import autocast
 from maskmatch_scale.engine.protocol import Engine
+from maskmatch_scale.engine.ranks import require_device
 from maskmatch_scale.models.deferred import DeferredWeights
 
 
@@ -52,8 +54,14 @@ class ShardedTeacher(Teacher):
             bucket = Bucket(shards, dtype, device, offloaded=engine.recipe.engine.offload_parameters)
             buckets.append((bucket, [self._parameters[name] for name in names]))
         for name in self._parameters:  # a weight that is made one at a time is whole here alone
-            parameter = whole.pop(name)
-            self._shards[name].put(weights.make(name) if weights is not None and name in weights else parameter)
+            parameter, shard = whole.pop(name), self._shards[name]
+            if weights is None or name not in weights:
+                shard.put(parameter)
+                continue
+            # Rank 0's numbers for all, as DeepSpeed does it with the student's: files may differ between machines.
+            value = require_device(weights.make(name).to(device), device)
+            dist.broadcast(value, dist.get_global_rank(shard.group, 0), group=shard.group)
+            shard.put(value)
         teacher.deferred = None  # type: ignore[assignment]
         teacher.to(device)
         self._gathering = Gathering(teacher, buckets, max_live)

@@ -20,7 +20,7 @@ from maskmatch_scale.models.deferred import DeferredWeights
 
 
 def shard_deferred(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
-    """Shard the parameters of a model with deferred weights, on the engine's device; others stay as they are.
+    """Shard the parameters of a model with deferred weights, on the engine's device; its buffers stay where they are.
 
     All ranks call it together, before `deepspeed.initialize`.
 
@@ -49,7 +49,4 @@ def shard_deferred(module: nn.Module, config: dict[str, Any], dtype: torch.dtype
                 first = whole
             else:
                 first.convert_to_zero_parameters(param_list=[whole])
-    for owner in module.modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            owner._buffers[name] = buffer.to(first.device)
     module.deferred = None  # type: ignore[assignment]

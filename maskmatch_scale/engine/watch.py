@@ -50,7 +50,7 @@ _FIRST_LOOK = 0.25
 """Share of the time limit after which the others are looked at first. A rank that writes nothing from then on to the
 end of the limit is taken for lost."""
 _LOOKS = 20
-"""How often in a time limit a rank looks again while nobody waits for another."""
+"""How often in a short time limit a rank looks again while nobody waits for another."""
 _WRITING_S = 60.0
 """How long the log may take at the end; its disk may be what hangs."""
 _NOTICED_S = 1.0
@@ -126,8 +126,9 @@ class Watch:
         """End the thread, and tell the other ranks."""
         if self._ends is not None:
             watching, delivering = self._threads
-            self._closed.set()
+            # In this order: when the thread has seen that it is to close, it closes what would wake it.
             self._ends.wake()
+            self._closed.set()
             watching.join(2 * self._answer_s)
             self._send(self._look_at_own(left))
             self._outbox.put(None)
@@ -155,6 +156,8 @@ class Watch:
                 looked, earlier = True, self._read()
             elif own.still_s >= self._timeout_s and time.monotonic() >= next_look:
                 now = self._read()
+                if now is not None:
+                    now[self._runtime.rank] = own  # what was sent a moment ago may not be there yet
                 finding = self._find(earlier, now)
                 if finding.missing or finding.waiting:
                     self._end(finding)
@@ -163,7 +166,8 @@ class Watch:
                 elif not told:
                     told = True
                     self._report(f"warning: {finding.line}", aloud=self._runtime.rank == 0)
-                next_look = time.monotonic() + self._timeout_s / _LOOKS
+                # Often enough that another look fits into the time that torch waits longer (`setup.GRACE_S`).
+                next_look = time.monotonic() + min(self._timeout_s / _LOOKS, 2 * self._beat_s)
 
     def _look_at_own(self, left: Literal["finished", "failed"] | None = None) -> Heartbeat:
         called = self._runtime.collectives_called()
@@ -225,8 +229,8 @@ class Watch:
 
     def _end_after_death_of(self, rank: int) -> None:
         members = self._runtime.members
-        near = [r for r, member in enumerate(members) if member.process.state in ("running", "stopped")]
-        self._report(f"error: {died(rank, members[rank])}", aloud=self._runtime.rank == min(near))
+        near = [r for r, member in enumerate(members) if member.process.state == "running"]
+        self._report(f"error: {died(rank, members[rank])}", aloud=self._runtime.rank == min(near, default=None))
         self._closed.wait(4 * self._beat_s)
         os._exit(1)
 

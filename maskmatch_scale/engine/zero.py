@@ -25,6 +25,10 @@ from maskmatch_scale.engine.setup import import_deepspeed
 from maskmatch_scale.engine.sharding import shard_deferred
 from maskmatch_scale.recipe import Recipe
 
+BUCKET_ELEMENTS = 25_000_000
+"""Gradients that are averaged together. DeepSpeed's default, 5e8, is larger than most models: nothing would be averaged
+before a backward pass ends, in buffers of 2 GB and more."""
+
 
 def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """DeepSpeed's settings for a recipe, merged with those of the user's file (`engine.deepspeed_json`).
@@ -57,11 +61,17 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
-    defaults: dict[str, Any] = {"zero_optimization": {"overlap_comm": True}} if engine.zero_stage == 2 else {}
+    defaults: dict[str, Any] = {}
+    if engine.zero_stage > 0:
+        defaults["zero_optimization"] = {"reduce_bucket_size": BUCKET_ELEMENTS}
+    if engine.zero_stage == 2:
+        defaults["zero_optimization"]["overlap_comm"] = True
     if engine.precision in ("bf16", "fp16"):
         config[engine.precision] = {"enabled": True}
     if engine.precision == "bf16":
         defaults |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+        # At stage 1 each bf16 gradient is freed when it has been added to the fp32 sum.
+        defaults["bf16"] = {"immediate_grad_update": True}
     if engine.precision == "autocast-bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         # Gradients of the modules in this list would be averaged in bf16.
@@ -79,7 +89,7 @@ class ZeroEngine:
     """A module under DeepSpeed (`protocol.Engine`).
 
     Args:
-        module: called once for each micro-batch; its ``segmenter`` is the student whose parameters are optimised.
+        module: called once for each view; its ``segmenter`` is the student whose parameters are optimised.
         student: that segmenter.
         recipe: sections engine, optim and run are read.
         runtime: this rank.
@@ -99,6 +109,9 @@ class ZeroEngine:
         self._order = StepOrder()
         config = deepspeed_config(recipe, runtime.world_size)
         shard_deferred(student, config, weights_dtype(recipe))
+        for owner in module.modules():  # DeepSpeed moves no module that has sharded parameters already
+            for name, buffer in owner.named_buffers(recurse=False):
+                owner._buffers[name] = buffer.to(runtime.device)
         groups = parameter_groups(student, recipe.optim)
         self._groups = GroupSettings(groups, recipe, runtime.world_size)
         self.base_lr = self._groups.base_lr
@@ -133,7 +146,12 @@ class ZeroEngine:
         skipped_before = self._engine.skipped_steps
         self._engine.step()
         # At stages 1 to 3 DeepSpeed leaves out a step with non-finite gradients in every precision.
-        self.skipped = leaves_out(self.recipe) and self._engine.skipped_steps > skipped_before
+        left_out = self._engine.skipped_steps > skipped_before
+        if left_out and self.recipe.engine.zero_stage < 3:
+            # With offloading DeepSpeed would add the next gradients to these.
+            gradients = getattr(self._engine.optimizer, "averaged_gradients", {})
+            gradients.update(dict.fromkeys(gradients))
+        self.skipped = leaves_out(self.recipe) and left_out
         self.grad_norm = self._engine.get_global_grad_norm()
 
     def lr(self, number: int) -> float:

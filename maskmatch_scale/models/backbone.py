@@ -121,12 +121,13 @@ class Encoder(ABC):
 def allow_graphs(blocks: int) -> None:
     """Let torch.compile make as many graphs as this number of blocks needs.
 
-    All blocks share one code object. Each may have another drop path, and so needs a graph of its own: in training, in
-    evaluation, and for images of several sizes. Beyond torch's limits nothing would be compiled.
+    All blocks of student and teacher share one code object. Each may have another drop path, and so needs a graph of
+    its own: in training, in evaluation, and for batches and images of several sizes. Beyond torch's limits the rest
+    runs as it is, with a warning of torch's.
     """
     limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, 8 * blocks)
-    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * blocks)
+    limits.recompile_limit = max(limits.recompile_limit, 24 * blocks)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 24 * blocks)
 
 
 @dataclass(frozen=True)

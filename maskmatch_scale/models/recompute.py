@@ -2,8 +2,8 @@
 
 A linear layer keeps its input for the gradient of its weight. Where this input comes from a GELU or a LayerNorm, which
 keep their own inputs anyway, it can be made again in no time: of the 16 C values that a ViT's block keeps for a token
-of width C, 6 C are such outputs. The gradients are the same to the last bit. (Korthikanti et al., arXiv 2205.05198,
-select what is computed again by the same reasoning.)
+of width C, 6 C are such outputs (4 C under autocast, which keeps 16-bit copies of LayerNorm's). The gradients are the
+same to the last bit. (Korthikanti et al., arXiv 2205.05198, select what is computed again by the same reasoning.)
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ def mark_cheap_outputs(module: nn.Module) -> None:
 
 
 def recomputing() -> AbstractContextManager[Any]:
-    """A forward pass in this context does not keep marked outputs for its backward pass."""
+    """A forward pass in this context does not keep marked outputs for its backward pass.
+
+    Hooks on saved tensors that are around it (`torch.autograd.graph.save_on_cpu`) do not see this pass.
+    """
     return saved_tensors_hooks(_pack, _unpack)
 
 
@@ -58,7 +61,9 @@ def _pack(tensor: Tensor) -> Any:
     marked = tensor if tensor._base is None else tensor._base
     again = getattr(marked, "_again", None)
     if again is None or tensor.numel() != marked.numel() or not tensor.is_contiguous():
-        return tensor
+        # Detached: a node that kept its own output would otherwise keep itself alive. Not a parameter: ZeRO-3 puts
+        # another memory behind it after the forward.
+        return tensor if tensor.is_leaf else tensor.detach()
     return again, tensor.shape
 
 

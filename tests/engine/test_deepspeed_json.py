@@ -27,7 +27,7 @@ def test_without_a_file_the_recipe_decides_everything(make_recipe):
     config = deepspeed_config(recipe, 2)
     assert config["train_micro_batch_size_per_gpu"] == 3
     assert (config["gradient_accumulation_steps"], config["managed_gradient_accumulation"]) == (1, False)
-    assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 25_000_000}
     assert config["gradient_clipping"] == 0.0  # DeepSpeed's own default is 1
 
 
@@ -133,3 +133,33 @@ def test_the_files_that_we_ship(make_recipe, name):
     file = Path(__file__).parents[2] / "configs" / "deepspeed" / f"{name}.json"
     config = deepspeed_config(make_recipe(engine={"zero_stage": 3, "deepspeed_json": str(file)}), 2)
     assert config["zero_optimization"].items() > json.loads(file.read_text())["zero_optimization"].items()
+
+
+@pytest.mark.parametrize(
+    ("content", "engine", "parts"),
+    [
+        (
+            {"zero_optimization": {"overlap_comm": True}},
+            {"zero_stage": 1},
+            ["overlap_comm=true", "engine.zero_stage=1"],
+        ),
+        (
+            {"zero_optimization": {"zero_quantized_gradients": True}},
+            {"zero_stage": 3, "precision": "bf16"},
+            ["zero_quantized_gradients=true", "engine.precision=bf16"],
+        ),
+        ({"data_types": {"grad_accum_dtype": "fp16"}}, {"precision": "bf16"}, ['="fp16"', "fp32 or bf16"]),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, {"precision": "fp32"}, ['="bf16"', "must be fp32"]),
+    ],
+)
+def test_gradients_that_would_be_wrong_or_fail_late_are_refused(config_of, content, engine, parts):
+    with pytest.raises(UserError) as caught:
+        config_of(content, engine=engine)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_auto_leaves_our_defaults(config_of):
+    content = {"communication_data_type": "auto", "zero_optimization": {"overlap_comm": "auto"}}
+    config = config_of(content, engine={"zero_stage": 2, "precision": "bf16"})
+    assert config["communication_data_type"] == "fp32"
+    assert config["zero_optimization"]["overlap_comm"] is True

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from maskmatch_scale.engine.checkpoint import CheckpointError
 from maskmatch_scale.runs.model import open_run
@@ -80,3 +81,34 @@ def test_a_refused_resume_leaves_the_run_as_it_was(make_recipe):
     assert (run / "recipe.yaml").read_text() == kept
     with pytest.raises(CheckpointError, match=r"optim\.head_lr_multiplier"):
         train(make_recipe(model=VIT, optim={"head_lr_multiplier": 3.0}, run={"steps": 2}), resume="auto")
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        *({"zero_stage": stage} for stage in range(4)),
+        *({"zero_stage": stage, "precision": "bf16"} for stage in (1, 2, 3)),
+        *({"zero_stage": stage, "offload_optimizer": True} for stage in (1, 2, 3)),
+        *({"zero_stage": stage, "offload_optimizer": True, "precision": "bf16"} for stage in (1, 2, 3)),
+        {"zero_stage": 0, "library": "accelerate"},
+    ],
+    ids=lambda engine: "-".join(map(str, engine.values())),
+)
+def test_of_a_step_that_is_left_out_nothing_is_left(make_recipe, tmp_path, monkeypatch, engine):
+    from maskmatch_scale.method import maskmatch
+
+    plain, calls = maskmatch.cross_entropy_sum, []
+
+    def once_nan(*arguments, **options):
+        calls.append(1)
+        return plain(*arguments, **options) * (float("nan") if len(calls) == 4 else 1.0)  # the second step's second
+
+    monkeypatch.setattr(maskmatch, "cross_entropy_sum", once_nan)
+    supervised = {"base": "supervised", "mask": {"keep": None}}
+    run = {"dir": str(tmp_path / "run"), "steps": 4, "max_nonfinite_steps": 1, "evaluate_every": 0}
+    folder = train(make_recipe(model=VIT, engine=engine | {"accumulation": 2}, method=supervised, run=run))
+    steps = [record for record in records(folder) if record["kind"] == "train"]
+    assert [record.get("left_out", False) for record in steps] == [False, True, False, False]
+    for weights in ("student", "ema"):
+        assert all(value.isfinite().all() for value in open_run(folder, weights)[1].state_dict().values())
+    assert all(torch.tensor(record["grad_norm"]).isfinite() for record in steps if not record.get("left_out"))

@@ -3,7 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
+from deepspeed.runtime.engine import DeepSpeedEngine
 
+from maskmatch_scale.engine.zero import ZeroEngine
 from tests.conftest import recipe_maker
 from tests.gpu.configurations import CONFIGURATIONS, HANDED_ON, recipe_of
 from tests.gpu.launched import Launched
@@ -69,12 +71,15 @@ def test_when_a_wait_is_an_error(monkeypatch):
     """DeepSpeed's own waits are counted, all others are errors, and between steps there is no such mode."""
     modes = []
     monkeypatch.setattr(NoWaiting, "set", staticmethod(modes.append))
-    engine = SimpleNamespace(backward=lambda loss: modes.append("backward"), step=lambda number: modes.append("step"))
+    assert callable(DeepSpeedEngine.backward)
+    assert callable(ZeroEngine.step)
+    deepspeed = SimpleNamespace(backward=lambda loss: modes.append("backward"))
+    engine = SimpleNamespace(_engine=deepspeed, step=lambda number: modes.append("step"))
     run = SimpleNamespace(engine=engine, recipe=SimpleNamespace(engine=SimpleNamespace(library="deepspeed")))
     callback = NoWaiting(run)
     for step in (FIRST - 1, FIRST):
         callback.before_step(step)
-        engine.backward(None)
+        deepspeed.backward(None)
         engine.step(step)
         callback.after_step(step + 1, None)
     callback.ended()

@@ -25,8 +25,9 @@ class NoWaiting(Callback):
         self.on = False
         type(self).counts = {"backward": 0, "step": 0}
         if run.recipe.engine.library == "deepspeed":
-            for name in self.counts:
-                setattr(run.engine, name, self._counted(name, getattr(run.engine, name)))
+            # Our engine's step also reads what DeepSpeed's has found: the norm, and whether the step was taken.
+            for engine, name in ((run.engine._engine, "backward"), (run.engine, "step")):
+                setattr(engine, name, self._counted(name, getattr(engine, name)))
 
     def before_step(self, step):
         if step >= FIRST:
@@ -41,13 +42,13 @@ class NoWaiting(Callback):
         self.set("default")
 
     def _counted(self, name, plain):
-        def counted(*arguments):
+        def counted(*arguments, **named):
             if not self.on:
-                return plain(*arguments)
+                return plain(*arguments, **named)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 self.set("warn")
-                result = plain(*arguments)
+                result = plain(*arguments, **named)
                 self.set("error")
             self.counts[name] += sum("synchronizing" in str(warning.message) for warning in caught)
             return result

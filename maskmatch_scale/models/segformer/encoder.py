@@ -79,7 +79,8 @@ class SegformerEncoder(Encoder):
         """Run every block through torch.compile from now on; copy the model before this call, not after it.
 
         A graph serves one size of images: with symbolic heights and widths torch 2.14's Inductor fails on the layout of
-        the depthwise convolution. A run has few sizes, those of its crops and of the teacher's scales.
+        the depthwise convolution. A run has few shapes: those of its crops and of the teacher's scales, and up to
+        `evaluation.window_batch` numbers of windows in an evaluation, each compiled when it first comes.
         """
         blocks = [block for stage in self.model.stages for block in stage.blocks]
         allow_graphs(len(blocks))

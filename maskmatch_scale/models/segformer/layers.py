@@ -49,13 +49,10 @@ class TableLinear(nn.Linear):
         """
         if not table:
             return super().forward(x)
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             # Autocast does not cast what a function with a backward of its own computes.
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-        return _LinearTable.apply(x.flatten(0, 1), weight, bias)
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return _LinearTable.apply(x.flatten(0, 1), self.weight, self.bias)
 
 
 class _LinearTable(torch.autograd.Function):
@@ -63,9 +60,11 @@ class _LinearTable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        # The parameter itself: a 16-bit copy would keep it whole until backward at ZeRO-3.
         ctx.save_for_backward(rows, weight)
+        ctx.set_materialize_grads(False)  # else autograd makes zeros for the table, which has no gradient
         table = rows.new_empty(len(rows) + 1, len(weight))
-        torch.addmm(bias, rows, weight.T, out=table[:-1])
+        torch.addmm(bias.to(rows.dtype), rows, weight.to(rows.dtype).T, out=table[:-1])
         table[-1:].zero_()
         ctx.mark_non_differentiable(table)
         return table[:-1], table
@@ -76,9 +75,9 @@ class _LinearTable(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            gradient @ weight if needs_rows else None,
-            gradient.T @ rows if needs_weight else None,
-            gradient.sum(0) if needs_bias else None,
+            gradient @ weight.to(gradient.dtype) if needs_rows else None,
+            (gradient.T @ rows).to(weight.dtype) if needs_weight else None,
+            gradient.sum(0).to(weight.dtype) if needs_bias else None,
         )
 
 
@@ -120,6 +119,7 @@ class _HaloDepthwise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         mixed = token_rows(F.conv2d(Halo(index).windows(table), weight, bias, groups=len(weight)))
         ctx.save_for_backward(table, weight, bias, index, mixed if gelu else None)
+        ctx.set_materialize_grads(False)  # else autograd makes zeros for `mixed` where it has no gradient
         if not gelu:
             return mixed, None
         ctx.mark_non_differentiable(mixed)

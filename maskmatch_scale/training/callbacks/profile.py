@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from maskmatch_scale.training.callbacks.base import Callback
 from maskmatch_scale.training.run import Run
 from maskmatch_scale.training.step import StepFigures
+
+log = logging.getLogger("maskmatch_scale")
 
 
 class Profile(Callback):
@@ -46,17 +50,20 @@ class Profile(Callback):
             self._label = None
         wanted = self.run.recipe.run.profile
         if wanted is not None and done == wanted[1]:
+            if self.run.runtime.device.type == "cuda":
+                torch.cuda.synchronize(self.run.runtime.device)  # kernels of the last step are in the trace, too
             self._write()
 
     def ended(self) -> None:
-        """Write what there is, if an error ended the run within the steps."""
-        self._write()
+        """Write what there is, if an error ended the run within the steps, without waiting for the device."""
+        try:
+            self._write()
+        except RuntimeError as error:  # the error that ended the run is the one to be seen
+            log.warning("no profile was written: %s", error)
 
     def _write(self) -> None:
         if self._profiler is None:
             return
-        if self.run.runtime.device.type == "cuda":
-            torch.cuda.synchronize(self.run.runtime.device)  # kernels of the last step are in the trace, too
         self._profiler.stop()
         path = self.run.folder.profile(self.run.runtime.rank)
         path.parent.mkdir(exist_ok=True)
