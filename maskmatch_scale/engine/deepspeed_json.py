@@ -103,7 +103,7 @@ def merged(defaults: dict[str, Any], config: dict[str, Any], recipe: Recipe, wor
                 f"{path}: {key}={json.dumps(value)}, but the recipe's {_DECIDED[key]} makes it "
                 f"{json.dumps(of_recipe)}; change one of the two, or leave {key} out of the file"
             )
-    whole = over(over(defaults, over({}, given)), config)
+    whole = over(over(defaults, _without_auto(given)), config)
     _check_schemas(path, whole)
     return whole
 
@@ -140,8 +140,13 @@ def over(under: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     for key, value in top.items():
         below = under.get(key)
         both[key] = over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    # train_batch_size follows from the other keys. "auto" is for libraries that fill in DeepSpeed's settings.
-    return {key: value for key, value in both.items() if key != "train_batch_size" and value != "auto"}
+    return {key: value for key, value in both.items() if key != "train_batch_size"}  # it follows from other keys
+
+
+def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that are "auto", which is for libraries that fill in DeepSpeed's settings."""
+    plain = {key: _without_auto(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return {key: value for key, value in plain.items() if value != "auto"}
 
 
 def _check_sections(path: Path, given: dict[str, Any]) -> None:
