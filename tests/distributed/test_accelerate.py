@@ -87,8 +87,11 @@ def test_two_ranks_equal_one(two_ranks, make_recipe, tmp_path, name):
         expected, found = (open_run(run, weights)[1].state_dict() for run in (alone, two_ranks / name))
         assert expected.keys() == found.keys()
         for key in expected:
-            # A fifth of one step of AdamW: sums in another order, and labels of pixels with two equally good classes.
-            assert (expected[key].float() - found[key].float()).abs().max() < 2e-4, (weights, key)
+            # A tenth of one step of AdamW. It divides by the gradient's own size, so a single weight whose gradient is
+            # little more than rounding may go another way.
+            apart = (expected[key].float() - found[key].float()).abs()
+            assert (apart > 1e-4).float().mean() < 1e-3, (weights, key)
+            assert apart.max() < 1e-3, (weights, key)
 
 
 def test_two_ranks_continue_exactly(two_ranks):
