@@ -76,9 +76,12 @@ BF16 = (
     Variant("ddp", "autocast-bf16"),
     *(Variant("deepspeed", "bf16", stage) for stage in (1, 2, 3)),
     *(Variant("deepspeed", "bf16", stage, bf16_gradients=True) for stage in (1, 2, 3)),
+)
+AUTOCAST = (
+    Variant("ddp", "autocast-bf16"),
     *(Variant("deepspeed", "autocast-bf16", stage) for stage in range(4)),
 )
-"""bf16 comes before autocast-bf16: DeepSpeed's autocast sets a flag in the process that later optimizers read."""
+"""By itself, and last: DeepSpeed's autocast sets a flag in the process that all its optimizers read in every step."""
 
 
 class Supervised(nn.Module):

@@ -30,6 +30,7 @@ from benchmarks.engine_overhead.states import (
     work_space,
 )
 from benchmarks.engine_overhead.variants import (
+    AUTOCAST,
     BF16,
     FP32,
     Trainer,
@@ -339,7 +340,7 @@ def _release(trainer: Trainer) -> None:
     gc.collect()
 
 
-FAMILIES = {"fp32": FP32, "bf16": BF16}
+FAMILIES = (("fp32", FP32), ("bf16", BF16), ("bf16", AUTOCAST))
 
 
 def chosen(family: Sequence[Variant], texts: Sequence[str] | None) -> list[Variant]:
@@ -356,7 +357,8 @@ def main(file: Path) -> None:
     first = build_recipe(Variant("deepspeed", "fp32", 1), options, folder)
     runtime = setup.start(place, first.engine)
     bench = Bench(options, runtime, folder)
-    families = [chosen(family, options["variants"]) for name, family in FAMILIES.items() if options[name]]
+    families = [chosen(family, options["variants"]) for name, family in FAMILIES if options[name]]
+    families = [family for family in families if any(variant.library == "deepspeed" for variant in family)]
     result: dict[str, list[dict[str, Any]]] = {"rows": [], "teachers": [], "memory": []}
     gc.collect()
     gc.freeze()  # the many objects of the libraries need not be searched every time

@@ -118,7 +118,10 @@ class ZeroEngine:
         given: dict[str, Any] = {"model_parameters": groups}
         if "optimizer" not in config:
             given = {"optimizer": adamw(groups, self.base_lr, recipe.optim, runtime.device)}
-        self._engine, *_ = import_deepspeed().initialize(model=module, config=config, **given)
+        deepspeed = import_deepspeed()
+        # A run under autocast leaves this on for the process; without autocast it would undo `communication_data_type`.
+        deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+        self._engine, *_ = deepspeed.initialize(model=module, config=config, **given)
 
     @staticmethod
     def check_settings(recipe: Recipe, world_size: int) -> None:
