@@ -6,8 +6,10 @@ import json
 import os
 import platform
 import random
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -310,3 +312,45 @@ def _cell(value: object) -> str:
     if not isinstance(value, float):
         return "–" if value is None else str(value)
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def launch(worker: str, options: Mapping[str, Any], ranks: int, device: torch.device) -> Any:
+    """What ``worker`` writes to the file `result` of its options, run on ranks under the deepspeed launcher.
+
+    Args:
+        worker: a module, which is given the name of a JSON file with the options.
+        options: of the worker.
+        ranks: on a CPU one thread each, on CUDA one GPU each.
+        device: of its type are the devices of the ranks.
+
+    Raises:
+        RuntimeError: a rank failed; its last lines.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file, result = Path(folder) / "options.json", Path(folder) / "result.json"
+        file.write_text(json.dumps({**options, "result": str(result)}))
+        commands = Path(sys.executable).parent
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        }
+        devices = f"--num_gpus={ranks}"
+        if device.type == "cpu":
+            devices = f"--num_accelerators={ranks}"
+            environment["DS_ACCELERATOR"] = "cpu"
+        command = [commands / "deepspeed", devices, "--no_local_rank", f"--master_port={_free_port()}"]
+        command += ["--module", worker, file]
+        done = subprocess.run(
+            list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode or not result.is_file():
+            raise RuntimeError(f"the launch failed:\n{(done.stdout + done.stderr)[-3000:]}")
+        return json.loads(result.read_text())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -4,58 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.harness import ROOT, check_out, describe_machine, markdown, say, write_json
+from benchmarks.harness import check_out, describe_machine, launch, markdown, say, write_json
 from maskmatch_scale.models import build_segmenter
 
 SOURCES = ("benchmarks/building", "benchmarks/harness.py", "maskmatch_scale/engine", "maskmatch_scale/models")
 COLUMNS = ("built", "start", "ranks", "parameters", "shard_mb", "states_mb", "block_mb", "model_peak_mb",
            "shard_peak_mb", "engine_peak_mb", "teacher_peak_mb", "held_mb", "limit_mb", "cpu_s")  # fmt: skip
-
-
-def launch(options: Mapping[str, Any], ranks: int) -> dict[str, float]:
-    """One build on ``ranks`` ranks under the deepspeed launcher.
-
-    Raises:
-        RuntimeError: a rank failed; its last lines.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        file, result = Path(folder) / "options.json", Path(folder) / "result.json"
-        file.write_text(json.dumps({**options, "result": str(result)}))
-        commands = Path(sys.executable).parent
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        }
-        command = [commands / "deepspeed", f"--num_accelerators={ranks}", "--no_local_rank"]
-        command += [f"--master_port={_free_port()}", "--module", "benchmarks.building.worker", file]
-        done = subprocess.run(
-            list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode or not result.is_file():
-            raise RuntimeError(f"the launch failed:\n{(done.stdout + done.stderr)[-3000:]}")
-        row: dict[str, float] = json.loads(result.read_text())
-        return row
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -103,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for start in ("random", "file"):
             for built in options.built:
                 case = {"deferred": built == "deferred", "file": str(file) if start == "file" else None}
-                row = launch({**common, **case}, options.ranks)
+                row = launch("benchmarks.building.worker", {**common, **case}, options.ranks, torch.device("cpu"))
                 # The optimizer's states are no weights; the engine makes them, whole or sharded as it always does.
                 limit = 2 * row["shard_mb"] + row["block_mb"] + row["states_mb"]
                 rows.append(

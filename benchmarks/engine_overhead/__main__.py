@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
-import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.engine_overhead.report import draw, judge, page
-from benchmarks.harness import ROOT, check_out, describe_machine, say, write_json
+from benchmarks.harness import check_out, describe_machine, launch, say, write_json
 from maskmatch_scale.models import build_segmenter
 
 SOURCES = ("benchmarks/engine_overhead", "benchmarks/harness.py", "maskmatch_scale/engine", "maskmatch_scale/models")
@@ -25,43 +20,6 @@ EXAMPLES = """examples:
   python -m benchmarks.engine_overhead --out benchmarks/results/engine_overhead.json
   python -m benchmarks.engine_overhead --out /tmp/large.json --memory-backbone timm/vit_base_patch16_224 --rounds 3
 """
-
-
-def launch(options: Mapping[str, Any], ranks: int) -> dict[str, list[dict[str, Any]]]:
-    """Run the workers on ``ranks`` ranks under the deepspeed launcher; their rows of steps, teachers and memory.
-
-    Raises:
-        RuntimeError: a rank failed; its last lines.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        file, result = Path(folder) / "options.json", Path(folder) / "result.json"
-        file.write_text(json.dumps({**options, "result": str(result)}))
-        commands = Path(sys.executable).parent
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        }
-        devices = [f"--num_gpus={ranks}"]
-        if not torch.cuda.is_available():
-            devices = [f"--num_accelerators={ranks}"]
-            environment["DS_ACCELERATOR"] = "cpu"
-        command = [commands / "deepspeed", *devices, "--no_local_rank", f"--master_port={_free_port()}"]
-        command += ["--module", "benchmarks.engine_overhead.worker", file]
-        done = subprocess.run(
-            list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode or not result.is_file():
-            raise RuntimeError(f"the launch failed:\n{(done.stdout + done.stderr)[-3000:]}")
-        rows: dict[str, list[dict[str, Any]]] = json.loads(result.read_text())
-        return rows
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -128,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {name: getattr(options, name) for name in names}
     kinds = {"fp32": not options.bf16_only, "bf16": not options.fp32_only, "variants": options.variants}
     try:
-        found = launch(settings | kinds, ranks)
+        found = launch("benchmarks.engine_overhead.worker", settings | kinds, ranks, device)
     except RuntimeError as error:
         say(f"engine_overhead: {error}")
         return 1

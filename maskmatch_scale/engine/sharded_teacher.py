@@ -30,7 +30,8 @@ class ShardedTeacher(Teacher):
     """An average in shards that lie as the student's do.
 
     Args:
-        teacher: the average, fp32, whole, in host memory. Its parameters are emptied; their parts move to the shards.
+        teacher: the average, fp32, in host memory: whole, or with weights that its ``deferred`` makes one at a time.
+            Its parameters are emptied; their parts move to the shards.
         engine: of the student, which DeepSpeed has sharded.
         device: of its forwards.
         bucket_size: largest number of elements that are gathered together; a larger weight is gathered by itself.

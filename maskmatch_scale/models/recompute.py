@@ -51,6 +51,8 @@ def recomputing() -> AbstractContextManager[Any]:
 def _mark(module: nn.Module, given: tuple[Tensor], output: Tensor) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
+    if isinstance(module, nn.LayerNorm) and torch.is_autocast_enabled(output.device.type):
+        return  # a 16-bit copy is kept, not this output; and the backward pass runs outside autocast
     if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
         return  # ZeRO-3 frees the weights before the backward pass asks for the output
     output._again = _Again(module, given[0].detach())  # type: ignore[attr-defined]
