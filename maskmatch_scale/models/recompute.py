@@ -51,11 +51,16 @@ def recomputing() -> AbstractContextManager[Any]:
 def _mark(module: nn.Module, given: tuple[Tensor], output: Tensor) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    if isinstance(module, nn.LayerNorm) and torch.is_autocast_enabled(output.device.type):
+    if isinstance(module, nn.LayerNorm) and _under_autocast(output.device):
         return  # a 16-bit copy is kept, not this output; and the backward pass runs outside autocast
     if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
         return  # ZeRO-3 frees the weights before the backward pass asks for the output
     output._again = _Again(module, given[0].detach())  # type: ignore[attr-defined]
+
+
+def _under_autocast(device: torch.device) -> bool:
+    """Whether autocast is on there; never on ``meta``, of which torch will not even be asked."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _pack(tensor: Tensor) -> Any:

@@ -45,7 +45,10 @@ def test_rows_of_two_ranks(benchmark, tmp_path):
 
     for row in result["memory"]:
         # Of so small a model DeepSpeed's default keeps a good part whole.
-        if row["zero_stage"] != 3 or row["persistence_threshold"] == 0 or row["part"] == "teacher":
+        if (row["variant"], row["moment"]) == ("deepspeed ZeRO-2 bf16", "all gradients there"):
+            # DeepSpeed keeps what it turned into fp32 in 16 bits, too, until its step: at most 2 bytes a parameter.
+            assert 0 <= row["memory_mb"] - row["formula_mb"] <= 2 * row["parameters"] / 1e6
+        elif row["zero_stage"] != 3 or row["persistence_threshold"] == 0 or row["part"] == "teacher":
             assert abs(row["deviation"]) < 0.1
     assert out.with_suffix(".png").stat().st_size > 5000
     assert "(4+4+4+8)Ψ/N" in out.with_suffix(".md").read_text()
