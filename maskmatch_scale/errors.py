@@ -1,4 +1,4 @@
-"""Exceptions that end a command with one line instead of a traceback."""
+"""Exceptions that end a command with one line instead of a traceback, and what others mean."""
 
 
 class UserError(ValueError):
@@ -14,3 +14,9 @@ class UserError(ValueError):
 
 class TrainingStopped(RuntimeError):  # noqa: N818 - not an error of the program
     """The run stopped itself. The message says at which step, why, and from what it can be continued."""
+
+
+def is_of_lost_rank(error: BaseException) -> bool:
+    """Whether this is gloo's error for a connection that another rank's process has closed."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("Connection closed by peer" in text or "Connection reset by" in text)

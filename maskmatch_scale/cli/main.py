@@ -12,7 +12,7 @@ import typer
 from maskmatch_scale import __version__
 from maskmatch_scale.cli import machine, runs
 from maskmatch_scale.cli.shards import shards_app
-from maskmatch_scale.errors import TrainingStopped, UserError
+from maskmatch_scale.errors import TrainingStopped, UserError, is_of_lost_rank
 
 
 def _show_version(wanted: bool) -> None:
@@ -91,7 +91,7 @@ def _explained(error: Exception) -> str:
             "another rank did not join a collective within the time limit (engine.collective_timeout_s); "
             f"its message or its log says why: {text}"
         )
-    if from_torch and ("Connection closed by peer" in text or "Connection reset by peer" in text):
+    if is_of_lost_rank(error):
         return f"another rank has died; its message or its log says why: {text}"
     return f"{type(error).__name__}: {text}"
 

@@ -27,11 +27,11 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from torch.distributed.distributed_c10d import Store
 
@@ -39,10 +39,11 @@ from maskmatch_scale.engine.members import connect
 from maskmatch_scale.engine.missing import Finding, Heartbeat, died, find_missing, is_behind, store_lost
 from maskmatch_scale.engine.processes import Ends
 from maskmatch_scale.engine.ranks import Runtime
+from maskmatch_scale.errors import is_of_lost_rank
+from maskmatch_scale.timeouts import call_within
 
 log = logging.getLogger("maskmatch_scale")
 
-_T = TypeVar("_T")
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 _LONGEST_BEAT_S = 5.0
 _SLOWEST_ANSWER_S = 30.0
@@ -111,7 +112,7 @@ class Watch:
             try:
                 yield
             except RuntimeError as error:
-                if _is_of_a_lost_rank(error):
+                if is_of_lost_rank(error):
                     time.sleep(_NOTICED_S)  # the thread may see which rank it was, and end this process
                     if self._gone is not None:
                         self._end_after_death_of(self._gone)
@@ -204,7 +205,7 @@ class Watch:
             return [Heartbeat(**values) if values is not None else None for values in found]
 
         try:
-            return _ask(read, self._answer_s)
+            return call_within(read, self._answer_s, name="watch-store")
         except (RuntimeError, TimeoutError):
             return None
 
@@ -285,38 +286,8 @@ def watch_ranks(runtime: Runtime, timeout_s: float) -> Generator[Watch, None, No
         watch.close(left)
 
 
-def _is_of_a_lost_rank(error: BaseException) -> bool:
-    """Whether this is gloo's error for a connection that another rank's process has closed."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("Connection closed by peer" in text or "Connection reset by" in text)
-
-
 def _key(rank: int) -> str:
     return f"heartbeat/{rank}"
-
-
-def _ask(call: Callable[[], _T], timeout_s: float) -> _T:
-    """Call the store in a thread that is left behind if the answer takes too long: a call may never return.
-
-    Raises:
-        TimeoutError: there was no answer.
-    """
-    answers: queue.SimpleQueue[tuple[_T | None, BaseException | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answers.put((call(), None))
-        except BaseException as error:
-            answers.put((None, error))
-
-    threading.Thread(target=run, name="watch-store", daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=timeout_s)
-    except queue.Empty:
-        raise TimeoutError from None
-    if error is not None:
-        raise error
-    return answer  # type: ignore[return-value]
 
 
 def _innermost(thread: int) -> str:

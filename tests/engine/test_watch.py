@@ -6,13 +6,12 @@ import re
 import threading
 from pathlib import Path
 
-import pytest
 import torch
 
 from maskmatch_scale.engine import watch
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.ranks import Runtime
-from maskmatch_scale.engine.watch import _ask, _innermost, watch_ranks
+from maskmatch_scale.engine.watch import _innermost, watch_ranks
 
 
 def test_a_single_rank_watches_nobody(tmp_path):
@@ -46,11 +45,3 @@ def test_the_place_of_a_thread_is_its_innermost_functions_of_the_package(monkeyp
     go_on.set()
     thread.join()
     assert re.fullmatch(r"engine\.test_watch\.outer:\d+ > engine\.test_watch\.inner:\d+", found)
-
-
-def test_an_answer_that_never_comes_is_given_up():
-    with pytest.raises(TimeoutError):
-        _ask(threading.Event().wait, 0.05)
-    assert _ask(lambda: 7, 30) == 7
-    with pytest.raises(RuntimeError, match="no store"):
-        _ask(lambda: (_ for _ in ()).throw(RuntimeError("no store")), 30)

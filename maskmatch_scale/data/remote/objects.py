@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +10,7 @@ from typing import IO, TypeVar
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.remote.address import scrubbed, shown
 from maskmatch_scale.data.remote.transfer import Transfer, TransferError
+from maskmatch_scale.timeouts import call_within
 
 _T = TypeVar("_T")
 
@@ -63,28 +63,18 @@ def _open(url: str) -> tuple[IO[bytes], int | None]:
 
 def _ask(transfer: Transfer, call: Callable[[], _T]) -> _T:
     """Call a library that has no time-outs, in a thread that is abandoned if it takes too long."""
-    answers: queue.SimpleQueue[tuple[_T | None, BaseException | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answers.put((call(), None))
-        except BaseException as error:
-            answers.put((None, error))
-
-    threading.Thread(target=run, name="fsspec", daemon=True).start()
     try:
-        answer, error = answers.get(timeout=transfer.timeout_s)
-    except queue.Empty:
-        raise TransferError(f"stalled: no answer in {transfer.timeout_s:g} s") from None
-    if error is None:
-        return answer  # type: ignore[return-value]
-    if isinstance(error, (TransferError, ImportError)) or not isinstance(error, Exception):
-        raise error
-    raise TransferError(
-        f"{type(error).__name__}: {error}",
-        "check the address and the permissions" if isinstance(error, _FINAL) else "",
-        final=isinstance(error, _FINAL),
-    ) from None
+        return call_within(call, transfer.timeout_s, name="fsspec")
+    except TimeoutError as error:
+        raise TransferError(f"stalled: {error}") from None
+    except (TransferError, ImportError):
+        raise
+    except Exception as error:
+        raise TransferError(
+            f"{type(error).__name__}: {error}",
+            "check the address and the permissions" if isinstance(error, _FINAL) else "",
+            final=isinstance(error, _FINAL),
+        ) from None
 
 
 @contextmanager
