@@ -21,7 +21,7 @@ class NonFinite(Callback):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self.left_out = 0
+        self.left_out = int(run.resumed.get("steps_left_out", 0))
         self._just_left_out = False
 
     def after_step(self, done: int, figures: StepFigures) -> None:
@@ -53,8 +53,8 @@ class NonFinite(Callback):
                 raise TrainingStopped(self._message(record))
             log.warning("step %d left out: the %s is not finite", record["step"], _what(record))
 
-    def summary(self) -> dict[str, Any]:
-        """How many steps were left out."""
+    def state(self) -> dict[str, Any]:
+        """How many steps were left out, so that stops and new starts do not allow more of them."""
         return {"steps_left_out": self.left_out}
 
     def _message(self, record: Record) -> str:

@@ -8,8 +8,9 @@ from maskmatch_scale.errors import TrainingStopped
 from maskmatch_scale.training.callbacks.nonfinite import NonFinite
 
 
-def run_that_allows(steps):
-    return SimpleNamespace(last_checkpoint=None, recipe=SimpleNamespace(run=SimpleNamespace(max_nonfinite_steps=steps)))
+def run_that_allows(steps, **resumed):
+    recipe = SimpleNamespace(run=SimpleNamespace(max_nonfinite_steps=steps))
+    return SimpleNamespace(last_checkpoint=None, recipe=recipe, resumed=resumed)
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,11 @@ def test_one_step_more_than_allowed_stops_the_run(record):
     with pytest.raises(TrainingStopped, match="step 2: the loss is not finite"):
         policy.records_read([{"step": 2, "loss": float("nan")} | record])
     assert policy.summary() == {"steps_left_out": 3}
+
+
+def test_steps_before_a_stop_count_after_it():
+    policy = NonFinite(run_that_allows(2, steps_left_out=2))
+    policy.after_step(5, SimpleNamespace(left_out=True))
+    assert policy.state() == {"steps_left_out": 3}
+    with pytest.raises(TrainingStopped):
+        policy.records_read([{"step": 5, "loss": float("nan"), "left_out": True, "grad_norm": None}])
