@@ -9,8 +9,9 @@ from contextlib import contextmanager, suppress
 from typing import IO, TypeVar
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.remote.address import scrubbed, shown
+from maskmatch_scale.data.remote.address import scrubbed
 from maskmatch_scale.data.remote.transfer import Transfer, TransferError
+from maskmatch_scale.redact import shown
 
 _T = TypeVar("_T")
 
