@@ -39,6 +39,7 @@ from maskmatch_scale.engine.members import connect
 from maskmatch_scale.engine.missing import Finding, Heartbeat, died, find_missing, is_behind, store_lost
 from maskmatch_scale.engine.processes import Ends
 from maskmatch_scale.engine.ranks import Runtime
+from maskmatch_scale.files import write_whole
 
 log = logging.getLogger("maskmatch_scale")
 
@@ -263,7 +264,7 @@ class Watch:
                 faulthandler.dump_traceback(file)
             record = _collectives(self._runtime.device.type)
             if collectives is not None and record is not None:
-                collectives.write_bytes(record)
+                write_whole(collectives, record)
         except OSError as error:
             log.error("stacks cannot be written: %s", error)
 
