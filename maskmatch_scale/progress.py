@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal, Protocol
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -20,6 +22,33 @@ class Advance(Protocol):
 
     def __call__(self, steps: int = 1) -> None:
         """``steps`` more steps are done."""
+
+
+@contextmanager
+def output_may_fail() -> Iterator[None]:
+    """Go on without standard output if it cannot be written to while the body runs: a week's run must not end for it.
+
+    The disk of the file it goes to may be full, or the terminal closed. From then on standard output goes nowhere.
+    """
+    try:
+        yield
+    except OSError as error:
+        logging.getLogger("maskmatch_scale").warning("standard output is given up: %s", error.strerror)
+        drop_output()
+
+
+def drop_output() -> None:
+    """Send standard output nowhere from now on, and with it what it could not write: Python tries again at the end."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def show(text: str) -> None:
+    """Print lines for people who watch a run. That they cannot be printed does not end it."""
+    with output_may_fail():
+        print(text, flush=True)  # noqa: T201
 
 
 @contextmanager
@@ -44,7 +73,8 @@ def progress_of(
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        name = TextColumn("{task.description}", markup=False)
+        columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         # If stderr is not a terminal, rich draws the bar once, when it ends.
         with Progress(*columns, console=Console(stderr=True)) as bar:
             number = bar.add_task(f"{task}, {unit}" if task else unit, total=total)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,3 +146,44 @@ def recipe_maker(shapes: Path, folder: Path) -> Callable[..., Recipe]:
         return parse_recipe(content)
 
     return make
+
+
+@dataclass
+class SmallDisk:
+    """A real file system of few bytes, mounted at ``path``: full when a test says so, or read-only."""
+
+    path: Path
+
+    def fill(self, leave: int = 0) -> None:
+        """Fill it, and leave room for ``leave`` bytes, in whole pages."""
+        free = os.statvfs(self.path).f_bavail * os.statvfs(self.path).f_bsize
+        (self.path / ".filling").write_bytes(b"x" * (free - leave))
+
+    def free(self) -> None:
+        """Make room again."""
+        (self.path / ".filling").unlink()
+
+    def make_read_only(self) -> None:
+        subprocess.run(["mount", "-o", "remount,ro", self.path], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[..., SmallDisk]]:
+    """Mounts a tmpfs: `small_disk(kib=64, options="usrquota")`."""
+    mounted: list[Path] = []
+
+    def mount(kib: int = 64, options: str = "") -> SmallDisk:
+        path = tmp_path / f"disk-{len(mounted)}"
+        path.mkdir()
+        wanted = ",".join(filter(None, (f"size={kib}k", options)))
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", wanted, "tmpfs", path], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no tmpfs ({wanted}) can be mounted: {done.stderr.decode().strip()}")
+        mounted.append(path)
+        return SmallDisk(path)
+
+    if os.geteuid() or not shutil.which("mount"):
+        pytest.skip("needs root, to mount a small tmpfs")
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", "-l", path], check=True)

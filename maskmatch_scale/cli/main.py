@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -13,6 +14,9 @@ from maskmatch_scale import __version__
 from maskmatch_scale.cli import machine, runs
 from maskmatch_scale.cli.shards import shards_app
 from maskmatch_scale.errors import TrainingStopped, UserError, is_of_lost_rank
+from maskmatch_scale.files import disk_fault
+from maskmatch_scale.progress import drop_output
+from maskmatch_scale.redact import redacted
 
 
 def _show_version(wanted: bool) -> None:
@@ -49,23 +53,46 @@ MISTAKE = 2
 def main() -> None:
     """Run the command.
 
-    A mistake of the user is one line on stderr, from the first rank of each machine, and exit code 2.
+    A mistake of the user is one line on stderr, from the first rank of each machine, and exit code 2. So is a disk that
+    is full or cannot be written to, if that is found before the first step of a run.
     """
+    logging.raiseExceptions = False  # a library's log that cannot be written is not worth a traceback a record
     try:
-        app()
+        _run_app()
     except UserError as error:
         # Before a run starts, every rank finds the same mistake. Later a single rank may read a bad sample.
         _fail(str(error), MISTAKE, from_any_rank=_run_has_started() and not error.on_all_ranks)
     except TrainingStopped as error:
-        _fail(str(error), 1, from_any_rank=False)
+        _fail(str(error), 1, from_any_rank=not error.on_all_ranks)
     except Exception as error:
-        if not _has_other_ranks():
-            raise
+        if fault := disk_fault(_naming_output(error)):
+            _fail(fault, MISTAKE, from_any_rank=_run_has_started())
         # Tracebacks of many ranks would be mixed up. Each is in the log of its rank, if that was open already.
-        log = getattr(error, "logged_in", None)
+        log = getattr(error, "logged_in", None) if _has_other_ranks() else None
         if log is None:
-            traceback.print_exc()
+            sys.stderr.write(redacted(traceback.format_exc()))
+        if not _has_other_ranks():
+            sys.exit(1)
         _fail(f"{_explained(error)}{f' (traceback: {log})' if log else ''}", 1, from_any_rank=True)
+
+
+def _run_app() -> None:
+    """Run the command, and write out what it has printed: Python would do that later, and print a traceback."""
+    try:
+        app()
+    finally:
+        sys.stdout.flush()
+
+
+def _naming_output(error: Exception) -> Exception:
+    """An error of the disk that standard output goes to, with a name. Such errors have none, unlike those of files."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        try:
+            os.write(sys.stdout.fileno(), b"\n")
+        except OSError:
+            drop_output()
+            return OSError(error.errno, error.strerror, "standard output")
+    return error
 
 
 def _fail(message: str, code: int, *, from_any_rank: bool) -> None:
@@ -74,7 +101,7 @@ def _fail(message: str, code: int, *, from_any_rank: bool) -> None:
     # The ranks of a machine read the same files, so one message for each machine is enough.
     if os.environ.get("LOCAL_RANK", rank) == "0" or from_any_rank:
         where = f"rank {rank}: " if rank != "0" or (from_any_rank and _has_other_ranks()) else ""
-        print(f"maskmatch: error: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"maskmatch: error: {where}{' '.join(redacted(message).split())}", file=sys.stderr, flush=True)  # noqa: T201
     if _has_other_ranks():
         # A normal exit would leave the process group, and wait for ranks that may have ended.
         sys.stdout.flush()

@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from maskmatch_scale.errors import UserError
+from maskmatch_scale.files import write_whole
 from maskmatch_scale.progress import progress_of
 
 app = typer.Typer()
@@ -95,8 +97,9 @@ def report(
     summaries = [summarise(run) for run in runs]
     console.print(summary_table(summaries))
     if rows is not None:
-        rows.write_text(json.dumps(as_rows(summaries), indent=1))
-    console.print(f"report: {path}", soft_wrap=True, highlight=False)
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(rows, json.dumps(as_rows(summaries), indent=1))
+    console.print(f"report: {path}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command(epilog="Example: maskmatch export runs/quickstart/segformer-maskmatch exports/scores-segformer")
@@ -124,7 +127,7 @@ def _iou_table(records: list[dict[str, Any]]) -> Table:
         table.add_column(record["weights"], justify="right")
     for name in first["iou"]:
         values = [record["iou"][name] for record in records]
-        table.add_row(name, *("–" if value is None else f"{value:.3f}" for value in values))
+        table.add_row(Text(name), *("–" if value is None else f"{value:.3f}" for value in values))
     table.add_section()
     table.add_row("mIoU", *(f"{record['miou']:.4f}" for record in records))
     table.add_row("pixel accuracy", *(f"{record['pixel_accuracy']:.4f}" for record in records))

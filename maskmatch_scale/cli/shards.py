@@ -12,6 +12,7 @@ from rich.console import Console
 
 from maskmatch_scale.cli.shards_write import print_index, shards_app
 from maskmatch_scale.errors import UserError
+from maskmatch_scale.redact import is_remote, shown
 
 if TYPE_CHECKING:
     from maskmatch_scale.recipe import DataRecipe
@@ -58,7 +59,7 @@ def verify(
         else:
             print(fault, file=sys.stderr)  # noqa: T201
     if count:
-        raise UserError(f"{root}: {count} fault{'s' if count > 1 else ''}, named above")
+        raise UserError(f"{shown(root)}: {count} fault{'s' if count > 1 else ''}, named above")
     if not as_json:
         print_index(index, root)
 
@@ -79,7 +80,6 @@ def show(
     allow_pipe: _AllowPipe = False,
 ) -> None:
     """Draw a contact sheet: samples of each stream, with label maps in the colours of their classes."""
-    from maskmatch_scale.data.remote.address import is_remote
     from maskmatch_scale.data.shards.reading import ShardOpener, load_index
     from maskmatch_scale.data.tools.show import contact_sheet
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from maskmatch_scale.errors import UserError
+from maskmatch_scale.redact import shown
 
 if TYPE_CHECKING:
     from maskmatch_scale.data.shards.index import ShardIndex
@@ -357,11 +359,11 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
 
 def print_index(index: ShardIndex, root: str | Path) -> None:
     """Print a table of the streams of a shard folder."""
-    table = Table(title=f"{root}: {len(index.classes)} classes")
+    table = Table(title=Text(f"{shown(str(root))}: {len(index.classes)} classes"))
     for column in ("stream", "labels", "samples", "shards", "MB"):
         table.add_column(column, justify="left" if column == "stream" else "right")
     for name, stream in index.streams.items():
         labels = "yes" if stream.labelled else "no"
         size = int(stream.shards.bytes.sum()) / 1e6
-        table.add_row(name, labels, str(stream.samples), str(len(stream.shards)), f"{size:.1f}")
+        table.add_row(Text(name), labels, str(stream.samples), str(len(stream.shards)), f"{size:.1f}")
     Console().print(table)

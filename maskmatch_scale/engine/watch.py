@@ -40,6 +40,7 @@ from maskmatch_scale.engine.missing import Finding, Heartbeat, died, find_missin
 from maskmatch_scale.engine.processes import Ends
 from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.errors import is_of_lost_rank
+from maskmatch_scale.files import write_whole
 from maskmatch_scale.timeouts import call_within
 
 log = logging.getLogger("maskmatch_scale")
@@ -264,7 +265,7 @@ class Watch:
                 faulthandler.dump_traceback(file)
             record = _collectives(self._runtime.device.type)
             if collectives is not None and record is not None:
-                collectives.write_bytes(record)
+                write_whole(collectives, record)
         except OSError as error:
             log.error("stacks cannot be written: %s", error)
 

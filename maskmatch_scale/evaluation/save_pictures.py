@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from maskmatch_scale.data.batches.held_out import evaluation_samples
 from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.evaluation.evaluate import Window
+from maskmatch_scale.files import write_whole
 from maskmatch_scale.models.segmenter import Segmenter
 from maskmatch_scale.models.units import sample_visible, visible_count, visible_pixel_mask
 from maskmatch_scale.recipe import DataRecipe, MaskRecipe
@@ -49,13 +51,13 @@ def save_pictures(
     for sample in evaluation_samples(data, split, numbers=numbers):
         target = folder / f"{sample.number:05d}-{Path(sample.key).name}"
         target.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(target / "image.png")
+        _save(Image.fromarray(sample.image.permute(1, 2, 0).numpy()), target / "image.png")
         save_map(sample.label, palette, target / "label.png")
         for name, model in models.items():
             save_map(window.predict(model, sample.image), palette, target / f"prediction-{name}.png")
         written.append(target)
     described = {"classes": index.classes, "palette": index.palette, "ignore_index": index.ignore_index}
-    (folder / "classes.json").write_text(json.dumps(described))
+    write_whole(folder / "classes.json", json.dumps(described))
     return written
 
 
@@ -78,7 +80,10 @@ def save_masked_pictures(
     assert recipe.keep is not None
     grid = segmenter.unit_grid(*window.size_px)
     for number, folder in enumerate(samples):
-        with Image.open(folder / "image.png") as picture, Image.open(folder / "label.png") as label:
+        with (
+            Image.open(folder / "image.png", formats=["PNG"]) as picture,
+            Image.open(folder / "label.png", formats=["PNG"]) as label,
+        ):
             pixels = np.array(picture)
             palette = label.getpalette() or []
         rows, columns = window.size_px
@@ -88,7 +93,7 @@ def save_masked_pictures(
         crop = pixels[top : top + rows, left : left + columns]
         visible = sample_visible(1, grid, visible_count(grid, recipe.keep), generator(seed, "picture mask", number))
         seen = visible_pixel_mask(visible, grid, segmenter.unit_px)[0].numpy()
-        Image.fromarray(np.where(seen[..., None], crop, np.uint8(128))).save(folder / "visible.png")
+        _save(Image.fromarray(np.where(seen[..., None], crop, np.uint8(128))), folder / "visible.png")
         images = window.normalise(torch.from_numpy(crop.transpose(2, 0, 1).copy()))[None]
         logits = segmenter(images, visible.to(images.device), recipe.mode)
         scores = torch.nn.functional.interpolate(logits.float(), size=window.size_px, mode="bilinear")
@@ -99,7 +104,13 @@ def save_map(classes: Tensor, palette: Sequence[int], path: Path) -> None:
     """Write an integer map (H, W) as a palette PNG."""
     picture = Image.fromarray(classes.to(torch.uint8).numpy())
     picture.putpalette(list(palette))
-    picture.save(path)
+    _save(picture, path)
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    packed = io.BytesIO()
+    picture.save(packed, "PNG")
+    write_whole(path, packed.getvalue())
 
 
 def flat_palette(colours: Sequence[tuple[int, int, int]]) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from maskmatch_scale.export.description import Description
 from maskmatch_scale.export.kinds import kind_of
+from maskmatch_scale.export.markdown import code, plain, string
 from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.recipe import Recipe
@@ -45,8 +46,9 @@ def model_card(
     library = kind_of(description.backbone).library
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: image-segmentation\n---",
-        f"# {name}",
-        f"Semantic segmentation of images into {len(description.classes)} classes: {', '.join(description.classes)}. "
+        f"# {plain(name)}",
+        f"Semantic segmentation of images into {len(description.classes)} classes: "
+        f"{', '.join(map(plain, description.classes))}. "
         f"Written by `maskmatch export`, maskmatch_scale {description.versions['maskmatch_scale']}.",
         _facts(recipe, description, segmenter),
         "## Training",
@@ -83,12 +85,12 @@ def _facts(recipe: Recipe, description: Description, segmenter: Segmenter) -> st
     pretrained = recipe.model.pretrained
     start = "random weights"
     if isinstance(pretrained, str):
-        start = f"weights of `{Path(pretrained).name}`"
+        start = f"weights of {code(Path(pretrained).name, cell=True)}"
     elif pretrained:
         start = "the backbone's published weights"
     rows = {
-        "backbone": f"`{description.backbone}`",
-        "head": f"`{description.head}`",
+        "backbone": code(description.backbone, cell=True),
+        "head": code(description.head, cell=True),
         "parameters": f"{parameters / 1e6:.2f} M",
         "weights": f"{kind}, step {description.step} of {recipe.run.steps}",
         "started from": start,
@@ -110,9 +112,9 @@ def _training(method: str, recipe: Recipe, data: RunData, state: Mapping[str, An
     height, width = recipe.data.crop_px
     mask = recipe.method.mask
     lines = [
-        f"- Method: {method} ([maskmatch_scale](https://arxiv.org/abs/2312.08631) is written from the abstract of its "
-        "paper)." if mask.keep is not None else f"- Method: {method}.",
-        f"- Data: {images} of the source `{data.source}`; crops of {height}×{width} px, resized by factors of "
+        f"- Method: {plain(method)} ([maskmatch_scale](https://arxiv.org/abs/2312.08631) is written from the abstract "
+        "of its paper)." if mask.keep is not None else f"- Method: {plain(method)}.",
+        f"- Data: {images} of the source {code(data.source)}; crops of {height}×{width} px, resized by factors of "
         f"{recipe.data.scale_range[0]:g} to {recipe.data.scale_range[1]:g}.",
         f"- {a_step} a step, {ranks} rank{'s' if ranks > 1 else ''}, precision {state['precision']}, "
         f"`optim.lr` {recipe.optim.lr:g}, seed {recipe.run.seed}.",
@@ -129,7 +131,7 @@ def _figures(scores: list[Score], recipe: Recipe, data: RunData, description: De
     for score in scores:
         images = data.samples.get(score.split)
         figures = f"{_share(score.miou)} | {_share(score.pixel_accuracy)}"
-        rows.append(f"| {score.split} | {_or_dash(images)} | {_or_dash(score.step)} | {figures} |")
+        rows.append(f"| {plain(score.split)} | {_or_dash(images)} | {_or_dash(score.step)} | {figures} |")
     height, width = recipe.data.crop_px
     notes = [
         f"Sliding windows of {height}×{width} px overlapping by at least {recipe.evaluation.overlap:.0%}, at the "
@@ -144,9 +146,12 @@ def _figures(scores: list[Score], recipe: Recipe, data: RunData, description: De
     if by_class:
         names = list(dict.fromkeys(name for score in by_class for name in score.iou))
         table = [
-            "| IoU | " + " | ".join(score.split for score in by_class) + " |",
+            "| IoU | " + " | ".join(plain(score.split) for score in by_class) + " |",
             "|---" * (len(by_class) + 1) + "|",
-            *(f"| {name} | " + " | ".join(_share(score.iou.get(name)) for score in by_class) + " |" for name in names),
+            *(
+                f"| {plain(name)} | " + " | ".join(_share(score.iou.get(name)) for score in by_class) + " |"
+                for name in names
+            ),
         ]
         blocks.append("\n".join(table))
     return "\n\n".join(blocks)
@@ -171,7 +176,7 @@ def _loading(name: str, description: Description) -> str:
 import torch
 from maskmatch_scale.export import load_export
 
-segmenter = load_export("{name}")
+segmenter = load_export({string(name)})
 logits = segmenter(images)  # images: float (B, 3, H, W), normalised as above
 scores = torch.nn.functional.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
 labels = scores.argmax(1)

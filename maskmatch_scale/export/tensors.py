@@ -9,6 +9,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from maskmatch_scale.files import writing
+
 
 def part_of(tensors: Any, part: str) -> dict[str, Tensor]:
     """The tensors of one part of a segmenter, such as `backbone`, without the part in their names."""
@@ -29,4 +31,5 @@ def renamed(tensors: Any, prefixes: tuple[str, ...], rename: Callable[[str], str
 
 def save_tensors(state: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file. transformers can load it too, because the metadata say `format: pt`."""
-    save_file(state, path, metadata={"format": "pt"})
+    with writing(path):
+        save_file(state, path, metadata={"format": "pt"})

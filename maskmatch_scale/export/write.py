@@ -19,7 +19,6 @@ Decision: docs/decisions/0028-exports-need-no-recipe.md.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from maskmatch_scale.export.card import model_card
 from maskmatch_scale.export.description import Description
 from maskmatch_scale.export.kinds import Exported, kind_of
 from maskmatch_scale.export.tensors import part_of, save_tensors
+from maskmatch_scale.files import folder_whole, write_whole
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.weights import SEGMENTER_FILE
 from maskmatch_scale.recipe import Recipe, load_recipe
@@ -58,6 +58,7 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
     Raises:
         UserError: there is no run or checkpoint, its class names cannot be read, its weights do not fit its recipe, or
             ``out`` is not empty.
+        OSError: a file of the export cannot be written; nothing of it is left.
     """
     checkpoint = find_checkpoint(where).resolve()
     run = checkpoint.parent.parent
@@ -75,10 +76,7 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
     whole = kind.is_whole(description)
 
     target = out.resolve()
-    writing = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    with safe_open(weights_file(checkpoint, weights), framework="pt") as tensors:
+    with folder_whole(target) as writing, safe_open(weights_file(checkpoint, weights), framework="pt") as tensors:
         _check_fit(tensors, segmenter, checkpoint)
         exported = Exported(tensors, segmenter, recipe, description)
         if whole:
@@ -86,10 +84,8 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
         else:
             kind.write_backbone(exported, writing / "backbone")
             save_tensors(part_of(tensors, "head"), writing / "head.safetensors")
-    (writing / SEGMENTER_FILE).write_text(description.model_dump_json(indent=1))
-    card = model_card(target.name, run, recipe, data, description, segmenter, state)
-    (writing / "README.md").write_text(card)
-    writing.rename(target)
+        write_whole(writing / SEGMENTER_FILE, description.model_dump_json(indent=1))
+        write_whole(writing / "README.md", model_card(target.name, run, recipe, data, description, segmenter, state))
     return kind.whole_call(out) if whole else f'maskmatch_scale.export.load_export("{out}")'
 
 

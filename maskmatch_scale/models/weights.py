@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ _log = logging.getLogger(__name__)
 
 SEGMENTER_FILE = "segmenter.json"
 """Every folder that `maskmatch export` writes has this file, and no other folder has."""
+
+_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Under which keys training scripts keep a state dict, an average before what it averages, as timm looks for them."""
+
+MORE_THAN_TENSORS = (
+    "holds more than tensors, and nothing else is ever unpickled, because that can run any code; save its state dict "
+    "alone, best as .safetensors"
+)
 
 # The last is where an export keeps the backbone alone, if its library has no model for the whole segmenter.
 _FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "backbone/model.safetensors")
@@ -48,9 +57,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state: Any = read_deferred(path)
         if state is None:
             state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except UnpicklingError:
+        raise ValueError(f"pretrained: {str(path)!r} {MORE_THAN_TENSORS}") from None
     except Exception as error:
         raise ValueError(f"pretrained: cannot read {str(path)!r} as weights: {error}") from error
-    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else state
+    if isinstance(state, dict):
+        state = next((state[name] for name in _NESTED if isinstance(state.get(name), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"pretrained: {str(path)!r} holds no state dict of tensors")
     return state

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
 from maskmatch_scale.recipe.sections import Recipe, RecipeError
+from maskmatch_scale.redact import redacted_values
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -144,4 +145,4 @@ def _keys(section: type[BaseModel]) -> Iterator[str]:
 
 
 def _shown(value: object) -> str:
-    return json.dumps(value) if not isinstance(value, Mapping) else "{…}"
+    return json.dumps(redacted_values(value)) if not isinstance(value, Mapping) else "{…}"

@@ -137,7 +137,8 @@ class ModelRecipe(Section):
     """Side of a masking unit in px; null = the family's usual one."""
     pretrained: bool | str | None = None
     """Initial weights. null or false: random. true: the library's pretrained weights. A path: a local file or folder of
-    weights, a run, a checkpoint or an export."""
+    weights, a run, a checkpoint or an export. Of a torch file only tensors are read, because unpickling anything else
+    could run any code."""
     backbone_options: dict[str, Any] = {}
     """Keyword arguments for timm.create_model, or keys of SegformerConfig, that replace the library's defaults."""
     batchnorm: Literal["synchronised", "per_rank", "frozen"] = "synchronised"

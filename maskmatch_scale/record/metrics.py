@@ -11,16 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskmatch_scale.record.lines import LinesFile
+
 
 class MetricsLog:
     """Collects the records of a run and writes them.
 
     Args:
         path: `RUN/metrics.jsonl`, to which records are appended. None on ranks that do not write.
+        say: tells the user that records cannot be written, and wait.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, say: Callable[[str], None]) -> None:
+        self.file = None if path is None else LinesFile(path, say)
+        """Where records are written; None on ranks that do not write."""
         self._waiting: list[tuple[dict[str, Any], dict[str, Tensor], dict[str, Callable[[], float]]]] = []
 
     def train(
@@ -62,10 +66,8 @@ class MetricsLog:
         self._write([dict(record)])
 
     def _write(self, records: list[dict[str, Any]]) -> None:
-        if self._path is None:
-            return
-        with self._path.open("a") as file:
-            file.writelines(json.dumps(_plain(record)) + "\n" for record in records)
+        if self.file is not None:
+            self.file.append([json.dumps(_plain(record)) for record in records])
 
 
 def _grouped(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ LONGEST_SIDE_PX = 768
 """Larger pictures are shrunk to this: about the height of a laptop's screen."""
 MOST_SAMPLES = 4
 """Number of samples that are shown of one split."""
+_FORMATS = ("PNG",)
+"""What `maskmatch evaluate` writes. For some formats Pillow starts other programs, and a run may be a stranger's."""
 PICTURE_BUDGET = 10 * 2**20
 """Largest number of characters of embedded pictures in a page. Further samples are left out, and the page says so."""
 
@@ -167,7 +169,7 @@ def _masked(run: PictureRun, folder: Path, name: str) -> Iterator[Picture | None
 
 def _size(path: Path) -> tuple[int, int] | None:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             return image.size
     except OSError:
         return None
@@ -183,14 +185,14 @@ def _picture(path: Path, title: str, alt: str, *, is_label_map: bool) -> Picture
 
 def _label_map_uri(path: Path) -> str:
     """A lossless PNG, shrunk without interpolation, which would mix the colours of two classes into a third one."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=_FORMATS) as image:
         packed = io.BytesIO()
         _shrunk(image, Image.Resampling.NEAREST).save(packed, "PNG", optimize=True)
     return _uri("image/png", packed.getvalue())
 
 
 def _photo_uri(path: Path) -> str:
-    with Image.open(path) as image:
+    with Image.open(path, formats=_FORMATS) as image:
         packed = io.BytesIO()
         plain = image.convert("L" if image.mode == "L" else "RGB")
         _shrunk(plain, Image.Resampling.LANCZOS).save(packed, "JPEG", quality=82, optimize=True)

@@ -15,6 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from maskmatch_scale.progress import output_may_fail
+
 WARM_UP_STEPS = 3
 """The first steps are left out of the time per step, because they load, allocate and compile."""
 
@@ -33,7 +35,7 @@ class TrainingProgress:
         self._console = Console(file=sys.stdout, quiet=not shown)
         self._live = shown and self._console.is_terminal
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("{task.fields[figures]}"), console=self._console, disable=not self._live,
         )  # fmt: skip
         self._task = self._bar.add_task("train", total=steps, completed=start, figures="")
@@ -66,11 +68,15 @@ class TrainingProgress:
         text = _figures(record, self._remaining(record["step"]), at_least=self._cheap)
         self._bar.update(self._task, figures=text)
         if not self._live:
-            self._console.print(f"step {record['step']}/{self.steps}  {text}", highlight=False, soft_wrap=True)
+            self._print(f"step {record['step']}/{self.steps}  {text}")
 
     def say(self, line: str) -> None:
         """Show one line above the bar."""
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._print(line)
+
+    def _print(self, line: str) -> None:
+        with output_may_fail():
+            self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def _remaining(self, done: int) -> float | None:
         """Seconds left, by the time per step since the warm-up; None if it is not known yet."""

@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.record.run_folder import RunFolder
+from maskmatch_scale.redact import has_secret, redacted_values
 
 RATES = ("images_per_s", "tokens_per_s", "mfu")
 """Figures that say how fast a step was."""
@@ -60,6 +61,7 @@ class RunFiles:
 
     path: Path
     recipe_text: str
+    """`recipe.yaml`, without the passwords and tokens of its addresses."""
     settings: Mapping[str, object]
     """The recipe, flat: ``{"method.mask.keep": 0.3, "method.scales": [0.5, 1.0], …}``."""
     train: TrainCurves
@@ -81,13 +83,13 @@ def read_run(path: Path) -> RunFiles:
     recipe = folder.recipe
     if not recipe.is_file():
         raise UserError(f"{path}: not a run directory (it has no recipe.yaml); give a folder that run.dir named")
-    recipe_text = recipe.read_text(encoding="utf-8", errors="replace")
+    recipe_text, settings = _read_recipe(recipe)
     train, progress = _read_metrics(folder.metrics)
     closing = folder.summary
     return RunFiles(
         path=path,
         recipe_text=recipe_text,
-        settings=_read_settings(recipe, recipe_text),
+        settings=settings,
         train=train,
         progress=progress,
         scores=_newest(progress + tuple(_read_evaluations(folder.evaluations))),
@@ -107,14 +109,19 @@ def number(value: object) -> float | None:
     return float(value)
 
 
-def _read_settings(path: Path, text: str) -> dict[str, object]:
+def _read_recipe(path: Path) -> tuple[str, dict[str, object]]:
+    """The recipe as YAML and flat, without the passwords and tokens of its addresses."""
+    text = path.read_text(encoding="utf-8", errors="replace")
     try:
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except (YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a mapping of sections")
-    return dict(_flat(content))
+    if has_secret(content):
+        content = redacted_values(content)
+        text = OmegaConf.to_yaml(OmegaConf.create(content))
+    return text, dict(_flat(content))
 
 
 def _flat(section: Mapping[object, object], prefix: str = "") -> Iterator[tuple[str, object]]:

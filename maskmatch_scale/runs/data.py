@@ -19,6 +19,7 @@ from maskmatch_scale.errors import UserError
 from maskmatch_scale.models.weights import SEGMENTER_FILE
 from maskmatch_scale.recipe import Recipe, load_recipe
 from maskmatch_scale.record.run_folder import RunFolder
+from maskmatch_scale.redact import shown
 
 
 class RunData(BaseModel):
@@ -95,7 +96,7 @@ def classes_of_start(recipe: Recipe) -> dict[str, Any]:
             return {name: content[name] for name in wanted}
     if recipe.model.num_classes is None:
         raise UserError(
-            f"data.root={recipe.data.root}: its index names no classes; start from a run or an export, which "
+            f"data.root={shown(recipe.data.root)}: its index names no classes; start from a run or an export, which "
             "name them (model.pretrained), or give their number (model.num_classes)"
         )
     return {

@@ -19,6 +19,7 @@ from maskmatch_scale.models import Segmenter, build_segmenter
 from maskmatch_scale.models.deferred import build_deferred
 from maskmatch_scale.models.weights import read_own
 from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.redact import shown
 from maskmatch_scale.runs.data import RunData, classes_of_start, read_run_data, recipe_of, run_of
 
 
@@ -43,8 +44,8 @@ def build_student(
     trained = _trained_start(recipe, start) if pretrained and recipe.data.labelled_count == 0 else None
     if len(index.classes) > num_classes:
         raise UserError(
-            f"model.num_classes={num_classes}: the labels of {recipe.data.root} have {len(index.classes)} classes; "
-            "raise it, or leave it out to take theirs"
+            f"model.num_classes={num_classes}: the labels of {shown(recipe.data.root)} have {len(index.classes)} "
+            "classes; raise it, or leave it out to take theirs"
         )
 
     def build() -> Segmenter:
@@ -115,7 +116,7 @@ def _check_trained(recipe: Recipe, segmenter: Segmenter, state: Mapping[str, Ten
     known = classes_of_start(recipe)["classes"]
     if recipe.model.num_classes is None and list(known) != list(classes):
         raise UserError(
-            f"{given}: it was trained on classes {', '.join(known)}, the index of {recipe.data.root} has "
+            f"{given}: it was trained on classes {', '.join(known)}, the index of {shown(recipe.data.root)} has "
             f"{', '.join(classes)}; they must be the same, in the same order"
         )
 

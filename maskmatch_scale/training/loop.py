@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.watch import Watch, watch_ranks
 from maskmatch_scale.errors import TrainingStopped
+from maskmatch_scale.files import disk_fault
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.runs.folder import open_folder, rank_log
 from maskmatch_scale.training import preflight
@@ -53,8 +54,28 @@ def train(recipe: Recipe, resume: str | None = None, *, callbacks: Sequence[Call
             run = build_run(checked, runtime)
             makers: list[Callable[[Run], Callback]] = [*CALLBACKS, *callbacks]
             run.callbacks = [make(run) for make in makers]
-            _take_steps(run, watch)
+            with _stopped_by_disks(run, watch):
+                _take_steps(run, watch)
     return folder.path
+
+
+@contextmanager
+def _stopped_by_disks(run: Run, watch: Watch) -> Generator[None, None, None]:
+    """Let what a disk refuses to write end the run with one line, from the rank whose disk it is.
+
+    Before the first step such an error is one that the user can correct, and keeps its class.
+    """
+    try:
+        yield
+    except OSError as error:
+        fault = disk_fault(error)
+        if fault is None:
+            raise
+        where = "after the last step" if watch.step is None else f"step {watch.step}"
+        kept = run.last_checkpoint or "none"
+        raise TrainingStopped(
+            f"{where}: {fault}; then continue with --resume auto (last checkpoint: {kept})", on_all_ranks=False
+        ) from error
 
 
 def _take_steps(run: Run, watch: Watch) -> None:

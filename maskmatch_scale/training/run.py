@@ -125,7 +125,7 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
     engine = build_engine(maskmatch, student, recipe, runtime)
     teacher = build_teacher(average, engine)
     resumed = load_checkpoint(checked.checkpoint, engine, teacher, runtime) if checked.checkpoint else {}
-    return Run(
+    run = Run(
         recipe=recipe,
         precision_reason=checked.precision_reason,
         data=checked.data,
@@ -138,10 +138,11 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
         teacher=teacher,
         burn_in_work=burn_in_work,
         work=work,
-        metrics=MetricsLog(checked.folder.metrics if runtime.rank == 0 else None),
+        metrics=MetricsLog(checked.folder.metrics if runtime.rank == 0 else None, lambda line: run.say(line)),
         resumed=resumed,
         last_checkpoint=checked.checkpoint,
     )
+    return run
 
 
 def _work(recipe: Recipe, student: Segmenter, batches: TrainingBatches) -> tuple[Work, Work]:

@@ -1,6 +1,8 @@
 """What `maskmatch export` writes, loaded by the libraries alone and by our loader, against the run's own segmenter."""
 
+import html
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from markdown_it import MarkdownIt
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import SegformerForSemanticSegmentation, SegformerImageProcessor, SegformerModel
@@ -293,10 +297,39 @@ def test_the_card_says_what_is_known_and_what_is_not(runs, tmp_path):
     assert "no evaluation of these weights" in (tmp_path / "none" / "README.md").read_text()
 
 
+NAMES = ("<script>alert(1)</script>", "a|b\nc", "`x` [link](http://e.org) *b* ~~c~~ & \\ _d_")
+
+
+@pytest.mark.parametrize("name", ["segformer", "vit linear"])
+def test_names_of_any_characters_are_shown_as_they_are(runs, images, tmp_path, monkeypatch, name):
+    run = shutil.copytree(runs(name), tmp_path / "run")
+    data = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps(data | {"classes": NAMES, "source": "s`o|u\nrce <b>"}))
+    (run / "evaluation").mkdir()
+    record = {"split": "v|<i>", "weights": "ema", "step": 2, "miou": 0.4321, "iou": dict.fromkeys(NAMES, 0.25)}
+    (run / "evaluation" / "val-ema.json").write_text(json.dumps(record))
+    folder = 'o"u`t ``` <u>|\n- x'
+    monkeypatch.chdir(tmp_path)
+    export_run(run, Path(folder))
+    card = Path(folder, "README.md").read_text()
+    front, _, body = card.removeprefix("---\n").partition("\n---\n")
+    assert [line.partition(":")[0] for line in front.splitlines()] == ["library_name", "pipeline_tag"]
+    shown = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(body)
+    for shown_name in (*NAMES, folder):
+        assert html.escape(" ".join(shown_name.split())) in shown
+    assert "<code>s`o|u rce &lt;b&gt;</code>" in shown
+    for tag in ("<script", "<b>", "<i>", "<u>", "<em>", "<s>", 'http://e.org"', "<li>x"):
+        assert tag not in shown
+    assert shown.count("<h1>") == 1
+    rows = [re.findall("<td>(.*?)</td>", row) for row in shown.split("<tr>") if "0.250" in row]
+    assert [len(row) for row in rows] == [2, 2, 2]
+    for block in card.split("```python\n")[1:]:
+        names = {"images": images, "image": Image.new("RGB", (96, 64))}
+        exec(block.split("\n```")[0], names)
+
+
 @pytest.mark.parametrize("name", ["segformer", "segformer pixel_shuffle", "vit dpt"])
 def test_the_cards_code_runs(runs, images, tmp_path, monkeypatch, name):
-    from PIL import Image
-
     monkeypatch.chdir(tmp_path)
     export_run(runs(name), Path("out"))
     blocks = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1:]

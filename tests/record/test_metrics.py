@@ -8,7 +8,7 @@ from maskmatch_scale.record.metrics import MetricsLog
 
 
 def test_steps_with_different_figures_in_one_flush(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log = MetricsLog(tmp_path / "metrics.jsonl", print)
     # The burn-in ends between two flushes.
     log.train(1, {"lr": 0.1, "loss_u": None}, {"loss": torch.tensor(2.0)})
     log.train(2, {"lr": 0.2, "loss_u": None}, {"loss": torch.tensor(1.5), "loss_u": torch.tensor(0.5)})
@@ -22,7 +22,7 @@ def test_steps_with_different_figures_in_one_flush(tmp_path):
 
 
 def test_waiting_records_come_before_one_written_at_once(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log = MetricsLog(tmp_path / "metrics.jsonl", print)
     log.train(1, {}, {"loss": torch.tensor(float("nan"))})
     log.write({"step": 1, "kind": "eval", "miou": 0.5})
     train, evaluation = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
@@ -31,6 +31,6 @@ def test_waiting_records_come_before_one_written_at_once(tmp_path):
 
 
 def test_other_ranks_read_but_do_not_write(tmp_path):
-    log = MetricsLog(None)
+    log = MetricsLog(None, print)
     log.train(1, {}, {"loss": torch.tensor(1.0)})
     assert log.flush() == [{"step": 1, "kind": "train", "loss": 1.0}]

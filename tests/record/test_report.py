@@ -286,6 +286,46 @@ def test_names_are_escaped(write_run, tmp_path):
     assert all(attributes.get("src", "data:").startswith("data:") for attributes in page.all("img"))
 
 
+EVIL = "<script>alert(1)</script>\"'`|\n{{ 7 * 7 }}"
+
+
+def test_names_of_classes_splits_and_samples_are_escaped(runs_folder, tmp_path):
+    run = runs_folder / "maskmatch"
+    pictures = run / "pictures" / "val"
+    classes = json.loads((pictures / "classes.json").read_text())
+    (pictures / "classes.json").write_text(json.dumps(classes | {"classes": [EVIL, EVIL, EVIL]}))
+    sample = next(path for path in pictures.iterdir() if path.is_dir())
+    sample.rename(pictures / EVIL.replace("/", "∕"))
+    record = {"split": EVIL, "weights": "ema", "step": 40, "miou": 0.5, "pixel_accuracy": 0.9, "iou": {EVIL: 0.5}}
+    (run / "evaluation" / "val-ema.json").write_text(json.dumps(record))
+    renamed = run.rename(tmp_path / EVIL.replace("/", "∕"))
+    html = write_report([renamed, runs_folder / "fixmatch"]).read_text()
+    page = Page(html)
+    assert len(page.all("script")) == 1, "the page's own"
+    assert EVIL in page.text
+    assert "49" not in re.findall(r"\|\s*(\S+)", page.text)
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+
+
+def test_passwords_and_tokens_are_left_out(runs_folder):
+    recipe = runs_folder / "maskmatch" / "recipe.yaml"
+    address = "https://me:hunter2@host/scores?sig=hunter2"
+    recipe.write_text(recipe.read_text().replace("root: data/scores", f"root: {address}"))
+    assert address in recipe.read_text()
+    html = write_report([runs_folder / "maskmatch", runs_folder / "fixmatch"]).read_text()
+    assert "hunter2" not in html
+    assert html.count("https://host/scores") == 2, "in the settings that differ, and in all settings"
+
+
+def test_only_pngs_are_opened(runs_folder):
+    """Pillow starts a program to read PostScript, and a run may be a stranger's."""
+    picture = runs_folder / "maskmatch" / "pictures" / "val" / "0000-bach-bwv66.6" / "image.png"
+    Image.new("RGB", (48, 32)).save(picture.with_suffix(".eps"))
+    picture.with_suffix(".eps").rename(picture)
+    page = Page(write_report([runs_folder / "maskmatch"]).read_text())
+    assert "0000-bach-bwv66.6: image" not in [attributes["alt"] for attributes in page.all("img")]
+
+
 def test_runs_of_one_name_are_told_apart(write_run, tmp_path):
     runs = [write_run(tmp_path / parent / "run", method=FIXMATCH) for parent in "ab"]
     assert [row[0] for row in report(*runs).table(id="headline")[2:]] == ["a/run", "b/run"]

@@ -13,6 +13,7 @@ from maskmatch_scale.data.images.decode import decode_image, decode_label
 from maskmatch_scale.data.order.epoch import Cut
 from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.recipe import DataRecipe
+from maskmatch_scale.redact import shown
 
 _AHEAD = 2
 """Samples that each process decodes ahead of time."""
@@ -82,7 +83,7 @@ def evaluation_samples(
     """
     stream = ShardStream(data.root, split, data)
     if not stream.labels:
-        raise DataError(f"{data.root}: stream {split!r} has no labels to evaluate against")
+        raise DataError(f"{shown(data.root)}: stream {split!r} has no labels to evaluate against")
     if numbers is None:
         cut = Cut(len(stream), world_size)
         numbers = range(cut.start(rank), cut.start(rank + 1))

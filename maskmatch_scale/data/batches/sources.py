@@ -17,6 +17,7 @@ from maskmatch_scale.data.order.source import WeightedSource
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.recipe import Recipe, SourceRecipe
+from maskmatch_scale.redact import shown
 from maskmatch_scale.seeds import derive_seed, generator
 
 log = logging.getLogger("maskmatch_scale")
@@ -140,11 +141,11 @@ def _open_stream(
     own_index = index if source.root == data.root else None
     stream = ShardStream(source.root, stream_name, data, index=own_index, labels=labels, strict=strict)
     if len(stream) == 0:
-        raise DataError(f"{source.root}: stream {stream_name!r} has no samples; training needs at least one")
+        raise DataError(f"{shown(source.root)}: stream {stream_name!r} has no samples; training needs at least one")
     if labels and (stream.index.classes, stream.index.ignore_index) != (index.classes, index.ignore_index):
         raise DataError(
-            f"{source.root}: its classes or its ignore_index are not those of {data.root}; write it again with "
-            "an id map that gives the same"
+            f"{shown(source.root)}: its classes or its ignore_index are not those of {shown(data.root)}; write it "
+            "again with an id map that gives the same"
         )
     return stream
 

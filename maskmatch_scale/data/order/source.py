@@ -18,8 +18,8 @@ from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.order.epoch import EpochOrder
 from maskmatch_scale.data.order.mix import SourceInfo
 from maskmatch_scale.data.order.queue import SamplePlace
-from maskmatch_scale.data.remote.address import is_remote
 from maskmatch_scale.data.shards.reading import RawSample, ShardStream
+from maskmatch_scale.redact import is_remote, shown
 from maskmatch_scale.seeds import derive_seed
 
 Prepared = TypeVar("Prepared")
@@ -147,7 +147,7 @@ class WeightedSource:
                 last = str(bad)
                 if not skipped:
                     key = self.stream.key(shard, within)
-                    skipped.append(Skip(self.name, self.stream.shards.file(shard), key, bad.reason, last))
+                    skipped.append(Skip(self.name, shown(self.stream.shards.file(shard)), key, bad.reason, last))
         raise DataError(f"source {self.name!r}: {tried} samples in a row cannot be used; the last: {last}")
 
     def _candidates(self, place: SamplePlace) -> Iterator[tuple[int, int]]:

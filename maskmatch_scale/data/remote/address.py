@@ -1,4 +1,4 @@
-"""Addresses of files: which are remote, how a folder and a file are joined, and how they are shown in messages.
+"""Addresses of files: how a folder and a file are joined, and what patterns stand for.
 
 The location of a file is a local path or an address, which is one of::
 
@@ -19,15 +19,10 @@ from urllib.parse import quote
 from braceexpand import braceexpand
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.redact import PIPE, is_remote, redacted, shown
 
-PIPE = "pipe:"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
 _MOST_NAMES = 10_000_000
-
-
-def is_remote(location: str | Path) -> bool:
-    """Whether a location is an address: ``scheme://…`` (also ``file://``) or ``pipe:…``. A Path never is."""
-    return isinstance(location, str) and (location.startswith(PIPE) or _SCHEME.match(location) is not None)
 
 
 def join(root: str, file: str) -> str:
@@ -100,27 +95,12 @@ def expand(pattern: str) -> list[str]:
     return found
 
 
-def shown(url: str) -> str:
-    """An address as messages show it: without user, password and query, which may be secrets.
-
-    Of a command, only its name and the files that it names are shown.
-    """
-    if url.startswith(PIPE):
-        words = [word for word in url.removeprefix(PIPE).split() if not re.match(r"\w+=", word)]
-        files = [shown(word.strip("'\"")) for word in words[1:] if _names_a_file(word.strip("'\""))]
-        return " … ".join([PIPE + Path(words[0]).name if words else PIPE, *files])
-    address = _cut_query(url)[0] if is_remote(url) else url
-    return re.sub(r"(?<=://)[^/]*@", "", address, count=1)
-
-
 def scrubbed(text: str, url: str) -> str:
     """What a library or command said of an address, in one line and without the secrets of the address."""
     text = text.replace(url, shown(url))
     if url.startswith(PIPE):
         text = text.replace(url.removeprefix(PIPE), shown(url))
-    text = re.sub(r"(\w://)[^\s/@]*@", r"\1", text)
-    text = re.sub(r"\?[^\s'\"]*=[^\s'\"]*", "", text)
-    line = " ".join(text.split())
+    line = " ".join(redacted(text).split())
     return line if len(line) <= 300 else f"{line[:300]} …"
 
 
@@ -133,7 +113,3 @@ def _cut_query(url: str) -> tuple[str, str]:
     """Split an address: up to its query or fragment, and from there on."""
     match = re.search(r"[?#]", url)
     return (url[: match.start()], url[match.start() :]) if match else (url, "")
-
-
-def _names_a_file(word: str) -> bool:
-    return is_remote(word) or re.fullmatch(r"[\w./-]+\.(tar|tgz|json)(\.\w+)?", word) is not None

@@ -8,8 +8,9 @@ import time
 
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.remote import http, objects, pipe
-from maskmatch_scale.data.remote.address import PIPE, is_http, scrubbed, shown
+from maskmatch_scale.data.remote.address import is_http, scrubbed
 from maskmatch_scale.data.remote.transfer import FetchOptions, Sink, Transfer, TransferError
+from maskmatch_scale.redact import PIPE, shown
 
 _LONGEST_PAUSE_S = 30.0
 _MOST_IN_MEMORY = 1 << 30

@@ -8,8 +8,9 @@ from contextlib import contextmanager, suppress
 from typing import IO, TypeVar
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.remote.address import scrubbed, shown
+from maskmatch_scale.data.remote.address import scrubbed
 from maskmatch_scale.data.remote.transfer import Transfer, TransferError
+from maskmatch_scale.redact import shown
 from maskmatch_scale.timeouts import call_within
 
 _T = TypeVar("_T")

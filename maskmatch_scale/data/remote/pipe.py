@@ -11,8 +11,8 @@ from contextlib import suppress
 from typing import IO
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.remote.address import PIPE, shown
 from maskmatch_scale.data.remote.transfer import FetchOptions, Transfer, TransferError
+from maskmatch_scale.redact import PIPE, shown
 
 _BLOCK = 1 << 20
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from maskmatch_scale.data.faults import BadSample
-from maskmatch_scale.data.remote.address import PIPE
 from maskmatch_scale.data.remote.cache_folder import CacheFolder, NoRoom
 from maskmatch_scale.data.remote.fetch import fetch
 from maskmatch_scale.data.remote.pipe import refuse_pipe
 from maskmatch_scale.data.remote.transfer import FetchOptions
+from maskmatch_scale.redact import PIPE
 
 _FIRST_ROOM = 1 << 20
 """Bytes reserved for a file whose length is not known yet."""

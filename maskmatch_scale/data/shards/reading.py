@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from maskmatch_scale.data.faults import BadSample, DataError
-from maskmatch_scale.data.remote.address import is_remote, join
+from maskmatch_scale.data.remote.address import join
 from maskmatch_scale.data.remote.fetch import read_bytes
 from maskmatch_scale.data.remote.shard_cache import ShardCache
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex
 from maskmatch_scale.data.shards.tar import TarTable, read_table
 from maskmatch_scale.recipe import DataRecipe
+from maskmatch_scale.redact import is_remote, shown
 
 MOST_CHECKED_AT_START = 10_000
 """If a stream has no more local shards, it is checked when it is opened that they exist and have their sizes. For more
@@ -44,7 +45,7 @@ class RawSample:
     @property
     def name(self) -> str:
         """Shard and key, for messages."""
-        return f"{self.shard}: {self.key}"
+        return f"{shown(self.shard)}: {self.key}"
 
 
 def fetch_options(data: DataRecipe) -> FetchOptions:
@@ -72,7 +73,7 @@ def load_index(root: str, data: DataRecipe | None = None) -> ShardIndex:
     if not is_remote(root):
         return _local_index(root, _modified(root))
     where = root if root.partition("?")[0].endswith(".json") else join(root, INDEX_NAME)
-    return ShardIndex.parse(read_bytes(where, fetch_options(data or DataRecipe(root=root))), where)
+    return ShardIndex.parse(read_bytes(where, fetch_options(data or DataRecipe(root=root))), shown(where))
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,13 @@ class ShardStream:
         data = data or DataRecipe(root=self.root)
         self.index = index or load_index(self.root, data)
         if name not in self.index.streams:
-            raise DataError(f"{root}: stream {name!r} is not in its index, which has {', '.join(self.index.streams)}")
+            there = ", ".join(self.index.streams)
+            raise DataError(f"{shown(self.root)}: stream {name!r} is not in its index, which has {there}")
         self.entry = self.index.streams[name]
         self.shards = self.entry.shards
         self.labels = self.entry.labelled if labels is None else labels
         if self.labels and not self.entry.labelled:
-            raise DataError(f"{root}: stream {name!r} has no labels")
+            raise DataError(f"{shown(self.root)}: stream {name!r} has no labels")
         self.strict = strict
         self._options = fetch_options(data)
         self._open: OrderedDict[int, tuple[BinaryIO, TarTable] | BadSample] = OrderedDict()
@@ -204,7 +206,7 @@ class ShardStream:
         if place >= len(table):
             reason = "truncated" if table.truncated else "shard_unreadable"
             said = f"{len(table)} samples where the index says {int(self.shards.samples[shard])}"
-            raise BadSample(reason, f"{self.location(shard)}: {said}; write the shard again")
+            raise BadSample(reason, f"{shown(self.location(shard))}: {said}; write the shard again")
         image, label = table.read(file, place)
         return RawSample(table.key(place), name, image, label)
 
@@ -256,9 +258,10 @@ class ShardStream:
                 file = Path(location).open("rb")  # noqa: SIM115 - kept open
             except OSError as error:
                 raise BadSample("shard_unreadable", f"{location}: {error.strerror}; write the shard again") from None
-        table = read_table(file, location, labelled=self.labels)
+        table = read_table(file, shown(location), labelled=self.labels)
         if self.strict and len(table) != said:
-            raise DataError(f"{location}: {len(table)} samples where the index says {said}; write the shard again")
+            found = f"{len(table)} samples where the index says {said}"
+            raise DataError(f"{shown(location)}: {found}; write the shard again")
         return file, table
 
     def _check(self, shard: int) -> None:

@@ -60,7 +60,7 @@ def legend(index: ShardIndex, pixels: NDArray[np.int64]) -> list[LegendRow]:
     """
     counted = max(1, int(pixels[: len(index.classes)].sum()))
     rows = [
-        (Image.new("RGB", (26, 18), colour), f"{value} {name}", percent(int(pixels[value]) / counted))
+        (Image.new("RGB", (26, 18), colour), f"{value} {' '.join(name.split())}", percent(int(pixels[value]) / counted))
         for value, (name, colour) in enumerate(zip(index.classes, index.palette, strict=True))
     ][:_MOST_LEGEND]
     if len(index.classes) > _MOST_LEGEND:

@@ -70,6 +70,7 @@ class ContactSheet:
     def title(self, source: str, root: str) -> None:
         """Name of the source, and where it lies."""
         _, draw = self._row(96)
+        source = fitting(source, load_font(34, bold=True), _WIDTH // 2)
         draw.text((_MARGIN, 58), source, _INK, load_font(34, bold=True), anchor="ls")
         after = _MARGIN + draw.textlength(source, load_font(34, bold=True)) + 20
         shown = fitting(root, load_font(18), int(_WIDTH - _MARGIN - after))
@@ -94,6 +95,7 @@ class ContactSheet:
     def section(self, name: str, about: str) -> None:
         """Heading of a stream."""
         _, draw = self._row(88)
+        name = fitting(name, load_font(24, bold=True), _WIDTH // 2)
         draw.line((_MARGIN, 26, _WIDTH - _MARGIN, 26), _LINE)
         draw.text((_MARGIN, 66), name, _INK, load_font(24, bold=True), anchor="ls")
         after = _MARGIN + draw.textlength(name, load_font(24, bold=True)) + 16

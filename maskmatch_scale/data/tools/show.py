@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.data.tools.overlay import legend, overlaid, thumbnail
 from maskmatch_scale.data.tools.shard_check import OpenShard
 from maskmatch_scale.data.tools.sheet import Card, ContactSheet, filling
+from maskmatch_scale.files import write_whole
+from maskmatch_scale.redact import shown
 from maskmatch_scale.seeds import generator
 
 
@@ -68,14 +71,16 @@ def contact_sheet(
         sections.append((name, about, cards, 1 + entry.labelled, longest))
     labelled = any(index.stream(name).labelled for name in names)
     sheet = ContactSheet()
-    sheet.title(index.source, str(root))
+    sheet.title(index.source, shown(str(root)))
     if labelled:
         sheet.legend(legend(index, pixels))
     for name, about, cards, pictures, longest in sections:
         sheet.section(name, about)
         sheet.cards(cards, pictures, longest)
     out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.picture().save(out, "PNG")
+    packed = io.BytesIO()
+    sheet.picture().save(packed, "PNG")
+    write_whole(out, packed.getvalue())
     return out
 
 

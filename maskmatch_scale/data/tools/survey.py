@@ -10,13 +10,14 @@ from typing import Any
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.pool import results, usable_cores
-from maskmatch_scale.data.remote.address import expand, is_remote
+from maskmatch_scale.data.remote.address import expand
 from maskmatch_scale.data.remote.shard_cache import ShardCache
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex, ShardTable, StreamEntry, sha256
 from maskmatch_scale.data.shards.tar import read_table
-from maskmatch_scale.files import write_whole
+from maskmatch_scale.files import append_lines, write_whole
 from maskmatch_scale.progress import progress_of
+from maskmatch_scale.redact import has_secret, is_remote, shown
 
 _KNOWN_NAME = ".survey.jsonl"
 """What has been looked at, one shard a line, so that an interrupted survey goes on where it stopped."""
@@ -59,7 +60,9 @@ def survey(
     for name, found in locations.items():
         if len(set(found)) < len(found):
             twice = next(place for place in found if found.count(place) > 1)
-            raise DataError(f"stream {name!r}: {twice} is listed twice")
+            raise DataError(f"stream {name!r}: {shown(twice)} is listed twice")
+    # Both files have the addresses as they were given: they are needed to fetch.
+    mode = 0o600 if has_secret(locations) else 0o666
     known = _known(out)
     missing = [
         (place, name in labelled)
@@ -70,14 +73,12 @@ def survey(
     workers = 1 if len(missing) < 2 else workers or usable_cores()
     killed = "a process was killed (out of memory?); run the same command again: it goes on with the other shards"
     with (
-        (out / _KNOWN_NAME).open("a") as file,
         progress_of("", len(missing), unit="shards", wanted=progress, elsewhere="last bar") as advance,
         # Not in order: a shard that is slow to fetch must not keep the others waiting, nor out of the notes.
         results(_LookAt(options), missing, workers, if_killed=killed, ordered=False) as entries,
     ):
         for entry in entries:
-            file.write("\n" + json.dumps(entry) + "\n")  # a line break first: a kill may have left half a line
-            file.flush()
+            append_lines(out / _KNOWN_NAME, [json.dumps(entry)], mode)
             known[entry["identity"]] = entry
             advance()
     index = ShardIndex(
@@ -93,8 +94,8 @@ def survey(
             for name, found in locations.items()
         },
     )
-    write_whole(out / INDEX_NAME, index.to_json())
-    (out / _KNOWN_NAME).unlink()
+    write_whole(out / INDEX_NAME, index.to_json(), mode)
+    (out / _KNOWN_NAME).unlink(missing_ok=True)
     return index
 
 
@@ -138,11 +139,11 @@ def _look_at(location: str, labelled: bool, options: FetchOptions) -> dict[str, 
     """A shard's entry for the index, and its identity; raises :class:`DataError` for one that is empty or cut off."""
     path = _fetched(location, options) if is_remote(location) else Path(location)
     with path.open("rb") as file:
-        table = read_table(file, location, labelled=labelled)
+        table = read_table(file, shown(location), labelled=labelled)
     if table.truncated:
-        raise DataError(f"{location}: cut off after {len(table)} samples; write it again, or leave it out")
+        raise DataError(f"{shown(location)}: cut off after {len(table)} samples; write it again, or leave it out")
     if not len(table):
-        raise DataError(f"{location}: holds no sample; leave it out")
+        raise DataError(f"{shown(location)}: holds no sample; leave it out")
     return {
         "identity": _identity(location, labelled),
         "location": location,

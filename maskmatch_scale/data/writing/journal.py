@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from maskmatch_scale.files import write_whole
+from maskmatch_scale.files import write_whole, writing
 
 JOURNAL_NAME = ".written.jsonl"
 
@@ -46,18 +46,24 @@ class Journal:
         self._path = path
 
     def __enter__(self) -> Journal:
-        self._file = self._path.open("ab")
+        self._file = self._path.open("ab", buffering=0)  # a buffer would be written once more when it is closed
         return self
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
     def enter(self, entry: Written) -> None:
-        """Add a line, and flush it to the disk."""
+        """Add a line, and flush it to the disk.
+
+        Raises:
+            OSError: it cannot be written, with the path of the journal. Half of it may have been.
+        """
         # The line break comes first, so that a line that was cut off spoils no other line.
-        self._file.write(b"\n" + json.dumps(asdict(entry)).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        line = b"\n" + json.dumps(asdict(entry)).encode() + b"\n"
+        with writing(self._path):
+            while line:
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
 
 
 def read_journal(folder: Path) -> dict[str, Written]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +15,7 @@ from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.shards.tar import IMAGE_EXTENSIONS
 from maskmatch_scale.data.writing.journal import Journal, Written
 from maskmatch_scale.data.writing.protocol import EncodedSample, StreamItems
+from maskmatch_scale.files import writing
 from maskmatch_scale.progress import Advance
 
 MIN_SHARDS = 8
@@ -79,7 +81,7 @@ def write_shard(
     begun = out / f".{shard.file}"
     keys: set[str] = set()
     skipped = []
-    with begun.open("wb") as file:
+    with _unless_whole_removed(begun, out / shard.file), begun.open("wb") as file:
         digested = _Digested(file)
         # A fixed time and raw bytes: nothing but the samples decides what the tar holds.
         with webdataset.TarWriter(digested, encoder=False, mtime=0) as tar:
@@ -108,6 +110,23 @@ def write_shard(
     if keys:
         begun.replace(out / shard.file)
     return entry
+
+
+@contextmanager
+def _unless_whole_removed(begun: Path, path: Path) -> Generator[None, None, None]:
+    """Remove a shard that was begun if the body fails: on a full disk it would take the room of a whole one.
+
+    Args:
+        begun: under its hidden name.
+        path: under its own name, which errors of the disk name.
+    """
+    try:
+        with writing(path):
+            yield
+    except BaseException:
+        with suppress(OSError):
+            begun.unlink(missing_ok=True)
+        raise
 
 
 class _Digested:

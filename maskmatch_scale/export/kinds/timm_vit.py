@@ -14,6 +14,7 @@ from torch import nn
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.description import Description
 from maskmatch_scale.export.kinds.kind import Exported, ExportKind
+from maskmatch_scale.export.markdown import string
 from maskmatch_scale.export.tensors import part_of
 from maskmatch_scale.recipe import Recipe
 
@@ -76,7 +77,7 @@ class TimmVit(ExportKind):
 ```python
 import timm
 
-backbone = timm.create_model("local-dir:{name}/backbone", pretrained=True)
+backbone = timm.create_model({string(f"local-dir:{name}/backbone")}, pretrained=True)
 tokens = backbone(images)  # (B, prefix + h · w, C), normalised
 ```
 
@@ -85,9 +86,9 @@ or by the arguments in `backbone/config.json`, and a head of your own:
 ```python
 import json, timm
 
-arguments = json.load(open("{name}/backbone/config.json"))["model_args"]
-path = "{name}/backbone/model.safetensors"
-backbone = timm.create_model("{_timm_name(description.backbone)}", checkpoint_path=path, **arguments)
+arguments = json.load(open({string(f"{name}/backbone/config.json")}))["model_args"]
+path = {string(f"{name}/backbone/model.safetensors")}
+backbone = timm.create_model({string(_timm_name(description.backbone))}, checkpoint_path=path, **arguments)
 ```"""
 
 

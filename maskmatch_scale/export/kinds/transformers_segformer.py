@@ -10,6 +10,7 @@ import transformers
 
 from maskmatch_scale.export.description import Description
 from maskmatch_scale.export.kinds.kind import Exported, ExportKind
+from maskmatch_scale.export.markdown import string
 from maskmatch_scale.export.tensors import part_of, renamed, save_tensors
 from maskmatch_scale.models.weights import to_transformers_name
 from maskmatch_scale.recipe import Recipe
@@ -74,8 +75,8 @@ class TransformersSegformer(ExportKind):
 ```python
 from transformers import SegformerForSemanticSegmentation, SegformerImageProcessor
 
-model = SegformerForSemanticSegmentation.from_pretrained("{name}")
-processor = SegformerImageProcessor.from_pretrained("{name}")  # normalises, does not resize
+model = SegformerForSemanticSegmentation.from_pretrained({string(name)})
+processor = SegformerImageProcessor.from_pretrained({string(name)})  # normalises, does not resize
 # image: PIL, RGB
 outputs = model(**processor(image, return_tensors="pt"))
 labels = processor.post_process_semantic_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]
@@ -85,7 +86,7 @@ labels = processor.post_process_semantic_segmentation(outputs, target_sizes=[(im
 ```python
 from transformers import SegformerModel
 
-backbone = SegformerModel.from_pretrained("{name}/backbone")
+backbone = SegformerModel.from_pretrained({string(f"{name}/backbone")})
 features = backbone(images, output_hidden_states=True).hidden_states  # four maps (B, C, h, w)
 ```"""
 

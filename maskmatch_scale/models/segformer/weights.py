@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from transformers import SegformerForSemanticSegmentation
 
 from maskmatch_scale.models.deferred import kept_whole
 from maskmatch_scale.models.segformer.config import OFFICIAL
-from maskmatch_scale.models.weights import read_weights, to_own_name
+from maskmatch_scale.models.weights import MORE_THAN_TENSORS, read_weights, to_own_name
 
 
 def segformer_weights(source: str | Path, config: Any) -> dict[str, Tensor]:
@@ -33,8 +34,15 @@ def segformer_weights(source: str | Path, config: Any) -> dict[str, Tensor]:
             if Path(source).is_file():
                 state, name = read_weights(Path(source)), None
             model, info = SegformerForSemanticSegmentation.from_pretrained(
-                name, config=config, state_dict=state, ignore_mismatched_sizes=True, output_loading_info=True
+                name,
+                config=config,
+                state_dict=state,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                weights_only=True,
             )
+    except UnpicklingError:
+        raise ValueError(f"pretrained: {str(source)!r} {MORE_THAN_TENSORS}") from None
     except OSError as error:
         raise ValueError(f"pretrained: transformers finds no weights at {name!r}: {error}") from error
     absent = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}

@@ -12,8 +12,8 @@ from timm.models import clean_state_dict
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
-from maskmatch_scale.models.deferred import read_deferred
 from maskmatch_scale.models.vit.masking import KeepVisible
+from maskmatch_scale.models.weights import read_weights
 
 
 def create_vit(
@@ -24,8 +24,8 @@ def create_vit(
     Args:
         name: a timm model name.
         image_size: side or (height, width) in pixels that the position embedding is laid out for; None: the model's.
-        weights: False for timm's own random initialisation, True for timm's pretrained weights, or a local file that
-            is read by timm itself (names converted, position embedding resampled, pickles refused).
+        weights: False for timm's own random initialisation, True for timm's pretrained weights, or a local file
+            that we read (of pickles only tensors) and timm fits (names converted, position embedding resampled).
         options: further keyword arguments of `timm.create_model`.
 
     Returns:
@@ -42,9 +42,8 @@ def create_vit(
     if image_size is not None:
         arguments["img_size"] = image_size
     if isinstance(weights, Path):
-        state = read_deferred(weights)
-        source = {"file": str(weights)} if state is None else {"state_dict": clean_state_dict(state)}
-        arguments["pretrained_cfg_overlay"] = {**source, "custom_load": False}
+        state = clean_state_dict(read_weights(weights))
+        arguments["pretrained_cfg_overlay"] = {"state_dict": state, "custom_load": False}
     try:
         model = timm.create_model(name, pretrained=bool(weights), **arguments)
     except TypeError as error:  # models that are no ViT do not take dynamic_img_size

@@ -7,7 +7,9 @@ import json
 import torch
 
 from maskmatch_scale import __version__
+from maskmatch_scale.errors import TrainingStopped
 from maskmatch_scale.files import write_whole
+from maskmatch_scale.progress import show
 from maskmatch_scale.record.report import write_report
 from maskmatch_scale.training.callbacks.base import Callback
 
@@ -16,7 +18,11 @@ class Closing(Callback):
     """Rank 0 writes the totals of all callbacks, and a report on this run."""
 
     def finished(self) -> None:
-        """Collect the totals on all ranks, and write them on rank 0."""
+        """Collect the totals on all ranks, and write them on rank 0.
+
+        Raises:
+            TrainingStopped: on rank 0, if records of `metrics.jsonl` could not be written to the end.
+        """
         run = self.run
         summary = {
             **run.callback_summary(),
@@ -26,4 +32,10 @@ class Closing(Callback):
         }
         if run.runtime.rank == 0:
             write_whole(run.folder.summary, json.dumps(summary, indent=1))
-            print(f"report: {write_report([run.folder.path])}", flush=True)  # noqa: T201
+            show(f"report: {write_report([run.folder.path])}")
+            lost = run.metrics.file
+            if lost is not None and lost.fault is not None:
+                raise TrainingStopped(
+                    f"all {run.recipe.run.steps} steps are taken, but {lost.waiting} records are lost: {lost.fault}",
+                    on_all_ranks=False,
+                )

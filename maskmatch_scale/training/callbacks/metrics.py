@@ -26,3 +26,8 @@ class Metrics(Callback):
     def records_read(self, records: Sequence[Record]) -> None:
         """Log the newest record."""
         log.info("%s", json.dumps(records[-1]))
+
+    def ended(self) -> None:
+        """Try once more to write what could not be written."""
+        if self.run.metrics.file is not None:
+            self.run.metrics.file.append()

@@ -10,6 +10,7 @@ import torch
 
 from maskmatch_scale import __version__
 from maskmatch_scale.engine.precision import uses_tf32
+from maskmatch_scale.progress import show
 from maskmatch_scale.training.callbacks.base import Callback
 
 log = logging.getLogger("maskmatch_scale")
@@ -24,7 +25,7 @@ class Opening(Callback):
         for line in lines:
             log.info(line)
         if self.run.runtime.rank == 0:
-            print("\n".join(lines), flush=True)  # noqa: T201
+            show("\n".join(lines))
 
     def _lines(self) -> list[str]:
         run, recipe, engine = self.run, self.run.recipe, self.run.recipe.engine

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import logging
+import errno
+import gzip
+import os
+import shutil
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from maskmatch_scale.files import disk_fault, writing
 from maskmatch_scale.training.callbacks.base import Callback
 from maskmatch_scale.training.run import Run
 from maskmatch_scale.training.step import StepFigures
-
-log = logging.getLogger("maskmatch_scale")
 
 
 class Profile(Callback):
@@ -59,15 +62,41 @@ class Profile(Callback):
         try:
             self._write()
         except RuntimeError as error:  # the error that ended the run is the one to be seen
-            log.warning("no profile was written: %s", error)
+            self.run.say(f"warning: no profile was written: {error}")
 
     def _write(self) -> None:
         if self._profiler is None:
             return
         self._profiler.stop()
+        profiler, self._profiler = self._profiler, None
         path = self.run.folder.profile(self.run.runtime.rank)
-        path.parent.mkdir(exist_ok=True)
-        self._profiler.export_chrome_trace(str(path))
-        self._profiler = None
+        beside = path.with_name(f".{path.name}.writing")
+        plain = beside.with_suffix(".json")
+        try:
+            with writing(path):
+                path.parent.mkdir(exist_ok=True)
+                # torch packs by way of a temporary file, elsewhere, and does not notice that it is cut off.
+                profiler.export_chrome_trace(str(plain))
+                _check_whole(plain)
+                with plain.open("rb") as trace, gzip.open(beside, "wb") as packed:
+                    shutil.copyfileobj(trace, packed)
+                beside.replace(path)
+        except OSError as error:  # nobody wants a run to end for its profile
+            self.run.say(f"warning: no profile was written: {disk_fault(error) or error}")
+            return
+        finally:
+            for left in (plain, plain.with_name(f"{plain.name}.tmp"), beside):  # the second one is the profiler's
+                left.unlink(missing_ok=True)
         steps = f"steps {self._steps[0]} to {self._steps[-1]}"
         self.run.say(f"profile of {steps}: {path}; open it at https://ui.perfetto.dev or in chrome://tracing")
+
+
+def _check_whole(trace: Path) -> None:
+    """Raise an OSError if a trace is missing or cut off: the profiler only prints that it could not write."""
+    if trace.is_file():
+        with trace.open("rb") as file:
+            file.seek(max(0, trace.stat().st_size - 16))
+            if file.read().rstrip().endswith(b"}"):
+                return
+    trace.write_bytes(bytes(1 << 16))  # to be told the reason
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

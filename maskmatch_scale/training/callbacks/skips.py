@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from maskmatch_scale.record.lines import LinesFile
 from maskmatch_scale.training.callbacks.base import Callback, Record
 from maskmatch_scale.training.run import Run
 from maskmatch_scale.training.step import StepFigures
@@ -24,14 +25,13 @@ class Skips(Callback):
         self.read = int(run.resumed.get("images_read", 0))
         self.skipped = int(run.resumed.get("images_skipped", 0))
         self._path = run.folder.skipped(run.runtime.rank)
+        self._list = LinesFile(self._path, run.say)
 
     def after_step(self, done: int, figures: StepFigures) -> None:
         """List the samples that this rank skipped in the step."""
         self.read += figures.images
         if figures.skipped:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                file.writelines(json.dumps({"step": done, **asdict(skip)}) + "\n" for skip in figures.skipped)
+            self._list.append([json.dumps({"step": done, **asdict(skip)}) for skip in figures.skipped])
 
     def records_read(self, records: Sequence[Record]) -> None:
         """Count the samples that all ranks skipped, and stop the run if their share is above `data.max_bad_share`."""
@@ -46,6 +46,10 @@ class Skips(Callback):
                 f"({self.skipped / max(self.read, 1):.2%}; data.max_bad_share={limit}); {self._path.parent} lists them "
                 "with their reasons. Repair the shards or raise the limit, then continue with --resume auto"
             )
+
+    def ended(self) -> None:
+        """Try once more to write what could not be written."""
+        self._list.append()
 
     def state(self) -> dict[str, Any]:
         """Images read and skipped by all ranks."""

@@ -63,8 +63,9 @@ def test_images_of_any_shape_and_names_in_any_script(tmp_path):
     assert contact_sheet(root, tmp_path / "sheet.png").is_file()
     index = json.loads((root / "index.json").read_text())
     names = [f"a class of a long name {n}" for n in range(150)]
-    index |= {"classes": names, "palette": [[1, 2, 3]] * 150}
-    index["streams"]["t"] = {"labelled": True, "shards": []}
+    names[0] = "a line\nand another"
+    index |= {"classes": names, "palette": [[1, 2, 3]] * 150, "source": "a line\nand another"}
+    index["streams"]["t\nu"] = {"labelled": True, "shards": []}
     (root / "index.json").write_text(json.dumps(index))
     assert contact_sheet(root, tmp_path / "sheet.png").is_file()
 

@@ -1,0 +1,36 @@
+"""Names in Markdown: class names, runs and files may have any characters, and must not become links, HTML or cells."""
+
+from __future__ import annotations
+
+import json
+import re
+
+
+def plain(text: str) -> str:
+    """A name as text on one line that Markdown and HTML show as it is, in a paragraph, a heading or a table cell."""
+    text = _one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
+
+
+def code(text: str, *, cell: bool = False) -> str:
+    """A name as inline code on one line.
+
+    Args:
+        text: the name.
+        cell: whether it stands in a table, where a bar would end the cell even within code.
+    """
+    text = _one_line(text)
+    if cell:
+        text = text.replace("|", "\\|")
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {text} {fence}" if longest else f"`{text}`"
+
+
+def string(text: str) -> str:
+    """A name as a string of Python, on one line, for the lines of code in a block."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _one_line(text: str) -> str:
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
