@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.images.decode import decode_image, decode_label
 from maskmatch_scale.data.order.epoch import Cut
-from maskmatch_scale.data.shards.reading import ShardStream
+from maskmatch_scale.data.shards.reading import RawSample, ShardStream
 from maskmatch_scale.recipe import DataRecipe
 
 _AHEAD = 2
@@ -42,15 +42,17 @@ class _Decoded(Dataset["EvaluationSample | DataError"]):
         self.stream, self.max_pixels = stream, max_pixels
 
     def __getitem__(self, number: int) -> EvaluationSample | DataError:
-        try:
-            raw = self.stream[number]
+        def decode(raw: RawSample) -> EvaluationSample:
             assert raw.label is not None
             image = decode_image(raw.image, raw.name, max_pixels=self.max_pixels)
             size = (image.shape[-2], image.shape[-1])
             label = decode_label(raw.label, raw.name, ignore_index=self.stream.index.ignore_index, size=size)
+            return EvaluationSample(number, raw.key, image, label)
+
+        try:
+            return self.stream.load(*self.stream.locate(number), decode)
         except DataError as error:
             return error  # returned, because torch would add a traceback to the message of one that is raised
-        return EvaluationSample(number, raw.key, image, label)
 
 
 def evaluation_samples(

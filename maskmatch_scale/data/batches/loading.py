@@ -21,6 +21,7 @@ from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.order.source import Skip
+from maskmatch_scale.data.remote.shard_cache import Fetched
 
 _AHEAD = 2
 """Batches that each process makes ahead of time."""
@@ -44,13 +45,13 @@ class _Slot:
         """Copy the tensors of a batch into this slot; returns the rest of the batch."""
         for shared, tensor in zip(self.tensors, batch.tensors, strict=True):
             shared[: len(tensor)].copy_(tensor)
-        return _Rest(tuple(map(len, batch.tensors)), batch.unlabelled_positions, batch.skipped)
+        return _Rest(tuple(map(len, batch.tensors)), batch.unlabelled_positions, batch.skipped, batch.fetched)
 
     def take(self, rest: _Rest, *, pin_memory: bool) -> Batch:
         """A copy of the batch in this slot, in page-locked memory if asked."""
         found = [shared[:size] for shared, size in zip(self.tensors, rest.sizes, strict=True)]
         images, labels, views, valid, draws = (part.pin_memory() if pin_memory else part.clone() for part in found)
-        return Batch(images, labels, views, valid, draws, rest.positions, rest.skipped)
+        return Batch(images, labels, views, valid, draws, rest.positions, rest.skipped, rest.fetched)
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class _Rest:
     """Images in each tensor of the batch."""
     positions: tuple[int, ...]
     skipped: tuple[Skip, ...]
+    fetched: Fetched
 
 
 class _Filling(Dataset["_Rest | DataError"]):
