@@ -65,15 +65,15 @@ def fetch(
             break
         except TransferError as error:
             tried()
-            pause = max(_backoff(attempt, options.timeout_s), error.wait_s)
-            silent_s = time.monotonic() - transfer.advanced_at
-            if error.final or attempt >= options.attempts or silent_s + pause > patience_s:
+            left_s = patience_s - (time.monotonic() - transfer.advanced_at)
+            if error.final or attempt >= options.attempts or left_s <= 0:
                 tries = "once" if attempt == 1 else f"{attempt} times"
                 raise NotFetched(
                     f"{shown(url)}: tried {tries} and failed: {scrubbed(str(error), url)}; "
                     f"{error.advice or 'check the network and the server, or try later'}",
                     may_pass=not error.final,
                 ) from None
+            pause = min(max(_backoff(attempt, options.timeout_s), error.wait_s), left_s)
         time.sleep(pause)
     return transfer.received
 
