@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.images.decode import decode_image, decode_label
@@ -30,6 +30,25 @@ class EvaluationSample:
     label: Tensor
     """uint8 (H, W)."""
 
+    def shared(self) -> EvaluationSample:
+        """The same sample in shared memory, where the loader's queue would put it.
+
+        The queue does so in a thread of its own, and a failure there would leave the loader waiting for ever.
+
+        Raises:
+            DataError: there is too little; says what to do.
+        """
+        try:
+            for tensor in (self.image, self.label):
+                tensor.share_memory_()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise DataError(
+                f"{self.key}: /dev/shm has no room for this image of {self.image.nbytes / 1e6:.0f} MB and those that are "
+                f"decoded meanwhile ({error}); give the container more (docker run --shm-size=1g, or --ipc=host), or set "
+                "data.workers=0"
+            ) from None
+        return self
+
     def pin_memory(self) -> EvaluationSample:
         """The same sample, its image in page-locked memory; torch's loader calls this, too."""
         return replace(self, image=self.image.pin_memory())
@@ -50,7 +69,8 @@ class _Decoded(Dataset["EvaluationSample | DataError"]):
             return EvaluationSample(number, raw.key, image, label)
 
         try:
-            return self.stream.load(*self.stream.locate(number), decode)
+            sample = self.stream.load(*self.stream.locate(number), decode)
+            return sample if get_worker_info() is None else sample.shared()
         except DataError as error:
             return error  # returned, because torch would add a traceback to the message of one that is raised
 

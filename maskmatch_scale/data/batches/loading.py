@@ -10,6 +10,8 @@ Decision: docs/decisions/0003-batches-in-reused-shared-memory.md.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Generator
 from dataclasses import dataclass
 
@@ -25,6 +27,10 @@ from maskmatch_scale.data.remote.shard_cache import Fetched
 
 _AHEAD = 2
 """Batches that each process makes ahead of time."""
+_SHARED_MEMORY = "/dev/shm"
+"""Where Linux keeps shared memory."""
+_LOCKS_BYTES = 1 << 20
+"""More than the locks of a loader's queues take there: a page each."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,57 @@ class _Filling(Dataset["_Rest | DataError"]):
         return self.slots[(number - self.start) % len(self.slots)].put(batch)
 
 
+def check_shared_memory(made: TrainingBatches, batches: int, ranks: int) -> None:
+    """Refuse a run whose loader processes need more shared memory than this machine or container has.
+
+    Containers often have little: docker gives 64 MB.
+
+    Args:
+        made: makes the batches of this rank.
+        batches: how many there will be.
+        ranks: on this machine; each needs as much as this one.
+
+    Raises:
+        DataError: says how much is needed, how much there is, and what to do.
+    """
+    _, slots = _workers_and_slots(made, batches)
+    free = _free_shared_memory()
+    if free is not None and _shared_memory_needed(made, slots, ranks) > free:
+        raise DataError(_too_little_shared_memory(made, slots, ranks))
+
+
+def _workers_and_slots(made: TrainingBatches, batches: int) -> tuple[int, int]:
+    """Loader processes for so many batches, and the slots that they need."""
+    workers = max(0, min(made.recipe.data.workers, batches))
+    # One more than can be under way: torch asks for another batch when it hands one out, before that one is copied.
+    return workers, workers * _AHEAD + 1 if workers else 0
+
+
+def _shared_memory_needed(made: TrainingBatches, slots: int, ranks: int) -> int:
+    """Bytes that so many slots of each rank take, in whole pages, and the locks of the loader's queues."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    slot = sum(-(-tensor.nbytes // page) * page for tensor in made.largest_batch().tensors)
+    return ranks * (slots * slot + _LOCKS_BYTES) if slots else 0
+
+
+def _free_shared_memory() -> int | None:
+    """Bytes; None if this system has no such folder."""
+    try:
+        status = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return None
+    return status.f_bavail * status.f_frsize
+
+
+def _too_little_shared_memory(made: TrainingBatches, slots: int, ranks: int) -> str:
+    needed, free = _shared_memory_needed(made, slots, ranks), _free_shared_memory() or 0
+    return (
+        f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, but the loader processes need {needed / 1e6:.0f} MB (data.workers="
+        f"{made.recipe.data.workers}, {ranks} rank{'s' if ranks > 1 else ''} on this machine); give the container more "
+        f"(docker run --shm-size={math.ceil(2 * needed / 2**30)}g, or --ipc=host), or set data.workers=0"
+    )
+
+
 def load_batches(
     made: TrainingBatches, start: int, stop: int, *, pin_memory: bool = False
 ) -> Generator[Batch, None, None]:
@@ -94,14 +151,18 @@ def load_batches(
         DataError: when it is the turn of a batch with a sample that cannot be used; see
             :meth:`TrainingBatches.__getitem__`.
     """
-    workers = min(made.recipe.data.workers, stop - start)
+    workers, slots_needed = _workers_and_slots(made, stop - start)
     if workers <= 0:
         for number in range(start, stop):
             batch = made[number]
             yield batch.with_tensors([t.pin_memory() for t in batch.tensors]) if pin_memory else batch
         return
-    # One more than can be under way: torch asks for another batch when it hands one out, before that one is copied.
-    slots = [_Slot.like(made.largest_batch()) for _ in range(workers * _AHEAD + 1)]
+    try:
+        slots = [_Slot.like(made.largest_batch()) for _ in range(slots_needed)]
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise DataError(_too_little_shared_memory(made, slots_needed, 1)) from None
     loader = DataLoader(
         _Filling(made, start, slots),
         batch_size=None,
