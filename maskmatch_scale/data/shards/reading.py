@@ -137,6 +137,13 @@ def _local_index(root: str, modified: tuple[int, int]) -> ShardIndex:
     return ShardIndex.load(root)
 
 
+@lru_cache(maxsize=4096)
+def _place(root: str, file: str) -> tuple[str, bool]:
+    """Path or address of a shard, and whether it is an address; each sample asks for it."""
+    location = join(root, file)
+    return location, is_remote(location)
+
+
 class ShardStream:
     """Random access to the encoded samples of one stream of a shard folder.
 
@@ -200,7 +207,7 @@ class ShardStream:
 
     def location(self, shard: int) -> str:
         """Path or address of a shard."""
-        return join(self.root, self.shards.file(shard))
+        return _place(self.root, self.shards.file(shard))[0]
 
     def locate(self, number: int) -> tuple[int, int]:
         """(shard, number within it) of sample ``number`` of the stream."""
@@ -303,8 +310,9 @@ class ShardStream:
             BadSample: it cannot be opened, or could not be read before.
             DataError: with ``strict``: see :meth:`_check`.
         """
-        location, known = self.location(shard), self._tables.get(shard)
-        if not is_remote(location):
+        location, elsewhere = _place(self.root, self.shards.file(shard))
+        known = self._tables.get(shard)
+        if not elsewhere:
             yield self._local(shard, location)
             return
         if isinstance(known, NotFetched):
