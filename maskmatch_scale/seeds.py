@@ -35,9 +35,9 @@ def generator(seed: int, *what: str | int) -> torch.Generator:
 def generator_of(seed: int) -> torch.Generator:
     """A CPU generator that depends on all bits of a seed, 0 ≤ seed < 2⁶⁴.
 
-    torch's own generator, MT19937, takes the lower 32 bits only. So the state that these give is combined with the state
-    that the upper bits give, by exclusive or: every number that is drawn is then the exclusive or of those that the two
-    would draw. Where the upper bits are 0 the draws are those of `torch.Generator().manual_seed(seed)`.
+    torch's own generator, MT19937, takes the lower 32 bits only. So the state that these give is combined with the
+    state that the upper bits give, by exclusive or: every number that is drawn is then the exclusive or of those that
+    the two would draw. Where the upper bits are 0 the draws are those of `torch.Generator().manual_seed(seed)`.
     """
     made = torch.Generator().manual_seed(seed & _LOWER)
     upper = seed >> 32

@@ -27,9 +27,7 @@ def test_small_seeds_draw_as_before(seed):
 
 def test_both_halves_of_a_seed_are_combined_by_exclusive_or():
     """Against numpy's MT19937, which has the same numbers; so a torch with another layout of its state is noticed."""
-    low, upper = (
-        np.random.RandomState(half).randint(0, 2**32, 1000, dtype=np.uint32) for half in (123456, 654321)
-    )
+    low, upper = (np.random.RandomState(half).randint(0, 2**32, 1000, dtype=np.uint32) for half in (123456, 654321))
     expected = ((low ^ upper) & 0xFF_FFFF) / np.float32(2**24)
     assert np.array_equal(drawn(654321 << 32 | 123456).numpy(), expected.astype(np.float32))
 

@@ -129,7 +129,7 @@ def index_command(
 ) -> None:
     """Write an index for existing shards, with counts and checksums.
 
-    If interrupted, it continues where it stopped. Called again with more shards, it looks only at those that were added.
+    If interrupted, it continues where it stopped. Called again with more shards, it looks only at the new ones.
     """
     from maskmatch_scale.data.shards.reading import fetch_options
     from maskmatch_scale.data.tools.survey import survey

@@ -64,5 +64,5 @@ class NotFetched(BadSample):
         return _not_fetched, (str(self), self.may_pass)
 
 
-def _not_fetched(message: str, may_pass: bool) -> NotFetched:  # noqa: FBT001 - called by pickle
+def _not_fetched(message: str, may_pass: bool) -> NotFetched:
     return NotFetched(message, may_pass=may_pass)

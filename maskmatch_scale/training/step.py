@@ -15,7 +15,7 @@ from torch import Tensor
 from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.data.faults import REASONS
 from maskmatch_scale.data.order.source import Skip
-from maskmatch_scale.data.remote.shard_cache import Fetched
+from maskmatch_scale.data.remote.shard_cache import NOTHING, Fetched
 from maskmatch_scale.engine.protocol import leaves_out
 from maskmatch_scale.method.ema import ema_decay
 from maskmatch_scale.method.maskmatch import PARTS, Step
@@ -38,7 +38,7 @@ class StepFigures:
     """Distinct images over all ranks."""
     skipped: tuple[Skip, ...] = ()
     """Bad samples that this rank skipped."""
-    fetched: Fetched = Fetched()
+    fetched: Fetched = NOTHING
     """What this rank's loader processes have fetched from other machines meanwhile."""
     left_out: bool = False
     """Whether the step was not taken, because its gradients were not finite (`run.max_nonfinite_steps`)."""

@@ -43,7 +43,7 @@ class EvaluationSample:
                 tensor.share_memory_()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise DataError(
-                f"{self.key}: /dev/shm has no room for this image of {self.image.nbytes / 1e6:.0f} MB and those that are "
+                f"{self.key}: /dev/shm has no room for this image of {self.image.nbytes / 1e6:.0f} MB and those "
                 f"decoded meanwhile ({error}); give the container more (docker run --shm-size=1g, or --ipc=host), or set "
                 "data.workers=0"
             ) from None

@@ -130,9 +130,9 @@ def _free_shared_memory() -> int | None:
 def _too_little_shared_memory(made: TrainingBatches, slots: int, ranks: int) -> str:
     needed, free = _shared_memory_needed(made, slots, ranks), _free_shared_memory() or 0
     return (
-        f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, but the loader processes need {needed / 1e6:.0f} MB (data.workers="
-        f"{made.recipe.data.workers}, {ranks} rank{'s' if ranks > 1 else ''} on this machine); give the container more "
-        f"(docker run --shm-size={math.ceil(2 * needed / 2**30)}g, or --ipc=host), or set data.workers=0"
+        f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, but the loader processes need {needed / 1e6:.0f} MB "
+        f"(data.workers={made.recipe.data.workers}, {ranks} rank{'s' if ranks > 1 else ''} on this machine); give the "
+        f"container more (docker run --shm-size={math.ceil(2 * needed / 2**30)}g, or --ipc=host), or set data.workers=0"
     )
 
 

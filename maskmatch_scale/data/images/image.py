@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample
-from maskmatch_scale.data.images.opening import BIT_DEPTH, JPEG, MAX_PIXELS, PNG, bad, check_size, open_stored, quiet, said
+from maskmatch_scale.data.images.opening import (
+    BIT_DEPTH,
+    JPEG,
+    MAX_PIXELS,
+    PNG,
+    bad,
+    check_size,
+    open_stored,
+    quiet,
+    said,
+)
 
 T = TypeVar("T")
 
@@ -106,18 +116,18 @@ def _refuse_dark(largest: int, name: str) -> None:
         raise bad(
             "not_an_image",
             name,
-            "16 bits a channel, but no value above 4095 of 65535, so that its upper 8 bits would be (nearly) black: 12-bit "
-            "data? scale its values to 0–65535, or write it with 8 bits a channel",
+            "16 bits a channel, but no value above 4095 of 65535, so that its upper 8 bits would be all but black: "
+            "12-bit data? scale its values to 0–65535, or write it with 8 bits a channel",
         )
 
 
 def _largest_lower_byte(data: bytes) -> int:
     """The largest lower byte of a PNG of 16 bits a channel whose upper bytes are all 0; of grey with alpha 0."""
-    image = open_stored(data)
+    image: Any = open_stored(data)
     if any(tile.args not in ("RGB;16B", "RGBA;16B") for tile in image.tile):
         return 0
     # Pillow keeps the first byte of a pair for rawmode …B, and the second for …L.
-    image.tile = [tile._replace(args=tile.args.replace("16B", "16L")) for tile in image.tile]  # type: ignore[union-attr]
+    image.tile = [tile._replace(args=tile.args.replace("16B", "16L")) for tile in image.tile]
     return int(np.asarray(image.convert("RGB")).max(initial=0))
 
 
@@ -139,7 +149,9 @@ def _pixels(data: bytes, name: str, max_pixels: int, exif_orientation: bool) -> 
         if data.startswith(JPEG):
             _check_scans(data, image.height, image.width, name)
         image.load()
-        pixels = np.array(eight_bits(image, data, name).convert("RGB"))  # a copy: torch wants memory that may be written to
+        pixels = np.array(
+            eight_bits(image, data, name).convert("RGB")
+        )  # a copy: torch wants memory that may be written to
     return pixels, _orientation(data) if exif_orientation else 1
 
 

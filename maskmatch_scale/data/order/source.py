@@ -173,9 +173,7 @@ class WeightedSource:
             return found[0], [replace(skipped[0], reason="unreachable", message=last)]
         raise DataError(f"source {self.name!r}: {tried} samples in a row cannot be used; the last: {last}")
 
-    def _on_this_machine(
-        self, place: SamplePlace, prepare: Callable[[RawSample], Prepared]
-    ) -> tuple[Prepared] | None:
+    def _on_this_machine(self, place: SamplePlace, prepare: Callable[[RawSample], Prepared]) -> tuple[Prepared] | None:
         """Prepare any sample that can be read without fetching a shard; None if there is none.
 
         Training goes on with it until all ranks have heard that the network is lost and write a checkpoint.

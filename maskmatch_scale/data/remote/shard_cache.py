@@ -50,6 +50,9 @@ class Fetched:
         return Fetched(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
 
 
+NOTHING = Fetched()
+
+
 class ShardCache:
     """Remote files, kept in a bounded folder that the processes of a machine share.
 

@@ -3,8 +3,8 @@
 A run may have many sources, each with many shards, and a process may have few descriptors (`ulimit -n`, often 1024),
 which sockets and shared memory need too. So there is one bound for the whole process, not one for each stream.
 
-Shards in the cache of remote ones are not kept open at all: a file that is dropped from the cache takes room on the disk
-until it is closed.
+Shards in the cache of remote ones are not kept open at all: a file that is dropped from the cache takes room on the
+disk until it is closed.
 """
 
 from __future__ import annotations

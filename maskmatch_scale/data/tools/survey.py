@@ -46,8 +46,8 @@ def survey(
         classes: names by label value; empty where nothing is labelled.
         palette: one RGB colour a class, 0–255.
         ignore_index: label value of ignored pixels.
-        rescan: whether to look at all shards again. A local one whose size or time has changed is looked at in any case;
-            a remote one is taken to be as it was.
+        rescan: whether to look at all shards again. A local one whose size or time has changed is looked at in any
+            case; a remote one is taken to be as it was.
         workers: processes; None takes one a core. Several are started by `spawn`, so a script that calls this needs
             an `if __name__ == "__main__":` guard.
         progress: whether to show a bar on stderr. In a log it is drawn once, at the end.

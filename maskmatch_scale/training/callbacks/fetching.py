@@ -19,8 +19,8 @@ class Fetching(Callback):
     """Adds `fetched: {shards, mb, failed_tries, damaged}` of this rank to a step's figures, and totals of all ranks to
     the state.
 
-    Rank 0 writes the record, so that the figures of a step are those of its own loader processes. The ranks of a machine
-    share a cache: what another rank has fetched, rank 0 does not fetch.
+    Rank 0 writes the record, so that the figures of a step are those of its own loader processes. The ranks of a
+    machine share a cache: what another rank has fetched, rank 0 does not fetch.
     """
 
     def __init__(self, run: Run) -> None:

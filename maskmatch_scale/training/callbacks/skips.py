@@ -43,9 +43,9 @@ class Skips(Callback):
         lost = [record["step"] for record in records if record.get("skipped", {}).get("unreachable")]
         if lost:
             self.run.stop_reason = (
-                f"step {records[-1]['step']}: no shard could be fetched for data.outage_s={outage_s(self.run.recipe):g} s "
-                f"(first seen at step {lost[0]}); {self._path.parent} lists the shards. Check the network and the server, "
-                "then continue with --resume auto"
+                f"step {records[-1]['step']}: no shard could be fetched for data.outage_s="
+                f"{outage_s(self.run.recipe):g} s (first seen at step {lost[0]}); {self._path.parent} lists shards. "
+                "Check the network and the server, then continue with --resume auto"
             )
             return
         limit = self.run.recipe.data.max_bad_share

@@ -81,7 +81,12 @@ def test_one_dead_shard_is_no_outage(server, shapes, make_recipe, tmp_path):
 
 
 def test_what_comes_in_the_background_ends_the_outage(server, shapes, make_recipe, tmp_path):
-    data = {"unlabelled": [{"root": server.url}], "cache_dir": str(tmp_path / "cache"), "shuffle_window": 3, "outage_s": 0.2}
+    data = {
+        "unlabelled": [{"root": server.url}],
+        "cache_dir": str(tmp_path / "cache"),
+        "shuffle_window": 3,
+        "outage_s": 0.2,
+    }
     made = make_batches(make_recipe, data=data, method={"burn_in": 0}, run={"steps": 12})
     made[0]
     server._faults["*"] = [REFUSES]

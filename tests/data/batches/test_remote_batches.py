@@ -143,7 +143,9 @@ def test_shards_of_half_a_window_later_are_fetched(shapes, make_recipe, tmp_path
     """As docs/streaming.md says: not a whole window later, for which a small cache may have no room."""
     with FaultyServer(shapes) as server:
         data = over(server, tmp_path, labelled=[{"root": str(shapes)}], shuffle_window=12)
-        made = TrainingBatches(make_recipe(data=data, method={"burn_in": 0}, run={"steps": 12}), 3, 0, 1, unlabelled=True)
+        made = TrainingBatches(
+            make_recipe(data=data, method={"burn_in": 0}, run={"steps": 12}), 3, 0, 1, unlabelled=True
+        )
         (source,) = made.unlabelled.sources
         order = source.order(0, 1)
         windows = [

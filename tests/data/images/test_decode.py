@@ -118,7 +118,7 @@ def test_fewer_bits_in_16_are_refused_and_not_black(bits, colour):
         values[..., -1] = 65535  # opaque
     if colour == 4 and bits == 8:
         pytest.skip("Pillow does not give the lower bytes of grey with alpha")
-    with pytest.raises(BadSample, match="no value above 4095 of 65535.*12-bit.*scale") as caught:
+    with pytest.raises(BadSample, match=r"no value above 4095 of 65535.*12-bit.*scale") as caught:
         decode_image(png(values, 16, colour=colour), "x")
     assert caught.value.reason == "not_an_image"
 

@@ -17,7 +17,7 @@ from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.shards import open_files
 from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.recipe import DataRecipe
-from tests.data.bad_shards import sample, tar_bytes
+from tests.data.bad_shards import tar_bytes
 from tests.data.faulty_server import FaultyServer
 from tests.data.remote.common import FORK
 
@@ -92,7 +92,7 @@ def bytes_on_disk(cache: Path) -> int:
     there = sum(path.stat().st_size for path in cache.iterdir())
     for link in Path("/proc/self/fd").iterdir():
         try:
-            status, target = link.stat(), os.readlink(link)
+            status, target = link.stat(), str(link.readlink())
         except FileNotFoundError:
             continue
         if target.startswith(str(cache)) and status.st_nlink == 0:
