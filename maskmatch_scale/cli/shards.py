@@ -120,11 +120,17 @@ def index_command(
         ),
     ] = None,
     ignore_index: Annotated[int, typer.Option(min=0, max=255, help="Label value of pixels that are ignored.")] = 255,
+    rescan: Annotated[
+        bool, typer.Option("--rescan", help="Look at all shards again, also at those of an earlier call.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: the cores.")] = None,
     cache_dir: _CacheDir = None,
     allow_pipe: _AllowPipe = False,
 ) -> None:
-    """Write an index for existing shards, with counts and checksums. If interrupted, it continues where it stopped."""
+    """Write an index for existing shards, with counts and checksums.
+
+    If interrupted, it continues where it stopped. Called again with more shards, it looks only at the new ones.
+    """
     from maskmatch_scale.data.shards.reading import fetch_options
     from maskmatch_scale.data.tools.survey import survey
     from maskmatch_scale.data.writing.sources.classes import load_classes
@@ -150,6 +156,7 @@ def index_command(
         classes=named.names if named else (),
         palette=named.palette if named else (),
         ignore_index=ignore_index,
+        rescan=rescan,
         workers=workers,
         progress=True,
     )

@@ -9,6 +9,7 @@ from maskmatch_scale.errors import UserError
 
 REASONS = (
     "shard_unreadable",  # does not exist, cannot be fetched, has wrong bytes, or is no tar
+    "unreachable",  # neither its shard nor those of its replacements can be fetched: the run stops
     "truncated",  # the tar ends before the sample does
     "empty",  # a member has no bytes
     "no_image",  # no member of the sample is an image
@@ -44,4 +45,24 @@ class BadSample(DataError):  # noqa: N818 - named after what it is about
 
     def __reduce__(self) -> tuple[object, ...]:
         """Loader processes send it by pickle."""
-        return BadSample, (self.reason, str(self))
+        return type(self), (self.reason, str(self))
+
+
+class NotFetched(BadSample):
+    """The shard of a sample is on another machine and cannot be fetched.
+
+    Attributes:
+        may_pass: whether it may be fetched later. If not, the server has said that there is no such file.
+    """
+
+    def __init__(self, message: str, *, may_pass: bool) -> None:
+        super().__init__("shard_unreadable", message)
+        self.may_pass = may_pass
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """See :meth:`BadSample.__reduce__`."""
+        return _not_fetched, (str(self), self.may_pass)
+
+
+def _not_fetched(message: str, may_pass: bool) -> NotFetched:
+    return NotFetched(message, may_pass=may_pass)

@@ -108,6 +108,10 @@ class DataRecipe(Section):
     """Seconds without new data after which the fetch of a shard is tried again."""
     fetch_attempts: Annotated[int, Field(ge=1)] = 8
     """Number of tries to fetch a shard, with growing pauses between them, before it counts as unreadable."""
+    outage_s: Positive | None = None
+    """Seconds that a loader process may spend on shards that do not come, without one that does, before the network is
+    taken for lost: then the run writes a checkpoint and stops. At most half of `engine.collective_timeout_s`, for which
+    the other ranks wait; null = a quarter of it."""
     allow_pipe: bool = False
     """Whether an index may name `pipe:` shards, which run a shell command."""
     crop_px: SidesPx = (512, 512)

@@ -36,6 +36,11 @@ def unsound(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "them, and only one",
     )
     engine, accelerate = recipe.engine, recipe.engine.library == "accelerate"
+    yield (
+        (recipe.data.outage_s or 0) > engine.collective_timeout_s / 2,
+        f"data.outage_s={recipe.data.outage_s} with engine.collective_timeout_s={engine.collective_timeout_s}: the "
+        "other ranks would end the job before this one gives up; use at most half of it, or null",
+    )
     stage, precision = f"engine.zero_stage={engine.zero_stage}", f"engine.precision={engine.precision}"
     yield (
         accelerate and engine.zero_stage > 0,

@@ -54,6 +54,8 @@ class RunSummary:
     """Share of the GPUs' peak, 0–1, likewise."""
     gpu_peak_gb: float | None
     """The most that torch had allocated on one GPU in a step, 10⁹ bytes."""
+    fetched_gb: float | None
+    """10⁹ bytes of shards that were fetched from other machines, by all ranks."""
     seconds: float | None
     """Wall time of training in seconds."""
     cpu_s: float | None
@@ -118,6 +120,7 @@ def summarise_files(run: RunFiles) -> RunSummary:
         tokens_per_s=_median_rate(run, "tokens_per_s"),
         mfu=_median_rate(run, "mfu"),
         gpu_peak_gb=number(closing.get("gpu_peak_gb")),
+        fetched_gb=_fetched_gb(closing.get("fetched")),
         seconds=number(closing.get("seconds")),
         cpu_s=number(closing.get("cpu_s")),
     )
@@ -169,7 +172,7 @@ def headline(runs: Sequence[RunSummary]) -> Headline:
     columns = ["run", "method", "seed", "steps"]
     for split in splits:
         columns += [f"{split} mIoU", f"{split} mIoU (student)", f"{split} pixel accuracy"]
-    columns += ["images/s", "MFU", "peak GB of a GPU", "time"]
+    columns += ["images/s", "MFU", "peak GB of a GPU", "fetched GB", "time"]
     rows = []
     for run, label in zip(runs, method_labels(runs)):
         row = [run.name, label, "–" if run.seed is None else str(run.seed), _steps(run)]
@@ -177,7 +180,8 @@ def headline(runs: Sequence[RunSummary]) -> Headline:
             row += _split_figures(run, split)
         mfu = "–" if run.mfu is None else f"{run.mfu:.0%}"
         peak = "–" if run.gpu_peak_gb is None else f"{run.gpu_peak_gb:.1f}"
-        rows.append((*row, _rate(run.images_per_s), mfu, peak, _duration(run.seconds)))
+        fetched = "–" if run.fetched_gb is None else f"{run.fetched_gb:.3g}"
+        rows.append((*row, _rate(run.images_per_s), mfu, peak, fetched, _duration(run.seconds)))
     # Columns without any figure are left out (if no student was evaluated, for example).
     filled = [column for column in range(len(columns)) if any(row[column] != "–" for row in rows)]
     return Headline(
@@ -252,6 +256,7 @@ def as_rows(runs: Sequence[RunSummary]) -> list[dict[str, object]]:
                 "tokens_per_s": run.tokens_per_s,
                 "mfu": run.mfu,
                 "gpu_peak_gb": run.gpu_peak_gb,
+                "fetched_gb": run.fetched_gb,
                 "seconds": run.seconds,
                 "cpu_s": run.cpu_s,
             }
@@ -269,6 +274,11 @@ def _median_rate(run: RunFiles, name: str) -> float | None:
         if settled.size:
             return float(np.median(settled))
     return None
+
+
+def _fetched_gb(fetched: object) -> float | None:
+    fetched_bytes = number(fetched.get("bytes")) if isinstance(fetched, dict) else None
+    return None if fetched_bytes is None else fetched_bytes / 1e9
 
 
 def _whole(value: object) -> int | None:

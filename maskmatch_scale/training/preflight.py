@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from maskmatch_scale.data.batches.loading import check_shared_memory
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import ShardStream, load_index
@@ -77,7 +78,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     """
     place = Place.from_environment()
     check_backbone(recipe)
-    index = load_index(recipe.data.root, recipe.data)
+    index = load_index(recipe.data.root, recipe.data, fresh=True)
     student = build_student(recipe, describe_data(recipe, index), deferred=recipe.engine.zero_stage == 3)
     check_model(recipe, student)
     has_batchnorm = any(isinstance(module, _BatchNorm) for module in student.modules())
@@ -93,6 +94,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     if checkpoint is not None:
         check_checkpoint(checkpoint, recipe, place.world_size)
         batches.resume(load_stream_state(checkpoint))
+    check_shared_memory(batches, recipe.run.steps * recipe.engine.accumulation, place.local_world_size)
     return Checked(recipe, reason, describe_data(recipe, index, used), batches, student, place, checkpoint)
 
 

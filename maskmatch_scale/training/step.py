@@ -15,6 +15,7 @@ from torch import Tensor
 from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.data.faults import REASONS
 from maskmatch_scale.data.order.source import Skip
+from maskmatch_scale.data.remote.shard_cache import NOTHING, Fetched
 from maskmatch_scale.engine.protocol import leaves_out
 from maskmatch_scale.method.ema import ema_decay
 from maskmatch_scale.method.maskmatch import PARTS, Step
@@ -37,6 +38,8 @@ class StepFigures:
     """Distinct images over all ranks."""
     skipped: tuple[Skip, ...] = ()
     """Bad samples that this rank skipped."""
+    fetched: Fetched = NOTHING
+    """What this rank's loader processes have fetched from other machines meanwhile."""
     left_out: bool = False
     """Whether the step was not taken, because its gradients were not finite (`run.max_nonfinite_steps`)."""
 
@@ -62,6 +65,7 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
         batch = next(batches)
         waited += time.monotonic() - asked
         figures.skipped += batch.skipped
+        figures.fetched += batch.fetched
         prepared.append(maskmatch.prepare(batch.to(runtime.device)))
 
     local = torch.stack([maskmatch.denominators(micro) for micro in prepared]).sum(0)

@@ -8,11 +8,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from maskmatch_scale.cli.main import app
-from maskmatch_scale.data.shards.index import ShardIndex
+from maskmatch_scale.data.shards.index import ShardIndex, sha256
 from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.train import train
 from tests.conftest import rewrite_shard
+from tests.data.faulty_server import FaultyServer
 
 
 def run(*arguments):
@@ -92,6 +93,36 @@ def test_an_index_elsewhere_goes_on_where_it_was_interrupted(shapes, tmp_path, m
     assert len(looked) == len(set(looked)) == len(ShardIndex.load(shapes).streams["unlabelled"].shards)
     assert len(ShardStream(out, "unlabelled")) == 24
     assert ShardStream(out, "unlabelled")[0].key == "unlabelled-0000"
+
+
+def test_more_shards_do_not_rescan_all(shapes, tmp_path):
+    out, cache = tmp_path / "out", ("--cache-dir", tmp_path / "cache", "--workers", 1)
+    count = len(ShardIndex.load(shapes).streams["unlabelled"].shards)
+    with FaultyServer(shapes) as server:
+
+        def index(last, *options):
+            before = len(server.requests)
+            run("index", f"{server.url}/unlabelled-{{000000..{last:06d}}}.tar", out, *cache, *options)
+            assert len(ShardIndex.load(out).streams["unlabelled"].shards) == last + 1
+            return [request.path for request in server.requests[before:]]
+
+        assert len(index(count - 3)) == count - 2
+        assert index(count - 1) == [f"unlabelled-{number:06d}.tar" for number in (count - 2, count - 1)]
+        assert index(0) == []
+        assert index(count - 1) == []
+        assert len(index(count - 1, "--rescan")) == count
+
+
+def test_a_local_shard_that_changed_is_looked_at_again(shapes, tmp_path):
+    shards = shutil.copytree(shapes, tmp_path / "mine")
+    command = ("index", shards / "unlabelled-*.tar", shards, "--workers", 1)
+    run(*command)
+    file = ShardIndex.load(shards).streams["unlabelled"].shards.file(0)
+    rewrite_shard(shards, file, {"unlabelled-0000.webp": None})
+    run(*command)
+    table = ShardIndex.load(shards).streams["unlabelled"].shards
+    assert (int(table.samples[0]), table.sha256(0)) == (2, sha256(shards / file))
+    assert len((shards / ".survey.jsonl").read_text().splitlines()) == len(table)
 
 
 def test_mistakes(shapes, tmp_path):

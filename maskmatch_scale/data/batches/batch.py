@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from maskmatch_scale.data.order.source import Skip
+from maskmatch_scale.data.remote.shard_cache import NOTHING, Fetched
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Batch:
     """For each unlabelled image a number made from its place (source, epoch, number in the epoch)."""
     skipped: tuple[Skip, ...] = ()
     """Samples that could not be used and were skipped for this batch."""
+    fetched: Fetched = NOTHING
+    """What the process that made the batch has fetched from other machines since the batch that it made before."""
 
     @classmethod
     def empty(cls, labelled: int, unlabelled: int, size: tuple[int, int], draws: int = 0) -> Batch:

@@ -55,7 +55,7 @@ class ClassPixels:
             cut = Cut(len(numbers), world_size)
             for number in numbers[cut.start(rank) : cut.start(rank + 1)]:
                 try:
-                    label = self._label_map(source.stream[number])
+                    label = source.stream.load(*source.stream.locate(number), self._label_map)
                 except BadSample:
                     if not source.skip:
                         raise

@@ -6,12 +6,12 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.images.decode import decode_image, decode_label
 from maskmatch_scale.data.order.epoch import Cut
-from maskmatch_scale.data.shards.reading import ShardStream
+from maskmatch_scale.data.shards.reading import RawSample, ShardStream
 from maskmatch_scale.recipe import DataRecipe
 from maskmatch_scale.redact import shown
 
@@ -31,6 +31,25 @@ class EvaluationSample:
     label: Tensor
     """uint8 (H, W)."""
 
+    def shared(self) -> EvaluationSample:
+        """The same sample in shared memory, where the loader's queue would put it.
+
+        The queue does so in a thread of its own, and a failure there would leave the loader waiting for ever.
+
+        Raises:
+            DataError: there is too little; says what to do.
+        """
+        try:
+            for tensor in (self.image, self.label):
+                tensor.share_memory_()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise DataError(
+                f"{self.key}: /dev/shm has no room for this image of {self.image.nbytes / 1e6:.0f} MB and those "
+                f"decoded meanwhile ({error}); give the container more (docker run --shm-size=1g or --ipc=host), or set "
+                "data.workers=0"
+            ) from None
+        return self
+
     def pin_memory(self) -> EvaluationSample:
         """The same sample, its image in page-locked memory; torch's loader calls this, too."""
         return replace(self, image=self.image.pin_memory())
@@ -43,15 +62,18 @@ class _Decoded(Dataset["EvaluationSample | DataError"]):
         self.stream, self.max_pixels = stream, max_pixels
 
     def __getitem__(self, number: int) -> EvaluationSample | DataError:
-        try:
-            raw = self.stream[number]
+        def decode(raw: RawSample) -> EvaluationSample:
             assert raw.label is not None
             image = decode_image(raw.image, raw.name, max_pixels=self.max_pixels)
             size = (image.shape[-2], image.shape[-1])
             label = decode_label(raw.label, raw.name, ignore_index=self.stream.index.ignore_index, size=size)
+            return EvaluationSample(number, raw.key, image, label)
+
+        try:
+            sample = self.stream.load(*self.stream.locate(number), decode)
+            return sample if get_worker_info() is None else sample.shared()
         except DataError as error:
             return error  # returned, because torch would add a traceback to the message of one that is raised
-        return EvaluationSample(number, raw.key, image, label)
 
 
 def evaluation_samples(

@@ -10,6 +10,8 @@ Decision: docs/decisions/0003-batches-in-reused-shared-memory.md.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Generator
 from dataclasses import dataclass
 
@@ -21,9 +23,14 @@ from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.order.source import Skip
+from maskmatch_scale.data.remote.shard_cache import Fetched
 
 _AHEAD = 2
 """Batches that each process makes ahead of time."""
+_SHARED_MEMORY = "/dev/shm"
+"""Where Linux keeps shared memory."""
+_LOCKS_BYTES = 1 << 20
+"""More than the locks of a loader's queues take there: a page each."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,13 @@ class _Slot:
         """Copy the tensors of a batch into this slot; returns the rest of the batch."""
         for shared, tensor in zip(self.tensors, batch.tensors, strict=True):
             shared[: len(tensor)].copy_(tensor)
-        return _Rest(tuple(map(len, batch.tensors)), batch.unlabelled_positions, batch.skipped)
+        return _Rest(tuple(map(len, batch.tensors)), batch.unlabelled_positions, batch.skipped, batch.fetched)
 
     def take(self, rest: _Rest, *, pin_memory: bool) -> Batch:
         """A copy of the batch in this slot, in page-locked memory if asked."""
         found = [shared[:size] for shared, size in zip(self.tensors, rest.sizes, strict=True)]
         images, labels, views, valid, draws = (part.pin_memory() if pin_memory else part.clone() for part in found)
-        return Batch(images, labels, views, valid, draws, rest.positions, rest.skipped)
+        return Batch(images, labels, views, valid, draws, rest.positions, rest.skipped, rest.fetched)
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class _Rest:
     """Images in each tensor of the batch."""
     positions: tuple[int, ...]
     skipped: tuple[Skip, ...]
+    fetched: Fetched
 
 
 class _Filling(Dataset["_Rest | DataError"]):
@@ -75,6 +83,57 @@ class _Filling(Dataset["_Rest | DataError"]):
         except DataError as error:
             return error  # returned, because torch would add a traceback to the message of one that is raised
         return self.slots[(number - self.start) % len(self.slots)].put(batch)
+
+
+def check_shared_memory(made: TrainingBatches, batches: int, ranks: int) -> None:
+    """Refuse a run whose loader processes need more shared memory than this machine or container has.
+
+    Containers often have little: docker gives 64 MB.
+
+    Args:
+        made: makes the batches of this rank.
+        batches: how many there will be.
+        ranks: on this machine; each needs as much as this one.
+
+    Raises:
+        DataError: says how much is needed, how much there is, and what to do.
+    """
+    _, slots = _workers_and_slots(made, batches)
+    free = _free_shared_memory()
+    if free is not None and _shared_memory_needed(made, slots, ranks) > free:
+        raise DataError(_too_little_shared_memory(made, slots, ranks))
+
+
+def _workers_and_slots(made: TrainingBatches, batches: int) -> tuple[int, int]:
+    """Loader processes for so many batches, and the slots that they need."""
+    workers = max(0, min(made.recipe.data.workers, batches))
+    # One more than can be under way: torch asks for another batch when it hands one out, before that one is copied.
+    return workers, workers * _AHEAD + 1 if workers else 0
+
+
+def _shared_memory_needed(made: TrainingBatches, slots: int, ranks: int) -> int:
+    """Bytes that so many slots of each rank take, in whole pages, and the locks of the loader's queues."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    slot = sum(-(-tensor.nbytes // page) * page for tensor in made.largest_batch().tensors)
+    return ranks * (slots * slot + _LOCKS_BYTES) if slots else 0
+
+
+def _free_shared_memory() -> int | None:
+    """Bytes; None if this system has no such folder."""
+    try:
+        status = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return None
+    return status.f_bavail * status.f_frsize
+
+
+def _too_little_shared_memory(made: TrainingBatches, slots: int, ranks: int) -> str:
+    needed, free = _shared_memory_needed(made, slots, ranks), _free_shared_memory() or 0
+    return (
+        f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, but the loader processes need {needed / 1e6:.0f} MB "
+        f"(data.workers={made.recipe.data.workers}, {ranks} rank{'s' if ranks > 1 else ''} on this machine); give the "
+        f"container more (docker run --shm-size={math.ceil(2 * needed / 2**30)}g, or --ipc=host), or set data.workers=0"
+    )
 
 
 def load_batches(
@@ -92,14 +151,18 @@ def load_batches(
         DataError: when it is the turn of a batch with a sample that cannot be used; see
             :meth:`TrainingBatches.__getitem__`.
     """
-    workers = min(made.recipe.data.workers, stop - start)
+    workers, slots_needed = _workers_and_slots(made, stop - start)
     if workers <= 0:
         for number in range(start, stop):
             batch = made[number]
             yield batch.with_tensors([t.pin_memory() for t in batch.tensors]) if pin_memory else batch
         return
-    # One more than can be under way: torch asks for another batch when it hands one out, before that one is copied.
-    slots = [_Slot.like(made.largest_batch()) for _ in range(workers * _AHEAD + 1)]
+    try:
+        slots = [_Slot.like(made.largest_batch()) for _ in range(slots_needed)]
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise DataError(_too_little_shared_memory(made, slots_needed, 1)) from None
     loader = DataLoader(
         _Filling(made, start, slots),
         batch_size=None,

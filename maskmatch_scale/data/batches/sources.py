@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.order.epoch import permutation
 from maskmatch_scale.data.order.mix import Leg, SourceInfo
+from maskmatch_scale.data.order.patience import Patience
 from maskmatch_scale.data.order.source import WeightedSource
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.recipe import Recipe, SourceRecipe
 from maskmatch_scale.redact import shown
-from maskmatch_scale.seeds import derive_seed, generator
+from maskmatch_scale.seeds import derive_seed
 
 log = logging.getLogger("maskmatch_scale")
 
@@ -73,7 +74,9 @@ class Side:
         self.leg = old.next(step, self.start, lanes, batch, infos)
 
 
-def open_side(name: SideName, recipe: Recipe, index: ShardIndex, lanes: int, world_size: int) -> Side:
+def open_side(
+    name: SideName, recipe: Recipe, index: ShardIndex, lanes: int, world_size: int, patience: Patience
+) -> Side:
     """Open the sources of one side, and mix them from the beginning.
 
     Args:
@@ -82,6 +85,7 @@ def open_side(name: SideName, recipe: Recipe, index: ShardIndex, lanes: int, wor
         index: of ``data.root``.
         lanes: see :func:`count_lanes`.
         world_size: number of ranks.
+        patience: how long a process may wait for shards that do not come.
 
     Raises:
         DataError: a source is missing or empty, or sources do not fit together.
@@ -107,6 +111,7 @@ def open_side(name: SideName, recipe: Recipe, index: ShardIndex, lanes: int, wor
             weight=source.weight,
             skip=skip,
             numbers=drawn,
+            patience=patience,
         )
         for stream, source_name, source, drawn in zip(streams, names, wanted, numbers, strict=True)
         if drawn is None or len(drawn)
@@ -187,7 +192,8 @@ def draw_labelled(sizes: Sequence[int], count: int | None, split_seed: int) -> l
     total = sum(sizes)
     if count > total:
         raise DataError(f"data.labelled_count={count}: there are {total} labelled samples; ask for fewer or write more")
-    drawn = torch.randperm(total, generator=generator(split_seed, "labelled split"))[:count].sort().values.numpy()
+    # By numpy's Philox, which stays the same: which samples have labels must not change with torch's version.
+    drawn = np.sort(permutation(derive_seed(split_seed, "labelled split"), total)[:count])
     edges = np.concatenate([[0], np.cumsum(sizes)])
     parts = np.split(drawn, np.searchsorted(drawn, edges[1:-1]))
     return [part - edge for part, edge in zip(parts, edges[:-1], strict=True)]

@@ -27,8 +27,10 @@ from maskmatch_scale.data.batches.class_pixels import ClassPixels
 from maskmatch_scale.data.batches.sources import Side, count_lanes, open_side
 from maskmatch_scale.data.batches.views import SampleViews, label_map
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.order.patience import Patience
 from maskmatch_scale.data.order.queue import SamplePlace
 from maskmatch_scale.data.order.source import Skip, WeightedSource
+from maskmatch_scale.data.remote.shard_cache import Fetched
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.recipe import Recipe
@@ -81,14 +83,15 @@ class TrainingBatches(Dataset[Batch]):
         self.index = index or load_index(recipe.data.root, recipe.data)
         self._draw = draw
         self.lanes = count_lanes(recipe, world_size)
+        patience = Patience(outage_s(recipe))
         self.labelled: Side | None = None
         """None where ``data.labelled_count`` is 0."""
         if recipe.data.labelled_count != 0:
-            self.labelled = open_side("labelled", recipe, self.index, self.lanes, world_size)
+            self.labelled = open_side("labelled", recipe, self.index, self.lanes, world_size, patience)
         self.unlabelled: Side | None = None
         """None where no unlabelled images are read."""
         if unlabelled:
-            self.unlabelled = open_side("unlabelled", recipe, self.index, self.lanes, world_size)
+            self.unlabelled = open_side("unlabelled", recipe, self.index, self.lanes, world_size, patience)
         ignore_index = self.index.ignore_index
         self._class_pixels = ClassPixels(
             self.labelled.sources if self.labelled else [],
@@ -155,6 +158,8 @@ class TrainingBatches(Dataset[Batch]):
             made = [self._views.labelled(source, place) for source, place in self.places(self.labelled, number)]
             images, labels = torch.stack([view for view, _, _ in made]), torch.stack([label for _, label, _ in made])
             skipped += [skip for _, _, skips in made for skip in skips]
+        if self.unlabelled is not None and step < self.unlabelled.start:
+            self._prefetch_side(self.unlabelled, number)
         if self.unlabelled is not None and step >= self.unlabelled.start:
             places = list(self.places(self.unlabelled, number))
             drawn = [self._views.unlabelled(source, place) for source, place in places]
@@ -163,7 +168,11 @@ class TrainingBatches(Dataset[Batch]):
             seed = self.recipe.run.seed
             positions = [derive_seed(seed, "place", source.name, p.epoch, p.place) for source, p in places]
             draws = self._draw(positions) if self._draw else draws.new_empty(len(positions), 0)
-        return Batch(images, labels, views, valid, draws, tuple(positions), tuple(skipped))
+        return Batch(images, labels, views, valid, draws, tuple(positions), tuple(skipped), self._take_figures())
+
+    def _take_figures(self) -> Fetched:
+        sides = (self.labelled, self.unlabelled)
+        return sum((source.stream.take_figures() for side in sides if side for source in side.sources), Fetched())
 
     def largest_batch(self) -> Batch:
         """A batch of uninitialised memory, as large as any of this rank."""
@@ -173,24 +182,36 @@ class TrainingBatches(Dataset[Batch]):
         return Batch.empty(labelled, unlabelled, self.recipe.data.crop_px, self._draw.width if self._draw else 0)
 
     def places(self, side: Side, number: int) -> Iterator[tuple[WeightedSource, SamplePlace]]:
-        """The source and place of each of this rank's images of one side in micro-batch ``number``.
+        """The source and place of each of this rank's images of one side in micro-batch ``number``."""
+        step = number // self.recipe.engine.accumulation
+        for lane, within in self._slots(side, number):
+            source, place = side.leg.at(step, lane, within)
+            if side.is_remote:
+                self._prefetch(side, step, lane, within)
+            yield side.sources[source], place
 
-        Those are the rank's slots of the global batch; each slot belongs to a lane.
+    def _slots(self, side: Side, number: int) -> Iterator[tuple[int, int]]:
+        """(lane, number among the images of the lane in this step) of each of this rank's slots in a micro-batch.
+
+        A rank has its own slots of the global batch, and each slot belongs to a lane.
         """
-        accumulation, leg = self.recipe.engine.accumulation, side.leg
-        step, micro = divmod(number, accumulation)
-        each = leg.per_lane // accumulation
+        accumulation = self.recipe.engine.accumulation
+        each = side.leg.per_lane // accumulation
         for slot in range(self.rank * side.per_rank, (self.rank + 1) * side.per_rank):
             lane, within = divmod(slot, each)
-            source, place = leg.at(step, lane, micro * each + within)
-            if side.is_remote:
-                self._prefetch(side, step, lane, micro * each + within)
-            yield side.sources[source], place
+            yield lane, number % accumulation * each + within
+
+    def _prefetch_side(self, side: Side, number: int) -> None:
+        """Fetch shards of a side in the background that takes no images in micro-batch ``number`` yet."""
+        if side.is_remote:
+            for lane, within in self._slots(side, number):
+                self._prefetch(side, number // self.recipe.engine.accumulation, lane, within)
 
     def _prefetch(self, side: Side, step: int, lane: int, number: int) -> None:
         """Fetch shards in the background: those of the window that a lane is in, and of the one half a window later.
 
-        The former are there already, except when a run begins or continues.
+        The former are there already, except when a run begins or continues. Where a side takes its first images only
+        half a window from now or sooner, the shards of its first window are fetched.
 
         Args:
             side: of the image.
@@ -201,6 +222,12 @@ class TrainingBatches(Dataset[Batch]):
         samples = max(source.info.samples for source in side.sources)
         ahead = min(self.recipe.data.shuffle_window, samples // self.lanes) // 2
         for due in (step, step + 1 + ahead // side.leg.per_lane):
-            if due < self.recipe.run.steps:  # nothing is fetched that is needed only after the end of the run
+            # Nothing is fetched that is needed only after the end of the run.
+            if max(side.start, side.leg.start) <= due < self.recipe.run.steps:
                 source, place = side.leg.at(due, lane, number)
                 side.sources[source].prefetch(place)
+
+
+def outage_s(recipe: Recipe) -> float:
+    """`data.outage_s` in seconds, or a quarter of `engine.collective_timeout_s`."""
+    return recipe.data.outage_s or recipe.engine.collective_timeout_s / 4

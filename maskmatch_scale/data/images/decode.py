@@ -34,7 +34,8 @@ def decode_image(
         uint8 (3, H, W). JPEG pixels are those of libjpeg-turbo's accurate settings, the same as Pillow's.
 
     Raises:
-        BadSample: ``not_an_image``: another format, corrupt or cut short (what is there is not used); ``too_large``.
+        BadSample: ``not_an_image``: another format, corrupt or cut short (what is there is not used), or 12-bit data
+            in 16 bits, whose upper 8 are black; ``too_large``.
     """
     planes = decode_planes(data, name, max_pixels=max_pixels, exif_orientation=exif_orientation, contiguous=contiguous)
     return torch.from_numpy(planes)

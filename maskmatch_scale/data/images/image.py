@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample
-from maskmatch_scale.data.images.opening import JPEG, MAX_PIXELS, bad, check_size, open_stored, quiet, said
+from maskmatch_scale.data.images.opening import (
+    BIT_DEPTH,
+    JPEG,
+    MAX_PIXELS,
+    PNG,
+    bad,
+    check_size,
+    open_stored,
+    quiet,
+    said,
+)
 
 T = TypeVar("T")
 
@@ -22,8 +32,11 @@ thousands of empty scans in a small file would take minutes to decode."""
 _START_OF_SCAN = b"\xff\xda"
 _LOST_PIXELS = ("Corrupt JPEG data", "Premature end")
 """Complaints of libjpeg-turbo that mean lost pixels; others are harmless."""
+_TWELVE_BITS = 1 << 12
 _ORIENTATION = 0x0112
 """Number of the EXIF tag."""
+_BITS_PER_SAMPLE = 258
+"""Number of the TIFF tag."""
 
 
 def decode_planes(
@@ -72,11 +85,50 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return _by_turbojpeg(decode)
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit grey image reduced to its upper 8 bits; any other image as it is."""
+def eight_bits(image: Image.Image, data: bytes, name: str) -> Image.Image:
+    """A 16-bit grey image reduced to its upper 8 bits. Any other image as it is: Pillow has reduced colours to 8 bits.
+
+    Cameras and scanners write 10 or 12 bits into 16 without scaling them. Their upper 8 bits are all but black, so such
+    images are refused, not silently used.
+
+    Args:
+        image: whose pixels were read.
+        data: the file that it was read from.
+        name: of the file or sample, for the message.
+
+    Raises:
+        BadSample: ``not_an_image``: it has 16 bits a channel, but no value above 4095.
+    """
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        _refuse_dark(int(values.max(initial=0)), name)
+        return Image.fromarray((values >> 8).astype(np.uint8))
+    is_png = data.startswith(PNG)
+    tiff_bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, ())
+    if (is_png and data[BIT_DEPTH] == 16) or 16 in (tiff_bits if isinstance(tiff_bits, tuple) else (tiff_bits,)):
+        upper = int(np.asarray(image.convert("RGB")).max(initial=0))
+        _refuse_dark(256 * upper if upper or not is_png else _largest_lower_byte(data), name)
     return image
+
+
+def _refuse_dark(largest: int, name: str) -> None:
+    if 0 < largest < _TWELVE_BITS:
+        raise bad(
+            "not_an_image",
+            name,
+            "16 bits a channel, but no value above 4095 of 65535, so that its upper 8 bits would be all but black: "
+            "12-bit data? scale its values to 0–65535, or write it with 8 bits a channel",
+        )
+
+
+def _largest_lower_byte(data: bytes) -> int:
+    """The largest lower byte of a PNG of 16 bits a channel whose upper bytes are all 0; of grey with alpha 0."""
+    image: Any = open_stored(data)
+    if any(tile.args not in ("RGB;16B", "RGBA;16B") for tile in image.tile):
+        return 0
+    # Pillow keeps the first byte of a pair for rawmode …B, and the second for …L.
+    image.tile = [tile._replace(args=tile.args.replace("16B", "16L")) for tile in image.tile]
+    return int(np.asarray(image.convert("RGB")).max(initial=0))
 
 
 def orientation_alone(image: Image.Image) -> Image.Exif:
@@ -97,7 +149,9 @@ def _pixels(data: bytes, name: str, max_pixels: int, exif_orientation: bool) -> 
         if data.startswith(JPEG):
             _check_scans(data, image.height, image.width, name)
         image.load()
-        pixels = np.array(eight_bits(image).convert("RGB"))  # a copy: torch wants memory that may be written to
+        pixels = np.array(
+            eight_bits(image, data, name).convert("RGB")
+        )  # a copy: torch wants memory that may be written to
     return pixels, _orientation(data) if exif_orientation else 1
 
 

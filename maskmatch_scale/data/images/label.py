@@ -10,6 +10,7 @@ from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.opening import (
+    BIT_DEPTH,
     MAX_PIXELS,
     PNG,
     bad,
@@ -22,8 +23,8 @@ from maskmatch_scale.data.images.opening import (
 )
 
 _IGNORED_16_BIT = 0xFFFF
-_BIT_DEPTH, _COLOUR_TYPE = 24, 25
-"""Bytes of a PNG that hold its bits a channel, and its kind of colour (0 is grey)."""
+_COLOUR_TYPE = 25
+"""The byte of a PNG that holds its kind of colour (0 is grey)."""
 _UNSCALE = {2: 85, 4: 17}
 """By bits of a grey PNG: Pillow multiplies its values by this, to spread them over 0–255."""
 _MODES = ("1", "L", "P", "I;16")
@@ -101,7 +102,7 @@ def decode_raw_values(data: bytes, name: str) -> NDArray[Any]:
 
 def is_8_bit_grey_png(data: bytes) -> bool:
     """Whether the bytes are a grey PNG of 8 bits, the format in which label maps are written to shards."""
-    return data.startswith(PNG) and data[_BIT_DEPTH : _COLOUR_TYPE + 1] == b"\x08\x00"
+    return data.startswith(PNG) and data[BIT_DEPTH : _COLOUR_TYPE + 1] == b"\x08\x00"
 
 
 def _stored_values(
@@ -131,5 +132,5 @@ def _values(image: Image.Image, data: bytes) -> NDArray[np.unsignedinteger[Any]]
         return values.astype(np.uint16)
     values = values.astype(np.uint8)
     if image.mode == "L" and image.format == "PNG":
-        values //= _UNSCALE.get(data[_BIT_DEPTH], 1)
+        values //= _UNSCALE.get(data[BIT_DEPTH], 1)
     return values

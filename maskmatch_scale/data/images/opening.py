@@ -21,6 +21,8 @@ MAX_PIXELS = 100_000_000
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 """How files of these formats begin."""
+BIT_DEPTH = 24
+"""The byte of a PNG that holds its bits a channel."""
 _RIFF = b"RIFF"
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate, pairwise
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 from maskmatch_scale.data.order.epoch import Cut
@@ -77,7 +77,7 @@ class Queue:
     @property
     def _rest(self) -> int:
         """Samples of round 0."""
-        return sum(interval.stop - interval.start for interval in self.left)
+        return self._ends[-1] if self.left else 0
 
     def _cut(self, round_: int) -> Cut:
         return Cut(self.samples if round_ else self._rest, self.lanes)
@@ -92,9 +92,11 @@ class Queue:
         interval = self.left[number]
         return SamplePlace(interval.epoch, interval.lanes, interval.stop - (ends[number] - place))
 
-    @property
+    @cached_property
     def _ends(self) -> tuple[int, ...]:
-        return _running_ends(self.left)
+        """Where each interval of round 0 ends if they are laid end to end."""
+        # Added up once: after some changes of the mix there are thousands of intervals, and each sample asks.
+        return tuple(accumulate(interval.stop - interval.start for interval in self.left))
 
     def after(self, counts: Sequence[int], lanes: int) -> Queue:
         """The queue that is left when lane i has taken ``counts[i]`` samples, dealt to another number of lanes."""
@@ -118,16 +120,13 @@ class Queue:
         if round_:
             yield Interval(self.epoch + round_ - 1, self.lanes, start, stop)
             return
-        for interval, (before, end) in zip(self.left, pairwise((0, *self._ends))):
-            low, high = max(start, before), min(stop, end)
-            if low < high:
-                yield interval._replace(start=interval.start + low - before, stop=interval.start + high - before)
-
-
-@lru_cache(maxsize=64)
-def _running_ends(left: tuple[Interval, ...]) -> tuple[int, ...]:
-    """Where each interval ends if they are laid end to end."""
-    return tuple(accumulate(interval.stop - interval.start for interval in left))
+        ends = self._ends
+        for number in range(bisect_right(ends, start), len(ends)):
+            interval, before = self.left[number], ends[number - 1] if number else 0
+            low, high = max(start, before), min(stop, ends[number])
+            if low >= high:
+                return
+            yield interval._replace(start=interval.start + low - before, stop=interval.start + high - before)
 
 
 def _joined(intervals: Sequence[Interval]) -> Iterator[Interval]:

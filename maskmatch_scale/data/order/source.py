@@ -6,17 +6,20 @@ Decision: docs/decisions/0030-a-stream-is-a-list-of-shards.md.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maskmatch_scale.data.faults import BadSample, DataError
+from maskmatch_scale.data.faults import BadSample, DataError, NotFetched
 from maskmatch_scale.data.order.epoch import EpochOrder
 from maskmatch_scale.data.order.mix import SourceInfo
+from maskmatch_scale.data.order.patience import Patience
 from maskmatch_scale.data.order.queue import SamplePlace
 from maskmatch_scale.data.shards.reading import RawSample, ShardStream
 from maskmatch_scale.redact import is_remote, shown
@@ -25,7 +28,8 @@ from maskmatch_scale.seeds import derive_seed
 Prepared = TypeVar("Prepared")
 
 _REPLACEMENTS_PER_RANGE = 16
-"""Replacements of a bad sample that are drawn from its window, then from a neighbouring one, then from its epoch."""
+"""At most so many replacements of a bad sample are drawn from its window, then as many from a neighbouring one, then as
+many from its whole epoch."""
 
 _ORDERS_KEPT = 4
 """Epochs whose order is kept in memory. All lanes are in the same epoch or in neighbouring ones."""
@@ -60,6 +64,7 @@ class WeightedSource:
         weight: its share of the mix, relative to those of the other sources.
         skip: whether bad samples are skipped; otherwise they are errors.
         numbers: int64, ascending: the samples of the stream that are used; None = all.
+        patience: how long may be waited for shards that do not come; shared by the sources of a run.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class WeightedSource:
         weight: float = 1.0,
         skip: bool = False,
         numbers: NDArray[np.int64] | None = None,
+        patience: Patience | None = None,
     ) -> None:
         self.stream = stream
         self.name = name
@@ -88,6 +94,9 @@ class WeightedSource:
         self.info = SourceInfo(name, weight, int(self.sizes.sum()), self._digest())
         self.is_remote = is_remote(stream.root) or stream.shards.has_addresses
         """Whether its shards have to be fetched."""
+        self._patience = patience or Patience()
+        self._arrivals = 0
+        self._here: tuple[int, list[int]] | None = None
         self._orders: OrderedDict[tuple[int, int], EpochOrder] = OrderedDict()
         self._not_asked_for: OrderedDict[tuple[int, int], list[int]] = OrderedDict()
 
@@ -129,26 +138,57 @@ class WeightedSource:
 
         Returns:
             What ``prepare`` returned; and the sample at ``place`` if it was skipped. It is listed once, even if
-            replacements were bad too.
+            replacements were bad too. Its reason is ``unreachable`` if the network is taken for lost and a sample of
+            some shard on this machine took its place, which ``place`` does not determine: the run should stop.
 
         Raises:
             BadSample: the sample is bad, and this source skips none.
             DataError: neither the sample nor any replacement can be used.
         """
         skipped: list[Skip] = []
-        tried, last = 0, ""
+        tried, last, not_fetched = 0, "", False
         for shard, within in self._candidates(place):
             tried += 1
+            began = time.monotonic()
             try:
-                return prepare(self.stream.read(shard, within)), skipped
+                prepared = self.stream.load(shard, within, prepare, patience_s=self._patience.for_a_shard_s)
+                if self._arrivals != (arrivals := self.stream.arrivals):
+                    self._arrivals = arrivals
+                    self._patience.recover()
+                return prepared, skipped
             except BadSample as bad:
-                if not self.skip:
+                reason, last = bad.reason, str(bad)
+                if isinstance(bad, NotFetched):
+                    not_fetched = True
+                    self._patience.waited(time.monotonic() - began)
+                if not self.skip and not (isinstance(bad, NotFetched) and bad.may_pass):
                     raise
-                last = str(bad)
-                if not skipped:
-                    key = self.stream.key(shard, within)
-                    skipped.append(Skip(self.name, shown(self.stream.shards.file(shard)), key, bad.reason, last))
+            if not skipped:
+                key = self.stream.key(shard, within)
+                skipped.append(Skip(self.name, shown(self.stream.shards.file(shard)), key, reason, last))
+            if not_fetched and (self._patience.is_lost or not self.skip):
+                break
+        if not_fetched and (found := self._on_this_machine(place, prepare)) is not None:
+            self._patience.give_up()
+            return found[0], [replace(skipped[0], reason="unreachable", message=last)]
         raise DataError(f"source {self.name!r}: {tried} samples in a row cannot be used; the last: {last}")
+
+    def _on_this_machine(self, place: SamplePlace, prepare: Callable[[RawSample], Prepared]) -> tuple[Prepared] | None:
+        """Prepare any sample that can be read without fetching a shard; None if there is none.
+
+        Training goes on with it until all ranks have heard that the network is lost and write a checkpoint.
+        """
+        arrivals = self.stream.arrivals
+        if self._here is None or self._here[0] != arrivals:
+            self._here = arrivals, [shard for shard in self.stream.shards_here() if self.sizes[shard]]
+        _, here = self._here
+        for attempt in range(_REPLACEMENTS_PER_RANGE if here else 0):
+            drawn = derive_seed(self.seed, "on this machine", place.epoch, place.place, attempt)
+            shard = here[drawn % len(here)]
+            _, within = self._in_shard(shard, drawn // len(here) % int(self.sizes[shard]))
+            with suppress(BadSample):
+                return (self.stream.load(shard, within, prepare, patience_s=0.0),)
+        return None
 
     def _candidates(self, place: SamplePlace) -> Iterator[tuple[int, int]]:
         """(shard, number within it) of the sample at a place, then of its replacements. They depend on the place alone.

@@ -17,14 +17,16 @@ and the bound may be exceeded for a moment; nothing else happens.
 from __future__ import annotations
 
 import errno
+import hashlib
+import math
 import os
 import re
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.remote import file_locks
@@ -36,6 +38,7 @@ _TOUCHED_EVERY_S = 60.0
 _SILENT_S = 600.0
 """Without locks, a partial file that was not written to for so long is taken for abandoned."""
 _POLL_S = 0.1
+_BLOCK = 1 << 20
 
 
 class NoRoom(Exception):  # noqa: N818 - not an error: the fetch gives up its room and begins again with more
@@ -53,7 +56,8 @@ class NoRoom(Exception):  # noqa: N818 - not an error: the fetch gives up its ro
 class CacheFolder:
     """Files by name. When room is needed, the least recently used ones are dropped.
 
-    A file that is dropped while a process has it open stays readable there until it is closed. It is not counted then.
+    A file that is dropped while a process has it open stays readable there until it is closed. It is not counted then,
+    but takes room on the disk: so nobody should keep files open.
 
     Args:
         path: the folder; made if it is not there.
@@ -69,7 +73,7 @@ class CacheFolder:
         with _explained(path):
             path.mkdir(parents=True, exist_ok=True)
 
-    def open(self, name: str, size: int | None = None) -> BinaryIO | None:
+    def open(self, name: str, size: int | None = None) -> FileIO | None:
         """Open a file; None if it is not there.
 
         Args:
@@ -80,7 +84,7 @@ class CacheFolder:
         path = self.path / name
         try:
             with _explained(self.path, FileNotFoundError):
-                file = path.open("rb")
+                file = FileIO(path)
         except FileNotFoundError:
             return None
         status = os.fstat(file.fileno())
@@ -93,22 +97,66 @@ class CacheFolder:
                 os.utime(path)
         return file
 
+    def inode(self, name: str) -> int | None:
+        """The inode of a file, which tells it from one that takes its place; None if it is not there."""
+        try:
+            return (self.path / name).stat().st_ino
+        except OSError:
+            return None
+
+    def drop_if_damaged(self, name: str, sha256: str) -> bool:
+        """Compare the bytes of a file with their hex digest, and drop it if they differ; returns whether it was."""
+        digest = hashlib.sha256()
+        try:
+            with FileIO(self.path / name) as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+            damaged = digest.hexdigest() != sha256.lower()
+        except FileNotFoundError:
+            return False
+        except OSError:  # the disk does not give back what was written
+            damaged = True
+        if damaged:
+            with suppress(OSError):
+                (self.path / name).unlink()
+        return damaged
+
+    def names(self) -> set[str]:
+        """The names of all whole files."""
+        with _explained(self.path), os.scandir(self.path) as entries:
+            return {entry.name for entry in entries if _WHOLE.fullmatch(entry.name)}
+
     @contextmanager
-    def only_one(self, name: str, *, wait: bool = True) -> Iterator[bool]:
+    def only_one(self, name: str, *, patience_s: float = math.inf) -> Iterator[bool]:
         """Keep other processes and threads from fetching a file while the body runs.
 
         Args:
             name: of the file.
-            wait: whether to wait for another one that is fetching it.
+            patience_s: seconds to wait for another one that is fetching it. The time begins anew with each byte that
+                the other one gets. 0: do not wait.
 
         Yields:
-            True if they are kept from it; False if another one is fetching it and ``wait`` is False.
+            True if they are kept from it; False if another one is fetching it still.
 
         Raises:
             DataError: the folder cannot be written to.
         """
-        with _locked(self.path / f".{name}.lock", wait=wait, remove=True) as locked:
-            yield locked
+        path, began = self.path / f".{name}.lock", time.time()
+        while True:
+            # A limited wait looks again and again: the kernel knows no time-out for a lock.
+            with _locked(path, wait=patience_s == math.inf, remove=True) as locked:
+                if locked or time.time() - max(began, self._last_byte(name)) >= patience_s:
+                    yield locked
+                    return
+            time.sleep(_POLL_S / 5)
+
+    def _last_byte(self, name: str) -> float:
+        """When a byte of a file that is being fetched came last, as `time.time()`; 0 if none is."""
+        newest = 0.0
+        for partial in self.path.glob(f".{name}.*.part"):
+            with suppress(OSError):
+                newest = max(newest, partial.stat().st_mtime)
+        return newest
 
     @contextmanager
     def begin(self, name: str, size: int) -> Iterator[PartialFile]:
@@ -224,14 +272,16 @@ class PartialFile:
             self._file.seek(at)
             self._file.write(block)
 
-    def keep(self, size: int) -> BinaryIO:
+    def keep(self, size: int) -> FileIO:
         """Make the first ``size`` bytes the whole file, and open it.
 
-        It is opened before it has its name, so that nobody can drop it in between.
+        Its bytes are on the disk before it has its name: after a power cut a file may otherwise have its size, but
+        zeros in place of what it held. It is opened before it has its name, so that nobody can drop it in between.
         """
         with _explained(self._folder.path):
             self._file.truncate(size)  # also flushes
-            file = self._path.open("rb")
+            os.fsync(self._file.fileno())
+            file = FileIO(self._path)
             try:
                 self._path.replace(self._place)
             except OSError:
@@ -282,12 +332,16 @@ def _locked(path: Path, *, wait: bool = True, remove: bool = False) -> Iterator[
 
 @contextmanager
 def _explained(folder: Path, expected: type[OSError] | tuple[()] = ()) -> Iterator[None]:
-    """Turn an OSError into a DataError that says what to do, except those that are expected."""
+    """Turn an OSError into a DataError that says what to do, except those that are expected, and a lack of
+    descriptors.
+    """
     try:
         yield
     except expected:
         raise
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # not the folder's fault: whoever keeps files open mends it
+            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise DataError(
             f"{folder}: {'the disk is full' if full else error.strerror or error}; the shards' cache needs a folder "

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
+from collections.abc import Callable
 
-from maskmatch_scale.data.faults import BadSample, DataError
+from maskmatch_scale.data.faults import DataError, NotFetched
 from maskmatch_scale.data.remote import http, objects, pipe
 from maskmatch_scale.data.remote.address import is_http, scrubbed
 from maskmatch_scale.data.remote.transfer import FetchOptions, Sink, Transfer, TransferError
 from maskmatch_scale.redact import PIPE, shown
 
 _LONGEST_PAUSE_S = 30.0
+_SHORTEST_TRY_S = 1.0
+"""Seconds that the last try waits for a byte, however little patience is left."""
 _MOST_IN_MEMORY = 1 << 30
 """Larger files are not read into memory."""
 
@@ -21,7 +25,16 @@ _MOST_IN_MEMORY = 1 << 30
 _jitter = random.SystemRandom()
 
 
-def fetch(url: str, sink: Sink, size: int | None, sha256: str | None, options: FetchOptions) -> int:
+def fetch(
+    url: str,
+    sink: Sink,
+    size: int | None,
+    sha256: str | None,
+    options: FetchOptions,
+    *,
+    patience_s: float = math.inf,
+    tried: Callable[[], None] = lambda: None,
+) -> int:
     """Fetch a whole file.
 
     Args:
@@ -30,32 +43,38 @@ def fetch(url: str, sink: Sink, size: int | None, sha256: str | None, options: F
         size: the bytes that it must have, or None if that is not known.
         sha256: the hex digest that it must have, or None if that is not known.
         options: time-outs and tries.
+        patience_s: when no byte has come for so many seconds, over all tries, there is no other try.
+        tried: called after every try that failed.
 
     Returns:
         Its size in bytes.
 
     Raises:
-        BadSample: ``shard_unreadable``: all tries failed, or one failed in a way that no other try can mend. The
-            message names the address, the tries, the last failure, and what to do.
+        NotFetched: all tries failed, or one failed in a way that no other try can mend. The message names the address,
+            the tries, the last failure, and what to do.
         DataError: a library is missing, or the sink raised it.
     """
     get = pipe.get if url.startswith(PIPE) else http.get if is_http(url) else objects.get
     transfer = Transfer(url, sink, size, sha256, options.timeout_s)
     for attempt in itertools.count(1):
+        left_s = patience_s - (time.monotonic() - transfer.advanced_at)
+        transfer.timeout_s = min(options.timeout_s, max(left_s, _SHORTEST_TRY_S))
         transfer.begin_try()
         try:
             get(transfer)
             transfer.check_whole()
             break
         except TransferError as error:
-            if error.final or attempt >= options.attempts:
+            tried()
+            left_s = patience_s - (time.monotonic() - transfer.advanced_at)
+            if error.final or attempt >= options.attempts or left_s <= 0:
                 tries = "once" if attempt == 1 else f"{attempt} times"
-                raise BadSample(
-                    "shard_unreadable",
+                raise NotFetched(
                     f"{shown(url)}: tried {tries} and failed: {scrubbed(str(error), url)}; "
                     f"{error.advice or 'check the network and the server, or try later'}",
+                    may_pass=not error.final,
                 ) from None
-            pause = max(_backoff(attempt, options.timeout_s), error.wait_s)
+            pause = min(max(_backoff(attempt, options.timeout_s), error.wait_s), left_s)
         time.sleep(pause)
     return transfer.received
 
@@ -70,7 +89,7 @@ def read_bytes(url: str, options: FetchOptions) -> bytes:
     memory = _Memory(url)
     try:
         size = fetch(url, memory, None, None, options)
-    except BadSample as error:
+    except NotFetched as error:
         raise DataError(str(error)) from None
     return bytes(memory.data[:size])
 

@@ -9,26 +9,48 @@ the folder (:mod:`~maskmatch_scale.data.remote.cache_folder`).
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
-from maskmatch_scale.data.faults import BadSample
+from maskmatch_scale.data.faults import NotFetched
 from maskmatch_scale.data.remote.cache_folder import CacheFolder, NoRoom
 from maskmatch_scale.data.remote.fetch import fetch
 from maskmatch_scale.data.remote.pipe import refuse_pipe
 from maskmatch_scale.data.remote.transfer import FetchOptions
-from maskmatch_scale.redact import PIPE
+from maskmatch_scale.redact import PIPE, shown
 
 _FIRST_ROOM = 1 << 20
 """Bytes reserved for a file whose length is not known yet."""
 _PREFETCHES = 4
 """Largest number of prefetches of one process, including those that wait for their turn."""
 _PREFETCHES_AT_ONCE = 2
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What a cache has fetched."""
+
+    shards: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    """Of all fetches, also of those that failed; those that ran at the same time are added up."""
+    failed_tries: int = 0
+    damaged: int = 0
+    """Shards that were damaged in the cache, and dropped."""
+
+    def __add__(self, other: Fetched) -> Fetched:
+        return Fetched(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
+
+
+NOTHING = Fetched()
 
 
 class ShardCache:
@@ -65,17 +87,23 @@ class ShardCache:
         self.open(url, size, sha256).close()
         return self._folder.path / _name(url, sha256)
 
-    def open(self, url: str, size: int | None = None, sha256: str | None = None) -> BinaryIO:
-        """Open the file for reading, and fetch it first if it is not there. It stays readable if it is dropped.
+    def open(
+        self, url: str, size: int | None = None, sha256: str | None = None, *, patience_s: float = math.inf
+    ) -> FileIO:
+        """Open the file for reading, and fetch it first if it is not there.
+
+        It stays readable if it is dropped, but then takes room on the disk until it is closed: close it soon.
 
         Args:
             url: an address (:func:`~maskmatch_scale.data.remote.address.is_remote`).
             size: its bytes, if known; compared with what is fetched and with what is in the cache.
             sha256: its hex digest, if known; compared with what is fetched.
+            patience_s: seconds in which no byte of it comes, over all tries, before it is given up. 0: it is not
+                fetched.
 
         Raises:
-            BadSample: ``shard_unreadable``: it cannot be fetched. The message names the address, the tries, the last
-                failure, and what to do.
+            NotFetched: it cannot be fetched. The message names the address, the tries, the last failure, and what to
+                do.
             DataError: it is larger than the cache, the folder cannot be written to, a pipe is not allowed, or a library
                 is missing.
         """
@@ -83,21 +111,65 @@ class ShardCache:
         name = _name(url, sha256)
         file = self._folder.open(name, size)
         if file is None:
+            if patience_s <= 0:
+                raise NotFetched(f"{shown(url)}: not fetched while no other shard can be", may_pass=True)
             asked_at = time.time()
-            with self._folder.only_one(name):
+            with self._folder.only_one(name, patience_s=patience_s) as mine:
+                if not mine:
+                    message = f"{shown(url)}: another process fetches it, but has got nothing for {patience_s:.3g} s"
+                    raise NotFetched(f"{message}; check the network and the server, or try later", may_pass=True)
                 # Another process may have had the lock before, and fetched the file or failed to.
                 file = self._folder.open(name, size)
                 if file is None:
                     self._raise_failure_of_others(name, asked_at)
-                    file = self._fetch(name, url, size, sha256)
+                    file = self._fetch(name, url, size, sha256, patience_s)
+                else:
+                    self._here().arrivals += 1
         return file
+
+    @property
+    def arrivals(self) -> int:
+        """How many files have come since this process began; both those that it fetched and those it waited for."""
+        return self._here().arrivals
+
+    def inode(self, url: str, sha256: str) -> int | None:
+        """The inode of the file, which tells it from one that takes its place; None if it is not there."""
+        return self._folder.inode(_name(url, sha256))
+
+    def drop_if_damaged(self, url: str, sha256: str) -> bool:
+        """Compare the file that is there with its checksum, and drop it if they differ; returns whether it was."""
+        damaged = self._folder.drop_if_damaged(_name(url, sha256), sha256)
+        if damaged:
+            self._count(Fetched(damaged=1))
+        return damaged
+
+    def are_here(self, checksums: Iterable[str]) -> list[int]:
+        """The numbers of those checksums whose files are in the cache."""
+        names = self._folder.names()
+        return [number for number, sha256 in enumerate(checksums) if _name("", sha256) in names]
+
+    def take_figures(self) -> Fetched:
+        """What was fetched by this object in this process since the last call."""
+        here = self._here()
+        with here.lock:
+            figures, here.figures = here.figures, Fetched()
+        return figures
+
+    def _count(self, more: Fetched) -> None:
+        here = self._here()
+        with here.lock:
+            here.figures += more
 
     def _raise_failure_of_others(self, name: str, asked_at: float) -> None:
         # All processes of a rank need the same shard at about the same time: each would go through all tries again.
         failure = self._failure(name)
-        with suppress(OSError):
-            if failure.stat().st_mtime > asked_at:
-                raise BadSample("shard_unreadable", failure.read_text())
+        try:
+            if failure.stat().st_mtime <= asked_at:
+                return
+            told = json.loads(failure.read_text())
+        except (OSError, ValueError):
+            return
+        raise NotFetched(told["message"], may_pass=told["may_pass"])
 
     def _failure(self, name: str) -> Path:
         """The file that tells the last failure to those that wait."""
@@ -138,28 +210,38 @@ class ShardCache:
     def _prefetch(self, here: _Process, name: str, url: str, size: int | None, sha256: str | None) -> None:
         # A failure is not reported here. Whoever needs the file tries again, and reports the failure then.
         try:
-            with suppress(Exception), here.turns, self._folder.only_one(name, wait=False) as mine:
+            with suppress(Exception), here.turns, self._folder.only_one(name, patience_s=0) as mine:
                 if mine and not (self._folder.path / name).exists():
-                    self._fetch(name, url, size, sha256).close()
+                    self._fetch(name, url, size, sha256, math.inf).close()
         finally:
             here.prefetching.discard(name)
 
-    def _fetch(self, name: str, url: str, size: int | None, sha256: str | None) -> BinaryIO:
+    def _fetch(self, name: str, url: str, size: int | None, sha256: str | None, patience_s: float) -> FileIO:
         """Fetch a file that is not there, and open it. Call it inside ``only_one``."""
         room = size if size is not None else min(_FIRST_ROOM, self.options.limit_bytes)
+        began = time.monotonic()
         while True:
             with self._folder.begin(name, room) as partial:
                 try:
-                    file = partial.keep(fetch(url, partial, size, sha256, self.options))
+                    received = fetch(
+                        url, partial, size, sha256, self.options, patience_s=patience_s, tried=self._count_failed_try
+                    )
+                    file = partial.keep(received)
                 except NoRoom as error:
                     room = error.wanted
                     continue
-                except BadSample as error:
+                except NotFetched as error:
+                    self._count(Fetched(seconds=time.monotonic() - began))
                     with suppress(OSError):
-                        self._failure(name).write_text(str(error))
+                        self._failure(name).write_text(json.dumps({"message": str(error), "may_pass": error.may_pass}))
                     raise
+            self._count(Fetched(1, received, time.monotonic() - began))
+            self._here().arrivals += 1
             self._failure(name).unlink(missing_ok=True)
             return file
+
+    def _count_failed_try(self) -> None:
+        self._count(Fetched(failed_tries=1))
 
     def _here(self) -> _Process:
         if self._process.pid != os.getpid():  # forked: the lock may be held, and the threads are not there
@@ -173,6 +255,8 @@ class _Process:
 
     pid: int = field(default_factory=os.getpid)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    figures: Fetched = field(default_factory=Fetched)
+    arrivals: int = 0
     prefetching: set[str] = field(default_factory=set)
     """Names of the files whose prefetch is under way."""
     turns: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_PREFETCHES_AT_ONCE))

@@ -72,6 +72,8 @@ class Transfer:
 
     def __init__(self, url: str, sink: Sink, size: int | None, sha256: str | None, timeout_s: float) -> None:
         self.url, self.timeout_s = url, timeout_s
+        self.advanced_at = time.monotonic()
+        """When bytes came last, not counting those that trickle."""
         self._sink, self._size, self._sha256 = sink, size, sha256
         self.restart()
 
@@ -119,6 +121,8 @@ class Transfer:
         self._since_mark += len(block)
         now = time.monotonic()
         if self._since_mark >= _LEAST_BYTES or self._marked_at == math.inf:
+            if self._since_mark >= _LEAST_BYTES:
+                self.advanced_at = now
             self._marked_at, self._since_mark = now, 0
         elif now - self._marked_at > self.timeout_s and self.received != self._total:
             raise TransferError(f"stalled: {self._since_mark} bytes in {now - self._marked_at:.3g} s")

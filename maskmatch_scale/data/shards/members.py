@@ -14,6 +14,8 @@ Decision: docs/decisions/0002-own-tar-parser.md.
 
 from __future__ import annotations
 
+import io
+import os
 import re
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -69,16 +71,22 @@ def unsafe_member(name: str, flag: int) -> str | None:
 
 
 def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
-    """Read ``size`` bytes at byte ``offset``; fewer at the end of the file."""
-    file.seek(offset)
-    data = file.read(size)
-    if len(data) == size or not data:
-        return data
-    parts, missing = [data], size - len(data)
-    while missing and (data := file.read(missing)):  # an unbuffered file may return less than it has
+    """Read ``size`` bytes at byte ``offset``; fewer at the end of the file.
+
+    A file of the system is read by `os.pread`: exactly these bytes, where a buffer would first be filled by a whole
+    block, which has 4 MiB on some network file systems; and from no position, which a forked process would share.
+    """
+    try:
+        descriptor = file.fileno()
+    except io.UnsupportedOperation:  # it is no file of the system
+        file.seek(offset)
+        descriptor = None
+    parts = []
+    # A read may return less than there is.
+    while size and (data := file.read(size) if descriptor is None else os.pread(descriptor, size, offset)):
         parts.append(data)
-        missing -= len(data)
-    return b"".join(parts)
+        offset, size = offset + len(data), size - len(data)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class TarMembers:
@@ -87,7 +95,7 @@ class TarMembers:
     The size of the last member may reach beyond the end of the file.
 
     Args:
-        file: opened for reading; needs ``seek`` and ``read`` only.
+        file: opened for reading.
         shard: its name in messages.
 
     Raises:

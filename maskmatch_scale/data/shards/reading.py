@@ -1,26 +1,33 @@
 """Reading the encoded samples of a stream by their place, from local and from remote shards.
 
 The place of a sample is (shard, number within the shard). A remote shard is fetched whole into a cache on this machine.
-Each process reads the headers of a shard once; after that, a sample costs one seek.
+Each process reads the headers of a shard once; after that, a sample is one read. A local shard stays open, as far as
+descriptors allow (:mod:`~maskmatch_scale.data.shards.open_files`); one in the cache is opened for each sample, which
+takes some microseconds, so that the bound of the cache holds for the disk too.
 
 Decision: docs/decisions/0001-random-access-to-shards.md.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-from maskmatch_scale.data.faults import BadSample, DataError
+from maskmatch_scale.data.faults import BadSample, DataError, NotFetched
 from maskmatch_scale.data.remote.address import join
 from maskmatch_scale.data.remote.fetch import read_bytes
-from maskmatch_scale.data.remote.shard_cache import ShardCache
+from maskmatch_scale.data.remote.shard_cache import Fetched, ShardCache
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex
+from maskmatch_scale.data.shards.open_files import keep_open, with_descriptors
 from maskmatch_scale.data.shards.tar import TarTable, read_table
 from maskmatch_scale.recipe import DataRecipe
 from maskmatch_scale.redact import is_remote, shown
@@ -29,8 +36,10 @@ MOST_CHECKED_AT_START = 10_000
 """If a stream has no more local shards, it is checked when it is opened that they exist and have their sizes. For more
 that would take too long; then each shard is checked when it is read."""
 
-_MOST_OPEN = 128
-"""Shards that a process keeps open."""
+_TABLES_KEPT = 128
+"""Shards of a stream whose headers a process keeps in memory."""
+
+Prepared = TypeVar("Prepared")
 
 
 @dataclass(frozen=True)
@@ -60,12 +69,15 @@ def fetch_options(data: DataRecipe) -> FetchOptions:
     )
 
 
-def load_index(root: str, data: DataRecipe | None = None) -> ShardIndex:
+def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False) -> ShardIndex:
     """Read the index of a shard folder.
+
+    A remote one is fetched once by each process: during a run its shards must stay as they are.
 
     Args:
         root: path or address of a folder, or of the index itself.
         data: how it is fetched if it is remote; None = by the defaults.
+        fresh: whether a remote one is fetched again, although this process has read it.
 
     Raises:
         DataError: there is none, it cannot be fetched, or it does not parse.
@@ -73,7 +85,14 @@ def load_index(root: str, data: DataRecipe | None = None) -> ShardIndex:
     if not is_remote(root):
         return _local_index(root, _modified(root))
     where = root if root.partition("?")[0].endswith(".json") else join(root, INDEX_NAME)
-    return ShardIndex.parse(read_bytes(where, fetch_options(data or DataRecipe(root=root))), shown(where))
+    if fresh:
+        _remote_index.cache_clear()
+    return _remote_index(where, fetch_options(data or DataRecipe(root=root)))
+
+
+@lru_cache(maxsize=8)
+def _remote_index(where: str, options: FetchOptions) -> ShardIndex:
+    return ShardIndex.parse(read_bytes(where, options), shown(where))
 
 
 @dataclass(frozen=True)
@@ -119,6 +138,13 @@ def _local_index(root: str, modified: tuple[int, int]) -> ShardIndex:
     return ShardIndex.load(root)
 
 
+@lru_cache(maxsize=4096)
+def _place(root: str, file: str) -> tuple[str, bool]:
+    """Path or address of a shard, and whether it is an address; each sample asks for it."""
+    location = join(root, file)
+    return location, is_remote(location)
+
+
 class ShardStream:
     """Random access to the encoded samples of one stream of a shard folder.
 
@@ -160,8 +186,9 @@ class ShardStream:
             raise DataError(f"{shown(self.root)}: stream {name!r} has no labels")
         self.strict = strict
         self._options = fetch_options(data)
-        self._open: OrderedDict[int, tuple[BinaryIO, TarTable] | BadSample] = OrderedDict()
-        self._process = os.getpid()
+        self._tables: OrderedDict[int, TarTable | BadSample] = OrderedDict()
+        self._good: dict[int, int] = {}
+        """Cached shards that had a bad sample and were compared with their checksum: the inode of the good file."""
         if strict and len(self.shards) <= MOST_CHECKED_AT_START:
             for number in range(len(self.shards)):
                 if not is_remote(self.location(number)):
@@ -172,8 +199,8 @@ class ShardStream:
         return self.entry.samples
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the open files, which another process cannot use."""
-        return self.__dict__ | {"_open": OrderedDict()}
+        """Without the tables, which another process reads for itself."""
+        return self.__dict__ | {"_tables": OrderedDict()}
 
     @cached_property
     def cache(self) -> ShardCache:
@@ -182,7 +209,7 @@ class ShardStream:
 
     def location(self, shard: int) -> str:
         """Path or address of a shard."""
-        return join(self.root, self.shards.file(shard))
+        return _place(self.root, self.shards.file(shard))[0]
 
     def locate(self, number: int) -> tuple[int, int]:
         """(shard, number within it) of sample ``number`` of the stream."""
@@ -194,29 +221,64 @@ class ShardStream:
         """Read sample ``number`` of the stream; see :meth:`read`."""
         return self.read(*self.locate(number))
 
-    def read(self, shard: int, place: int) -> RawSample:
+    def load(
+        self, shard: int, place: int, prepare: Callable[[RawSample], Prepared], *, patience_s: float = math.inf
+    ) -> Prepared:
+        """Read sample number ``place`` of a shard, and prepare it.
+
+        If that fails and the shard lies in the cache, its bytes are compared with the checksum. A shard that was
+        damaged there is fetched again. Each file is compared once, however many of its samples are bad.
+
+        Args:
+            shard: its number.
+            place: number within it.
+            prepare: decodes a sample; raises BadSample.
+            patience_s: see :meth:`ShardCache.open`.
+
+        Raises:
+            BadSample: the sample, or its whole shard, cannot be used.
+            DataError: with ``strict``: the shard is not as the index says.
+        """
+        try:
+            return prepare(self.read(shard, place, patience_s=patience_s))
+        except DataError:
+            if not self._may_be_mended(shard):
+                raise
+        return prepare(self.read(shard, place, patience_s=patience_s))
+
+    def _may_be_mended(self, shard: int) -> bool:
+        """After a fault: whether the shard should be read once more. If it is damaged it is dropped from the cache."""
+        location, sha256 = self.location(shard), self.shards.sha256(shard)
+        inode = self.cache.inode(location, sha256) if is_remote(location) else None
+        if inode is None or inode == self._good.get(shard):
+            return False
+        if not self.cache.drop_if_damaged(location, sha256):
+            # Read again all the same: another process may have mended it since its headers were read here.
+            self._good[shard] = inode
+        self._tables.pop(shard, None)
+        return True
+
+    def read(self, shard: int, place: int, *, patience_s: float = math.inf) -> RawSample:
         """Read sample number ``place`` of a shard.
 
         Raises:
             BadSample: the sample, or its whole shard, cannot be used.
             DataError: with ``strict``: the shard is not as the index says.
         """
-        file, table = self._table(shard)
-        name = self.shards.file(shard)
-        if place >= len(table):
-            reason = "truncated" if table.truncated else "shard_unreadable"
-            said = f"{len(table)} samples where the index says {int(self.shards.samples[shard])}"
-            raise BadSample(reason, f"{shown(self.location(shard))}: {said}; write the shard again")
-        image, label = table.read(file, place)
+        with self._opened(shard, patience_s) as file:
+            table = self._table(shard, file)
+            name = self.shards.file(shard)
+            if place >= len(table):
+                reason = "truncated" if table.truncated else "shard_unreadable"
+                said = f"{len(table)} samples where the index says {int(self.shards.samples[shard])}"
+                raise BadSample(reason, f"{shown(self.location(shard))}: {said}; write the shard again")
+            image, label = table.read(file, place)
         return RawSample(table.key(place), name, image, label)
 
     def key(self, shard: int, place: int) -> str | None:
-        """The key of a sample; None if the headers of its shard cannot be read that far."""
-        try:
-            _, table = self._table(shard)
-        except BadSample:
-            return None
-        return table.key(place) if place < len(table) else None
+        """The key of a sample; None if the headers of its shard were not read, or not that far."""
+        table = self._tables.get(shard)
+        return table.key(place) if isinstance(table, TarTable) and place < len(table) else None
 
     def prefetch(self, shard: int) -> bool:
         """Fetch a remote shard in the background; False if too many are being fetched: ask again later."""
@@ -225,44 +287,89 @@ class ShardStream:
             return True
         return self.cache.prefetch(location, int(self.shards.bytes[shard]), self.shards.sha256(shard))
 
-    def _table(self, shard: int) -> tuple[BinaryIO, TarTable]:
-        """A shard, open, and its table; it is kept open."""
-        if self._process != os.getpid():
-            # Files that a parent process opened share their positions with it: a forked process opens its own.
-            self._process, self._open = os.getpid(), OrderedDict()
-        found = self._open.get(shard)
+    def shards_here(self) -> list[int]:
+        """The shards that can be read without fetching any."""
+        local = [number for number in range(len(self.shards)) if not is_remote(self.location(number))]
+        if len(local) == len(self.shards):
+            return local
+        cached = self.cache.are_here(map(self.shards.sha256, range(len(self.shards))))
+        return sorted({*local, *cached})
+
+    @property
+    def arrivals(self) -> int:
+        """How many shards have come from elsewhere since this process began."""
+        return self.cache.arrivals if "cache" in self.__dict__ else 0
+
+    def take_figures(self) -> Fetched:
+        """What was fetched in this process since the last call."""
+        return self.cache.take_figures() if "cache" in self.__dict__ else Fetched()
+
+    @contextmanager
+    def _opened(self, shard: int, patience_s: float) -> Iterator[FileIO]:
+        """A shard, open while the body runs.
+
+        Raises:
+            BadSample: it cannot be opened, or could not be read before.
+            DataError: with ``strict``: see :meth:`_check`.
+        """
+        location, elsewhere = _place(self.root, self.shards.file(shard))
+        known = self._tables.get(shard)
+        if not elsewhere:
+            yield self._local(shard, location)
+            return
+        if isinstance(known, NotFetched):
+            patience_s = 0  # it may have been fetched in the background since
+        elif isinstance(known, BadSample):
+            raise known
+        size, sha256 = int(self.shards.bytes[shard]), self.shards.sha256(shard)
+        try:
+            file = with_descriptors(partial(self.cache.open, location, size, sha256, patience_s=patience_s))
+        except NotFetched as error:
+            if patience_s > 0:
+                self._keep(shard, error)  # so that it is not tried again for each of its samples
+            raise known if isinstance(known, NotFetched) else error from None
+        if isinstance(known, NotFetched):
+            del self._tables[shard]
+        with file:
+            yield file
+
+    def _local(self, shard: int, location: str) -> FileIO:
+        """A local shard; it stays open."""
+        known = self._tables.get(shard)
+        if isinstance(known, BadSample):
+            raise known
+        if self.strict and known is None:
+            self._check(shard)
+        try:
+            return keep_open(location)
+        except OSError as error:
+            bad = BadSample("shard_unreadable", f"{location}: {error.strerror}; write the shard again")
+            self._keep(shard, bad)
+            raise bad from None
+
+    def _table(self, shard: int, file: FileIO) -> TarTable:
+        """The table of a shard; it is kept."""
+        found = self._tables.get(shard)
         if found is None:
+            location, said = self.location(shard), int(self.shards.samples[shard])
             try:
-                found = self._read_table(shard)
+                found = read_table(file, shown(location), labelled=self.labels)
             except BadSample as bad:
-                found = bad  # kept, so that the shard is not tried again for each of its samples
-            while len(self._open) >= _MOST_OPEN:
-                _, oldest = self._open.popitem(last=False)
-                if not isinstance(oldest, BadSample):
-                    oldest[0].close()
-            self._open[shard] = found
-        self._open.move_to_end(shard)
-        if isinstance(found, BadSample):
-            raise found
+                self._keep(shard, bad)
+                raise
+            if self.strict and len(found) != said:
+                raise DataError(
+                    f"{shown(location)}: {len(found)} samples where the index says {said}; write the shard again"
+                )
+            self._keep(shard, found)
+        assert isinstance(found, TarTable)
+        self._tables.move_to_end(shard)
         return found
 
-    def _read_table(self, shard: int) -> tuple[BinaryIO, TarTable]:
-        """Open a shard, and read its table."""
-        location, said = self.location(shard), int(self.shards.samples[shard])
-        if is_remote(location):
-            file = self.cache.open(location, int(self.shards.bytes[shard]), self.shards.sha256(shard))
-        else:
-            if self.strict:
-                self._check(shard)
-            try:
-                file = Path(location).open("rb")  # noqa: SIM115 - kept open
-            except OSError as error:
-                raise BadSample("shard_unreadable", f"{location}: {error.strerror}; write the shard again") from None
-        table = read_table(file, shown(location), labelled=self.labels)
-        if self.strict and len(table) != said:
-            found = f"{len(table)} samples where the index says {said}"
-            raise DataError(f"{shown(location)}: {found}; write the shard again")
-        return file, table
+    def _keep(self, shard: int, found: TarTable | BadSample) -> None:
+        while len(self._tables) >= _TABLES_KEPT:
+            self._tables.popitem(last=False)
+        self._tables[shard] = found
 
     def _check(self, shard: int) -> None:
         """Raise a DataError if a local shard does not exist or has another size than the index says."""

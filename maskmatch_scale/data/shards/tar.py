@@ -131,7 +131,7 @@ def read_table(file: BinaryIO, shard: str, *, labelled: bool) -> TarTable:
     18 to 20; with a pax header before each member 10, where ``tarfile`` takes 44.
 
     Args:
-        file: opened for reading; needs ``seek`` and ``read`` only. Bodies are skipped, not read.
+        file: opened for reading. Bodies are skipped, not read.
         shard: its name in messages.
         labelled: whether ``.png`` members are label maps, which every sample needs, or images.
 

@@ -20,7 +20,8 @@ from maskmatch_scale.progress import progress_of
 from maskmatch_scale.redact import has_secret, is_remote, shown
 
 _KNOWN_NAME = ".survey.jsonl"
-"""What has been looked at, one shard a line, so that an interrupted survey goes on where it stopped."""
+"""What has been looked at, one shard a line: an interrupted survey goes on where it stopped, and one of a folder that
+has grown looks only at the shards that were added."""
 
 
 def survey(
@@ -32,10 +33,11 @@ def survey(
     classes: Sequence[str] = (),
     palette: Sequence[tuple[int, int, int]] = (),
     ignore_index: int = 255,
+    rescan: bool = False,
     workers: int | None = None,
     progress: bool = False,
 ) -> ShardIndex:
-    """Look at every shard and write ``out/index.json``.
+    """Look at every shard that was not looked at before, and write ``out/index.json``.
 
     Args:
         streams: patterns of each stream's shards: paths, globs, brace patterns, URLs.
@@ -45,6 +47,8 @@ def survey(
         classes: names by label value; empty where nothing is labelled.
         palette: one RGB colour a class, 0–255.
         ignore_index: label value of ignored pixels.
+        rescan: whether to look at all shards again. A local one whose size or time has changed is looked at in any
+            case; a remote one is taken to be as it was.
         workers: processes; None takes one a core. Several are started by `spawn`, so a script that calls this needs
             an `if __name__ == "__main__":` guard.
         progress: whether to show a bar on stderr. In a log it is drawn once, at the end.
@@ -63,7 +67,7 @@ def survey(
             raise DataError(f"stream {name!r}: {shown(twice)} is listed twice")
     # Both files have the addresses as they were given: they are needed to fetch.
     mode = 0o600 if has_secret(locations) else 0o666
-    known = _known(out)
+    known = {} if rescan else _known(out)
     missing = [
         (place, name in labelled)
         for name, found in locations.items()
@@ -95,20 +99,24 @@ def survey(
         },
     )
     write_whole(out / INDEX_NAME, index.to_json(), mode)
-    (out / _KNOWN_NAME).unlink(missing_ok=True)
+    used = {_identity(place, name in labelled): place for name, found in locations.items() for place in found}
+    places = set(used.values())
+    # Without what was noted of a shard before it changed.
+    kept = [entry for identity, entry in known.items() if identity in used or entry["location"] not in places]
+    write_whole(out / _KNOWN_NAME, "".join(json.dumps(entry) + "\n" for entry in kept), mode)
     return index
 
 
 def _known(out: Path) -> dict[str, dict[str, Any]]:
-    """What an interrupted survey has found, by identity."""
+    """What earlier surveys have found, by identity."""
     path = out / _KNOWN_NAME
     found = {}
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             entry = json.loads(line)
-        except ValueError:
+            found[entry["identity"]] = entry
+        except (ValueError, TypeError, KeyError):
             continue  # cut off when the survey was killed
-        found[entry["identity"]] = entry
     return found
 
 

@@ -11,6 +11,7 @@ from maskmatch_scale.training.callbacks.base import Callback, Record
 from maskmatch_scale.training.callbacks.checkpoints import Checkpoints
 from maskmatch_scale.training.callbacks.closing import Closing
 from maskmatch_scale.training.callbacks.evaluation import Evaluation
+from maskmatch_scale.training.callbacks.fetching import Fetching
 from maskmatch_scale.training.callbacks.gpu_memory import GpuMemory
 from maskmatch_scale.training.callbacks.metrics import Metrics
 from maskmatch_scale.training.callbacks.nonfinite import NonFinite
@@ -24,8 +25,9 @@ from maskmatch_scale.training.callbacks.time_spent import TimeSpent
 CALLBACKS: tuple[type[Callback], ...] = (
     Opening,
     TimeSpent,
-    GpuMemory,  # these two before Metrics: they add figures to the step's
+    GpuMemory,  # these three before Metrics: they add figures to the step's
     Throughput,
+    Fetching,
     Metrics,
     NonFinite,  # before Progress and Skips, which would show and count figures of a run that is stopped
     Progress,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from maskmatch_scale.data.batches.training import outage_s
 from maskmatch_scale.record.lines import LinesFile
 from maskmatch_scale.training.callbacks.base import Callback, Record
 from maskmatch_scale.training.run import Run
@@ -39,6 +40,14 @@ class Skips(Callback):
         self.skipped += sum(sum(record.get("skipped", {}).values()) for record in records)
         if self.skipped and not before:
             self.run.say(f"a bad sample was skipped; {self._path.parent} lists all skipped samples")
+        lost = [record["step"] for record in records if record.get("skipped", {}).get("unreachable")]
+        if lost:
+            self.run.stop_reason = (
+                f"step {records[-1]['step']}: no shard could be fetched for data.outage_s="
+                f"{outage_s(self.run.recipe):g} s (first seen at step {lost[0]}); {self._path.parent} lists shards. "
+                "Check the network and the server, then continue with --resume auto"
+            )
+            return
         limit = self.run.recipe.data.max_bad_share
         if self.skipped > limit * max(self.read, IMAGES_BEFORE_A_SHARE):
             self.run.stop_reason = (

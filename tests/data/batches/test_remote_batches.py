@@ -11,6 +11,7 @@ from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.train import train
 from tests.data.batches.common import same
 from tests.data.faulty_server import Fault, FaultyServer
+from tests.data.remote.common import wait_until
 
 
 def over(server, tmp_path, cache="cache", **more):
@@ -101,3 +102,57 @@ def test_shards_of_an_index_may_lie_anywhere(shapes, make_recipe, tmp_path):
         data = over(server, tmp_path) | {"root": str(tmp_path)}
         fetched = TrainingBatches(make_recipe(data=data), 3, 0, 1, unlabelled=True)[0]
     assert same(fetched, TrainingBatches(make_recipe(), 3, 0, 1, unlabelled=True)[0])
+
+
+def test_an_index_is_fetched_once_by_a_run_and_all_its_evaluations(shapes, make_recipe, tmp_path):
+    """And again by the next run, for which it may have been written anew."""
+    with FaultyServer(shapes) as server:
+        for runs in (1, 2):
+            run = {"dir": str(tmp_path / f"run-{runs}"), "steps": 3, "evaluate_every": 1}
+            train(make_recipe(data=over(server, tmp_path), run=run))
+            assert server.gets("index.json") == runs
+
+
+def test_the_first_unlabelled_shards_come_during_the_burn_in(shapes, make_recipe, tmp_path):
+    with FaultyServer(shapes) as server:
+        recipe = make_recipe(
+            data=over(server, tmp_path, labelled=[{"root": str(shapes)}], shuffle_window=6),
+            method={"burn_in": 0.5},
+            run={"steps": 12},
+        )
+        made = TrainingBatches(recipe, 3, 0, 1, unlabelled=True)
+        (source,) = made.unlabelled.sources
+        order = source.order(0, 1)
+        window = order.window_of(0)
+        first = {source.stream.shards.file(shard) for shard in order.shards_of(*window)}
+        cache = source.stream.cache
+        made[1]
+        assert server.gets() == 1  # only the index: half a window before its first step is soon enough
+        for number in range(2, 6):
+            made[number]
+            wait_until(lambda: not cache._here().prefetching)
+        asked = {request.path for request in server.requests} - {"index.json"}
+        assert asked == first
+        before = server.gets()
+        made[6]
+        wait_until(lambda: not cache._here().prefetching)
+        assert not first & {request.path for request in server.requests[before:]}
+
+
+def test_shards_of_half_a_window_later_are_fetched(shapes, make_recipe, tmp_path):
+    """As docs/streaming.md says: not a whole window later, for which a small cache may have no room."""
+    with FaultyServer(shapes) as server:
+        data = over(server, tmp_path, labelled=[{"root": str(shapes)}], shuffle_window=12)
+        made = TrainingBatches(
+            make_recipe(data=data, method={"burn_in": 0}, run={"steps": 12}), 3, 0, 1, unlabelled=True
+        )
+        (source,) = made.unlabelled.sources
+        order = source.order(0, 1)
+        windows = [
+            {source.stream.shards.file(shard) for shard in order.shards_of(start, start + 12)} for start in (0, 12)
+        ]
+        for number in range(6):  # two images each: half a window is three steps
+            made[number]
+            wait_until(lambda: not source.stream.cache._here().prefetching)
+            second = {request.path for request in server.requests} & (windows[1] - windows[0])
+            assert bool(second) == (number >= 2)

@@ -108,6 +108,29 @@ def test_pixels_are_pillows(name, contiguous):
     image += 1  # memory of its own, and writable
 
 
+@pytest.mark.parametrize("bits", [8, 10, 12])
+@pytest.mark.parametrize("colour", [0, 2, 4, 6])
+def test_fewer_bits_in_16_are_refused_and_not_black(bits, colour):
+    """As cameras and scanners write them: without scaling."""
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
+    values = RANDOM.integers(0, 2**bits, (5, 7, channels)).astype(np.uint16)
+    if colour in (4, 6):
+        values[..., -1] = 65535  # opaque
+    if colour == 4 and bits == 8:
+        pytest.skip("Pillow does not give the lower bytes of grey with alpha")
+    with pytest.raises(BadSample, match=r"no value above 4095 of 65535.*12-bit.*scale") as caught:
+        decode_image(png(values, 16, colour=colour), "x")
+    assert caught.value.reason == "not_an_image"
+
+
+@pytest.mark.parametrize("colour", [0, 2, 4, 6])
+def test_black_and_dark_images_of_16_bits_are_used(colour):
+    values = np.zeros((5, 7, {0: 1, 2: 3, 4: 2, 6: 4}[colour]), np.uint16)
+    assert decode_image(png(values, 16, colour=colour), "x").max() == 0
+    values[2, 3] = 4096
+    assert decode_image(png(values, 16, colour=colour), "x").max() == 16
+
+
 def test_16_bit_grey_keeps_its_upper_8():
     values = RANDOM.integers(0, 2**16, (5, 7)).astype(np.uint16)
     image = decode_image(png(values, 16), "x")

@@ -59,3 +59,68 @@ def test_dealing_anew_loses_nothing_and_repeats_nothing(queue, steps, data):
 def test_a_queue_of_many_epochs_is_small(lanes):
     queue = Queue(10**9, lanes).after([12345] * lanes, 2 * lanes)
     assert len(queue.left) <= lanes
+
+
+def taken_one_by_one(queue, total):
+    """What each lane takes of the first ``total`` samples, from a list of all places of all rounds."""
+    by_lane = [[] for _ in range(queue.lanes)]
+    rounds = [[(i.epoch, i.lanes, place) for i in queue.left for place in range(i.start, i.stop)]]
+    while sum(map(len, rounds)) < total:
+        epoch = queue.epoch + len(rounds) - 1
+        rounds.append([(epoch, queue.lanes, place) for place in range(queue.samples)])
+    number = 0
+    for places in rounds:
+        each, longer = divmod(len(places), queue.lanes)
+        runs, at = [], 0
+        for run in range(queue.lanes):
+            size = each + (run < longer)
+            runs.append(places[at : at + size])
+            at += size
+        for turn in range(len(places)):
+            by_lane[number % queue.lanes].append(runs[turn % queue.lanes][turn // queue.lanes])
+            number += 1
+    return by_lane
+
+
+@given(queue=queues(), steps=st.integers(0, 12), more=st.integers(1, 5))
+@settings(max_examples=200)
+def test_a_place_is_that_of_the_plain_list(queue, steps, more):
+    """Also after the mix has changed, and for a queue of many intervals."""
+    for of in (queue, queue.after([steps] * queue.lanes, more)):
+        for lane, expected in enumerate(taken_one_by_one(of, 40)):
+            assert [tuple(of.at(lane, count)) for count in range(len(expected))] == expected
+
+
+class Counting(tuple):
+    """Counts how many of its elements are read, and whether it is hashed, which reads all of them."""
+
+    def __new__(cls, *args):
+        made = super().__new__(cls, *args)
+        made.read = 0
+        return made
+
+    def __getitem__(self, number):
+        self.read += 1
+        return super().__getitem__(number)
+
+    def __iter__(self):
+        self.read += len(self)
+        return super().__iter__()
+
+    def __hash__(self):
+        self.read += len(self)
+        return super().__hash__()
+
+
+def test_a_place_takes_no_longer_where_much_is_left():
+    """With eight changes of the mix at 512 lanes thousands of intervals are left, and each sample asks for places."""
+    queue = Queue(10**6, 512)
+    for change in range(8):
+        queue = queue.after([40 + lane % 2 for lane in range(queue.lanes)], 512 - change)
+    assert len(queue.left) > 500
+    queue = Queue(queue.samples, queue.lanes, Counting(queue.left), queue.epoch)
+    queue.at(0, 0)
+    queue.left.read = 0
+    for count in range(100):
+        queue.at(count % queue.lanes, count)
+    assert queue.left.read <= 100

@@ -70,17 +70,18 @@ def _store(image: Image.Image, data: bytes, name: str, labelled: bool, max_side:
     if image.mode not in _MODES:
         raise BadSample("not_an_image", f"{name}: mode {image.mode}; convert it to 8 bits a channel")
     exif = orientation_alone(image)
+    image_format, image = image.format, eight_bits(image, data, name)
     if max_side is not None and max(size) > max_side:
         small = _shrunk(size, max_side)
-        image = eight_bits(image).convert("L" if image.mode == "L" else "RGB").resize(small, Image.Resampling.LANCZOS)
+        image = image.convert("L" if image.mode == "L" else "RGB").resize(small, Image.Resampling.LANCZOS)
         return Stored(encode_image(image, "JPEG", quality=_JPEG_QUALITY, exif=exif), "jpg", small, size)
     _refuse_huge(size, name)
-    if image.format in _KEPT and not (image.format == "PNG" and labelled):
-        return Stored(data, _KEPT[image.format], size, size)
+    if image_format in _KEPT and not (image_format == "PNG" and labelled):
+        return Stored(data, _KEPT[image_format], size, size)
     if max(size) > _MAX_WEBP_PX:
         what = f"{size[0]} × {size[1]} px are more than WebP holds ({_MAX_WEBP_PX} a side); --max-side shrinks it"
         raise BadSample("too_large", f"{name}: {what}")
-    return Stored(encode_image(eight_bits(image).convert("RGB"), "WEBP", exif=exif, **_WEBP), "webp", size, size)
+    return Stored(encode_image(image.convert("RGB"), "WEBP", exif=exif, **_WEBP), "webp", size, size)
 
 
 def _refuse_huge(size: tuple[int, int], name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -198,6 +199,16 @@ def test_how_images_are_stored(tree, names, run, shards, tmp_path, kind, labelle
         expected = np.asarray(image) >> 8 if kind.startswith("16bit") else np.asarray(image.convert("RGB"))
         stored = np.asarray(Image.open(io.BytesIO(sample["webp"])).convert("RGB"))
         assert (stored == (np.stack([expected] * 3, axis=2) if expected.ndim == 2 else expected)).all()
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+@pytest.mark.parametrize("more", [[], ["--max-side", "6"]])
+def test_12_bit_data_in_16_bits_are_refused_when_they_are_written(tree, run, tmp_path, kind, more):
+    values = np.random.default_rng(0).integers(0, 4096, (8, 12), dtype=np.uint16)
+    tree.save(f"images/one.{kind}", Image.fromarray(values))
+    code, err = run("folder", tree.root, tmp_path / "out", *more)
+    assert code == 2
+    assert re.search(rf"one\.{kind}: 16 bits a channel, but no value above 4095.*scale", err)
 
 
 def test_large_images_are_shrunk_with_their_label_maps(tree, names, run, shards, tmp_path):
