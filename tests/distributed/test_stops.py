@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import asdict, replace
@@ -125,28 +126,83 @@ def command_of(launcher, recipe):
     return {
         "deepspeed.sh": [str(LAUNCH / "deepspeed.sh"), str(recipe)],
         "accelerate.sh": [str(LAUNCH / "accelerate.sh"), str(recipe)],
+        "none": [sys.executable, "-m", *train[1:]],
         "deepspeed": deepspeed_command(*train),
         "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--standalone", *train],
     }[launcher]
 
 
-def left_over(recipe):
-    """Processes of the job that still run; they get a second to notice that it has ended."""
-    until = time.monotonic() + 1
-    while True:
-        found = [
-            process
-            for process in psutil.process_iter(["cmdline", "status"])
-            if str(recipe) in (process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE
-        ]
-        if not found or time.monotonic() > until:
-            return found
-        time.sleep(0.05)
+class Job:
+    """A run of many steps, started as a user would start it."""
+
+    def __init__(self, make_recipe, folder, launcher):
+        self.recipe, self.folder, self.marker = folder / "recipe.yaml", RunFolder(folder / "run"), folder / "exit-code"
+        run = {"steps": 5000, "evaluate_every": 0, "log_every": 1}
+        self.recipe.write_text(make_recipe(data={"workers": 1}, run=run).to_yaml())
+        self._output = folder / "shown.txt"
+        clean = {key: value for key, value in environment().items() if key not in TORCHS}
+        clean |= {"RANKS": "2", "MASKMATCH_EXIT_CODE_FILE": str(self.marker)}
+        with self._output.open("w") as output:
+            self.process = subprocess.Popen(
+                [*command_of(launcher, self.recipe), "--resume", "auto"],
+                env=clean,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    @property
+    def shown(self):
+        return self._output.read_text()
+
+    def wait_for_steps(self, count=3):
+        known = self._lines()
+        until = time.monotonic() + 300
+        while self._lines() < known + count:
+            assert self.process.poll() is None, self.shown[-3000:]
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+    def _lines(self):
+        return len(self.folder.metrics.read_bytes().splitlines()) if self.folder.metrics.exists() else 0
+
+    def left_over(self, seconds=1.0):
+        """Processes of the job that still run; they get a while to notice that it has ended."""
+        until = time.monotonic() + seconds
+        while True:
+            found = [
+                process
+                for process in psutil.process_iter(["cmdline", "status"])
+                if str(self.recipe) in (process.info["cmdline"] or []) and process.info["status"] != "zombie"
+            ]
+            if not found or time.monotonic() > until:
+                return found
+            time.sleep(0.05)
+
+    def end(self):
+        for process in self.left_over(0):
+            process.kill()
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def start(make_recipe, tmp_path):
+    started = []
+
+    def start(launcher):
+        started.append(Job(make_recipe, tmp_path, launcher))
+        return started[-1]
+
+    yield start
+    for job in started:
+        job.end()
 
 
 @pytest.mark.parametrize(
     ("launcher", "name", "to_all", "code"),
     [
+        ("none", "SIGINT", True, 75),
         ("deepspeed.sh", "SIGTERM", False, 75),
         ("accelerate.sh", "SIGINT", False, 75),
         # Ctrl-C and slurm reach every process of the job.
@@ -156,41 +212,38 @@ def left_over(recipe):
         pytest.param("torchrun", "SIGTERM", False, 1, marks=pytest.mark.slow),
     ],
 )
-def test_under_launchers(make_recipe, tmp_path, launcher, name, to_all, code):
-    recipe = tmp_path / "recipe.yaml"
-    run = {"steps": 5000, "evaluate_every": 0, "log_every": 1}
-    recipe.write_text(make_recipe(data={"workers": 1}, run=run).to_yaml())
-    folder = RunFolder(tmp_path / "run")
-    marker = tmp_path / "exit-code"
-    clean = {key: value for key, value in environment().items() if key not in TORCHS}
-    clean |= {"RANKS": "2", "MASKMATCH_EXIT_CODE_FILE": str(marker)}
-    shown = tmp_path / "shown.txt"
-    with (
-        shown.open("w") as output,
-        subprocess.Popen(
-            command_of(launcher, recipe), env=clean, stdout=output, stderr=output, start_new_session=True
-        ) as job,
-    ):
-        until = time.monotonic() + 300
-        while not folder.metrics.exists() or len(folder.metrics.read_bytes().splitlines()) < 3:
-            assert job.poll() is None, shown.read_text()[-3000:]
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        (os.killpg if to_all else os.kill)(job.pid, getattr(signal, name))
-        job.wait(120)
-        until = time.monotonic() + 60
-        while left_over(recipe):  # `deepspeed` itself dies of a Ctrl-C before its ranks have ended
-            assert code is None, shown.read_text()[-3000:]
-            assert time.monotonic() < until
-    text = shown.read_text()
+def test_a_signal_ends_with_a_checkpoint(start, launcher, name, to_all, code):
+    job = start(launcher)
+    job.wait_for_steps()
+    (os.killpg if to_all else os.kill)(job.process.pid, getattr(signal, name))
+    job.process.wait(120)
+    # `deepspeed` itself dies of a Ctrl-C before its ranks have ended.
+    assert not job.left_over(1 if code is not None else 60)
     if code is not None:
-        assert job.returncode == code, text[-3000:]
-    lines = [line for line in text.splitlines() if line.startswith("maskmatch: stopped: ")]
-    assert len(lines) == 1, text[-3000:]
-    newest = folder.checkpoints / folder.checkpoints.joinpath("latest").read_text()
+        assert job.process.returncode == code, job.shown[-3000:]
+    lines = [line for line in job.shown.splitlines() if line.startswith("maskmatch: stopped: ")]
+    assert len(lines) == 1, job.shown[-3000:]
+    newest = job.folder.checkpoints / (job.folder.checkpoints / "latest").read_text()
     assert f"checkpoint {newest}; go on with: maskmatch train " in lines[0]
-    assert lines[0].endswith("--resume auto (under the same launcher)")
-    assert newest.name == f"step-{records(folder.path)[-1]['step']:08d}"
-    assert not folder.lock.exists()
+    assert lines[0].endswith("--resume auto" if launcher == "none" else "--resume auto (under the same launcher)")
+    assert newest.name == f"step-{records(job.folder.path)[-1]['step']:08d}"
+    assert not job.folder.lock.exists()
     if not launcher.endswith(".sh"):
-        assert marker.read_text() == "75\n"
+        assert job.marker.read_text() == "75\n"
+
+
+def test_after_a_sigkill_loaders_are_gone_within_a_second_and_the_folder_is_free(start):
+    first = start("none")
+    first.wait_for_steps()
+    loaders = psutil.Process(first.process.pid).children()
+    assert loaders
+    first.process.kill()
+    assert not first.left_over(1)
+    assert first.folder.lock.exists()
+    second = start("none")
+    second.wait_for_steps()
+    assert "was locked by a run that has died (process " in second.shown
+    third = start("none")
+    assert third.process.wait(120) == 2
+    assert f"another run writes there (process {second.process.pid} on " in third.shown
+    second.wait_for_steps()  # and is not disturbed
