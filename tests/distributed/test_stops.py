@@ -166,7 +166,7 @@ class Job:
     def _lines(self):
         return len(self.folder.metrics.read_bytes().splitlines()) if self.folder.metrics.exists() else 0
 
-    def left_over(self, seconds=1.0):
+    def left_over(self, seconds=3.0):
         """Processes of the job that still run; they get a while to notice that it has ended."""
         until = time.monotonic() + seconds
         while True:
@@ -218,7 +218,7 @@ def test_a_signal_ends_with_a_checkpoint(start, launcher, name, to_all, code):
     (os.killpg if to_all else os.kill)(job.process.pid, getattr(signal, name))
     job.process.wait(120)
     # `deepspeed` itself dies of a Ctrl-C before its ranks have ended.
-    assert not job.left_over(1 if code is not None else 60)
+    assert not job.left_over(3 if code is not None else 60)
     if code is not None:
         assert job.process.returncode == code, job.shown[-3000:]
     lines = [line for line in job.shown.splitlines() if line.startswith("maskmatch: stopped: ")]
@@ -232,13 +232,13 @@ def test_a_signal_ends_with_a_checkpoint(start, launcher, name, to_all, code):
         assert job.marker.read_text() == "75\n"
 
 
-def test_after_a_sigkill_loaders_are_gone_within_a_second_and_the_folder_is_free(start):
+def test_after_a_sigkill_loaders_are_gone_at_once_and_the_folder_is_free(start):
     first = start("none")
     first.wait_for_steps()
     loaders = psutil.Process(first.process.pid).children()
     assert loaders
     first.process.kill()
-    assert not first.left_over(1)
+    assert not first.left_over()
     assert first.folder.lock.exists()
     second = start("none")
     second.wait_for_steps()
