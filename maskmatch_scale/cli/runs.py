@@ -14,6 +14,7 @@ from rich.text import Text
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.files import write_whole
 from maskmatch_scale.progress import progress_of
+from maskmatch_scale.training.signals import listen
 
 app = typer.Typer()
 
@@ -44,6 +45,7 @@ def train(
     from maskmatch_scale.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    listen(loaded.run.stop_signals)  # already now: the next import takes seconds
     from maskmatch_scale.train import train as run_training
 
     run_training(loaded, resume)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from maskmatch_scale.engine.checkpoint import save_checkpoint
 from maskmatch_scale.training.callbacks.base import Callback
 
@@ -24,7 +26,8 @@ class Checkpoints(Callback):
             self._save(done)
 
     def _save(self, done: int) -> None:
-        run = self.run
+        run, began = self.run, time.monotonic()
         run.last_checkpoint = save_checkpoint(
             run.folder, done, run.callback_state(), run.engine, run.teacher, run.runtime, run.batches.state(done)
         )
+        run.save_s = max(run.save_s, time.monotonic() - began)

@@ -42,7 +42,7 @@ class Skips(Callback):
             self.run.say(f"a bad sample was skipped; {self._path.parent} lists all skipped samples")
         lost = [record["step"] for record in records if record.get("skipped", {}).get("unreachable")]
         if lost:
-            self.run.stop_reason = (
+            self.run.ask_to_stop(
                 f"step {records[-1]['step']}: no shard could be fetched for data.outage_s="
                 f"{outage_s(self.run.recipe):g} s (first seen at step {lost[0]}); {self._path.parent} lists shards. "
                 "Check the network and the server, then continue with --resume auto"
@@ -50,7 +50,7 @@ class Skips(Callback):
             return
         limit = self.run.recipe.data.max_bad_share
         if self.skipped > limit * max(self.read, IMAGES_BEFORE_A_SHARE):
-            self.run.stop_reason = (
+            self.run.ask_to_stop(
                 f"step {records[-1]['step']}: {self.skipped} samples were skipped, {self.read} used "
                 f"({self.skipped / max(self.read, 1):.2%}; data.max_bad_share={limit}); {self._path.parent} lists them "
                 "with their reasons. Repair the shards or raise the limit, then continue with --resume auto"
