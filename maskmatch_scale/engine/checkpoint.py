@@ -3,10 +3,9 @@
     checkpoints/
       latest                    name of the newest complete checkpoint
       step-00000400/
-        engine/                 the engine's own files: masters and optimizer state; under ZeRO each rank's shard
+        engine/                 pieces of masters, moments, average and buffers, a file a rank
         student.safetensors     whole fp32 weights, for evaluation and export
         ema.safetensors         whole fp32 teacher
-        buffers/                with `model.batchnorm: per_rank`: each rank's own running statistics
         stream.json             what the training stream continues from (data/batches/training.py), one for all ranks
         state.json              step, ranks, engine, ZeRO stage, precision, seconds spent so far
 
@@ -22,12 +21,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -74,20 +72,15 @@ def save_checkpoint(
         writing.mkdir(parents=True)
         (writing / "engine").mkdir()
     runtime.barrier()
-    engine.save(writing / "engine")
-    if _own_buffers(engine, runtime):
-        (writing / "buffers").mkdir(exist_ok=True)
-        _save(_buffers(engine, teacher), writing / "buffers" / f"rank-{runtime.rank}.safetensors")
-    # Only rank 0 keeps the gathered weights. It frees the student's before it gathers the teacher's.
-    student = engine.full_fp32_parameters(keep=runtime.rank == 0)
+    pieces = [(p.name, p.shape, p.start, p.values.cpu()) for p in (*engine.pieces(), *teacher.pieces())]
+    torch.save((engine.progress(), pieces), writing / "engine" / f"rank-{runtime.rank}.pt")
+    runtime.barrier()
     if runtime.rank == 0:
-        persistent = set(engine.student.state_dict())
-        student |= {name: buffer.cpu() for name, buffer in engine.student.named_buffers() if name in persistent}
-        _save(student, weights_file(writing, "student"))
-    del student
-    average = teacher.full_state(keep=runtime.rank == 0)
-    if runtime.rank == 0:
-        _save(average, weights_file(writing, "ema"))
+        stored = _StoredPieces(writing / "engine")
+        for kind in ("student", "ema"):
+            names = [name for name in stored.names() if name.startswith(f"{kind}/")]
+            whole = {n.partition("/")[2]: stored.read(n).view(stored.shape(n)) for n in names}
+            _save(whole, weights_file(writing, kind))
         write_whole(writing / "stream.json", json.dumps(stream))
         state = {**counts, "step": step, **_shape(engine.recipe, runtime.world_size), "torch": torch.__version__}
         write_whole(writing / "state.json", json.dumps(state, indent=1))
@@ -115,16 +108,14 @@ def load_checkpoint(folder: Path, engine: Engine, teacher: StoredTeacher, runtim
     check_checkpoint(folder, engine.recipe, runtime.world_size)
     state = load_state(folder)
     try:
-        engine.load(folder / "engine")
+        stored = _StoredPieces(folder / "engine")
+        engine.restore(stored, stored.progress)
+        teacher.restore(stored)
     except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: its optimizer state does not fit this run ({type(error).__name__}: {error}); model, "
             "optim.head_lr_multiplier and optim.layer_decay must be as they were, and all of its files must be there"
         ) from error
-    teacher.load_full_state(_WeightsFile(weights_file(folder, "ema")))
-    if _own_buffers(engine, runtime):
-        for name, value in load_file(folder / "buffers" / f"rank-{runtime.rank}.safetensors").items():
-            _buffers(engine, teacher)[name].copy_(value)
     return state
 
 
@@ -177,17 +168,6 @@ def _shape(recipe: Recipe, world_size: int) -> dict[str, object]:
     }
 
 
-def _own_buffers(engine: Engine, runtime: Runtime) -> bool:
-    """Whether each rank has running statistics of its own."""
-    return engine.recipe.model.batchnorm == "per_rank" and runtime.world_size > 1
-
-
-def _buffers(engine: Engine, teacher: StoredTeacher) -> dict[str, Tensor]:
-    """This rank's buffers of student and teacher."""
-    both = {"student": engine.student, "teacher": teacher.module}
-    return {f"{who}.{name}": buffer for who, module in both.items() for name, buffer in module.named_buffers()}
-
-
 def find_checkpoint(where: Path) -> Path:
     """Find the newest complete checkpoint.
 
@@ -221,29 +201,26 @@ def load_weights(folder: Path, weights: str) -> dict[str, Tensor]:
     return state
 
 
-class _WeightsFile(Mapping[str, Tensor]):
-    """Tensors of a safetensors file by name, each read when it is asked for and not kept here."""
+class _StoredPieces:
+    """The pieces of all ranks (`StoredState`), read into memory as whole tensors."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with safe_open(path, "pt") as file:
-            self._names = list(file.keys())
+    def __init__(self, folder: Path) -> None:
+        self.progress: dict[str, Any] = {}
+        self._pieces: dict[str, list[tuple[tuple[int, ...], int, Tensor]]] = {}
+        for file in sorted(folder.glob("rank-*.pt")):
+            self.progress, pieces = torch.load(file, mmap=True)
+            for name, *piece in pieces:
+                self._pieces.setdefault(name, []).append(tuple(piece))
 
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self._names
+    def names(self) -> list[str]:
+        return list(self._pieces)
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        with safe_open(self._path, "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._pieces[name][0][0]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        pieces = sorted(self._pieces[name], key=lambda piece: piece[1])
+        return torch.cat([values for _, _, values in pieces])[start:stop]
 
 
 def _save(state: dict[str, Tensor], path: Path) -> None:
