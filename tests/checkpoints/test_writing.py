@@ -18,7 +18,7 @@ from maskmatch_scale.checkpoints.finding import find_checkpoint
 from maskmatch_scale.checkpoints.pieces import Piece
 from maskmatch_scale.checkpoints.reading import StoredTensors
 from maskmatch_scale.checkpoints.writing import CheckpointWriter
-from tests.checkpoints.made_up import STATE, cut, read_all, same, write
+from tests.checkpoints.made_up import SETTINGS, STATE, cut, read_all, same, write
 
 
 def test_what_is_there_afterwards(tmp_path):
@@ -28,7 +28,7 @@ def test_what_is_there_afterwards(tmp_path):
     assert (tmp_path / "latest").read_text() == "step-00000400"
     names = ["index.json", "part-00000-of-00002.safetensors", "part-00001-of-00002.safetensors"]
     assert sorted(path.name for path in outcome.folder.iterdir()) == [*names, "state.json", "stream.json"]
-    assert json.loads((outcome.folder / "state.json").read_text()) == {"world_size": 2, "global_batch": 4, "step": 400}
+    assert json.loads((outcome.folder / "state.json").read_text()) == SETTINGS | {"world_size": 2, "step": 400}
     files = json.loads((outcome.folder / "index.json").read_text())["content"]["files"]
     assert outcome.bytes == sum((outcome.folder / name).stat().st_size for name in files)
     assert files.keys() == {path.name for path in outcome.folder.iterdir()} - {"index.json"}
@@ -203,7 +203,7 @@ sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from pathlib import Path
 from torch.distributed import TCPStore
 from maskmatch_scale.checkpoints.writing import CheckpointWriter
-from tests.checkpoints.made_up import STATE, cut
+from tests.checkpoints.made_up import SETTINGS, STATE, cut
 rank, port = int(sys.argv[1]), int(sys.argv[2])
 store = TCPStore("127.0.0.1", port, 2, is_master=rank == 0, wait_for_workers=False)
 writer = CheckpointWriter(Path({str(tmp_path)!r}), rank, 2, store, 60)
