@@ -62,6 +62,11 @@ def _not_as_deepspeed(job):
     """Pieces of trained parameters that are not what DeepSpeed's public functions give."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    optimizer = job.engine._engine.optimizer
+    if job.engine.recipe.engine.zero_stage < 3:
+        # DeepSpeed 0.19.8 does this when the first of several parameter groups has stepped, too early for the others.
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
     trained, whole = [(n, p) for n, p in job.module.named_parameters() if p.requires_grad], {}
     for name, parameter in trained:
         whole[f"student/{name}"] = safe_get_full_fp32_param(parameter).clone().flatten()
