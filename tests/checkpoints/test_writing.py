@@ -130,6 +130,9 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     leftover = tmp_path / ".step-00000003.writing"
     leftover.mkdir()
     (leftover / "part-00001-of-00002.safetensors").write_bytes(b"half")
+    for name in (".step-00000002.writing", ".step-00000001.deleted", ".step-00000003.replaced"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".latest.1.new").write_text("")
     outcome = write(tmp_path, 3, cut({"student/a": torch.ones(2)}, {}, 1))
     assert same(read_all(StoredTensors(outcome.folder)), {"student/a": torch.ones(2)})
     assert len(list(outcome.folder.glob("part-*"))) == 1
