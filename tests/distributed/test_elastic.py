@@ -1,5 +1,8 @@
 """A run that goes on elsewhere has the losses of one that did not: one rank, two, one; other stages and engines."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from maskmatch_scale.train import train
@@ -45,6 +48,12 @@ def runs(tmp_path_factory, shapes):
         }
         for name, engine in ON_TWO.items()
     ]
+    shutil.copytree(folder / "alone", folder / "damaged")
+    part = next(Path(step(folder, "damaged", STEPS)).glob("part-*"))
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    jobs.append({"recipe": recipe_of(make, folder, "damaged", 2).model_dump(mode="json"), "resume": "auto"})
     done = launch(jobs, folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for name in ON_TWO:
@@ -61,6 +70,16 @@ def test_one_two_one(runs, name):
         for key in ("loss", "loss_x", "loss_u", "loss_m"):
             # The order of sums over images differs.
             assert [r[key] for r in part] == pytest.approx([r[key] for r in expected], rel=1e-6), key
+
+
+def test_ranks_agree_on_a_damaged_checkpoint(runs):
+    for rank in (0, 1):
+        log = (runs / "damaged" / "log" / f"rank-{rank}.txt").read_text()
+        assert "passed over: " in log
+        assert "is damaged: its checksum is not that of index.json" in log
+    again = [r for r in records(runs / "damaged")[STEPS:]]
+    assert [r["step"] for r in again] == [5, 6]
+    assert [r["loss"] for r in again] == pytest.approx([r["loss"] for r in records(runs / "alone")[4:]], rel=1e-6)
 
 
 def test_what_changed_is_told(runs):
