@@ -77,7 +77,7 @@ def test_ranks_agree_on_a_damaged_checkpoint(runs):
         log = (runs / "damaged" / "log" / f"rank-{rank}.txt").read_text()
         assert "passed over: " in log
         assert "is damaged: its checksum is not that of index.json" in log
-    again = [r for r in records(runs / "damaged")[STEPS:]]
+    again = records(runs / "damaged")[STEPS:]
     assert [r["step"] for r in again] == [5, 6]
     assert [r["loss"] for r in again] == pytest.approx([r["loss"] for r in records(runs / "alone")[4:]], rel=1e-6)
 
