@@ -1,4 +1,5 @@
-"""Writing files and folders so that they are there whole or not at all, and what a disk says if they cannot be.
+"""Writing files and folders so that they are there whole or not at all, and what a disk says if they cannot be;
+and the checksum of a file.
 
 Everything here raises an OSError with the number of the system and the path of the file that was to be written, also
 where the system or a library in Rust names neither. :func:`disk_fault` makes a line for the user of it.
@@ -9,6 +10,7 @@ Decision: docs/decisions/0049-secrets-and-disks.md.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -171,3 +173,12 @@ def _is_within(name: str | bytes | None, folder: Path) -> bool:
     """Whether an error names no file, or one in ``folder``."""
     path = folder if name is None else Path(os.fsdecode(name))
     return path == folder or folder in path.parents
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
