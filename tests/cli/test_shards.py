@@ -8,9 +8,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from maskmatch_scale.cli.main import app
-from maskmatch_scale.data.shards.index import ShardIndex, sha256
+from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.errors import UserError
+from maskmatch_scale.files import sha256
 from maskmatch_scale.train import train
 from tests.conftest import rewrite_shard
 from tests.data.faulty_server import FaultyServer
