@@ -9,7 +9,7 @@ from maskmatch_scale.train import train
 from tests.conftest import TINY_VIT, recipe_maker
 from tests.distributed.launching import launch, records
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS = 6
 VIT = {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT, "head": "pixel_shuffle"}
