@@ -44,7 +44,7 @@ class EvaluationSample:
         except RuntimeError as error:
             raise DataError(
                 f"{self.key}: /dev/shm has no room for this image of {self.image.nbytes / 1e6:.0f} MB and those "
-                f"decoded meanwhile ({error}); give the container more (docker run --shm-size=1g, or --ipc=host), or set "
+                f"decoded meanwhile ({error}); give the container more (docker run --shm-size=1g, --ipc=host), or set "
                 "data.workers=0"
             ) from None
         return self
