@@ -80,8 +80,9 @@ def test_a_run_over_shards_behind_a_password(maskmatch, make_recipe, shapes, tmp
         assert maskmatch("report", run)[0] == 0
         assert maskmatch("export", run, tmp_path / "export")[0] == 0
         # What ends a run with one line.
+        code, err = maskmatch("train", file, "data.bad_unlabelled=fail", f"run.dir={tmp_path / 'strict'}")
+        assert (code, "data.bad_unlabelled=fail" in err) == (1, True), err
         for override, said in (
-            ("data.bad_unlabelled=fail", "unlabelled-00000"),
             (f"data.root={address.replace('hunter2', 't0ken')}/?sig=t0ken", "HTTP 401"),
             (f"data.root={address}/nowhere?sig=t0ken", "HTTP 404"),
             (f"data.rot={address}/nowhere?sig=t0ken", "data.rot"),
@@ -90,7 +91,7 @@ def test_a_run_over_shards_behind_a_password(maskmatch, make_recipe, shapes, tmp
             code, err = maskmatch("train", file, override, f"run.dir={tmp_path / 'other'}")
             assert (code, said in err) == (2, True), err
     assert any(request.path == "labelled-000000.tar" for request in server.requests)
-    kept = [path for folder in ("run", "export", "other") for path in (tmp_path / folder).rglob("*") if path.is_file()]
+    kept = [path for folder in ("run", "export", "strict") for path in (tmp_path / folder).rglob("*") if path.is_file()]
     assert {"rank-0.txt", "metrics.jsonl", "report.html", "stream.json", "README.md"} <= {path.name for path in kept}
     for path in kept:
         if path.name == "recipe.yaml":

@@ -42,9 +42,12 @@ class Skips(Callback):
             self.run.say(f"a bad sample was skipped; {self._path.parent} lists all skipped samples")
         lost = [record["step"] for record in records if record.get("skipped", {}).get("unreachable")]
         if lost:
+            data = self.run.recipe.data
+            why = f"no shard could be fetched for data.outage_s={outage_s(self.run.recipe):g} s"
+            if data.bad_unlabelled == "fail":
+                why = "a shard could not be fetched, and data.bad_unlabelled=fail allows no other sample in its place"
             self.run.ask_to_stop(
-                f"step {records[-1]['step']}: no shard could be fetched for data.outage_s="
-                f"{outage_s(self.run.recipe):g} s (first seen at step {lost[0]}); {self._path.parent} lists shards. "
+                f"step {records[-1]['step']}: {why} (first seen at step {lost[0]}); {self._path.parent} lists shards. "
                 "Check the network and the server, then continue with --resume auto"
             )
             return

@@ -46,6 +46,9 @@ class TimeLimit(Callback):
             f"this start ends with a checkpoint before {at:%Y-%m-%d %H:%M:%S %Z}: "
             f"run.max_hours={self.run.recipe.run.max_hours:g}"
         )
+        if self._left_s() <= 0:
+            self._ask()
+            return
         threading.Thread(target=self._wait, name="time-limit", daemon=True).start()
 
     def before_step(self, step: int) -> None:
@@ -76,10 +79,16 @@ class TimeLimit(Callback):
         return _TIMES * save_s + _STEPS * self._step_s
 
     def _wait(self) -> None:
-        while (left_s := self._over - self._margin_s() - time.monotonic()) > 0:
+        while (left_s := self._left_s()) > 0:
             # Steps and checkpoints may become slower meanwhile.
             if self._ended.wait(min(left_s, _LOOK_S)):
                 return
+        self._ask()
+
+    def _left_s(self) -> float:
+        return self._over - self._margin_s() - time.monotonic()
+
+    def _ask(self) -> None:
         limit = f"run.max_hours={self.run.recipe.run.max_hours:g}"
         if self._step_s:
             self.run.ask_to_stop(f"{limit} are nearly over", RESUMABLE)
