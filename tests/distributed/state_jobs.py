@@ -47,6 +47,8 @@ def run(segments, folder):
         seen["losses"] = job.train(first, segment["steps"])
         if recipe.engine.zero_stage > 0 and segment["steps"]:
             seen["not_as_deepspeed"] = _not_as_deepspeed(job)
+        if recipe.engine.zero_stage < 3 and recipe.engine.precision == "fp32":
+            seen["not_as_weights"] = _not_as_weights(job)
         _keep(job, own, "end")
         if runtime.rank == 0:
             (own / "progress.json").write_text(json.dumps(job.engine.progress()))
@@ -75,6 +77,13 @@ def _not_as_deepspeed(job):
     mine = [piece for piece in job.engine.pieces() if piece.name in whole]
     assert len(mine) > len(trained)
     return [p.name for p in mine if not p.values.equal(whole[p.name][p.start : p.start + len(p.values)])]
+
+
+def _not_as_weights(job):
+    """Pieces of masters that are not the fp32 weights which every rank has whole."""
+    weights = {f"student/{name}": value.flatten() for name, value in job.module.state_dict().items()}
+    mine = [piece for piece in job.engine.pieces() if piece.name in weights]
+    return [p.name for p in mine if not p.values.equal(weights[p.name][p.start : p.start + len(p.values)])]
 
 
 def _keep(job, folder, when):

@@ -89,10 +89,17 @@ def test_two_ranks_continue_bit_for_bit(folder, name):
         assert other["logits"] == one["logits"]
 
 
-@pytest.mark.parametrize("name", [name for name in EXACT if name[0] in "123"])
+@pytest.mark.parametrize("name", [name for name in EXACT if name[0] in "123" and name != "2-round-robin"])
 def test_it_is_what_deepspeed_says(folder, name):
+    """Not with `round_robin_gradients`: there DeepSpeed 0.19.8 takes parameters for each other."""
     for rank in range(2):
         assert seen(folder, f"{name} stopped", rank)["not_as_deepspeed"] == []
+
+
+@pytest.mark.parametrize("name", ["accelerate", "0", "1", "2", "2-round-robin", "1-offload"])
+def test_fp32_masters_are_the_weights(folder, name):
+    for rank in range(2):
+        assert seen(folder, f"{name} stopped", rank)["not_as_weights"] == []
 
 
 def test_each_rank_has_buffers_of_its_own(folder):

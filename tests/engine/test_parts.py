@@ -51,7 +51,7 @@ ENGINES = {
 def build(make_recipe, tmp_path, monkeypatch):
     """Makes a `Job` under the engine of a name."""
 
-    def make(name, **options):
+    def make(name, head_lr_multiplier=1.0, **options):
         if "fp16" in name and "accelerate" not in name:
             from deepspeed.accelerator import get_accelerator
 
@@ -62,7 +62,7 @@ def build(make_recipe, tmp_path, monkeypatch):
             file = tmp_path / "deepspeed.json"
             file.write_text(json.dumps(engine["deepspeed_json"]))
             engine["deepspeed_json"] = str(file)
-        optim = {"lr": 1e-2, "clip_norm": 0.5, "weight_decay": 0.1}
+        optim = {"lr": 1e-2, "clip_norm": 0.5, "weight_decay": 0.1, "head_lr_multiplier": head_lr_multiplier}
         recipe = make_recipe(engine=engine, optim=optim, method={"burn_in": 0.25}, run={"steps": 8})
         return Job(recipe, setup.start(Place.from_environment(), recipe.engine), **options)
 
@@ -141,6 +141,20 @@ def test_before_its_first_step_an_optimizer_has_no_moments(build, name):
     again.restore(stored, progress)
     assert again.engine.progress() == progress
     assert again.train(0, 2) == whole.train(0, 2)
+
+
+@pytest.mark.parametrize("name", ["accelerate-fp32", "1-fp32", "1-bf16", "3-fp32-cut"])
+def test_other_parameter_groups_take_the_same_state(build, name):
+    job = build(name)
+    job.train(0, 3)
+    stored, progress = Stored(job.pieces()), job.engine.progress()
+    other = build(name, head_lr_multiplier=3.0)
+    other.restore(stored, progress)
+    assert not apart(Stored(other.pieces()).whole, stored.whole)
+    job.train(3, 1), other.train(3, 1)
+    moved, further = (Stored(one.pieces()).whole["student/head.weight"] for one in (job, other))
+    start = stored.whole["student/head.weight"]
+    assert (further - start).abs().sum() > 2 * (moved - start).abs().sum()
 
 
 @pytest.mark.parametrize("name", ["accelerate-fp32", "0-fp32", "1-fp32", "3-fp32-cut"])
