@@ -54,7 +54,8 @@ def _train(
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.collectives(0)).removesuffix("0"))
     runtime = setup.start(checked.place, recipe.engine)
     with watch_ranks(runtime, recipe.engine.collective_timeout_s) as watch:
-        preflight.check_agreement(runtime, recipe, checked.batches, checked.checkpoint)
+        deferred = checked.student.deferred is not None
+        preflight.check_agreement(runtime, recipe, checked.batches, checked.checkpoint, deferred=deferred)
         checked = preflight.verify_checkpoint(runtime, checked)
         preflight.count_class_pixels(runtime, recipe, checked.batches)
         log, collectives = folder.log(runtime.rank), folder.collectives(runtime.rank)

@@ -218,7 +218,8 @@ def verify_checkpoint(runtime: Runtime, checked: Checked) -> Checked:
         except UserError as error:
             error.on_all_ranks = True
             raise
-        check_agreement(runtime, checked.recipe, checked.batches, checked.checkpoint)
+        deferred = checked.student.deferred is not None
+        check_agreement(runtime, checked.recipe, checked.batches, checked.checkpoint, deferred=deferred)
     return checked
 
 
@@ -236,8 +237,18 @@ def count_class_pixels(runtime: Runtime, recipe: Recipe, batches: TrainingBatche
         batches.count_class_pixels(lambda counts: runtime.sum_over_ranks(counts.to(runtime.device)).cpu())
 
 
-def check_agreement(runtime: Runtime, recipe: Recipe, batches: TrainingBatches, checkpoint: Checkpoint | None) -> None:
+def check_agreement(
+    runtime: Runtime, recipe: Recipe, batches: TrainingBatches, checkpoint: Checkpoint | None, *, deferred: bool
+) -> None:
     """Refuse to train if the recipes, shards or checkpoints of the ranks differ; all ranks call it together.
+
+    Args:
+        runtime: this rank.
+        recipe: with the number of its steps.
+        batches: of this rank.
+        checkpoint: to continue from.
+        deferred: whether this rank makes its weights one at a time. One that found no local file for that would wait
+            for other collectives than the others.
 
     Raises:
         UserError: on every rank, naming the first rank that differs from rank 0.
@@ -248,6 +259,7 @@ def check_agreement(runtime: Runtime, recipe: Recipe, batches: TrainingBatches, 
         "the recipe": repr(recipe.model_copy(update={"data": data})),
         "the checkpoint to continue from (--resume)": checkpoint.index.digest() if checkpoint is not None else "none",
         "the list of shards, or the place in it,": json.dumps(batches.state(step)),
+        "the way to build the model (pretrained weights that one machine has, and another has not),": str(deferred),
     }
     known = torch.zeros(runtime.world_size, len(facts), dtype=torch.int64, device=runtime.device)
     known[runtime.rank] = torch.tensor([derive_seed(0, fact) for fact in facts.values()])

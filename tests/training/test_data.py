@@ -233,6 +233,7 @@ def test_a_lost_shard_counts_its_own_samples_alone(make_recipe, shapes, tmp_path
         ("recipe", "the recipe of rank 1 differs from that of rank 0"),
         ("checkpoint", "the checkpoint to continue from"),
         ("shards", "the list of shards, or the place in it"),
+        ("weights", "the way to build the model .* of rank 1 differs"),
     ],
 )
 def test_ranks_that_would_train_different_runs(make_recipe, shapes, tmp_path, changed, message):
@@ -242,7 +243,7 @@ def test_ranks_that_would_train_different_runs(make_recipe, shapes, tmp_path, ch
     from maskmatch_scale.data.batches.training import TrainingBatches
     from maskmatch_scale.training import preflight
 
-    def known(rank, recipe, checkpoint):
+    def known(rank, recipe, checkpoint, deferred=False):
         class Runtime:
             world_size, device = 2, torch.device("cpu")
             sent = None
@@ -255,7 +256,7 @@ def test_ranks_that_would_train_different_runs(make_recipe, shapes, tmp_path, ch
         runtime.rank = rank
         stream = TrainingBatches(recipe, 3, rank, 2, unlabelled=True)
         with pytest.raises(UserError):  # the other rank's row is still empty
-            preflight.check_agreement(runtime, recipe, stream, checkpoint)
+            preflight.check_agreement(runtime, recipe, stream, checkpoint, deferred=deferred)
         return runtime, stream
 
     root = shutil.copytree(shapes, tmp_path / "other")
@@ -267,6 +268,7 @@ def test_ranks_that_would_train_different_runs(make_recipe, shapes, tmp_path, ch
         "recipe": (make_recipe(run={"seed": 6}), None),
         "checkpoint": (recipe, find(write(tmp_path, 4).folder)),
         "shards": (make_recipe(run={"seed": 5}, data={"root": str(root)}), None),
+        "weights": (recipe, None, True),
     }
     one, stream = known(0, recipe, None)
     other, _ = known(1, *others[changed])
@@ -274,7 +276,7 @@ def test_ranks_that_would_train_different_runs(make_recipe, shapes, tmp_path, ch
         other.sent[1, 0] = one.sent[0, 0]
     one.sum_over_ranks = lambda tensor: tensor + other.sent
     with pytest.raises(UserError, match=message) as caught:
-        preflight.check_agreement(one, recipe, stream, None)
+        preflight.check_agreement(one, recipe, stream, None, deferred=False)
     assert caught.value.on_all_ranks
 
 
