@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskmatch_scale.checkpoints.finding import find_checkpoint, steps_in
+from maskmatch_scale.checkpoints.finding import find, steps_in
 from maskmatch_scale.checkpoints.keeping import Keep, Keeper, best_of, kept
 from maskmatch_scale.checkpoints.reading import being_read
 from tests.checkpoints.made_up import write
@@ -53,8 +53,8 @@ def test_the_best_is_kept_and_named(tmp_path):
     run_of(tmp_path, Keep(1, 0, 1), {1: 0.2, 2: 0.6, 3: 0.4, 4: 0.5})
     assert steps_in(tmp_path).keys() == {2, 4}
     assert (tmp_path / "best").read_text() == "step-00000002 0.6\n"
-    assert find_checkpoint(tmp_path / "best").name == "step-00000002"
-    assert find_checkpoint(tmp_path).name == "step-00000004"
+    assert find(tmp_path / "best").folder.name == "step-00000002"
+    assert find(tmp_path).folder.name == "step-00000004"
     # A run that continues knows the best of the time before.
     run_of(tmp_path, Keep(1, 0, 1), {5: 0.55, 6: 0.3}, start=4)
     assert steps_in(tmp_path).keys() == {2, 6}
@@ -72,7 +72,7 @@ def test_a_checkpoint_that_could_not_be_written_is_not_the_best(tmp_path):
     keeper.scored(3, 0.9)
     # Until it is written the one before is named too.
     assert (tmp_path / "best").read_text() == "step-00000003 0.9\nstep-00000001 0.6\n"
-    assert find_checkpoint(tmp_path / "best").name == "step-00000001"
+    assert find(tmp_path / "best").folder.name == "step-00000001"
     keeper.lost(3)
     assert (tmp_path / "best").read_text() == "step-00000001 0.6\n"
     assert keeper.is_best(1)

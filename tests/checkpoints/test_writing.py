@@ -14,7 +14,7 @@ import torch
 from torch.distributed import HashStore
 
 from maskmatch_scale.checkpoints import parts, writing
-from maskmatch_scale.checkpoints.finding import find_checkpoint
+from maskmatch_scale.checkpoints.finding import find
 from maskmatch_scale.checkpoints.pieces import Piece
 from maskmatch_scale.checkpoints.reading import StoredTensors
 from maskmatch_scale.checkpoints.writing import CheckpointWriter
@@ -168,7 +168,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path):
             time.sleep(moments.uniform(0, 0.05))
             job.send_signal(signal.SIGKILL)
             told = max([told, *map(int, job.stdout.read().split())])
-        found = find_checkpoint(tmp_path)
+        found = find(tmp_path).folder
         step = json.loads((found / "state.json").read_text())["step"]
         assert step in (told, told + 1)
         assert StoredTensors(found).read("student/a").equal(torch.full((400_000,), float(step)))
@@ -188,12 +188,12 @@ def test_a_full_disk(tmp_path):
         write(disk, 1, cut(small, {}, 2))
         outcome = write(disk, 2, cut(large, {"student/a": [100]}, 2))
         assert "No space left on device" in str(outcome.error)
-        assert same(read_all(StoredTensors(find_checkpoint(disk))), small)
+        assert same(read_all(StoredTensors(find(disk).folder)), small)
         assert sorted(path.name for path in disk.iterdir()) == ["latest", "step-00000001"]
         assert write(disk, 3, cut(small, {}, 2)).error is None
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         assert "Read-only file system" in str(write(disk, 4, cut(small, {}, 2)).error)
-        assert find_checkpoint(disk).name == "step-00000003"
+        assert find(disk).folder.name == "step-00000003"
     finally:
         subprocess.run(["umount", disk], check=True)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from maskmatch_scale.checkpoints import parts, writing
-from maskmatch_scale.checkpoints.finding import find_checkpoint, steps_in
+from maskmatch_scale.checkpoints.finding import find, steps_in
 from maskmatch_scale.checkpoints.layout import CheckpointError
 from maskmatch_scale.errors import TrainingStopped
 from maskmatch_scale.recipe import RecipeError
@@ -72,7 +72,7 @@ def test_the_best_evaluations_are_kept(make_recipe, scores):
     assert [record["step"] for record in records(run)] == [1, 2, 3, 4]
     assert steps_in(run / "checkpoints").keys() == {2, 4}
     assert (run / "checkpoints" / "best").read_text() == "step-00000002 0.6\n"
-    assert json.loads((find_checkpoint(run / "checkpoints" / "best") / "state.json").read_text())["step"] == 2
+    assert json.loads((find(run / "checkpoints" / "best").folder / "state.json").read_text())["step"] == 2
 
 
 def test_no_score_is_the_best(make_recipe, scores):
@@ -149,7 +149,7 @@ def test_a_damaged_newest_one(make_recipe, tmp_path, named):
     log = (run / "log" / "rank-0.txt").read_text()
     assert f"passed over: {newest}: {part.name} is damaged" in log
     assert [record["step"] for record in records(run, "train")] == [1, 2, 3, 4, 3, 4, 5, 6]
-    assert find_checkpoint(run).name == "step-00000006"
+    assert find(run).folder.name == "step-00000006"
 
 
 REFUSED = {
