@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from maskmatch_scale.checkpoints.layout import (
     CheckpointError,
     step_in_name,
 )
+from maskmatch_scale.checkpoints.reading import being_read
 from maskmatch_scale.files import sha256
 
 _SMALL = (STATE, STREAM)
@@ -86,20 +88,31 @@ def find(where: Path) -> Checkpoint:
     raise CheckpointError(f"{where}: there is no complete checkpoint here (a file `latest` or a folder step-XXXXXXXX)")
 
 
-def find_checkpoint(where: Path, *, verify: bool = True) -> Path:
-    """The folder of the checkpoint that a path means (:func:`find`).
+@contextmanager
+def opened(where: Path) -> Generator[Checkpoint, None, None]:
+    """Find the checkpoint that a path means and compare the checksums of all of its files.
+
+    A run that goes on meanwhile does not delete it while the body runs (:func:`being_read`).
 
     Args:
         where: see :func:`find`.
-        verify: whether to compare the checksums of all of its files, which reads them; if not, only their sizes.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it has another format.
     """
-    found = find(where)
-    while verify and (problem := first_damaged(found, list(found.index.files))):
-        found = found.instead(problem)
-    return found.folder
+    with ExitStack() as reading:
+        found = find(where)
+        while True:
+            try:
+                reading.enter_context(being_read(found.folder))
+            except FileNotFoundError:  # the run has deleted it just now, so there is a newer one
+                found = find(where)
+                continue
+            problem = first_damaged(found, list(found.index.files))
+            if problem is None:
+                break
+            found = found.instead(problem)
+        yield found
 
 
 def has_checkpoint(run: Path) -> bool:

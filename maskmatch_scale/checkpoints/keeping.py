@@ -32,39 +32,40 @@ def best_of(scores: Mapping[int, float], count: int) -> list[int]:
     return sorted(scores, key=lambda step: (-scores[step], step))[:count]
 
 
-def kept(steps: Collection[int], newest: int, scores: Mapping[int, float], keep: Keep) -> set[int]:
+def kept(steps: Collection[int], scores: Mapping[int, float], keep: Keep) -> set[int]:
     """The steps whose checkpoints are kept.
 
     Args:
-        steps: of all complete checkpoints in a folder.
-        newest: step of the one that was written last. It is kept. So are those of later steps: an earlier run has left
-            them, which went on from another one.
+        steps: of all complete checkpoints of a run. The newest is kept.
         scores: mIoU of steps that were evaluated.
         keep: what the recipe asks for.
     """
-    until = sorted(step for step in steps if step <= newest)
-    result = {step for step in steps if step >= newest} | set(until[-keep.last :] if keep.last else ())
-    result |= {step for step in until if keep.every and step % keep.every == 0}
-    return result | set(best_of({step: miou for step, miou in scores.items() if step in until}, keep.best))
+    result = set(sorted(steps)[-max(keep.last, 1) :])
+    result |= {step for step in steps if keep.every and step % keep.every == 0}
+    return result | set(best_of({step: miou for step, miou in scores.items() if step in steps}, keep.best))
 
 
 class Keeper:
-    """Keeps the checkpoints of one folder as the recipe asks. Every rank has one, so that all know the best steps.
+    """Keeps the checkpoints of one folder as the recipe asks. Rank 0 has one.
+
+    In the folder may be checkpoints of later steps than the one that the run continues from: that were damaged, or were
+    left by a run that went another way. They are not the run's own, so that no other is deleted for them, and they are
+    deleted when the run has written one of a later step: it could be continued from them by mistake.
 
     Args:
         folder: `RUN/checkpoints`.
         keep: what the recipe asks for.
         start: step that the run continues from: what was evaluated after it is evaluated again.
-        writes: whether this rank writes and deletes files.
     """
 
-    def __init__(self, folder: Path, keep: Keep, start: int, *, writes: bool) -> None:
-        self._folder, self._keep, self._writes = folder, keep, writes
+    def __init__(self, folder: Path, keep: Keep, start: int) -> None:
+        self._folder, self._keep, self._start = folder, keep, start
         self._lock = Lock()
+        self._written: set[int] = set()
         self._scores = {step: miou for step, miou in _read_best(folder / BEST).items() if step <= start}
 
     def scored(self, step: int, miou: float) -> None:
-        """Note the teacher's mIoU at a step; all ranks call it together.
+        """Note the teacher's mIoU at a step.
 
         `best` names the step's checkpoint from now on, also while it is still being written: readers pass over one
         that is not there.
@@ -78,7 +79,7 @@ class Keeper:
         return step in best_of(self._scores, self._keep.best)
 
     def lost(self, step: int) -> None:
-        """The checkpoint of a step could not be written; all ranks call it together."""
+        """The checkpoint of a step could not be written."""
         with self._lock:
             if self._scores.pop(step, None) is not None:
                 self._write_best()
@@ -86,24 +87,32 @@ class Keeper:
     def tidy(self, newest: int) -> None:
         """Delete the checkpoints that are not kept, except one that is being read; what cannot be deleted is logged.
 
-        Any thread of the rank that writes may call it.
+        Any thread may call it.
 
         Args:
             newest: step of the one that was written last.
         """
         with self._lock:
+            self._written.add(newest)
             there = steps_in(self._folder)
-            for step in sorted(there.keys() - kept(there, newest, self._scores, self._keep)):
-                delete(there[step])
+            keep = kept(self._own(there), self._scores, self._keep)
+            moved = [take_away(there[step]) for step in sorted(there.keys() - keep) if step <= newest]
             self._write_best()
+        for folder in filter(None, moved):  # it may take long, and `scored` must not wait for it
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                log.warning("%s cannot be deleted: %s", folder, error)
+
+    def _own(self, steps: Collection[int]) -> set[int]:
+        """Those that are the run's own."""
+        return {step for step in steps if step <= self._start or step in self._written}
 
     def _write_best(self) -> None:
-        if not self._writes:
-            return
-        there = steps_in(self._folder)
+        own = self._own(steps_in(self._folder))
         best, complete = (
             best_of(scores, self._keep.best)
-            for scores in (self._scores, {step: miou for step, miou in self._scores.items() if step in there})
+            for scores in (self._scores, {step: miou for step, miou in self._scores.items() if step in own})
         )
         if not best:
             return
@@ -115,20 +124,20 @@ class Keeper:
             log.warning("%s cannot be written: %s", self._folder / BEST, error)
 
 
-def delete(folder: Path) -> bool:
-    """Delete a checkpoint, unless somebody reads it; whether it is gone. What cannot be deleted is logged."""
+def take_away(folder: Path) -> Path | None:
+    """Rename a checkpoint that is to be deleted, so that nothing half-deleted has its name. Gives its new path.
+
+    None: somebody reads it, or it cannot be renamed, which is logged.
+    """
     with unless_read(folder) as free:
         if not free:
             log.info("%s is kept while it is being read", folder)
-            return False
-        gone = folder.with_name(f".{folder.name}.deleted")
+            return None
         try:
-            folder.rename(gone)  # at once, so that nothing half-deleted has its name
-            shutil.rmtree(gone)
+            return folder.rename(folder.with_name(f".{folder.name}.deleted"))
         except OSError as error:
             log.warning("%s cannot be deleted: %s", folder, error)
-            return False
-    return True
+            return None
 
 
 def _read_best(path: Path) -> dict[int, float]:

@@ -157,11 +157,16 @@ def being_read(folder: Path) -> Generator[None, None, None]:
     """While the body runs, no run on this file system deletes the checkpoint (:func:`unless_read`).
 
     On a file system without locks nothing is promised.
+
+    Raises:
+        FileNotFoundError: it has been deleted.
     """
-    descriptor = os.open(folder / INDEX, os.O_RDONLY | os.O_CLOEXEC)
+    path = folder / INDEX
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_SH)
+        path.stat()  # it may have been deleted before it was locked
         yield
     finally:
         _unlock(descriptor)

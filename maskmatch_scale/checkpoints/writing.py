@@ -5,10 +5,10 @@
       report    to rank 0 what it has written, or why it could not
     rank 0    when all parts are there: writes state.json, stream.json, index.json; renames the folder; `latest`;
               deletes checkpoints that are not kept; tells all ranks how it ended
-    wait      at the next save, and at the end of the run: all ranks learn how it ended
+    wait      at the next save, and at the end of the run: all ranks learn from rank 0 how it ended
 
-If anything fails, what was written of it is removed, and the checkpoints before it stay. The ranks never meet in a
-collective for it, which would have to take its turn among those of the steps.
+If anything fails, what was written of it is removed, and the checkpoints before it stay. The threads call no
+collective, which would have to take its turn among those of the steps.
 
 Decision: docs/decisions/0045-checkpoints-written-in-the-background.md.
 """
@@ -33,6 +33,7 @@ from maskmatch_scale.checkpoints.index import FileEntry, Index, Span
 from maskmatch_scale.checkpoints.layout import INDEX, LATEST, STATE, STREAM, folder_name, part_name, writing
 from maskmatch_scale.checkpoints.parts import DTYPES, HostCopies, write_part
 from maskmatch_scale.checkpoints.pieces import Piece
+from maskmatch_scale.checkpoints.reading import unless_read
 from maskmatch_scale.checkpoints.reports import Reports, Store
 from maskmatch_scale.files import sha256, write_whole
 
@@ -74,6 +75,7 @@ class CheckpointWriter:
         timeout_s: how long rank 0 waits for the parts of the other ranks once its own is written.
         newest: the checkpoint that the run continues from.
         completed: called on rank 0, by the thread, with the step of a checkpoint that is complete.
+        agreed: gives rank 0's text on every rank; all ranks call it together, in :meth:`wait`.
     """
 
     def __init__(
@@ -85,11 +87,12 @@ class CheckpointWriter:
         timeout_s: float,
         newest: Path | None = None,
         completed: Callable[[int], None] = lambda step: None,
+        agreed: Callable[[str], str] = lambda error: error,
     ) -> None:
         self._folder, self._rank, self._world_size = folder, rank, world_size
         self._store, self._timeout_s = store, timeout_s
         self._newest = newest
-        self._completed = completed
+        self._completed, self._agreed = completed, agreed
         self._copies = HostCopies()
         self._thread: Thread | None = None
         self._outcome: Outcome | None = None
@@ -130,22 +133,19 @@ class CheckpointWriter:
         """The checkpoint that :meth:`wait` has not given yet; complete or not, as :attr:`is_writing` says."""
         return self._outcome
 
-    def wait(self, timeout_s: float | None = None) -> Outcome | None:
-        """Wait for the checkpoint that is being written.
-
-        Args:
-            timeout_s: None: as long as it takes.
+    def wait(self) -> Outcome | None:
+        """Wait for the checkpoint that is being written; all ranks call it together.
 
         Returns:
-            How it ended, the same on every rank; None: there is none, or it has not ended in this time.
+            How it ended, the same on every rank; None: there is none.
         """
         if self._thread is None:
             return None
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            return None
+        self._thread.join()
         outcome, self._thread, self._outcome = self._outcome, None, None
         assert outcome is not None
+        # A rank that has lost the store, or has waited too long, did not hear it.
+        outcome.error = self._agreed(outcome.error or "") or None
         if outcome.error is None:
             self._newest = outcome.folder
         return outcome
@@ -262,14 +262,38 @@ class CheckpointWriter:
         for other in {path.name for path in into.iterdir()} - index.files.keys() - {INDEX}:
             (into / other).unlink()  # of a job with other ranks that was killed while it wrote the same step
         _flush_folder(into)
-        replaced = folder.with_name(f".{folder.name}.replaced")
-        if folder.exists():
-            folder.rename(replaced)
-        into.rename(folder)
-        write_whole(folder.parent / LATEST, folder.name)
-        _flush_folder(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _publish(into, folder)
         return sum(entry.bytes for entry in index.files.values())
+
+
+def _publish(into: Path, folder: Path) -> None:
+    """Give a checkpoint its name, and name it in `latest`.
+
+    A checkpoint of the same step may be there: it is damaged, or an earlier run has left it, which went on from another
+    one. This run does not continue from it, so it does not matter if a kill between the two renames loses it.
+
+    Raises:
+        OSError: that is not possible. Everything is as it was before.
+        ValueError: the one that is there is being read.
+    """
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    with unless_read(folder) as free:
+        if not free:
+            raise ValueError(f"an older {folder} is being read")
+        try:
+            if folder.exists():
+                folder.rename(replaced)
+            into.rename(folder)
+            write_whole(folder.parent / LATEST, folder.name)
+        except OSError:
+            # Whichever of the two was done; a folder that is not empty is never replaced.
+            with suppress(OSError):
+                folder.rename(into)
+            with suppress(OSError):
+                replaced.rename(folder)
+            raise
+    _flush_folder(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _await_file(path: Path, size: int) -> None:

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 
 from maskmatch_scale import __version__
-from maskmatch_scale.checkpoints.finding import find, find_checkpoint
+from maskmatch_scale.checkpoints.finding import Checkpoint, opened
 from maskmatch_scale.checkpoints.layout import CheckpointError
-from maskmatch_scale.checkpoints.reading import being_read, load_weights
+from maskmatch_scale.checkpoints.reading import load_weights
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.card import model_card
@@ -59,8 +59,12 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
             ``out`` is not empty.
         OSError: a file of the export cannot be written; nothing of it is left.
     """
-    checkpoint = find_checkpoint(where).resolve()
-    run = checkpoint.parent.parent
+    with opened(where) as checkpoint:
+        return _export(where, checkpoint, out, weights)
+
+
+def _export(where: Path, checkpoint: Checkpoint, out: Path, weights: str) -> str:
+    run = checkpoint.folder.resolve().parent.parent
     if not RunFolder(run).recipe.is_file():
         raise CheckpointError(f"{where}: its run directory has no recipe.yaml; give a run, or a checkpoint within one")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -69,15 +73,14 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
     data = _data(run)
     with torch.device("meta"):  # only shapes and configuration are needed
         segmenter = build_student(recipe, data, pretrained=False)
-    state = find(checkpoint).state
-    description = _describe(recipe, data, segmenter, weights, int(state["step"]))
+    description = _describe(recipe, data, segmenter, weights, checkpoint.step)
     kind = kind_of(recipe.model.backbone)
     whole = kind.is_whole(description)
 
     target = out.resolve()
-    with folder_whole(target) as writing, being_read(checkpoint):
-        tensors = load_weights(checkpoint, weights)
-        check_shapes(checkpoint, tensors, segmenter)
+    with folder_whole(target) as writing:
+        tensors = load_weights(checkpoint.folder, weights)
+        check_shapes(checkpoint.folder, tensors, segmenter)
         exported = Exported(tensors, segmenter, recipe, description)
         if whole:
             kind.write_model(exported, writing)
@@ -85,7 +88,8 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
             kind.write_backbone(exported, writing / "backbone")
             save_tensors(part_of(tensors, "head"), writing / "head.safetensors")
         write_whole(writing / SEGMENTER_FILE, description.model_dump_json(indent=1))
-        write_whole(writing / "README.md", model_card(target.name, run, recipe, data, description, segmenter, state))
+        card = model_card(target.name, run, recipe, data, description, segmenter, checkpoint.state)
+        write_whole(writing / "README.md", card)
     return kind.whole_call(out) if whole else f'maskmatch_scale.export.load_export("{out}")'
 
 

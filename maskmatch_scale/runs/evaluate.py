@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from maskmatch_scale.checkpoints.finding import find_checkpoint
+from maskmatch_scale.checkpoints.finding import opened
 from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.engine.precision import autocast, autocast_dtype
 from maskmatch_scale.evaluation.evaluate import Window, evaluate_split
@@ -21,7 +21,7 @@ from maskmatch_scale.models import Segmenter
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.runs.data import recipe_of
-from maskmatch_scale.runs.model import open_run
+from maskmatch_scale.runs.model import load_model
 
 
 def window_of(recipe: Recipe, segmenter: Segmenter, device: torch.device) -> Window:
@@ -63,30 +63,31 @@ def evaluate_run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = RunFolder(run)
     records, models = [], {}
-    recipe_of(run)  # a path that is no run is named as such
-    checkpoint = find_checkpoint(run)
-    for kind in weights:
-        began = time.monotonic()
-        recipe, segmenter, step = open_run(run, kind, checkpoint)
+    recipe = recipe_of(run)  # a path that is no run is named as such
+    with opened(run) as checkpoint:  # until both models are loaded: evaluating the first may take long
         index = load_index(recipe.data.root, recipe.data)
-        models[kind] = segmenter.to(device)
-        matrix = ConfusionMatrix(segmenter.num_classes, index.ignore_index)
-        window = window_of(recipe, segmenter, device)
-        with autocast(device, autocast_dtype(recipe)):
-            images = evaluate_split(segmenter, recipe.data, split, window, matrix, progress=progress)
-        record = {
-            "split": split,
-            "weights": kind,
-            "step": step,
-            "miou": matrix.miou(),
-            "pixel_accuracy": matrix.pixel_accuracy(),
-            "iou": {name: None if v != v else v for name, v in zip(index.classes, matrix.iou().tolist(), strict=False)},
-            "images": images,
-            "seconds": time.monotonic() - began,
-        }
-        folder.evaluations.mkdir(exist_ok=True)
-        write_whole(folder.evaluation(split, kind), json.dumps(record, indent=1))
-        records.append(record)
+        for kind in weights:
+            began = time.monotonic()
+            segmenter = load_model(run, recipe, kind, checkpoint)
+            models[kind] = segmenter.to(device)
+            matrix = ConfusionMatrix(segmenter.num_classes, index.ignore_index)
+            window = window_of(recipe, segmenter, device)
+            with autocast(device, autocast_dtype(recipe)):
+                images = evaluate_split(segmenter, recipe.data, split, window, matrix, progress=progress)
+            iou = zip(index.classes, matrix.iou().tolist(), strict=False)
+            record = {
+                "split": split,
+                "weights": kind,
+                "step": checkpoint.step,
+                "miou": matrix.miou(),
+                "pixel_accuracy": matrix.pixel_accuracy(),
+                "iou": {name: None if v != v else v for name, v in iou},
+                "images": images,
+                "seconds": time.monotonic() - began,
+            }
+            folder.evaluations.mkdir(exist_ok=True)
+            write_whole(folder.evaluation(split, kind), json.dumps(record, indent=1))
+            records.append(record)
     with autocast(device, autocast_dtype(recipe)):
         samples = save_pictures(
             folder.pictures(split), recipe.data, split, recipe.evaluation.pictures, dict(models), window

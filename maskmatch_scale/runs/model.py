@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from maskmatch_scale.checkpoints.finding import find_checkpoint, old_teacher, step_of
+from maskmatch_scale.checkpoints.finding import Checkpoint, find, old_teacher, opened
 from maskmatch_scale.checkpoints.layout import INDEX, CheckpointError
-from maskmatch_scale.checkpoints.reading import Weights, being_read, load_weights
+from maskmatch_scale.checkpoints.reading import Weights, load_weights
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.models import Segmenter, build_segmenter
@@ -86,7 +86,7 @@ def _start_weights(pretrained: bool | str | None) -> bool | str | Weights | None
         return pretrained
     old = old_teacher(path)
     # Every rank reads it: comparing the checksums of all files on each of them would take too long.
-    return load_weights(find_checkpoint(path, verify=False), "ema") if old is None else str(old)
+    return load_weights(find(path).folder, "ema") if old is None else str(old)
 
 
 def _trained_start(recipe: Recipe, start: bool | str | Weights | None) -> Mapping[str, Tensor]:
@@ -130,13 +130,12 @@ def _check_trained(recipe: Recipe, segmenter: Segmenter, state: Mapping[str, Ten
         )
 
 
-def open_run(run: Path, weights: str, checkpoint: Path | None = None) -> tuple[Recipe, Segmenter, int]:
+def open_run(run: Path, weights: str) -> tuple[Recipe, Segmenter, int]:
     """Load the model of a run from its newest checkpoint that is whole.
 
     Args:
         run: run directory.
         weights: `ema` or `student`.
-        checkpoint: which of its checkpoints, if it was found already.
 
     Returns:
         The recipe, the segmenter (on the CPU, in eval mode), and the checkpoint's optimizer step.
@@ -144,16 +143,33 @@ def open_run(run: Path, weights: str, checkpoint: Path | None = None) -> tuple[R
     Raises:
         CheckpointError: `run` is not a run directory, has no checkpoint yet, or one that does not fit its recipe.
     """
-    recipe = recipe_of(run)
-    folder = checkpoint or find_checkpoint(run)
+    recipe = recipe_of(run)  # a path that is no run is named as such
+    with opened(run) as checkpoint:
+        return recipe, load_model(run, recipe, weights, checkpoint), checkpoint.step
+
+
+def load_model(run: Path, recipe: Recipe, weights: str, checkpoint: Checkpoint) -> Segmenter:
+    """Load the model of a run from one of its checkpoints.
+
+    Args:
+        run: run directory.
+        recipe: of the run.
+        weights: `ema` or `student`.
+        checkpoint: that is `opened`.
+
+    Returns:
+        The segmenter, on the CPU, in eval mode.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the recipe.
+    """
     segmenter = build_student(recipe, read_run_data(run), pretrained=False)
-    with being_read(folder):
-        stored = load_weights(folder, weights)
-        check_shapes(folder, stored, segmenter)
-        with torch.no_grad():
-            for name, value in segmenter.state_dict().items():
-                value.copy_(stored[name])  # one at a time, so that the model is in memory once
-    return recipe, segmenter.eval(), step_of(folder)
+    stored = load_weights(checkpoint.folder, weights)
+    check_shapes(checkpoint.folder, stored, segmenter)
+    with torch.no_grad():
+        for name, value in segmenter.state_dict().items():
+            value.copy_(stored[name])  # one at a time, so that the model is in memory once
+    return segmenter.eval()
 
 
 def check_shapes(folder: Path, stored: Weights, segmenter: Segmenter) -> None:

@@ -35,6 +35,7 @@ from maskmatch_scale.models.families import check_capabilities
 from maskmatch_scale.models.units import visible_count
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.record.run_folder import RunFolder
+from maskmatch_scale.redact import shown
 from maskmatch_scale.runs.data import RunData, describe_data
 from maskmatch_scale.runs.lock import refuse_live_run
 from maskmatch_scale.runs.model import build_student
@@ -95,6 +96,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     check_settings(recipe, place.world_size)
     recipe, batches = _open_batches(recipe, student, place, index)
     check_profile(recipe)
+    check_keeping(recipe, index)
     if "dev" in index.streams:  # opening the stream now finds a missing shard before the first evaluation does
         ShardStream(recipe.data.root, "dev", recipe.data, index=index)
     used = {"labelled": batches.labelled_samples, "unlabelled": batches.unlabelled_samples}
@@ -146,6 +148,20 @@ def check_model(recipe: Recipe, student: Segmenter) -> None:
         student.check_size(*recipe.data.crop_px)
     except ValueError as error:
         raise UserError(f"data.crop_px={list(recipe.data.crop_px)}: {error}") from None
+
+
+def check_keeping(recipe: Recipe, index: ShardIndex) -> None:
+    """Refuse to keep the best checkpoints alone if nothing can say which they are.
+
+    Raises:
+        UserError: names the keys.
+    """
+    run, dev = recipe.run, index.streams.get("dev")
+    if run.keep_last == run.keep_every == 0 and not (dev is not None and dev.labelled):
+        raise UserError(
+            f"run.keep_best={run.keep_best} with run.keep_last=0 and run.keep_every=0: {shown(recipe.data.root)} has "
+            "no labelled split `dev`, which says which checkpoints are the best; set run.keep_last"
+        )
 
 
 def check_profile(recipe: Recipe) -> None:

@@ -66,7 +66,8 @@ class Run:
     model: dict[str, Any]
     """What a checkpoint says of the model (`checkpoints/fit.py`)."""
     writer: CheckpointWriter
-    keeper: Keeper
+    keeper: Keeper | None
+    """On rank 0."""
     agreement: Agreement
     """What this rank wants, and what all ranks have agreed on."""
     save_s: float = 0.0
@@ -213,11 +214,12 @@ def _restore(checkpoint: Checkpoint, engine: Engine, teacher: StoredTeacher) -> 
     return checkpoint.state
 
 
-def _open_checkpoints(checked: Checked, runtime: Runtime) -> tuple[Keeper, CheckpointWriter]:
+def _open_checkpoints(checked: Checked, runtime: Runtime) -> tuple[Keeper | None, CheckpointWriter]:
     """What keeps and writes the checkpoints of the run."""
     run, checkpoint, folder = checked.recipe.run, checked.checkpoint, checked.folder.checkpoints
     start = checkpoint.step if checkpoint else 0
-    keeper = Keeper(folder, Keep(run.keep_last, run.keep_every, run.keep_best), start, writes=runtime.rank == 0)
+    keep = Keep(run.keep_last, run.keep_every, run.keep_best)
+    keeper = Keeper(folder, keep, start) if runtime.rank == 0 else None
     timeout_s = checked.recipe.engine.collective_timeout_s
     writer = CheckpointWriter(
         folder,
@@ -226,7 +228,8 @@ def _open_checkpoints(checked: Checked, runtime: Runtime) -> tuple[Keeper, Check
         own_store(runtime.world_size, timeout_s),
         timeout_s,
         newest=checkpoint.folder if checkpoint else None,
-        completed=keeper.tidy,
+        completed=keeper.tidy if keeper is not None else lambda step: None,
+        agreed=lambda error: runtime.text_of(0, error),
     )
     return keeper, writer
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from maskmatch_scale.checkpoints.finding import find, find_checkpoint, has_checkpoint, old_teacher, steps_in
+from maskmatch_scale.checkpoints.finding import find, has_checkpoint, old_teacher, opened, steps_in
 from maskmatch_scale.checkpoints.layout import CheckpointError
 from tests.checkpoints.made_up import STATE, cut, write
 
@@ -20,6 +20,11 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
+def whole(where):
+    with opened(where) as found:
+        return found.folder
+
+
 def flip(path):
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
@@ -30,8 +35,8 @@ def test_what_a_path_means(run):
     checkpoints = run / "checkpoints"
     newest = checkpoints / "step-00000006"
     for where in (run, checkpoints, checkpoints / "latest", newest):
-        assert find_checkpoint(where) == newest
-    assert find_checkpoint(checkpoints / "step-00000002").name == "step-00000002"
+        assert whole(where) == newest
+    assert whole(checkpoints / "step-00000002").name == "step-00000002"
     assert [path.name for path in find(run).older] == ["step-00000004", "step-00000002"]
     assert find(newest).older == ()
 
@@ -42,7 +47,7 @@ def test_a_renamed_checkpoint_is_known_by_its_state(run):
     assert find(checkpoints / "mine").step == 6
     assert steps_in(checkpoints)[6].name == "mine"
     # `latest` names a folder that is not there: the newest of the others.
-    assert find_checkpoint(run).name == "mine"
+    assert whole(run).name == "mine"
     shutil.move(checkpoints / "mine", run.parent / "best")
     assert find(run.parent / "best").step == 6
 
@@ -50,9 +55,9 @@ def test_a_renamed_checkpoint_is_known_by_its_state(run):
 def test_later_ones_of_an_earlier_run_are_not_taken(run):
     """A run that was continued from step 2 has begun another branch."""
     (run / "checkpoints" / "latest").write_text("step-00000004")
-    assert find_checkpoint(run).name == "step-00000004"
+    assert whole(run).name == "step-00000004"
     flip(run / "checkpoints" / "step-00000004" / PART)
-    assert find_checkpoint(run).name == "step-00000002"
+    assert whole(run).name == "step-00000002"
 
 
 def edit(path, old, new):
@@ -77,9 +82,9 @@ def test_damage_is_named_and_the_one_before_is_taken(run, name):
     spoil, message = DAMAGES[name]
     newest = run / "checkpoints" / "step-00000006"
     spoil(newest)
-    assert find_checkpoint(run).name == "step-00000004"
+    assert whole(run).name == "step-00000004"
     with pytest.raises(CheckpointError, match=message.replace(".", r"\.")) as error:  # it was named itself
-        find_checkpoint(newest)
+        whole(newest)
     assert str(newest) in str(error.value)
     assert "\n" not in str(error.value)
     assert "continue from another checkpoint" in str(error.value)
@@ -102,7 +107,7 @@ def test_the_lines_of_what_was_passed_over(run):
 
 def test_sizes_alone_are_quick_and_do_not_see_everything(run):
     flip(run / "checkpoints" / "step-00000006" / PART)
-    assert find_checkpoint(run, verify=False).name == "step-00000006"
+    assert find(run).folder.name == "step-00000006"
 
 
 def test_foreign_and_empty_folders(tmp_path):

@@ -1,5 +1,7 @@
 """Whatever way a state was cut into pieces, every slice of it is read as it was."""
 
+import fcntl
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -103,3 +105,16 @@ def test_readers_keep_a_checkpoint(tmp_path):
         assert not free
     with unless_read(folder) as free:
         assert free
+
+
+def test_one_that_was_deleted_before_it_was_locked(tmp_path, monkeypatch):
+    folder, flock = write(tmp_path).folder, fcntl.flock
+
+    def late(descriptor, kind):
+        if kind == fcntl.LOCK_SH:
+            shutil.rmtree(folder)
+        flock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(FileNotFoundError), being_read(folder):
+        pass

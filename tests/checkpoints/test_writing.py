@@ -14,9 +14,9 @@ import torch
 from torch.distributed import HashStore
 
 from maskmatch_scale.checkpoints import parts, writing
-from maskmatch_scale.checkpoints.finding import find_checkpoint
+from maskmatch_scale.checkpoints.finding import find
 from maskmatch_scale.checkpoints.pieces import Piece
-from maskmatch_scale.checkpoints.reading import StoredTensors
+from maskmatch_scale.checkpoints.reading import StoredTensors, being_read
 from maskmatch_scale.checkpoints.writing import CheckpointWriter
 from tests.checkpoints.made_up import SETTINGS, STATE, cut, read_all, same, write
 
@@ -43,7 +43,6 @@ def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
     writer = CheckpointWriter(tmp_path, 0, 1, HashStore(), 30)
     writer.save(1, [Piece("student/a", (8,), 0, values)], {}, {})
     assert writer.is_writing
-    assert writer.wait(0) is None
     assert not (tmp_path / "latest").exists()
     values.zero_()
     go.set()
@@ -139,6 +138,65 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003"]
 
 
+def one(value):
+    return cut({"student/a": torch.full((2,), value)}, {}, 1)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_if_latest_cannot_be_written_everything_is_as_before(tmp_path, there):
+    """Else a checkpoint of a later step would be there that `latest` passes over."""
+    write(tmp_path, 1, one(1.0))
+    if there:
+        write(tmp_path, 2, one(2.0))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest" / "in the way").mkdir(parents=True)
+    assert str(tmp_path / "latest") in str(write(tmp_path, 2, one(3.0)).error)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    if there:
+        assert same(read_all(StoredTensors(tmp_path / "step-00000002")), {"student/a": torch.full((2,), 2.0)})
+
+
+def test_a_checkpoint_that_is_being_read_is_not_replaced(tmp_path):
+    folder = write(tmp_path, 2, one(2.0)).folder
+    with being_read(folder):
+        assert str(write(tmp_path, 2, one(3.0)).error) == f"an older {folder} is being read"
+    assert same(read_all(StoredTensors(folder)), {"student/a": torch.full((2,), 2.0)})
+    assert write(tmp_path, 2, one(3.0)).error is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_how_it_ended_is_what_rank_0_says(tmp_path, monkeypatch, fails):
+    """Rank 1 has written its part long before rank 0, and gives up."""
+    monkeypatch.setattr(writing, "_MARGIN_S", 0.1)
+    number = next(writing._NUMBERS)
+    monkeypatch.setattr(writing, "_NUMBERS", iter([number, number]))
+    write_part, rank_1_is_done = parts.write_part, threading.Event()
+
+    def slow(path, pieces):
+        if path.name.startswith("part-00000"):
+            assert rank_1_is_done.wait(60)
+            if fails:
+                raise OSError(28, os.strerror(28))
+        return write_part(path, pieces)
+
+    monkeypatch.setattr(writing, "write_part", slow)
+    store, said = HashStore(), []
+    writers = [
+        CheckpointWriter(tmp_path, 0, 2, store, 0.1, agreed=lambda error: said.append(error) or error),
+        CheckpointWriter(tmp_path, 1, 2, store, 0.1, agreed=lambda error: said.append(error) or said[0]),
+    ]
+    for writer, pieces in zip(writers, cut(STATE, {}, 2), strict=True):
+        writer.save(1, pieces, {}, {})
+    writers[1].join(60)
+    rank_1_is_done.set()
+    outcomes = [writer.wait() for writer in writers]
+    assert "rank 0 did not answer" in said[1]
+    assert outcomes[1].error == outcomes[0].error == (said[0] or None)
+    assert ("No space left on device" in said[0]) == fails
+    assert writers[1].newest() == writers[0].newest() == (None if fails else tmp_path / "step-00000001")
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
@@ -168,7 +226,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path):
             time.sleep(moments.uniform(0, 0.05))
             job.send_signal(signal.SIGKILL)
             told = max([told, *map(int, job.stdout.read().split())])
-        found = find_checkpoint(tmp_path)
+        found = find(tmp_path).folder
         step = json.loads((found / "state.json").read_text())["step"]
         assert step in (told, told + 1)
         assert StoredTensors(found).read("student/a").equal(torch.full((400_000,), float(step)))
@@ -188,12 +246,12 @@ def test_a_full_disk(tmp_path):
         write(disk, 1, cut(small, {}, 2))
         outcome = write(disk, 2, cut(large, {"student/a": [100]}, 2))
         assert "No space left on device" in str(outcome.error)
-        assert same(read_all(StoredTensors(find_checkpoint(disk))), small)
+        assert same(read_all(StoredTensors(find(disk).folder)), small)
         assert sorted(path.name for path in disk.iterdir()) == ["latest", "step-00000001"]
         assert write(disk, 3, cut(small, {}, 2)).error is None
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         assert "Read-only file system" in str(write(disk, 4, cut(small, {}, 2)).error)
-        assert find_checkpoint(disk).name == "step-00000003"
+        assert find(disk).folder.name == "step-00000003"
     finally:
         subprocess.run(["umount", disk], check=True)
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import SegformerForSemanticSegmentation, SegformerImageProcessor, SegformerModel
 
+from maskmatch_scale.checkpoints.keeping import Keep, Keeper
 from maskmatch_scale.checkpoints.reading import load_weights
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export import load_export
@@ -253,6 +254,21 @@ def test_a_damaged_checkpoint_is_not_exported(runs, images, tmp_path):
     assert json.loads((tmp_path / "out" / "segmenter.json").read_text())["step"] == 1
     with pytest.raises(UserError, match=f"{part.name} is damaged"):
         export_run(part.parent, tmp_path / "other")
+
+
+def test_a_run_that_goes_on_keeps_what_is_exported(runs, tmp_path, monkeypatch):
+    run = shutil.copytree(runs("segformer"), tmp_path / "run")
+    keeper = Keeper(run / "checkpoints", Keep(1, 0, 0), 2)
+
+    def goes_on(*arguments, **options):
+        keeper.tidy(2)
+        return build_student(*arguments, **options)
+
+    monkeypatch.setattr("maskmatch_scale.export.write.build_student", goes_on)
+    export_run(run / "checkpoints" / "step-00000001", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "segmenter.json").read_text())["step"] == 1
+    keeper.tidy(2)
+    assert not (run / "checkpoints" / "step-00000001").exists()
 
 
 @pytest.mark.parametrize("name", MODELS)

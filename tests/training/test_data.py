@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from maskmatch_scale.checkpoints.finding import find, find_checkpoint
+from maskmatch_scale.checkpoints.finding import find
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.errors import TrainingStopped, UserError
 from maskmatch_scale.export.write import export_run
@@ -76,7 +76,7 @@ def test_too_many_bad_samples_stop_the_run(make_recipe, spoilt):
     with pytest.raises(TrainingStopped, match=r"samples were skipped.*data\.max_bad_share=0\.0.*skipped lists them"):
         train(recipe)
     # It goes on from where it stopped when the limit is raised.
-    stopped = find_checkpoint(Path(recipe.run.dir))
+    stopped = find(Path(recipe.run.dir)).folder
     assert len(skipped_samples(Path(recipe.run.dir))) == 1
     data = recipe.data.model_copy(update={"max_bad_share": 0.5})
     run = train(recipe.model_copy(update={"data": data}), "auto")

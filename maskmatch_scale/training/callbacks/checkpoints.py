@@ -33,8 +33,9 @@ class Checkpoints(Callback):
         super().__init__(run)
         self._failed = int(run.resumed.get("failed_saves", 0))
         self._in_a_row = 0
-        self._begun = 0
-        """Step of the newest checkpoint, be it complete or not."""
+        self._begun = run.start
+        """Step of the newest checkpoint, be it complete or not. The one that the run continues from is never replaced:
+        it may be the only one."""
         self._recorded = 0
         """Step of the newest checkpoint with a record."""
         self._waited_s = 0.0
@@ -60,8 +61,11 @@ class Checkpoints(Callback):
         step, miou = int(record["step"]), float(record["miou"])
         if not math.isfinite(miou):  # no class occurs in `dev`
             return
-        run.keeper.scored(step, miou)
-        if run.keeper.is_best(step) and self._begun != step:
+        best = torch.zeros(1, dtype=torch.int64, device=run.runtime.device)
+        if run.keeper is not None:
+            run.keeper.scored(step, miou)
+            best += run.keeper.is_best(step)
+        if run.runtime.sum_over_ranks(best) and self._begun != step:
             self._save(step)
 
     def stopping(self, done: int) -> None:
@@ -85,7 +89,7 @@ class Checkpoints(Callback):
             TrainingStopped: it cannot be written.
         """
         self._finish()
-        if self.run.runtime.rank == 0:
+        if self.run.keeper is not None:
             self.run.keeper.tidy(self._begun)  # the last evaluation came after its checkpoint was begun
 
     def state(self) -> dict[str, Any]:
@@ -121,7 +125,8 @@ class Checkpoints(Callback):
             return outcome
         self._failed += 1
         self._in_a_row += 1
-        run.keeper.lost(outcome.step)
+        if run.keeper is not None:
+            run.keeper.lost(outcome.step)
         most = run.recipe.run.max_failed_saves
         if self._in_a_row >= most:
             run.ask_to_stop(

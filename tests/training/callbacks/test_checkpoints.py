@@ -4,18 +4,20 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from maskmatch_scale.checkpoints import parts, writing
-from maskmatch_scale.checkpoints.finding import find_checkpoint, steps_in
+from maskmatch_scale.checkpoints.finding import find, steps_in
 from maskmatch_scale.checkpoints.layout import CheckpointError
-from maskmatch_scale.errors import TrainingStopped
+from maskmatch_scale.errors import RESUMABLE, TrainingStopped
 from maskmatch_scale.recipe import RecipeError
 from maskmatch_scale.runs.model import open_run
 from maskmatch_scale.train import train
 from maskmatch_scale.training.callbacks import evaluation
+from maskmatch_scale.training.callbacks.checkpoints import Checkpoints
 from tests.cli.test_main import run as command
 from tests.conftest import TINY_VIT
 
@@ -72,7 +74,54 @@ def test_the_best_evaluations_are_kept(make_recipe, scores):
     assert [record["step"] for record in records(run)] == [1, 2, 3, 4]
     assert steps_in(run / "checkpoints").keys() == {2, 4}
     assert (run / "checkpoints" / "best").read_text() == "step-00000002 0.6\n"
-    assert json.loads((find_checkpoint(run / "checkpoints" / "best") / "state.json").read_text())["step"] == 2
+    assert find(run / "checkpoints" / "best").step == 2
+
+
+def test_the_one_that_a_run_continues_from_is_not_written_again(make_recipe):
+    """The evaluation after it was broken off, and is made up for before the first step."""
+    settings = {"steps": 4, "checkpoint_every": 2, "evaluate_every": 2, "keep_best": 2}
+
+    class BrokenOff(evaluation.Callback):
+        def after_step(self, done, figures):
+            if done == 2:  # the next images that the teacher gets are those of the evaluation
+                ask = self.run.ask_to_stop
+                self.run.teacher.module.register_forward_pre_hook(lambda *_: ask("enough", RESUMABLE))
+
+    class Look(evaluation.Callback):
+        def before_step(self, step):
+            seen.append((folder / "index.json").stat().st_ino)
+
+    recipe = make_recipe(run=settings)
+    folder = Path(recipe.run.dir) / "checkpoints" / "step-00000002"
+    with pytest.raises(TrainingStopped, match="enough; stopped after step 2"):
+        train(recipe, callbacks=[BrokenOff])
+    assert records(Path(recipe.run.dir), "eval") == []
+    before, seen = (folder / "index.json").stat().st_ino, []
+    run = train(recipe, "auto", callbacks=[Look])
+    assert seen == [before] * 2
+    assert [record["step"] for record in records(run)] == [2, 4]
+    assert "step-00000002" in (run / "checkpoints" / "best").read_text()
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_rank_0_says_which_are_the_best(best):
+    """It alone knows the scores: a rank that saves alone would wait for the others."""
+    saved = []
+
+    class Rank1(Checkpoints):
+        def _save(self, done):
+            saved.append(done)
+
+    own = []
+    run = SimpleNamespace(
+        resumed={}, start=0, keeper=None, recipe=SimpleNamespace(run=SimpleNamespace(keep_best=1)),
+        runtime=SimpleNamespace(
+            device=torch.device("cpu"), sum_over_ranks=lambda flag: own.append(int(flag)) or flag + int(best)
+        ),
+    )  # fmt: skip
+    Rank1(run).evaluated({"split": "dev", "weights": "ema", "step": 3, "miou": 0.5})
+    assert own == [0]
+    assert saved == [3] * best
 
 
 def test_no_score_is_the_best(make_recipe, scores):
@@ -149,7 +198,7 @@ def test_a_damaged_newest_one(make_recipe, tmp_path, named):
     log = (run / "log" / "rank-0.txt").read_text()
     assert f"passed over: {newest}: {part.name} is damaged" in log
     assert [record["step"] for record in records(run, "train")] == [1, 2, 3, 4, 3, 4, 5, 6]
-    assert find_checkpoint(run).name == "step-00000006"
+    assert find(run).folder.name == "step-00000006"
 
 
 REFUSED = {
