@@ -120,6 +120,21 @@ def test_an_interrupted_evaluation_of_the_last_start_can_be_interrupted_again(ma
     assert not records(recipe.run.dir, "eval")
 
 
+@pytest.mark.parametrize(
+    ("where", "sections"),
+    [
+        ("data.images.label._stored_values", {"method": {"class_weights": "inverse_sqrt"}}),
+        ("models.deferred.DeferredBuild.finish", {"engine": {"zero_stage": 3, "precision": "fp32"}}),
+    ],
+)
+def test_a_signal_before_the_first_step_is_taken_for_no_fault(make_recipe, monkeypatch, where, sections):
+    """A decoder and the build of a model are prepared for nearly any exception."""
+    monkeypatch.setattr(f"maskmatch_scale.{where}", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(TrainingStopped, match="got SIGTERM before the first step; nothing was trained") as stopped:
+        train(make_recipe(**sections))
+    assert stopped.value.exit_code == RESUMABLE
+
+
 def test_signals_that_the_recipe_does_not_name_are_left_alone(make_recipe):
     found = []
 
