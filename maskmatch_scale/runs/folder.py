@@ -43,7 +43,7 @@ def open_folder(
 
     Raises:
         UserError: on all ranks: another live run has the folder, or it cannot be made or written to. Then the older run
-            is where it was, and no new one is there.
+            is where it was, and no new one is there; if another has come in between, the message says where it is.
     """
     lock, refusal = None, ""
     if runtime.rank == 0:
