@@ -110,9 +110,7 @@ def listening(names: Sequence[str]) -> Generator[Signals | None, None, None]:
             listen(names)
         yield _current
     except StartInterrupted as interrupted:
-        raise TrainingStopped(
-            str(interrupted), interrupted.exit_code, on_all_ranks=interrupted.on_all_ranks
-        ) from None
+        raise TrainingStopped(str(interrupted), interrupted.exit_code, on_all_ranks=interrupted.on_all_ranks) from None
     finally:
         if begins:
             stop_listening()
