@@ -40,7 +40,7 @@ class TrainingStopped(RuntimeError):  # noqa: N818 - not an error of the program
         self.on_all_ranks = on_all_ranks
 
 
-class StartInterrupted(BaseException):  # noqa: N818 - not an error of the program
+class StartInterrupted(BaseException):
     """A signal came before the first step. `train` makes a :class:`TrainingStopped` of it.
 
     It may be raised wherever the main thread is, and is no `Exception`, so that code which takes any exception for a
