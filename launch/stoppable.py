@@ -30,15 +30,13 @@ arrived: list[int] = []
 
 def main() -> int:
     """Run the command; returns the exit code."""
-    # The launcher inherits it, and so does a rank until it listens.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, _note)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "exit-code"
         environment = os.environ | {"MASKMATCH_EXIT_CODE_FILE": str(file)}
-        with subprocess.Popen(sys.argv[1:], env=environment, start_new_session=True) as launcher:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
-                    signal.signal(number, _note)
+        with subprocess.Popen(sys.argv[1:], env=environment, start_new_session=True, preexec_fn=_ignore) as launcher:
             told = -AGAIN_S
             while launcher.poll() is None:
                 if arrived.count(signal.SIGINT) > 1:
@@ -53,6 +51,11 @@ def main() -> int:
         if file.exists():
             return int(file.read_text())
         return launcher.returncode if launcher.returncode >= 0 else 128 - launcher.returncode
+
+
+def _ignore() -> None:
+    """In the launcher, which inherits it to the ranks until they listen."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -40,6 +40,23 @@ class TrainingStopped(RuntimeError):  # noqa: N818 - not an error of the program
         self.on_all_ranks = on_all_ranks
 
 
+class StartInterrupted(BaseException):
+    """A signal came before the first step. `train` makes a :class:`TrainingStopped` of it.
+
+    It may be raised wherever the main thread is, and is no `Exception`, so that code which takes any exception for a
+    damaged image or for a model of a new kind does not catch it.
+
+    Args:
+        name: of the signal.
+    """
+
+    exit_code = RESUMABLE
+    on_all_ranks = False
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"got {name} before the first step; nothing was trained in this start")
+
+
 def is_of_lost_rank(error: BaseException) -> bool:
     """Whether this is gloo's error for a connection that another rank's process has closed."""
     text = str(error)

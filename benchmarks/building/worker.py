@@ -89,7 +89,7 @@ def main(file: Path) -> None:
     dist.all_gather_object(rows, row)
     if runtime.rank == 0:
         Path(options["result"]).write_text(json.dumps({key: max(row[key] for row in rows) for key in row}))
-    runtime.barrier()
+    dist.barrier()
 
 
 def _whole_run(options: dict[str, Any], recipe: Recipe, runtime: Any, memory: Memory | None) -> dict[str, float]:

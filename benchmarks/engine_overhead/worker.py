@@ -74,7 +74,7 @@ class Clock:
 
     def time(self, name: str, call: Callable[[], object]) -> None:
         """Call once and note how long it took on this rank."""
-        self._runtime.barrier()
+        dist.barrier()
         wall, cpu = self._now()
         call()
         wall_after, cpu_after = self._now()

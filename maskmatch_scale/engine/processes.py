@@ -17,7 +17,7 @@ _STARTED = 19
 _IMPORTED = time.monotonic()
 
 State = Literal["running", "stopped", "ended", "unknown"]
-"""Of a process. unknown: it is on another machine, or in another container."""
+"""Of a process. unknown: it is on another machine, in another container, or hidden as another user's."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Process:
             return "unknown"
         try:
             text = Path(f"/proc/{self.number}/stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return "ended"
+        except OSError:  # there is none, or it is another user's and /proc is mounted with `hidepid`
+            return "unknown" if _exists(self.number) else "ended"
         fields = text.rpartition(")")[2].split()
         if self.started is not None and int(fields[_STARTED]) != self.started:
             return "ended"  # and its number was given to another process
@@ -104,6 +104,17 @@ class Ends:
         """Close the handles of the processes."""
         for handle in (self._woken, self._waker, *self._ranks):
             os.close(handle)
+
+
+def _exists(number: int) -> bool:
+    """Whether there is a process, be it hidden or not."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _space() -> str:

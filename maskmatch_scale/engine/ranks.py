@@ -171,11 +171,6 @@ class Runtime:
 
         return stop_on_gpu
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        if self.world_size > 1:
-            dist.barrier()
-
 
 def require_device(values: Tensor, device: torch.device) -> Tensor:
     """Give a tensor back that is about to enter a collective; every collective of this package asks here.

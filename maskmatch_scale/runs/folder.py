@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from maskmatch_scale.engine.ranks import Runtime
-from maskmatch_scale.errors import RESUMABLE, TrainingStopped, UserError
+from maskmatch_scale.errors import RESUMABLE, StartInterrupted, TrainingStopped, UserError
 from maskmatch_scale.files import disk_fault, write_whole
 from maskmatch_scale.progress import show
 from maskmatch_scale.recipe import Recipe
@@ -43,7 +43,7 @@ def open_folder(
 
     Raises:
         UserError: on all ranks: another live run has the folder, or it cannot be made or written to. Then the older run
-            is where it was, and no new one is there.
+            is where it was, and no new one is there; if another has come in between, the message says where it is.
     """
     lock, refusal = None, ""
     if runtime.rank == 0:
@@ -117,7 +117,7 @@ def rank_log(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, TrainingStopped) and error.exit_code == RESUMABLE:
+        if isinstance(error, TrainingStopped | StartInterrupted) and error.exit_code == RESUMABLE:
             log.info("stopped: %s", error)
         else:
             log.error("the run ended with an error", exc_info=error)

@@ -93,12 +93,19 @@ class FolderLock:
         """Rename the folder, and make an empty one in its place, with the same lock.
 
         Raises:
-            OccupiedError: another run has come in between, and has made it.
+            OccupiedError: another run has come in between, and has made it. The message says where the older one is.
+            UserError: nothing can be written there. The folder is where it was, without a lock.
         """
         self._rest()
         self._folder.path.rename(aside)
-        RunFolder(aside).lock.unlink()
-        self._take()
+        try:
+            RunFolder(aside).lock.unlink(missing_ok=True)
+            self._take()
+        except OccupiedError as error:
+            raise OccupiedError(f"{error}; the older run was moved to {aside}") from None
+        except BaseException:
+            aside.rename(self._folder.path)
+            raise
 
     def release(self) -> None:
         """Let others write to the folder."""

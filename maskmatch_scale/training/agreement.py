@@ -55,9 +55,9 @@ class Agreement:
                 self._wish = wish
 
     @property
-    def wanted(self) -> bool:
-        """Whether this rank wants to stop. The others may not know yet."""
-        return self._wish is not None
+    def wanted(self) -> Stop | None:
+        """Why this rank wants to stop; None: it does not. The others may not know yet."""
+        return self._wish
 
     @property
     def decided(self) -> Stop | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from maskmatch_scale.checkpoints.layout import folder_name
+from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.watch import Watch, watch_ranks
@@ -20,6 +23,8 @@ from maskmatch_scale.training.callbacks import CALLBACKS, Callback
 from maskmatch_scale.training.run import Run, build_run
 from maskmatch_scale.training.signals import Signals, listening
 from maskmatch_scale.training.step import take_step
+
+_log = logging.getLogger("maskmatch_scale")
 
 
 def train(recipe: Recipe, resume: str | None = None, *, callbacks: Sequence[Callable[[Run], Callback]] = ()) -> Path:
@@ -69,16 +74,15 @@ def _train(
             run.callbacks = [make(run) for make in makers]
             if signals is not None:
                 signals.keep(lambda name: run.ask_to_stop(f"got {name}", RESUMABLE))
-            with _stopped_by_disks(run, watch):
-                _take_steps(run, watch)
+            _take_steps(run, watch)
     return folder.path
 
 
 @contextmanager
-def _stopped_by_disks(run: Run, watch: Watch) -> Generator[None, None, None]:
+def _stopped_by_disks(run: Run, where: str) -> Generator[None, None, None]:
     """Let what a disk refuses to write end the run with one line, from the rank whose disk it is.
 
-    Before the first step such an error is one that the user can correct, and keeps its class.
+    Before the first step, where this is not used, such an error is one that the user can correct, and keeps its class.
     """
     try:
         yield
@@ -86,7 +90,6 @@ def _stopped_by_disks(run: Run, watch: Watch) -> Generator[None, None, None]:
         fault = disk_fault(error)
         if fault is None:
             raise
-        where = "after the last step" if watch.step is None else f"step {watch.step}"
         kept = run.last_checkpoint or "none"
         raise TrainingStopped(
             f"{where}: {fault}; then continue with --resume auto (last checkpoint: {kept})", on_all_ranks=False
@@ -108,26 +111,37 @@ def _take_steps(run: Run, watch: Watch) -> None:
             raise TrainingStopped(f"{run.stopping.reason}; stopped before the first step", run.stopping.exit_code)
         for step in range(run.start, steps):
             watch.step = step + 1
-            for callback in run.callbacks:
-                callback.before_step(step)
-            figures = take_step(run, step, loader)
-            for callback in run.callbacks:
-                callback.after_step(step + 1, figures)
-            if any(callback.wants_records(step + 1) for callback in run.callbacks):
-                records = run.metrics.flush()
-                for callback in run.callbacks:
-                    callback.records_read(records)
-            if step + 1 == steps:
-                run.agreement.settle()  # there is no later step to read it
-            else:
-                run.agreement.exchange()
-            for callback in run.callbacks:
-                callback.between_steps(step + 1)
-            if run.stopping:
-                _stop(run, step + 1)
+            with _stopped_by_disks(run, f"step {step + 1}"):
+                _take_one(run, step, loader)
     watch.step = None
+    with _stopped_by_disks(run, "after the last step"):
+        for callback in run.callbacks:
+            callback.finished()
+
+
+def _take_one(run: Run, step: int, loader: Iterator[Batch]) -> None:
+    """Take step ``step`` (from 0), and what comes after it."""
+    done = step + 1
+    is_last = done == run.recipe.run.steps
     for callback in run.callbacks:
-        callback.finished()
+        callback.before_step(step)
+    figures = take_step(run, step, loader)
+    for callback in run.callbacks:
+        callback.after_step(done, figures)
+    if any(callback.wants_records(done) for callback in run.callbacks):
+        records = run.metrics.flush()
+        for callback in run.callbacks:
+            callback.records_read(records)
+    if is_last:
+        run.agreement.settle()  # there is no later step to read it
+    else:
+        run.agreement.exchange()
+    for callback in run.callbacks:
+        callback.between_steps(done)
+    if is_last:
+        run.agreement.settle()  # what these have asked for, which else the next step would read
+    if run.stopping:
+        _stop(run, done)
 
 
 def _stop(run: Run, done: int) -> NoReturn:
@@ -138,6 +152,8 @@ def _stop(run: Run, done: int) -> NoReturn:
     """
     stop = run.stopping
     assert stop is not None
+    if run.agreement.wanted is not None:
+        _log.info("this rank wants to stop: %s", run.agreement.wanted.reason)
     records = run.metrics.flush()  # a figure that is not finite must end the run before a checkpoint is written
     if records:
         for callback in run.callbacks:
@@ -147,6 +163,6 @@ def _stop(run: Run, done: int) -> NoReturn:
     if stop.exit_code != RESUMABLE:
         raise TrainingStopped(stop.reason, stop.exit_code)
     checkpoint = run.last_checkpoint
-    if checkpoint is None or checkpoint.name != f"step-{done:08d}":
+    if checkpoint is None or checkpoint.name != folder_name(done):
         raise TrainingStopped(f"{stop.reason}; stopped after step {done}, of which no checkpoint could be written")
     raise TrainingStopped(f"{stop.reason}; stopped after step {done}, checkpoint {checkpoint}", RESUMABLE)

@@ -68,10 +68,11 @@ class Checked:
 
     @property
     def continues_in_place(self) -> bool:
-        """Whether the checkpoint lies in this run's own directory."""
+        """Whether the checkpoint lies in this run's own directory, or in what its `checkpoints` is a link to."""
         if self.checkpoint is None:
             return False
-        return self.folder.path.resolve() in self.checkpoint.folder.resolve().parents
+        at, own = self.checkpoint.folder, self.folder.checkpoints
+        return self.folder.path.resolve() in at.resolve().parents or (own.exists() and own.samefile(at.parent))
 
 
 def check(recipe: Recipe, resume: str | None) -> Checked:

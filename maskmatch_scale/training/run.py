@@ -96,8 +96,7 @@ class Run:
             reason: one line that says why, and what to do.
             exit_code: of the command, 1 to 255. `errors.RESUMABLE`: the run only has to be started again.
         """
-        if not self.agreement.wanted:
-            log.info("this rank wants to stop: %s", reason)
+        # Nothing is logged here: a disk that hangs would keep the thread of the signals from a second Ctrl-C.
         self.agreement.ask(Stop(reason, exit_code))
 
     @property

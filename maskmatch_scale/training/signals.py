@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from maskmatch_scale.errors import RESUMABLE, TrainingStopped
+from maskmatch_scale.errors import StartInterrupted, TrainingStopped
 
 INTERRUPTED = 130
 """Exit code after a second Ctrl-C, as shells report it."""
@@ -73,9 +73,7 @@ class Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._tell is None and not self._raised and os.getpid() == self._process:
             self._raised = True  # another signal must not interrupt the end
-            name = signal.Signals(number).name
-            said = f"got {name} before the first step; nothing was trained in this start"
-            raise TrainingStopped(said, RESUMABLE, on_all_ranks=False)
+            raise StartInterrupted(signal.Signals(number).name)
 
     def _listen(self, pipe: int) -> None:
         while numbers := os.read(pipe, 64):
@@ -102,15 +100,20 @@ def listening(names: Sequence[str]) -> Generator[Signals | None, None, None]:
 
     Yields:
         None outside the main thread, where Python receives no signals.
+
+    Raises:
+        TrainingStopped: a signal came before :meth:`Signals.keep`.
     """
-    if _current is not None or threading.current_thread() is not threading.main_thread():
-        yield _current
-        return
-    listen(names)
+    begins = _current is None and threading.current_thread() is threading.main_thread()
     try:
+        if begins:
+            listen(names)
         yield _current
+    except StartInterrupted as interrupted:
+        raise TrainingStopped(str(interrupted), interrupted.exit_code, on_all_ranks=interrupted.on_all_ranks) from None
     finally:
-        stop_listening()
+        if begins:
+            stop_listening()
 
 
 def listen(names: Sequence[str]) -> None:

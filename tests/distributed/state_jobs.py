@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from torch import distributed as dist
 
 from maskmatch_scale.checkpoints.pieces import Piece
 from maskmatch_scale.engine import setup
@@ -57,7 +58,7 @@ def run(segments, folder):
             _keep(job, own, "more")
         seen["logits"] = job.logits().tolist()
         (own / f"seen-{runtime.rank}.json").write_text(json.dumps(seen))
-        runtime.barrier()
+        dist.barrier()
 
 
 def _not_as_deepspeed(job):

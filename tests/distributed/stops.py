@@ -1,8 +1,8 @@
 """Started by a launcher: train recipes one after the other, and let something stop each of them on one rank.
 
 A job has, beside its recipe and `resume`: `rank` and `step` of the stop, and what it is: `signal`, a name; `ask`, an
-exit code; `evaluation`, true if the signal comes while images are evaluated after the step. Every rank writes down how
-each run ended.
+exit code; `when`, if it does not come before the step: `evaluation`, while images are evaluated after it, or
+`between_steps`. Every rank writes down how each run ended.
 """
 
 import json
@@ -29,7 +29,7 @@ class Stopped(Callback):
         self._done = 0
 
     def started(self):
-        if self._job.get("evaluation"):
+        if self._job.get("when") == "evaluation":
             self.run.teacher.module.register_forward_pre_hook(lambda *_: self._forward())
 
     def _forward(self):
@@ -38,7 +38,11 @@ class Stopped(Callback):
 
     def before_step(self, step):
         self._done = 0
-        if step + 1 == self._job.get("step") and not self._job.get("evaluation"):
+        if step + 1 == self._job.get("step") and "when" not in self._job:
+            self._stop()
+
+    def between_steps(self, done):
+        if done == self._job.get("step") and self._job.get("when") == "between_steps":
             self._stop()
 
     def after_step(self, done, figures):

@@ -26,9 +26,10 @@ TORCHS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
 SETTINGS = {"steps": 8, "checkpoint_every": 5, "evaluate_every": 5, "log_every": 10}
 JOBS = {
     "signal": {"rank": 1, "step": 2, "signal": "SIGUSR1"},
-    "evaluation": {"rank": 1, "step": 5, "signal": "SIGTERM", "evaluation": True},
+    "evaluation": {"rank": 1, "step": 5, "signal": "SIGTERM", "when": "evaluation"},
     "last": {"rank": 0, "step": 8, "signal": "SIGINT"},
     "failure": {"rank": 1, "step": 3, "ask": 1},
+    "late": {"rank": 1, "step": 8, "when": "between_steps", "ask": 1},
 }
 
 
@@ -110,6 +111,12 @@ def test_one_rank_asks_for_an_end_with_an_error(stopped):
     folder, ends = stopped
     assert ends["failure"] == [["rank 1: seen enough", 1]] * 2
     assert (folder / "failure" / "checkpoints" / "step-00000005").is_dir()
+
+
+def test_one_rank_asks_after_the_last_step(stopped):
+    folder, ends = stopped
+    assert ends["late"] == [["rank 1: seen enough", 1]] * 2
+    assert (folder / "late" / "checkpoints" / "step-00000008").is_dir()
 
 
 def test_all_ranks_are_refused_where_another_machines_run_is_alive(stopped):

@@ -1,6 +1,8 @@
 """What the operating system shows of other ranks' processes."""
 
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +36,31 @@ def test_the_states_of_a_process(other):
 def test_a_process_of_another_machine_is_unknown():
     assert Process(os.getpid(), "elsewhere").state == "unknown"
     assert Process.own().state == "running"
+
+
+HIDDEN = """
+import os, sys
+from maskmatch_scale.engine.processes import Process
+own = Process.own()  # what this imports another user may not be able to read
+os.setgid(65534)
+os.setuid(65534)
+print(*(Process(int(number), own.space).state for number in sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("hidepid", ["1", "2"])
+def test_a_process_of_another_user_that_is_hidden_is_unknown(other, hidepid):
+    if os.geteuid() or not shutil.which("unshare"):
+        pytest.skip("needs root, to mount a /proc that hides processes")
+    mount = f"mount -t proc -o hidepid={hidepid} proc /proc"
+    private = ["unshare", "--mount", "sh", "-c"]
+    if subprocess.run([*private, mount], capture_output=True, check=False).returncode:
+        pytest.skip("no /proc that hides processes can be mounted")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    python = shlex.join([sys.executable, "-c", HIDDEN, str(other.pid), str(ended.pid)])
+    done = subprocess.run([*private, f"{mount} && {python}"], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["unknown", "ended"], done.stderr
 
 
 def test_the_end_of_a_process_is_noticed_at_once(other):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -28,7 +29,7 @@ def stop(*_):
 time.sleep(float(sys.argv[1]))  # imports, in which nobody listens
 if sys.argv[2] == "listens":
     signal.signal(signal.SIGUSR1, stop)
-print("rank", flush=True)
+os.write(1, b"rank\\\\n")  # print() may write the end of the line later, after that of the other rank
 while True:
     time.sleep(1)
 '''
@@ -37,7 +38,7 @@ ranks = [
                      start_new_session=True)
     for number in range(2)
 ]
-print("launched", flush=True)
+os.write(1, b"launched\\n")
 for process in ranks:
     process.wait()
 sys.exit(1)
@@ -47,21 +48,21 @@ sys.exit(1)
 @pytest.fixture
 def start():
     """Start it in front of a command; at the end nothing of it is left."""
-    started = []
+    started, mark = [], uuid.uuid4().hex
 
-    def start(*command, **options):
-        clean = {name: value for name, value in os.environ.items() if name != "RANK"}
+    def start(*command, before=()):
+        clean = {name: value for name, value in os.environ.items() if name != "RANK"} | {"STARTED_BY": mark}
         process = subprocess.Popen(
-            [sys.executable, str(STOPPABLE), *command], stdout=subprocess.PIPE, text=True, env=clean, **options
+            [sys.executable, *before, str(STOPPABLE), *command], stdout=subprocess.PIPE, text=True, env=clean
         )
         started.append(process)
         return process
 
     yield start
+    for process in psutil.process_iter(["environ"]):
+        if (process.info["environ"] or {}).get("STARTED_BY") == mark:
+            process.kill()
     for process in started:
-        for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
-            child.kill()
-        process.kill()
         process.communicate()
 
 
@@ -74,6 +75,23 @@ def test_the_ranks_are_told_and_their_code_counts(start, name):
     process = start(sys.executable, "-c", LAUNCHER, "0", "listens")
     assert lines(process, 3) == ["launched", "rank", "rank"]
     process.send_signal(getattr(signal, name))
+    assert process.wait(60) == 75
+
+
+WHILE_LAUNCHING = """
+import os, runpy, signal, subprocess, sys
+class Popen(subprocess.Popen):
+    def _execute_child(self, *args):
+        super()._execute_child(*args)  # the launcher runs
+        os.kill(os.getpid(), getattr(signal, name))
+subprocess.Popen, name, sys.argv = Popen, sys.argv[1], sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_while_the_launcher_is_started(start, name):
+    process = start(sys.executable, "-c", LAUNCHER, "0", "listens", before=["-c", WHILE_LAUNCHING, name])
     assert process.wait(60) == 75
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 import pytest
@@ -193,6 +194,41 @@ def test_moving_aside_keeps_the_lock(folder):
     with pytest.raises(OccupiedError):
         FolderLock(folder)
     held.release()
+
+
+def test_what_cannot_be_moved_aside_stays(small_disk):
+    disk = small_disk(options="nr_inodes=20")
+    folder = RunFolder(disk.path / "run")
+    held = FolderLock(folder)
+    folder.recipe.write_text("older")
+    with suppress(OSError):  # of the 20 files that fit none is left
+        for number in range(20):
+            (disk.path / f"other-{number}").touch()
+    with pytest.raises(UserError, match="cannot be written to"):
+        held.move_aside(folder.path.with_name("run.previous-1"))
+    held.release()
+    assert [path.name for path in folder.path.iterdir()] == ["recipe.yaml"]
+    assert not folder.path.with_name("run.previous-1").exists()
+
+
+def test_another_run_that_comes_while_one_is_moved_aside(folder, monkeypatch):
+    held = FolderLock(folder)
+    folder.recipe.write_text("older")
+    aside = folder.path.with_name("run.previous-1")
+    others = []
+
+    def after_another(path):
+        monkeypatch.undo()
+        others.append(FolderLock(folder))
+        return lock._make_folders(path)
+
+    monkeypatch.setattr(lock, "_make_folders", after_another)
+    with pytest.raises(OccupiedError, match=f"another run writes there .*; the older run was moved to {aside}$"):
+        held.move_aside(aside)
+    held.release()
+    assert [path.name for path in aside.iterdir()] == ["recipe.yaml"]
+    assert [path.name for path in folder.path.iterdir()] == [".lock"]
+    others[0].release()
 
 
 def test_a_lock_that_somebody_has_removed_is_made_again(folder, soon):

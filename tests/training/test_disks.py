@@ -1,11 +1,13 @@
 """Runs on a disk that is full for some time, or to the end."""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
 from maskmatch_scale.errors import TrainingStopped
+from maskmatch_scale.files import write_whole
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.train import train
 from maskmatch_scale.training.callbacks import Callback
@@ -94,6 +96,20 @@ def test_what_cannot_be_written_at_the_end(make_recipe, small_disk, tmp_path):
     assert not caught.value.on_all_ranks
     train(recipe, "auto")
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_what_cannot_be_written_before_the_first_step_keeps_its_class(make_recipe, small_disk):
+    """The command ends with code 2, as for a mistake of the user (docs/design.md)."""
+    disk = small_disk()
+    disk.fill()
+
+    class Writing(Callback):
+        def started(self):
+            write_whole(disk.path / "notes.txt", "x")
+
+    with pytest.raises(OSError) as caught:
+        train(make_recipe(), callbacks=[Writing])
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_a_profile_that_does_not_fit(make_recipe, small_disk, tmp_path, capsys):

@@ -1,9 +1,12 @@
 """A run that is asked to stop: by real signals, by the clock, in an evaluation; and what comes after."""
 
 import json
+import logging
 import os
 import signal
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from maskmatch_scale.errors import RESUMABLE, TrainingStopped, UserError
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.runs.evaluate import evaluate_run
+from maskmatch_scale.runs.log_file import LogFile
 from maskmatch_scale.train import train
 from maskmatch_scale.training.callbacks import Callback, time_limit
 from maskmatch_scale.training.callbacks.time_limit import TimeLimit
@@ -120,6 +124,21 @@ def test_an_interrupted_evaluation_of_the_last_start_can_be_interrupted_again(ma
     assert not records(recipe.run.dir, "eval")
 
 
+@pytest.mark.parametrize(
+    ("where", "sections"),
+    [
+        ("data.images.label._stored_values", {"method": {"class_weights": "inverse_sqrt"}}),
+        ("models.deferred.DeferredBuild.finish", {"engine": {"zero_stage": 3, "precision": "fp32"}}),
+    ],
+)
+def test_a_signal_before_the_first_step_is_taken_for_no_fault(make_recipe, monkeypatch, where, sections):
+    """A decoder and the build of a model are prepared for nearly any exception."""
+    monkeypatch.setattr(f"maskmatch_scale.{where}", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(TrainingStopped, match="got SIGTERM before the first step; nothing was trained") as stopped:
+        train(make_recipe(**sections))
+    assert stopped.value.exit_code == RESUMABLE
+
+
 def test_signals_that_the_recipe_does_not_name_are_left_alone(make_recipe):
     found = []
 
@@ -168,12 +187,45 @@ def test_the_margin_grows_with_the_time_that_checkpoints_take(make_recipe):
             if step == 3:
                 self.run.save_s = 7200.0
                 limit = next(callback for callback in self.run.callbacks if isinstance(callback, TimeLimit))
-                assert limit._margin_s() > 7200
+                assert limit._margin_s() > 2 * 7200  # one may have just begun when the last one is asked for
 
     recipe = make_recipe(run={"steps": 5, "max_hours": 24.0, "evaluate_every": 0, "checkpoint_every": 2})
     run = train(recipe, callbacks=[Saved])
     state = json.loads((run / "checkpoints" / "step-00000004" / "state.json").read_text())
     assert state["save_s"] == 7200
+
+
+def test_a_log_that_hangs_keeps_no_thread_that_asks(make_recipe, tmp_path):
+    """The thread of the signals asks, and must be free for a second Ctrl-C."""
+    pipe = tmp_path / "log"
+    os.mkfifo(pipe)
+    alive = []
+
+    class Asks(Callback):
+        def before_step(self, step):
+            reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+            handler = LogFile(pipe)
+            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            with suppress(BlockingIOError):  # until nothing fits in any more
+                while os.write(writer, b"x"):
+                    pass
+            logging.getLogger("maskmatch_scale").addHandler(handler)
+            asking = threading.Thread(target=self.run.ask_to_stop, args=("seen enough",))
+            asking.start()
+            asking.join(10)
+            alive.append(asking.is_alive())
+            logging.getLogger("maskmatch_scale").removeHandler(handler)
+            os.read(reader, 1 << 20)
+            asking.join()
+            handler.close()
+            os.close(writer)
+            os.close(reader)
+
+    recipe = make_recipe()
+    with pytest.raises(TrainingStopped, match="seen enough"):
+        train(recipe, callbacks=[Asks])
+    assert alive == [False]
+    assert "this rank wants to stop: seen enough" in RunFolder(Path(recipe.run.dir)).log(0).read_text()
 
 
 def test_a_second_live_run_in_the_folder_is_refused(make_recipe):

@@ -56,6 +56,18 @@ def test_continuing_is_exact(make_recipe, tmp_path):
     assert train(make_recipe(run=settings | {"dir": str(part)}), resume="auto") == part
 
 
+def test_a_run_whose_checkpoints_are_on_another_disk_continues_in_place(make_recipe, tmp_path):
+    settings = {"checkpoint_every": 2, "evaluate_every": 0}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "large").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "large")
+    for steps, resume in ((2, None), (4, "auto"), (6, str(tmp_path / "large" / "step-00000004"))):
+        run = train(make_recipe(run=settings | {"steps": steps}), resume)
+    assert not (tmp_path / "run.previous-1").exists()
+    assert [r["step"] for r in records(run)] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "large" / "latest").read_text() == "step-00000006"
+
+
 def test_an_older_run_is_moved_aside(make_recipe, tmp_path):
     recipe = make_recipe(run={"steps": 1})
     first = train(recipe)

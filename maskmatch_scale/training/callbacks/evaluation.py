@@ -68,7 +68,7 @@ class Evaluation(Callback):
                 matrix,
                 (runtime.rank, runtime.world_size),
                 runtime.sum_over_ranks,
-                break_off=lambda: run.agreement.wanted,
+                break_off=lambda: run.agreement.wanted is not None,
             )
         if images is None:
             run.agreement.settle()

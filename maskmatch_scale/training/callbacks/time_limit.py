@@ -15,15 +15,15 @@ from maskmatch_scale.training.step import StepFigures
 
 _UNKNOWN_S = 120.0
 """Assumed time of a checkpoint while none was written, but no more than a tenth of the limit."""
-_TIMES = 1.5
-"""How much longer than any before a checkpoint may take."""
+_TIMES = 2.5
+"""How much longer than any checkpoint before a stop may take: one may have just begun, and the last one follows."""
 _LOOK_S = 10.0
 _STEPS = 4
 """Until all ranks know (`agreement.READ_AFTER`), and the step that is under way."""
 
 
 class TimeLimit(Callback):
-    """Asks to stop when what is left is just enough for a few steps and a checkpoint; idle if the recipe sets no limit.
+    """Asks to stop when what is left is just enough for a few steps and two checkpoints; idle if there is no limit.
 
     A thread of each rank asks, so that a long evaluation is broken off in time too.
     """
