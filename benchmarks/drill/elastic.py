@@ -1,0 +1,88 @@
+"""Another number of ranks, another ZeRO stage, another engine: the same losses, and every sample once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.drill.evidence import compare_losses, compare_samples, compare_states, steps_again
+from benchmarks.drill.report import Row
+from benchmarks.drill.setting import Setting
+from benchmarks.harness import say
+
+STEPS, STOP_AFTER = 24, 5
+TOLERANCE = 1e-6
+"""Of fp32 losses, relative."""
+
+SAME = {"data": {"lanes": 2}, "method": {"threshold": 0.0}, "engine": {"micro_batch": 2}}
+"""The order of samples is cut for two ranks, whatever their number. Every pixel counts: at a threshold, a confidence
+that differs in its last bit would change the loss by a whole pixel."""
+BY_RANKS = {**SAME, "data": {}}
+"""The same with an order that is cut for as many ranks as there are."""
+
+
+@dataclass(frozen=True)
+class _Case:
+    name: str
+    middle: tuple[str, ...] = ()
+    """Keys of the middle third."""
+    ranks: int = 2
+    """Of the middle third."""
+    launcher: str = "none"
+    """Of the middle third."""
+    sections: Any = None
+
+    @property
+    def same_order(self) -> bool:
+        return self.sections is None
+
+
+CASES = (
+    _Case("2 → 1 → 2 ranks, larger micro-batches", ("engine.micro_batch=4",), ranks=1),
+    _Case("2 → 1 → 2 ranks, more micro-batches", ("engine.accumulation=2",), ranks=1),
+    _Case("ZeRO 1 → 3 → 1", ("engine.zero_stage=3",)),
+    _Case("ZeRO 1 → 2 → 1", ("engine.zero_stage=2",)),
+    _Case(
+        "deepspeed → accelerate → deepspeed",
+        ("engine.library=accelerate", "engine.zero_stage=0"),
+        launcher="accelerate",
+    ),
+    _Case("2 → 1 → 2 ranks, ZeRO 1 → 3 → 1", ("engine.micro_batch=4", "engine.zero_stage=3"), ranks=1),
+    _Case("2 → 1 → 2 ranks, another order", ("engine.micro_batch=4",), ranks=1, sections=BY_RANKS),
+)
+
+
+def run(setting: Setting) -> Iterator[Row]:
+    """Every case is a job of three sessions; the first two are stopped by SIGTERM."""
+    other = setting.reference(STEPS, SAME)
+    for number, case in enumerate(CASES[:1] if setting.short else CASES):
+        setting.now = f"elastic: case {number + 1} of {len(CASES)}"
+        job = setting.job(f"elastic-{number}", STEPS, case.sections or SAME)
+        moved = 0
+        for part in range(3):
+            middle = part == 1
+            session = job.start(
+                case.launcher if middle else "none", *(case.middle if middle else ()), ranks=case.ranks if middle else 2
+            )
+            if part < 2:
+                session.wait_for(lambda session=session: session.steps() >= STOP_AFTER)  # type: ignore[misc]
+                session.signal(signal.SIGTERM, session.ranks().values())
+            session.end()
+            went_on = bool(session.steps()) and (part < 2 or set(session.codes) == {0})
+            moved += went_on and part > 0
+            if not went_on:
+                say(f"elastic: {case.name}, part {part + 1}:\n{session.printed[-3000:]}")
+        samples = compare_samples(job, other, STEPS, setting.sizes)
+        figures: dict[str, Any] = {"lost": samples.lost, "repeated": samples.repeated}
+        if case.same_order:
+            weights = float("inf")
+            if job.checkpoint(STEPS).is_dir():
+                weights = compare_states(job.checkpoint(STEPS), other.checkpoint(STEPS), ("student", "ema"))
+            figures |= {"losses": compare_losses(job, other, STEPS), "weights": weights}
+            figures["moved_steps"] = samples.moved_steps
+        yield Row(
+            "elastic", case.name, 2, moved, STEPS, steps_again(job), tolerance=TOLERANCE,
+            note="" if case.same_order else "losses are not compared", **figures,
+        )  # fmt: skip
