@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskmatch_scale.data.shards.index import sha256
 from maskmatch_scale.data.writing import EncodedSample, StreamItems, write_shards
+from maskmatch_scale.files import sha256
 from maskmatch_scale.recipe import Recipe, parse_recipe
 
 

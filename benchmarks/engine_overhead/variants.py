@@ -172,8 +172,17 @@ class ZeroTrainer:
         self.engine.step(number)
 
     def weights(self, *, keep: bool) -> dict[str, Tensor]:
-        """See `Trainer`."""
-        return self.engine.full_fp32_parameters(keep=keep)
+        """See `Trainer`; at ZeRO-1 to 3 the masters are gathered one at a time."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found = {}
+        for name, parameter in self.student.named_parameters():
+            # None: DeepSpeed has no master of an fp32 weight at ZeRO-0.
+            master = safe_get_full_fp32_param(parameter)
+            value = parameter.detach() if master is None else master
+            if keep:
+                found[name] = value.cpu()
+        return found
 
 
 def build_trainer(variant: Variant, segmenter: Segmenter, recipe: Recipe, runtime: Runtime) -> Trainer:

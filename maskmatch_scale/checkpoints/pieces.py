@@ -45,7 +45,7 @@ class StoredState(Protocol):
         """
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements ``start`` to ``stop`` (None: the last) of the flattened tensor: (n,) on the CPU, in its stored dtype.
+        """Elements ``start`` to ``stop`` (None: the last) of the flattened tensor: (n,) on the CPU, in its dtype.
 
         Raises:
             KeyError: there is no such tensor.

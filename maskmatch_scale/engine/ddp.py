@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,18 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, patch_environment
 from torch import Tensor, nn
 
+from maskmatch_scale.checkpoints.pieces import Piece, StoredState
 from maskmatch_scale.engine.ema import ReplicatedTeacher
 from maskmatch_scale.engine.optim import adamw, parameter_groups
+from maskmatch_scale.engine.parts import (
+    adamw_steps,
+    buffer_pieces,
+    part_pieces,
+    restore_adamw,
+    restore_buffers,
+    restore_parts,
+    whole_parts,
+)
 from maskmatch_scale.engine.precision import autocast, autocast_dtype
 from maskmatch_scale.engine.protocol import StepOrder, StoredTeacher, leaves_out
 from maskmatch_scale.engine.ranks import Runtime
@@ -52,6 +61,7 @@ class DdpEngine:
     def __init__(self, module: nn.Module, student: nn.Module, recipe: Recipe, runtime: Runtime) -> None:
         self.name = "accelerate"
         self.recipe = recipe
+        self.runtime = runtime
         self.student = student
         self.grad_norm: Tensor | float | None = None
         self.skipped = False
@@ -118,10 +128,6 @@ class DdpEngine:
         """See `Engine`."""
         return self._groups.lr(number)
 
-    def full_fp32_parameters(self, *, keep: bool) -> dict[str, Tensor]:
-        """See `Engine`; no collective: every rank has them all."""
-        return {name: parameter.detach().cpu() for name, parameter in self.student.named_parameters() if keep}
-
     def arithmetic(self) -> AbstractContextManager[None]:
         """See `Engine`."""
         return autocast(self._device, self._dtype)
@@ -135,14 +141,30 @@ class DdpEngine:
         parameters = list(self.student.parameters())
         return lambda decay: torch._foreach_lerp_(list(averages), [p.detach() for p in parameters], 1 - decay)
 
-    def save(self, folder: Path) -> None:
-        """See `Engine`: rank 0 writes weights and optimizer state, and each rank a small file of random state."""
-        self._accelerator.save_state(str(folder))
+    def pieces(self) -> Iterator[Piece]:
+        """See `Engine`: every rank has everything, and gives its share."""
+        parts = whole_parts(self.student.named_parameters(), self.runtime.rank, self.runtime.world_size)
+        yield from part_pieces("student", parts, self._optimizer.state)
+        yield from buffer_pieces("student", self.student, self.recipe, self.runtime)
 
-    def load(self, folder: Path) -> None:
-        """See `Engine`; also sets the generators of Python, numpy and torch, on which no step depends."""
-        self._accelerator.load_state(str(folder))
-        self._groups.restore(self._optimizer.param_groups)
+    def progress(self) -> dict[str, Any]:
+        """See `Engine`; the scaler counts the steps since the scale last changed."""
+        found: dict[str, Any] = {"optimizer_step": adamw_steps(self._optimizer)}
+        if self._accelerator.scaler is not None:
+            state = self._accelerator.scaler.state_dict()
+            found["loss_scaler"] = {"scale": state["scale"], "growth_tracker": state["_growth_tracker"]}
+        return found
+
+    def restore(self, stored: StoredState, progress: Mapping[str, Any]) -> None:
+        """See `Engine`."""
+        parts = list(whole_parts(self.student.named_parameters()))
+        restore_parts("student", parts, stored)
+        restore_adamw(self._optimizer, parts, stored, progress["optimizer_step"])
+        restore_buffers("student", self.student, stored, self.recipe, self.runtime)
+        scaler, scale = self._accelerator.scaler, progress.get("loss_scaler")
+        if scaler is not None and scale:
+            tracker = scale.get("growth_tracker", 0)  # 0 after another library's scaler
+            scaler.load_state_dict(scaler.state_dict() | {"scale": scale["scale"], "_growth_tracker": tracker})
 
 
 def _leaves_unused(student: nn.Module, recipe: Recipe) -> bool:

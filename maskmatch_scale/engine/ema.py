@@ -8,12 +8,14 @@ Decision: docs/decisions/0018-teacher-copied-before-averaged-after.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from maskmatch_scale.checkpoints.pieces import Piece, StoredState
+from maskmatch_scale.engine.parts import Part, buffer_pieces, part_pieces, restore_buffers, restore_parts, whole_parts
 from maskmatch_scale.engine.precision import autocast, autocast_dtype
 from maskmatch_scale.engine.protocol import Engine, StoredTeacher
 
@@ -30,12 +32,14 @@ def build_teacher(average: nn.Module, engine: Engine) -> StoredTeacher:
 
 
 class Teacher:
-    """Base of both kinds of stored teacher: the precision of its forward, and the update of its buffers."""
+    """Base of both kinds of stored teacher: the precision of its forward, its buffers, and its state as pieces."""
 
     def __init__(self, teacher: nn.Module, engine: Engine) -> None:
         recipe = engine.recipe
         self.module = teacher
         self.student = engine.student
+        self._recipe = engine.recipe
+        self._runtime = engine.runtime
         self.patch_px = int(getattr(teacher, "patch_px", 1))
         self._copies_buffers = recipe.method.ema_buffers == "copy"
         self._dtype = autocast_dtype(recipe)
@@ -43,6 +47,24 @@ class Teacher:
     def gathered(self) -> AbstractContextManager[None]:
         """See `StoredTeacher`; a teacher that is whole needs no gathering."""
         return nullcontext()
+
+    def pieces(self) -> Iterator[Piece]:
+        """See `StoredTeacher`."""
+        yield from part_pieces("ema", self._parts())
+        yield from buffer_pieces("ema", self.module, self._recipe, self._runtime)
+
+    def restore(self, stored: StoredState) -> None:
+        """See `StoredTeacher`."""
+        restore_parts("ema", self._held(), stored)
+        restore_buffers("ema", self.module, stored, self._recipe, self._runtime)
+
+    def _held(self) -> Iterator[Part]:
+        """What this rank holds of the average."""
+        raise NotImplementedError
+
+    def _parts(self) -> Iterator[Part]:
+        """What it gives of that; all ranks together give each element once."""
+        return self._held()
 
     def _update_buffers(self, decay: float) -> None:
         average_buffers(self.module, self.student, 0.0 if self._copies_buffers else decay)
@@ -69,13 +91,11 @@ class ReplicatedTeacher(Teacher):
         self._average(decay)
         self._update_buffers(decay)
 
-    def full_state(self, *, keep: bool) -> dict[str, Tensor]:
-        """See `StoredTeacher`; no collective: every rank has the whole average."""
-        return {name: value.detach().cpu() for name, value in self.module.state_dict().items() if keep}
+    def _held(self) -> Iterator[Part]:
+        return whole_parts(self.module.named_parameters())
 
-    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
-        """See `StoredTeacher`; every name must be there, and no other."""
-        self.module.load_state_dict(state)
+    def _parts(self) -> Iterator[Part]:
+        return whole_parts(self.module.named_parameters(), self._runtime.rank, self._runtime.world_size)
 
 
 @torch.no_grad()

@@ -32,21 +32,16 @@ class Shard:
         self.shape = torch.Size(like.ds_shape)
         self.group = like.ds_process_group
         self.size = int(like.ds_tensor.ds_numel)
+        self.start = min(self.size * dist.get_rank(self.group), self.shape.numel())
+        """Place of the first element in the flattened weight."""
+        self.held = min(self.size, self.shape.numel() - self.start)
+        """How many elements of the weight lie here; the rest is padding."""
         self.values = torch.empty(0)
-        """fp32 (size,); on the last ranks its end may be padding."""
+        """fp32 (size,)."""
 
     def put(self, whole: Tensor) -> None:
         """Copy this rank's part of a whole weight."""
-        start = self.size * dist.get_rank(self.group)
-        part = whole.detach().flatten()[start : start + self.size]
-        self.values[: len(part)].copy_(part)
-
-    def gather(self, device: torch.device) -> Tensor:
-        """The whole weight, fp32, on ``device``; all ranks call it together."""
-        own = self.values.to(device)
-        parts = own.new_empty(dist.get_world_size(self.group), self.size)
-        dist.all_gather_into_tensor(parts.view(-1), require_device(own, device), group=self.group)
-        return self.whole_of(parts)
+        self.values[: self.held].copy_(whole.detach().flatten()[self.start : self.start + self.held])
 
     def whole_of(self, parts: Tensor) -> Tensor:
         """The weight, as a view of the parts (ranks, size) of all ranks."""

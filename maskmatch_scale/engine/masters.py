@@ -29,7 +29,8 @@ class FlatMasters:
     weights: Tensor
     """16-bit (N · n,): every weight of the group, whole on each of N ranks; the parameters are views of it."""
     part: Tensor
-    """fp32 (n,): this rank's part of the masters, in the same order; in host memory when offloaded."""
+    """fp32 (n,): this rank's part of the masters, in the same order; in host memory when offloaded. The optimizer keeps
+    its state under this tensor."""
     group: Any
     """Process group of the N ranks."""
 
@@ -41,7 +42,7 @@ class FlatMasters:
         else:
             weights, parts = optimizer.bit16_groups_flat, optimizer.single_partition_of_fp32_groups
         pieces = zip(weights, parts, optimizer.real_dp_process_group, strict=True)
-        return [cls(whole, part.detach(), group) for whole, part, group in pieces]
+        return [cls(whole, part, group) for whole, part, group in pieces]
 
 
 class FlatAverage:
@@ -72,7 +73,7 @@ class FlatAverage:
         parts = self._flat.view(ranks, -1)
         size = max(1, CHUNK // ranks)
         for start in range(0, parts.shape[1], size):
-            own = self._masters.part[start : start + size].to(self._flat.device, torch.float32)
+            own = self._masters.part.detach()[start : start + size].to(self._flat.device, torch.float32)
             whole = own.new_empty(ranks * len(own))
             dist.all_gather_into_tensor(whole, require_device(own, device), group=self._masters.group)
             parts[:, start : start + size].lerp_(whole.view(ranks, -1), 1 - decay)

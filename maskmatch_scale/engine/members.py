@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from maskmatch_scale.engine.processes import Process
@@ -66,6 +66,16 @@ def connect(timeout_s: float) -> Store:
     )
     # torchrun's store outlives a restart of the ranks, and with it what they wrote before.
     return PrefixStore(f"maskmatch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def own_store(world_size: int, timeout_s: float) -> Store:
+    """A store for one thread of this rank: a connection as :func:`connect` makes it, or for a single rank a local one.
+
+    Args:
+        world_size: number of ranks.
+        timeout_s: see :func:`connect`.
+    """
+    return connect(timeout_s) if world_size > 1 else HashStore()
 
 
 def meet(store: Store, rank: int, world_size: int, own: Member) -> tuple[Member, ...]:

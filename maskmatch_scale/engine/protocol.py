@@ -7,13 +7,13 @@ Decision: docs/decisions/0020-engine-as-a-protocol.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from maskmatch_scale.checkpoints.pieces import Piece, StoredState
 from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.recipe import Recipe
 
@@ -37,11 +37,16 @@ class StoredTeacher(Protocol):
     def update(self, decay: float) -> None:
         """Move the teacher towards the student: T ← decay · T + (1 - decay) · S. All ranks call it together."""
 
-    def full_state(self, *, keep: bool) -> dict[str, Tensor]:
-        """Whole fp32 state on the CPU. All ranks call it together; those with ``keep=False`` get an empty dict."""
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's part of the average: `ema/N`, and its buffers as `Engine.pieces` gives the student's."""
 
-    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put :meth:`full_state` back; all ranks call it together. A tensor may be read when it is asked for."""
+    def restore(self, stored: StoredState) -> None:
+        """Take the average that :meth:`pieces` of any number of ranks gave; all ranks call it together.
+
+        Raises:
+            KeyError: a tensor is not stored.
+            ValueError: its shape is another one.
+        """
 
 
 class Engine(Protocol):
@@ -54,6 +59,7 @@ class Engine(Protocol):
     name: str
     """Shown in logs, for example `ZeRO-1`."""
     recipe: Recipe
+    runtime: Runtime
     student: nn.Module
     base_lr: float
     """Peak learning rate of the backbone."""
@@ -102,15 +108,6 @@ class Engine(Protocol):
     def lr(self, number: int) -> float:
         """Learning rate of the backbone (of its deepest layer) at optimizer step ``number``, from 0."""
 
-    def full_fp32_parameters(self, *, keep: bool) -> dict[str, Tensor]:
-        """The whole fp32 master of every parameter of the student, by name, on the CPU.
-
-        It may be a collective, which gathers one parameter at a time. So all ranks call it together.
-
-        Args:
-            keep: whether this rank wants them. With False it takes part in the gathering and gets an empty dict.
-        """
-
     def arithmetic(self) -> AbstractContextManager[None]:
         """A context in which forwards of the student outside a step (an evaluation) have the precision of a step."""
 
@@ -131,11 +128,38 @@ class Engine(Protocol):
                 move their data to other memory.
         """
 
-    def save(self, folder: Path) -> None:
-        """Write all state that an exact continuation needs to ``folder``, which exists; all ranks call it together."""
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's part of the student and its optimizer, one tensor at a time; all ranks call it together.
 
-    def load(self, folder: Path) -> None:
-        """Read what :meth:`save` wrote, bit for bit; all ranks call it together."""
+        The pieces of all ranks have every element of every tensor once: `student/N`, the fp32 masters of trained
+        parameters and the weights of frozen ones; `exp_avg/N` and `exp_avg_sq/N`, the moments of trained ones, once the
+        optimizer has stepped; `student/N`, buffers in the `state_dict`, as rank 0 has them. With
+        `model.batchnorm: per_rank` each rank R of several gives its own as `rank-R/student/N` too.
+
+        Values may be the memory of the state itself: copy them before the next step.
+        """
+
+    def progress(self) -> dict[str, Any]:
+        """What an exact continuation needs besides :meth:`pieces`, the same on every rank, as JSON values.
+
+        `optimizer_step`: steps that AdamW has taken, without those left out; `loss_scaler`: in fp16, its `scale`, and
+        counters of the library that has it.
+        """
+
+    def restore(self, stored: StoredState, progress: Mapping[str, Any]) -> None:
+        """Take what :meth:`pieces` and :meth:`progress` gave, in a new engine; all ranks call it together.
+
+        Number of ranks, ZeRO stage, engine and precision may be others than those of the engine that gave it: masters,
+        moments and number of steps are the same. 16-bit weights are made from the masters. One parameter is read at a
+        time, and of it what this rank holds.
+
+        A parameter without stored moments (it was frozen) starts with moments of zero. Buffers of ranks are taken by
+        rank r from rank r mod their number.
+
+        Raises:
+            KeyError: a parameter or buffer is not stored.
+            ValueError: its shape is another one.
+        """
 
 
 class StepOrder:

@@ -34,9 +34,6 @@ def lr_factor(step: int, steps: int, recipe: OptimRecipe) -> float:
 class GroupSettings:
     """The recipe's learning rate, weight decay and betas for every parameter group.
 
-    They are kept apart from the optimizer: loading a checkpoint replaces the optimizer's settings by those of the
-    checkpoint, and :meth:`restore` puts the recipe's back.
-
     Args:
         groups: what `optim.parameter_groups` made; the order is that of the optimizer's groups.
         recipe: sections optim, engine and run are read.
@@ -56,8 +53,3 @@ class GroupSettings:
         """Give every group its learning rate for optimizer step ``step``."""
         for group, own in zip(optimizer_groups, self._groups, strict=True):
             group["lr"] = own["lr_scale"] * self.lr(step)
-
-    def restore(self, optimizer_groups: Sequence[dict[str, Any]]) -> None:
-        """Give the groups the recipe's settings again, after a checkpoint was loaded."""
-        for group, own in zip(optimizer_groups, self._groups, strict=True):
-            group.update(own, betas=self._recipe.optim.betas)

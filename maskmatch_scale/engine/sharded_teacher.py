@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from maskmatch_scale.engine.ema import Teacher
 from maskmatch_scale.engine.gathering import Bucket, Gathering, Shard
+from maskmatch_scale.engine.parts import Part
 from maskmatch_scale.engine.precision import autocast
 from maskmatch_scale.engine.protocol import Engine
 from maskmatch_scale.engine.ranks import require_device
+from maskmatch_scale.engine.zero_parts import local_master
 from maskmatch_scale.models.deferred import DeferredWeights
 
 
@@ -81,32 +82,20 @@ class ShardedTeacher(Teacher):
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """One multi-tensor lerp of this rank's shards; nothing is sent."""
-        shards = [shard.values for shard in self._shards.values()]
+        pairs = zip(self._shards.values(), self.student.parameters(), strict=True)
+        trained = [(shard.values, parameter) for shard, parameter in pairs if parameter.requires_grad]
         # To the host it must be a blocking copy: the values are used there at once.
         masters = [
-            _master(parameter).to(shard.device, non_blocking=shard.device.type != "cpu")
-            for parameter, shard in zip(self.student.parameters(), shards, strict=True)
+            local_master(parameter).to(shard.device, non_blocking=shard.device.type != "cpu")
+            for shard, parameter in trained
         ]
+        shards = [shard for shard, _ in trained]
         torch._foreach_lerp_(shards, masters, 1 - decay)
         self._update_buffers(decay)
 
-    def full_state(self, *, keep: bool) -> dict[str, Tensor]:
-        """See `StoredTeacher`; one parameter is gathered at a time."""
-        state = {name: buffer.detach().cpu().clone() for name, buffer in self.module.named_buffers()}
+    def _held(self) -> Iterator[Part]:
         for name, shard in self._shards.items():
-            whole = shard.gather(self._device)
-            if keep:
-                state[name] = whole.cpu()
-        return {name: state[name] for name in self.module.state_dict() if name in state and keep}
-
-    @torch.no_grad()
-    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
-        """See `StoredTeacher`; every rank has the whole state, so nothing is sent."""
-        for name, buffer in self.module.named_buffers():
-            if name in state:
-                buffer.copy_(state[name])
-        for name, shard in self._shards.items():
-            shard.put(state[name])
+            yield Part(name, tuple(shard.shape), shard.start, shard.values[: shard.held])
 
     def _bucket_names(self, most: int) -> Iterator[tuple[torch.dtype, list[str]]]:
         """Names of neighbouring parameters of one dtype and one part of the model, up to ``most`` elements."""
@@ -143,15 +132,3 @@ def _products(module: nn.Module, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}weight"
     for name, child in module.named_children():
         yield from _products(child, f"{prefix}{name}.")
-
-
-def _master(parameter: Any) -> Tensor:
-    """This rank's part of the fp32 master of a ZeRO-3 parameter, (n,), where DeepSpeed keeps it.
-
-    DeepSpeed's `safe_get_local_fp32_param` gives the same values, but waits for the device, and copies to it what lies
-    in host memory.
-    """
-    optimizer = parameter._z3_optimizer
-    group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    master: Tensor = optimizer.fp32_partitioned_groups_flat[group].detach()[start : start + size]
-    return master

@@ -5,24 +5,36 @@ Other orders of forwards and backwards give wrong results at some ZeRO stage, wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from maskmatch_scale.checkpoints.pieces import Piece, StoredState
 from maskmatch_scale.engine.deepspeed_json import merged, over
 from maskmatch_scale.engine.ema import ReplicatedTeacher
 from maskmatch_scale.engine.masters import FlatAverage, FlatMasters
 from maskmatch_scale.engine.optim import adamw, parameter_groups
+from maskmatch_scale.engine.parts import (
+    Part,
+    adamw_steps,
+    buffer_pieces,
+    part_pieces,
+    restore_adamw,
+    restore_buffers,
+    restore_parts,
+    whole_parts,
+)
 from maskmatch_scale.engine.precision import autocast, autocast_dtype, weights_dtype
 from maskmatch_scale.engine.protocol import StepOrder, StoredTeacher, leaves_out
 from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.engine.schedule import GroupSettings, base_lr
 from maskmatch_scale.engine.setup import import_deepspeed
 from maskmatch_scale.engine.sharding import shard_deferred
+from maskmatch_scale.engine.zero_parts import cut_parts, flat_parts, frozen_parts, weights_from_masters
 from maskmatch_scale.recipe import Recipe
 
 BUCKET_ELEMENTS = 25_000_000
@@ -102,6 +114,7 @@ class ZeroEngine:
     def __init__(self, module: nn.Module, student: nn.Module, recipe: Recipe, runtime: Runtime) -> None:
         self.name = f"ZeRO-{recipe.engine.zero_stage}"
         self.recipe = recipe
+        self.runtime = runtime
         self.student = student
         self.grad_norm: Tensor | float | None = None
         self.skipped = False
@@ -172,15 +185,6 @@ class ZeroEngine:
         else:
             self._engine.step()
 
-    def full_fp32_parameters(self, *, keep: bool) -> dict[str, Tensor]:
-        """See `Engine`; a collective at stage 3 and with 16-bit weights."""
-        state: dict[str, Tensor] = {}
-        for name, parameter in self.student.named_parameters():
-            value = full_fp32(parameter)
-            if keep:
-                state[name] = value.cpu()
-        return state
-
     def arithmetic(self) -> AbstractContextManager[None]:
         """See `Engine`: 16-bit weights need no autocast."""
         if self.recipe.engine.precision in ("bf16", "fp16"):
@@ -204,9 +208,9 @@ class ZeroEngine:
     def averager(self, averages: Sequence[nn.Parameter]) -> Callable[[float], None]:
         """See `Engine`. With 16-bit weights at stages 1 and 2 the masters are sharded, and are gathered in pieces."""
         engine, parameters = self.recipe.engine, list(self.student.parameters())
-        if engine.precision not in ("bf16", "fp16") or engine.zero_stage not in (1, 2):
-            return lambda decay: torch._foreach_lerp_(list(averages), [full_fp32(p) for p in parameters], 1 - decay)
-        pairs = list(zip(averages, parameters, strict=True))
+        if engine.precision not in ("bf16", "fp16"):
+            return lambda decay: torch._foreach_lerp_(list(averages), [p.detach() for p in parameters], 1 - decay)
+        pairs = [pair for pair in zip(averages, parameters, strict=True) if pair[1].requires_grad]
         flat = [FlatAverage(masters, pairs) for masters in FlatMasters.of(self._engine.optimizer)]
         assert sum(average.taken for average in flat) == len(pairs), "a parameter is in no group"
 
@@ -216,27 +220,49 @@ class ZeroEngine:
 
         return update
 
-    def save(self, folder: Path) -> None:
-        """See `Engine`: each rank writes its shard of the masters and of the optimizer state."""
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    def pieces(self) -> Iterator[Piece]:
+        """See `Engine`: from stage 1 on each rank gives what it holds, cut as it is. Nothing is sent."""
+        yield from part_pieces(
+            "student", self._parts(self.runtime.rank, self.runtime.world_size), self._engine.optimizer.state
+        )
+        yield from buffer_pieces("student", self.student, self.recipe, self.runtime)
 
-    def load(self, folder: Path) -> None:
-        """See `Engine`."""
-        self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        optimizer = self._engine.optimizer
-        self._groups.restore(optimizer.param_groups)
-        if hasattr(optimizer, "clip_grad"):
-            # At stages 1 and 2 DeepSpeed would go on with the clipping of the checkpoint.
-            optimizer.clip_grad = self.recipe.optim.clip_norm or 0.0
+    def progress(self) -> dict[str, Any]:
+        """See `Engine`; the counters of the loss scaler are DeepSpeed's."""
+        found: dict[str, Any] = {"optimizer_step": adamw_steps(self._engine.optimizer)}
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if scaler is not None and scaler.dynamic:
+            found["loss_scaler"] = {key: getattr(scaler, name) for key, name in _SCALER.items()}
+        return found
+
+    def restore(self, stored: StoredState, progress: Mapping[str, Any]) -> None:
+        """See `Engine`; at stages 1 and 2 the weights are gathered from the masters, as in a step."""
+        optimizer, parts = self._engine.optimizer, list(self._parts())
+        restore_parts("student", parts, stored)
+        restore_adamw(optimizer, parts, stored, progress["optimizer_step"])
+        restore_buffers("student", self.student, stored, self.recipe, self.runtime)
+        if self.recipe.engine.zero_stage > 0:
+            weights_from_masters(self.student, optimizer, self.recipe.engine.zero_stage)
+        scaler = getattr(optimizer, "loss_scaler", None)
+        if scaler is not None and scaler.dynamic:
+            for key, value in progress.get("loss_scaler", {}).items():
+                if key in _SCALER:  # others are of another library's scaler
+                    setattr(scaler, _SCALER[key], value)
+
+    def _parts(self, rank: int = 0, ranks: int = 1) -> Iterator[Part]:
+        """What this rank holds of every parameter; of those that all have whole, the part of ``rank`` of ``ranks``."""
+        stage = self.recipe.engine.zero_stage
+        if stage == 0:
+            return whole_parts(self.student.named_parameters(), rank, ranks)
+        if stage == 3:
+            return cut_parts(self.student)
+        return chain(flat_parts(self.student, self._engine.optimizer), frozen_parts(self.student, rank, ranks))
 
 
-def full_fp32(parameter: nn.Parameter) -> Tensor:
-    """The whole fp32 master of a parameter, in its shape; all ranks call it together."""
-    if parameter.dtype == torch.float32 and not hasattr(parameter, "ds_id"):
-        return parameter.detach()
-    import_deepspeed()
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    value: Tensor | None = safe_get_full_fp32_param(parameter)
-    assert value is not None, "DeepSpeed knows no fp32 master of this parameter"
-    return value.detach().view(getattr(parameter, "ds_shape", parameter.shape))
+_SCALER = {
+    "scale": "cur_scale",
+    "iteration": "cur_iter",
+    "last_overflow": "last_overflow_iter",
+    "hysteresis": "cur_hysteresis",
+}
+"""What `progress` calls the attributes of DeepSpeed's dynamic loss scaler."""

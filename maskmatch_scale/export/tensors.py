@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 
-def part_of(tensors: Any, part: str) -> dict[str, Tensor]:
+def part_of(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     """The tensors of one part of a segmenter, such as `backbone`, without the part in their names."""
     return renamed(tensors, (f"{part}.",), lambda name: name.removeprefix(f"{part}."))
 
 
-def renamed(tensors: Any, prefixes: tuple[str, ...], rename: Callable[[str], str]) -> dict[str, Tensor]:
+def renamed(
+    tensors: Mapping[str, Tensor], prefixes: tuple[str, ...], rename: Callable[[str], str]
+) -> dict[str, Tensor]:
     """The tensors whose names begin with one of the prefixes, with new names.
 
     Args:
-        tensors: an open safetensors file. Tensors are mapped into memory, and read only when they are written.
+        tensors: of a checkpoint; only those that are wanted are read.
         prefixes: beginnings of names.
         rename: gives the new name for a name in the file.
     """
-    names = [name for name in tensors.keys() if name.startswith(prefixes)]  # noqa: SIM118 - no mapping
-    return {rename(name): tensors.get_tensor(name) for name in names}
+    return {rename(name): tensors[name] for name in tensors if name.startswith(prefixes)}
 
 
 def save_tensors(state: dict[str, Tensor], path: Path) -> None:

@@ -11,8 +11,8 @@
       backbone/                 config.json and model.safetensors of timm or transformers
       head.safetensors          with this package's names of tensors
 
-What depends on the library is in `export/kinds/`. Tensors are copied from a checkpoint's whole weights, which are
-mapped into memory; DeepSpeed's files are not read. The context decoder, which only training uses, is not exported.
+What depends on the library is in `export/kinds/`. Tensors are read from a checkpoint one at a time. The context
+decoder, which only training uses, is not exported.
 
 Decision: docs/decisions/0028-exports-need-no-recipe.md.
 """
@@ -21,15 +21,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import nn
 
 from maskmatch_scale import __version__
+from maskmatch_scale.checkpoints.finding import find, find_checkpoint
+from maskmatch_scale.checkpoints.layout import CheckpointError
+from maskmatch_scale.checkpoints.reading import being_read, load_weights
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.engine.checkpoint import CheckpointError, find_checkpoint, load_state, weights_file
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.card import model_card
 from maskmatch_scale.export.description import Description
@@ -40,7 +39,7 @@ from maskmatch_scale.models.weights import SEGMENTER_FILE
 from maskmatch_scale.recipe import Recipe, load_recipe
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.runs.data import RunData, read_run_data
-from maskmatch_scale.runs.model import build_student
+from maskmatch_scale.runs.model import build_student, check_shapes
 
 
 def export_run(where: Path, out: Path, weights: str = "ema") -> str:
@@ -69,7 +68,7 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
     data = _data(run)
     with torch.device("meta"):  # only shapes and configuration are needed
         segmenter = build_student(recipe, data, pretrained=False)
-    state = load_state(checkpoint)
+    state = find(checkpoint).state
     description = _describe(recipe, data, segmenter, weights, int(state["step"]))
     kind = kind_of(recipe.model.backbone)
     whole = kind.is_whole(description)
@@ -78,8 +77,9 @@ def export_run(where: Path, out: Path, weights: str = "ema") -> str:
     writing = target.with_name(f".{target.name}.writing")
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    with safe_open(weights_file(checkpoint, weights), framework="pt") as tensors:
-        _check_fit(tensors, segmenter, checkpoint)
+    with being_read(checkpoint):
+        tensors = load_weights(checkpoint, weights)
+        check_shapes(checkpoint, tensors, segmenter)
         exported = Exported(tensors, segmenter, recipe, description)
         if whole:
             kind.write_model(exported, writing)
@@ -121,20 +121,3 @@ def _describe(recipe: Recipe, data: RunData, segmenter: Segmenter, weights: str,
         step=step,
         versions={"maskmatch_scale": __version__, "torch": str(torch.__version__)} | kind.versions(),
     )
-
-
-def _check_fit(tensors: Any, segmenter: Segmenter, checkpoint: Path) -> None:
-    """Refuse weights that do not fit the recipe's model, because recipe or data were changed after training."""
-    expected = _shapes(segmenter)
-    found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - no mapping
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        name = wrong[0]
-        raise UserError(
-            f"{checkpoint}: {name} has shape {found.get(name)}, but recipe.yaml and data.json give "
-            f"{expected.get(name)}; restore the files that the run was trained with"
-        )
-
-
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in module.state_dict().items()}

@@ -8,6 +8,7 @@ from typing import Any
 from maskmatch_scale.models import weights
 from maskmatch_scale.models.backbone import Wanted
 from maskmatch_scale.models.context import ContextDecoder
+from maskmatch_scale.models.deferred import StoredWeights
 from maskmatch_scale.models.families import family_of
 from maskmatch_scale.models.heads import build_head, head_levels
 from maskmatch_scale.models.segmenter import Segmenter
@@ -18,7 +19,7 @@ def build_segmenter(
     num_classes: int,
     *,
     head: str | None = None,
-    pretrained: bool | str | Path | None = None,
+    pretrained: bool | str | Path | StoredWeights | None = None,
     image_size: int | tuple[int, int] | None = None,
     unit_px: int | None = None,
     context: bool = True,
@@ -35,7 +36,8 @@ def build_segmenter(
             for each pixel), or `dpt` (convolutional fusion of four levels; for a ViT, features of four depths, and
             logits at a quarter of the patch); None: `segformer` for SegFormer, `linear` for a ViT.
         pretrained: None or False (random), True (the library's own weights; for a folder, those in it), or a local
-            file or folder: safetensors, .pth (tensors only), a folder of transformers, or an export of this package.
+            file or folder: safetensors, .pth (tensors only), a folder of transformers, or an export of this package; or
+            a segmenter's weights in its own names, read one at a time.
         image_size: side or (height, width) in pixels for which a ViT's position embedding is laid out; None: the
             model's own. Other sizes work too, by resampling at every call. SegFormer has no position embedding.
         unit_px: side of a maskable unit in pixels. ViT: a multiple of the patch, by default the largest that is at most
@@ -51,8 +53,13 @@ def build_segmenter(
     """
     if num_classes < 2:
         raise ValueError(f"num_classes: {num_classes}; at least 2 are needed")
-    source = Path(pretrained) if isinstance(pretrained, str | Path) else bool(pretrained)
-    own = weights.read_own(source) if isinstance(source, Path) else None
+    source: Path | bool = isinstance(pretrained, bool) and pretrained
+    own = None
+    if isinstance(pretrained, str | Path):
+        source = Path(pretrained)
+        own = weights.read_own(source)
+    elif pretrained is not None and not isinstance(pretrained, bool):
+        own = weights.read_own(pretrained)
     family = family_of(backbone)
     head_name = head or family.default_head
     built = family.build(

@@ -22,7 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -48,6 +48,51 @@ _PAST_TORCH = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.data_ptr, t
 """Functions that read memory without an operation of torch, so that it could be freed under them."""
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class StoredWeights(Protocol):
+    """Weights that are not in memory, such as those of a file or of a checkpoint, by their names."""
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read a tensor: contiguous, on the CPU, in memory of its own."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, without reading it."""
+
+
+class SafetensorsFile:
+    """The tensors of a safetensors file as `StoredWeights`. The file is not kept open."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                part = file.get_slice(name)
+                shape = tuple(part.get_shape())
+                self._kinds[name] = shape, (part[:0] if shape else file.get_tensor(name)).dtype
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kinds)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._path, "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor.clone()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `StoredWeights`."""
+        return self._kinds[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See `StoredWeights`."""
+        return self._kinds[name][1]
 
 
 class DeferredWeights:
@@ -170,19 +215,17 @@ class DeferredBuild(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._free(memory_of(target))
         return target
 
-    def read(self, path: Path) -> dict[str, Tensor]:
-        """Tensors of a safetensors file, none of them in memory yet, except small ones."""
+    def read(self, stored: StoredWeights) -> dict[str, Tensor]:
+        """Stored tensors, none of them in memory yet, except small ones."""
         found: dict[str, Tensor] = {}
-        with self.paused(), safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                part = file.get_slice(name)
-                shape = part.get_shape()
-                found[name] = torch.empty(shape, dtype=(part[:0] if shape else file.get_tensor(name)).dtype)
+        with self.paused():
+            for name in stored:
+                found[name] = torch.empty(stored.shape(name), dtype=stored.dtype(name))
                 if _counts(found[name]):
-                    self.notes.add(_read_tensor, (path, name), {}, made=[(0, found[name])])
+                    self.notes.add(stored.__getitem__, (name,), {}, made=[(0, found[name])])
                     self._free(memory_of(found[name]))
                 else:
-                    found[name] = file.get_tensor(name).clone()
+                    found[name] = stored[name]
         return found
 
     @contextmanager
@@ -281,10 +324,16 @@ def build_deferred(make: Callable[[], M]) -> tuple[M, DeferredWeights | None]:
         return make(), None
 
 
-def read_deferred(path: Path) -> dict[str, Tensor] | None:
-    """Tensors of a safetensors file that are read when they are used; None outside a `DeferredBuild`."""
+def read_deferred(source: Path | StoredWeights) -> dict[str, Tensor] | None:
+    """Tensors that are read when they are used; None outside a `DeferredBuild`, and for files of other kinds.
+
+    Args:
+        source: a safetensors file, or what else stores weights.
+    """
     build = DeferredBuild.entered
-    return None if build is None or build.is_paused or path.suffix != ".safetensors" else build.read(path)
+    if build is None or build.is_paused or (isinstance(source, Path) and source.suffix != ".safetensors"):
+        return None
+    return build.read(SafetensorsFile(source) if isinstance(source, Path) else source)
 
 
 @contextmanager
@@ -296,13 +345,6 @@ def kept_whole() -> Iterator[None]:
     else:
         with build.paused():
             yield
-
-
-def _read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file, in memory of its own: the file is not mapped any more."""
-    with safe_open(path, "pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor.clone()
 
 
 def _return_freed_memory() -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from maskmatch_scale.models.deferred import read_deferred
+from maskmatch_scale.models.deferred import StoredWeights, read_deferred
 
 _log = logging.getLogger(__name__)
 
@@ -56,8 +56,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def read_own(path: Path) -> dict[str, Tensor] | None:
-    """State dict of an export, or of a file saved from a segmenter; None if the tensors have a library's own names."""
+def read_own(path: Path | StoredWeights) -> dict[str, Tensor] | None:
+    """State dict of an export, of a file saved from a segmenter, or of a segmenter's stored weights.
+
+    None if the tensors have a library's own names.
+    """
+    if not isinstance(path, Path):
+        state = read_deferred(path)
+        return {name: path[name] for name in path} if state is None else state
     if path.is_dir():
         return read_export(path) if (path / SEGMENTER_FILE).is_file() else None
     state = read_weights(find_weights(path))

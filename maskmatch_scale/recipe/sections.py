@@ -305,6 +305,17 @@ class RunRecipe(Section):
     """Seed of everything random except the draw of labelled samples (`data.split_seed`)."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 1000
     """Steps between checkpoints; 0 = only at the end."""
+    keep_last: Annotated[int, Field(ge=0)] = 2
+    """How many of the last checkpoints are kept. By default two: if the newest is damaged, the one before is taken. The
+    newest one is never deleted, whatever is set here."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints whose step is a multiple of this are kept too; 0 = none."""
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    """How many of the best checkpoints are kept too, by the teacher's mIoU on `dev`. If an evaluation is among the best
+    so far, a checkpoint is written after its step. 0 = none."""
+    max_failed_saves: Annotated[int, Field(ge=1)] = 3
+    """Number of checkpoints in a row that cannot be written, for example because the disk is full, before the run
+    stops."""
     evaluate_every: Annotated[int, Field(ge=0)] = 1000
     """Steps between evaluations on the split `dev`; 0 = only at the end."""
     log_every: Annotated[int, Field(ge=1)] = 10

@@ -35,6 +35,11 @@ def unsound(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         f"run.steps={recipe.run.steps} and run.epochs={json.dumps(recipe.run.epochs)}: a run needs one of "
         "them, and only one",
     )
+    run = recipe.run
+    yield (
+        run.keep_last == run.keep_every == run.keep_best == 0,
+        "run.keep_last=0, run.keep_every=0 and run.keep_best=0: no checkpoint would be kept; set one of them",
+    )
     engine, accelerate = recipe.engine, recipe.engine.library == "accelerate"
     stage, precision = f"engine.zero_stage={engine.zero_stage}", f"engine.precision={engine.precision}"
     yield (

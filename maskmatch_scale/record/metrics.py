@@ -61,6 +61,10 @@ class MetricsLog:
         self.flush()
         self._write([dict(record)])
 
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Write one record at once. The waiting ones stay on the device."""
+        self._write([dict(record)])
+
     def _write(self, records: list[dict[str, Any]]) -> None:
         if self._path is None:
             return

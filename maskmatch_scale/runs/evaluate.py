@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from maskmatch_scale.checkpoints.finding import find_checkpoint
 from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.engine.precision import autocast, autocast_dtype
 from maskmatch_scale.evaluation.evaluate import Window, evaluate_split
@@ -62,9 +63,11 @@ def evaluate_run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = RunFolder(run)
     records, models = [], {}
+    recipe_of(run)  # a path that is no run is named as such
+    checkpoint = find_checkpoint(run)
     for kind in weights:
         began = time.monotonic()
-        recipe, segmenter, step = open_run(run, kind)
+        recipe, segmenter, step = open_run(run, kind, checkpoint)
         index = load_index(recipe.data.root, recipe.data)
         models[kind] = segmenter.to(device)
         matrix = ConfusionMatrix(segmenter.num_classes, index.ignore_index)

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from maskmatch_scale.checkpoints.finding import find_checkpoint, old_teacher, step_of
+from maskmatch_scale.checkpoints.layout import INDEX, CheckpointError
+from maskmatch_scale.checkpoints.reading import Weights, being_read, load_weights
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.engine.checkpoint import find_checkpoint, load_state, load_weights, weights_file
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.models import Segmenter, build_segmenter
 from maskmatch_scale.models.deferred import build_deferred
@@ -74,19 +76,26 @@ def build_student(
     return segmenter
 
 
-def _start_weights(pretrained: bool | str | None) -> bool | str | None:
-    """`model.pretrained` for `build_segmenter`: a run or checkpoint is replaced by the file of its newest teacher."""
-    if isinstance(pretrained, str) and run_of(Path(pretrained)) is not None:
-        return str(weights_file(find_checkpoint(Path(pretrained)), "ema"))
-    return pretrained
+def _start_weights(pretrained: bool | str | None) -> bool | str | Weights | None:
+    """`model.pretrained` for `build_segmenter`: a run or checkpoint is replaced by its newest teacher."""
+    if not isinstance(pretrained, str):
+        return pretrained
+    path = Path(pretrained)
+    if run_of(path) is None and not (path / INDEX).is_file():
+        return pretrained
+    old = old_teacher(path)
+    # Every rank reads it: comparing the checksums of all files on each of them would take too long.
+    return load_weights(find_checkpoint(path, verify=False), "ema") if old is None else str(old)
 
 
-def _trained_start(recipe: Recipe, start: bool | str | None) -> dict[str, Tensor]:
+def _trained_start(recipe: Recipe, start: bool | str | Weights | None) -> Mapping[str, Tensor]:
     """The weights that a run without labels starts from.
 
     Raises:
         UserError: they are not those of a trained segmenter.
     """
+    if isinstance(start, Weights):
+        return start
     try:
         state = read_own(Path(start)) if isinstance(start, str) else None
     except ValueError as error:
@@ -120,21 +129,49 @@ def _check_trained(recipe: Recipe, segmenter: Segmenter, state: Mapping[str, Ten
         )
 
 
-def open_run(run: Path, weights: str) -> tuple[Recipe, Segmenter, int]:
-    """Load the model of a run from its newest checkpoint.
+def open_run(run: Path, weights: str, checkpoint: Path | None = None) -> tuple[Recipe, Segmenter, int]:
+    """Load the model of a run from its newest checkpoint that is whole.
 
     Args:
         run: run directory.
         weights: `ema` or `student`.
+        checkpoint: which of its checkpoints, if it was found already.
 
     Returns:
         The recipe, the segmenter (on the CPU, in eval mode), and the checkpoint's optimizer step.
 
     Raises:
-        CheckpointError: `run` is not a run directory, or has no checkpoint yet.
+        CheckpointError: `run` is not a run directory, has no checkpoint yet, or one that does not fit its recipe.
     """
     recipe = recipe_of(run)
-    folder = find_checkpoint(run)
+    folder = checkpoint or find_checkpoint(run)
     segmenter = build_student(recipe, read_run_data(run), pretrained=False)
-    segmenter.load_state_dict(load_weights(folder, weights))
-    return recipe, segmenter.eval(), int(load_state(folder)["step"])
+    with being_read(folder):
+        stored = load_weights(folder, weights)
+        check_shapes(folder, stored, segmenter)
+        with torch.no_grad():
+            for name, value in segmenter.state_dict().items():
+                value.copy_(stored[name])  # one at a time, so that the model is in memory once
+    return recipe, segmenter.eval(), step_of(folder)
+
+
+def check_shapes(folder: Path, stored: Weights, segmenter: Segmenter) -> None:
+    """Refuse weights that do not fit the run's model, because recipe or data were changed after training.
+
+    Args:
+        folder: of the checkpoint.
+        stored: its weights.
+        segmenter: of the recipe, on any device.
+
+    Raises:
+        CheckpointError: names the first tensor that differs.
+    """
+    expected = {name: tuple(value.shape) for name, value in segmenter.state_dict().items()}
+    found = {name: stored.shape(name) for name in stored}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{folder}: {name} has shape {found.get(name)}, but recipe.yaml and data.json give "
+            f"{expected.get(name)}; restore the files that the run was trained with"
+        )

@@ -24,8 +24,8 @@ def train(recipe: Recipe, resume: str | None = None, *, callbacks: Sequence[Call
 
     Args:
         recipe: from :func:`maskmatch_scale.recipe.load_recipe`.
-        resume: `auto` (the run directory's newest checkpoint, or a new run if it has none), a path to a run or a
-            checkpoint, or None for a new run.
+        resume: `auto` (the run directory's newest checkpoint that is whole, or a new run if it has none), a path to a
+            run or a checkpoint, or None for a new run.
         callbacks: your own callbacks, called after the usual ones: subclasses of `Callback`, or functions that take a
             `Run` and return a callback.
 
@@ -44,6 +44,7 @@ def train(recipe: Recipe, resume: str | None = None, *, callbacks: Sequence[Call
     runtime = setup.start(checked.place, recipe.engine)
     with watch_ranks(runtime, recipe.engine.collective_timeout_s) as watch:
         preflight.check_agreement(runtime, recipe, checked.batches, checked.checkpoint)
+        checked = preflight.verify_checkpoint(runtime, checked)
         preflight.count_class_pixels(runtime, recipe, checked.batches)
         if runtime.rank == 0:
             open_folder(folder, recipe, checked.data, continued=checked.continues_in_place)

@@ -11,17 +11,19 @@ Decision: docs/decisions/0031-capabilities-asked-of-the-family.md.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from maskmatch_scale.checkpoints.finding import Checkpoint, damage, find, first_damaged, has_checkpoint
+from maskmatch_scale.checkpoints.fit import check_fit, model_facts
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import ShardStream, load_index
 from maskmatch_scale.engine.build import check_settings
-from maskmatch_scale.engine.checkpoint import check_checkpoint, find_checkpoint, load_stream_state
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.precision import choose_precision
 from maskmatch_scale.engine.ranks import Runtime
@@ -51,7 +53,9 @@ class Checked:
     student: Segmenter
     """In host memory: whole, or at ZeRO-3 without its weights (`Segmenter.deferred`)."""
     place: Place
-    checkpoint: Path | None
+    model: dict[str, Any]
+    """What a checkpoint says of the model (`checkpoints/fit.py`)."""
+    checkpoint: Checkpoint | None
     """The checkpoint that the run continues from; None: a new run."""
 
     @property
@@ -62,7 +66,9 @@ class Checked:
     @property
     def continues_in_place(self) -> bool:
         """Whether the checkpoint lies in this run's own directory."""
-        return self.checkpoint is not None and self.folder.path.resolve() in self.checkpoint.resolve().parents
+        if self.checkpoint is None:
+            return False
+        return self.folder.path.resolve() in self.checkpoint.folder.resolve().parents
 
 
 def check(recipe: Recipe, resume: str | None) -> Checked:
@@ -89,11 +95,24 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     if "dev" in index.streams:  # opening the stream now finds a missing shard before the first evaluation does
         ShardStream(recipe.data.root, "dev", recipe.data, index=index)
     used = {"labelled": batches.labelled_samples, "unlabelled": batches.unlabelled_samples}
+    data = describe_data(recipe, index, used)
+    head = recipe.model.head or student.family.default_head
+    model = model_facts(recipe, head, student.num_classes, data.classes)
+    checked = Checked(recipe, reason, data, batches, student, place, model, None)
     checkpoint = _checkpoint_to_resume(RunFolder(Path(recipe.run.dir)), resume)
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, recipe, place.world_size)
-        batches.resume(load_stream_state(checkpoint))
-    return Checked(recipe, reason, describe_data(recipe, index, used), batches, student, place, checkpoint)
+    return checked if checkpoint is None else _continued(checked, checkpoint)
+
+
+def _continued(checked: Checked, checkpoint: Checkpoint) -> Checked:
+    """The run as one that continues from a checkpoint.
+
+    Raises:
+        UserError: the checkpoint is of another model, or its stream state cannot be read.
+    """
+    shapes = {name: tuple(value.shape) for name, value in checked.student.state_dict().items()}
+    check_fit(checkpoint, checked.model, shapes)
+    checked.batches.resume(checkpoint.stream())
+    return replace(checked, checkpoint=checkpoint)
 
 
 def check_backbone(recipe: Recipe) -> None:
@@ -163,13 +182,39 @@ def _open_batches(
     return counted, batches if counted is recipe else batches_of(counted)
 
 
-def _checkpoint_to_resume(folder: RunFolder, resume: str | None) -> Path | None:
+def _checkpoint_to_resume(folder: RunFolder, resume: str | None) -> Checkpoint | None:
     """The checkpoint that `--resume` means; None for a new run."""
     if resume is None:
         return None
     if resume == "auto":
-        return find_checkpoint(folder.path) if (folder.checkpoints / "latest").is_file() else None
-    return find_checkpoint(Path(resume))
+        return find(folder.path) if has_checkpoint(folder.path) else None
+    return find(Path(resume))
+
+
+def verify_checkpoint(runtime: Runtime, checked: Checked) -> Checked:
+    """Compare the checksums of the checkpoint that the run continues from; all ranks call it together.
+
+    Each rank reads its share of the files. If one is damaged, and a run was named rather than a checkpoint, the
+    checkpoint before is taken.
+
+    Raises:
+        UserError: on every rank: there is none that is whole.
+    """
+    while checked.checkpoint is not None:
+        files = list(checked.checkpoint.index.files)
+        own = range(runtime.rank, len(files), runtime.world_size)
+        bad = {number for number in own if first_damaged(checked.checkpoint, [files[number]])}
+        flags = torch.tensor([number in bad for number in range(len(files))], dtype=torch.int64, device=runtime.device)
+        damaged = runtime.sum_over_ranks(flags).nonzero()
+        if not len(damaged):
+            break
+        try:
+            checked = _continued(checked, checked.checkpoint.instead(damage(files[int(damaged[0])])))
+        except UserError as error:
+            error.on_all_ranks = True
+            raise
+        check_agreement(runtime, checked.recipe, checked.batches, checked.checkpoint)
+    return checked
 
 
 def count_class_pixels(runtime: Runtime, recipe: Recipe, batches: TrainingBatches) -> None:
@@ -186,17 +231,17 @@ def count_class_pixels(runtime: Runtime, recipe: Recipe, batches: TrainingBatche
         batches.count_class_pixels(lambda counts: runtime.sum_over_ranks(counts.to(runtime.device)).cpu())
 
 
-def check_agreement(runtime: Runtime, recipe: Recipe, batches: TrainingBatches, checkpoint: Path | None) -> None:
+def check_agreement(runtime: Runtime, recipe: Recipe, batches: TrainingBatches, checkpoint: Checkpoint | None) -> None:
     """Refuse to train if the recipes, shards or checkpoints of the ranks differ; all ranks call it together.
 
     Raises:
         UserError: on every rank, naming the first rank that differs from rank 0.
     """
-    step = int(checkpoint.name.removeprefix("step-")) if checkpoint is not None else 0
+    step = checkpoint.step if checkpoint is not None else 0
     data = recipe.data.model_copy(update={"cache_dir": None})
     facts = {
         "the recipe": repr(recipe.model_copy(update={"data": data})),
-        "the checkpoint to continue from (--resume)": str(step),
+        "the checkpoint to continue from (--resume)": checkpoint.index.digest() if checkpoint is not None else "none",
         "the list of shards, or the place in it,": json.dumps(batches.state(step)),
     }
     known = torch.zeros(runtime.world_size, len(facts), dtype=torch.int64, device=runtime.device)

@@ -8,10 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maskmatch_scale.checkpoints.finding import Checkpoint
+from maskmatch_scale.checkpoints.fit import changes
+from maskmatch_scale.checkpoints.keeping import Keep, Keeper
+from maskmatch_scale.checkpoints.layout import CheckpointError
+from maskmatch_scale.checkpoints.reading import StoredTensors
+from maskmatch_scale.checkpoints.writing import CheckpointWriter
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.engine.build import build_engine
-from maskmatch_scale.engine.checkpoint import load_checkpoint
 from maskmatch_scale.engine.ema import build_teacher
+from maskmatch_scale.engine.members import own_store
 from maskmatch_scale.engine.protocol import Engine, StoredTeacher
 from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.method.maskmatch import MaskMatch, class_weights, uses_unlabelled
@@ -53,12 +59,24 @@ class Run:
     """Collects the figures of steps and evaluations. Every rank has one; only that of rank 0 writes the file."""
     resumed: dict[str, Any]
     """`state.json` of the checkpoint that the run continues from; empty in a new run."""
-    last_checkpoint: Path | None
-    """The newest checkpoint of this run, or the one that it continues from."""
+    notes: tuple[str, ...]
+    """Lines on the checkpoint that the run continues from: damaged ones that were passed over, and what is different
+    now."""
+    model: dict[str, Any]
+    """What a checkpoint says of the model (`checkpoints/fit.py`)."""
+    writer: CheckpointWriter
+    keeper: Keeper
     stop_reason: str | None = None
     """A callback sets it, on every rank, if the run has to stop after this step."""
     callbacks: list[Callback] = field(default_factory=list)
     """In the order in which they are called."""
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint of this run, or the one that it continues from. It waits for one that is
+        being written.
+        """
+        return self.writer.newest()
 
     @property
     def start(self) -> int:
@@ -124,7 +142,8 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
     )
     engine = build_engine(maskmatch, student, recipe, runtime)
     teacher = build_teacher(average, engine)
-    resumed = load_checkpoint(checked.checkpoint, engine, teacher, runtime) if checked.checkpoint else {}
+    resumed = _restore(checked.checkpoint, engine, teacher) if checked.checkpoint else {}
+    keeper, writer = _open_checkpoints(checked, runtime)
     return Run(
         recipe=recipe,
         precision_reason=checked.precision_reason,
@@ -140,8 +159,52 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
         work=work,
         metrics=MetricsLog(checked.folder.metrics if runtime.rank == 0 else None),
         resumed=resumed,
-        last_checkpoint=checked.checkpoint,
+        notes=(
+            *(f"passed over: {line}" for line in (checked.checkpoint.passed_over if checked.checkpoint else ())),
+            *changes(resumed, recipe, runtime.world_size),
+        ),
+        model=checked.model,
+        writer=writer,
+        keeper=keeper,
     )
+
+
+def _restore(checkpoint: Checkpoint, engine: Engine, teacher: StoredTeacher) -> dict[str, Any]:
+    """Restore student, optimizer and teacher bit for bit, and give the contents of `state.json`.
+
+    All ranks call it together.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    stored = StoredTensors(checkpoint.folder, checkpoint.index)
+    try:
+        engine.restore(stored, checkpoint.state["engine"])
+        teacher.restore(stored)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its state does not fit this run ({type(error).__name__}: {error}); start a new run "
+            "from its weights (model.pretrained)"
+        ) from error
+    return checkpoint.state
+
+
+def _open_checkpoints(checked: Checked, runtime: Runtime) -> tuple[Keeper, CheckpointWriter]:
+    """What keeps and writes the checkpoints of the run."""
+    run, checkpoint, folder = checked.recipe.run, checked.checkpoint, checked.folder.checkpoints
+    start = checkpoint.step if checkpoint else 0
+    keeper = Keeper(folder, Keep(run.keep_last, run.keep_every, run.keep_best), start, writes=runtime.rank == 0)
+    timeout_s = checked.recipe.engine.collective_timeout_s
+    writer = CheckpointWriter(
+        folder,
+        runtime.rank,
+        runtime.world_size,
+        own_store(runtime.world_size, timeout_s),
+        timeout_s,
+        newest=checkpoint.folder if checkpoint else None,
+        completed=keeper.tidy,
+    )
+    return keeper, writer
 
 
 def _work(recipe: Recipe, student: Segmenter, batches: TrainingBatches) -> tuple[Work, Work]:

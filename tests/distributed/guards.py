@@ -7,6 +7,8 @@ reference by far more than a sound run does. One that passes without its guard s
 import contextlib
 from unittest import mock
 
+import torch
+
 from maskmatch_scale.engine import gathering, zero
 
 
@@ -66,7 +68,7 @@ def _average_in_fp32():
 
     def averager(self, averages):
         def update(decay):
-            masters = [zero.full_fp32(parameter) for parameter in self.student.parameters()]
+            masters = [parameter.detach() for parameter in self.student.parameters()]
             for average, master in zip(averages, masters, strict=True):
                 average.copy_(average.bfloat16().lerp(master.bfloat16(), 1 - decay))
 
@@ -89,12 +91,13 @@ def _refusal():
     def config(recipe, world_size):
         return plain(recipe, world_size) | {"data_types": {}}
 
-    def weights(parameter):
-        return parameter.detach().float()
+    def averager(self, averages):
+        students = list(self.student.parameters())
+        return lambda decay: torch._foreach_lerp_(list(averages), [p.detach().float() for p in students], 1 - decay)
 
     with (
         mock.patch.object(sections, "unsound", return_value=iter(())),
-        mock.patch.object(zero, "full_fp32", weights),
+        mock.patch.object(zero.ZeroEngine, "averager", averager),
         mock.patch.object(zero, "deepspeed_config", config),
     ):
         yield

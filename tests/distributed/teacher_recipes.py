@@ -21,6 +21,7 @@ from maskmatch_scale.runs.model import build_student
 from maskmatch_scale.train import train
 from maskmatch_scale.training.callbacks import Callback, closing
 from tests.distributed.reference import probe_images
+from tests.engine.state import Stored, apart
 
 closing.write_report = lambda runs: "left out"
 
@@ -40,6 +41,12 @@ class Sent(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
+def _of_all_ranks(teacher):
+    gathered = [None] * int(os.environ["WORLD_SIZE"])
+    torch.distributed.all_gather_object(gathered, list(teacher.pieces()))
+    return [piece for pieces in gathered for piece in pieces]
+
+
 class Compare(Callback):
     """After training: all scales within one `gathered`, counted; then the same by a whole teacher."""
 
@@ -54,11 +61,13 @@ class Compare(Callback):
         with Sent() as alone:
             logits = run.teacher(images)
         there = [bool(b.wholes) for b in run.teacher._gathering._order]
-        state = run.teacher.full_state(keep=True)
+        stored = Stored(_of_all_ranks(run.teacher))
         whole = build_student(run.recipe, run.data).eval()
-        whole.load_state_dict(state)
-        run.teacher.load_full_state(state)
-        again = run.teacher.full_state(keep=True)
+        whole.load_state_dict({name.removeprefix("ema/"): value for name, value in stored.whole.items()})
+        for shard in run.teacher._shards.values():
+            shard.values.zero_()
+        run.teacher.restore(stored)
+        again = Stored(_of_all_ranks(run.teacher))
         with torch.no_grad(), autocast(images.device, autocast_dtype(run.recipe)):
             labels_whole, confidence_whole = multi_scale_pseudo_labels(whole, images, scales)
             logits_whole = whole(images)
@@ -71,7 +80,7 @@ class Compare(Callback):
                 "labels": labels.equal(labels_whole),
                 "confidence": confidence.equal(confidence_whole),
                 "logits": logits.equal(logits_whole),
-                "state": all(state[name].equal(again[name]) for name in state) and state.keys() == again.keys(),
+                "state": not apart(again.whole, stored.whole),
                 "sizes": {name: list(value.shape) for name, value in whole.named_parameters()},
             }
         )

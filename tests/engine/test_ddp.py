@@ -19,6 +19,7 @@ from maskmatch_scale.errors import UserError
 from maskmatch_scale.runs.model import open_run
 from maskmatch_scale.train import train
 from tests.conftest import TINY_VIT
+from tests.engine.state import Stored
 
 ACCELERATE = {"library": "accelerate", "zero_stage": 0, "precision": "fp32"}
 MODELS = {
@@ -178,8 +179,6 @@ def test_equals_a_loop_in_plain_torch(ddp_of_one, make_recipe, clip_norm):
         assert not engine.skipped
     for one, other in zip(module.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, other)
-    assert not engine.full_fp32_parameters(keep=False)
-    assert engine.full_fp32_parameters(keep=True).keys() == dict(module.named_parameters()).keys()
 
 
 def test_a_step_left_out_leaves_nothing_behind(ddp_of_one, make_recipe):
@@ -198,7 +197,7 @@ def test_a_step_left_out_leaves_nothing_behind(ddp_of_one, make_recipe):
     assert weights[0].equal(weights[1])
 
 
-def test_an_overflow_in_fp16_skips_the_step(make_recipe, tmp_path):
+def test_an_overflow_in_fp16_skips_the_step(make_recipe):
     engine, module = toy_engine(make_recipe, engine=ACCELERATE | {"precision": "fp16"})
     before = [p.detach().clone() for p in module.parameters()]
     scale = engine._accelerator.scaler.get_scale()
@@ -215,9 +214,8 @@ def test_an_overflow_in_fp16_skips_the_step(make_recipe, tmp_path):
     norm = nn.utils.get_total_norm([p.grad for p in plain.parameters()])
     assert float(engine.grad_norm) == pytest.approx(float(norm), rel=1e-2)  # of gradients without their scale
 
-    engine.save(tmp_path)
     other, _ = toy_engine(make_recipe, engine=ACCELERATE | {"precision": "fp16"})
-    other.load(tmp_path)
+    other.restore(Stored(engine.pieces()), engine.progress())
     assert other._accelerator.scaler.get_scale() == engine._accelerator.scaler.get_scale()
 
 

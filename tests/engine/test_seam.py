@@ -7,6 +7,15 @@ import torch
 
 from maskmatch_scale.engine.ema import ReplicatedTeacher
 from maskmatch_scale.engine.optim import parameter_groups
+from maskmatch_scale.engine.parts import (
+    adamw_steps,
+    buffer_pieces,
+    part_pieces,
+    restore_adamw,
+    restore_buffers,
+    restore_parts,
+    whole_parts,
+)
 from maskmatch_scale.engine.protocol import StepOrder
 from maskmatch_scale.engine.schedule import GroupSettings
 from maskmatch_scale.recipe.engines import ENGINES
@@ -21,7 +30,7 @@ class PlainEngine:
     every_gradient_first = False
 
     def __init__(self, module, student, recipe, runtime):
-        self.recipe, self.student, self.module = recipe, student, module
+        self.recipe, self.runtime, self.student, self.module = recipe, runtime, student, module
         self.grad_norm, self.skipped = None, False
         self.order = StepOrder()
         groups = parameter_groups(student, recipe.optim)
@@ -50,9 +59,6 @@ class PlainEngine:
     def lr(self, number):
         return self.groups.lr(number)
 
-    def full_fp32_parameters(self, *, keep):
-        return {name: value.detach().clone() for name, value in self.student.named_parameters() if keep}
-
     def arithmetic(self):
         return nullcontext()
 
@@ -63,14 +69,18 @@ class PlainEngine:
         students = list(self.student.parameters())
         return lambda decay: torch._foreach_lerp_(list(averages), [p.detach() for p in students], 1 - decay)
 
-    def save(self, folder):
-        torch.save({"weights": self.student.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / "all.pth")
+    def pieces(self):
+        yield from part_pieces("student", whole_parts(self.student.named_parameters()), self.optimizer.state)
+        yield from buffer_pieces("student", self.student, self.recipe, self.runtime)
 
-    def load(self, folder):
-        state = torch.load(folder / "all.pth")
-        self.student.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.groups.restore(self.optimizer.param_groups)
+    def progress(self):
+        return {"optimizer_step": adamw_steps(self.optimizer)}
+
+    def restore(self, stored, progress):
+        parts = list(whole_parts(self.student.named_parameters()))
+        restore_parts("student", parts, stored)
+        restore_adamw(self.optimizer, parts, stored, progress["optimizer_step"])
+        restore_buffers("student", self.student, stored, self.recipe, self.runtime)
 
 
 def losses(run):

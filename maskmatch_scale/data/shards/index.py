@@ -15,7 +15,6 @@ Decision: docs/decisions/0001-random-access-to-shards.md.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -265,12 +264,3 @@ class ShardIndex(_Frozen):
         if name not in self.streams:
             raise DataError(f"stream {name!r} is not in the index; it has: {', '.join(self.streams)}")
         return self.streams[name]
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

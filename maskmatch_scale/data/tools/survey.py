@@ -13,9 +13,9 @@ from maskmatch_scale.data.pool import results, usable_cores
 from maskmatch_scale.data.remote.address import expand, is_remote
 from maskmatch_scale.data.remote.shard_cache import ShardCache
 from maskmatch_scale.data.remote.transfer import FetchOptions
-from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex, ShardTable, StreamEntry, sha256
+from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex, ShardTable, StreamEntry
 from maskmatch_scale.data.shards.tar import read_table
-from maskmatch_scale.files import write_whole
+from maskmatch_scale.files import sha256, write_whole
 from maskmatch_scale.progress import progress_of
 
 _KNOWN_NAME = ".survey.jsonl"

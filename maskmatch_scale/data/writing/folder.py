@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maskmatch_scale.data.faults import BadSample, DataError
-from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex, sha256
+from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex
 from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.data.writing.journal import JOURNAL_NAME, SKIPPED_NAME, Written, read_journal, read_skipped
 from maskmatch_scale.data.writing.protocol import DataSource
 from maskmatch_scale.data.writing.shard import Shard
-from maskmatch_scale.files import write_whole
+from maskmatch_scale.files import sha256, write_whole
 
 _PLAN_NAME = ".writing.json"
 _LOCK_NAME = ".lock"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from maskmatch_scale.export.description import Description
 from maskmatch_scale.models import Segmenter
@@ -16,8 +19,8 @@ from maskmatch_scale.recipe import Recipe
 class Exported:
     """What is exported."""
 
-    tensors: Any
-    """The checkpoint's whole weights: an open safetensors file with a segmenter's names of tensors."""
+    tensors: Mapping[str, Tensor]
+    """The checkpoint's whole weights with a segmenter's names of tensors, each read when it is asked for."""
     segmenter: Segmenter
     """The run's model on the meta device: shapes and configuration."""
     recipe: Recipe

@@ -38,6 +38,7 @@ class Opening(Callback):
             f"{run.batches.labelled_samples} labelled samples, {run.batches.unlabelled_samples} unlabelled, from step "
             f"{run.start}",
         ]
+        lines += run.notes
         if uses_tf32(run.runtime.device, engine.precision):
             lines.append("products of fp32 matrices run in TF32")
         if recipe.optim.lr_reference_batch:

@@ -10,9 +10,10 @@ import sys
 import pytest
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.shards.index import ShardIndex, sha256
+from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.tools.shard_check import Fault
 from maskmatch_scale.data.tools.verify import verify
+from maskmatch_scale.files import sha256
 from tests.data.bad_shards import CLASSES, bad_shards, not_tars, sample, tar_bytes
 
 

@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from maskmatch_scale.data.shards.index import sha256
+from maskmatch_scale.files import sha256
 from maskmatch_scale.progress import progress_of
 
 T = TypeVar("T")
