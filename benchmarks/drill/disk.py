@@ -99,14 +99,14 @@ def _fill(job: Job, session: Session, disk: SmallDisk, left: int) -> None:
 def _for_a_while(setting: Setting, job: Job, disk: SmallDisk, left: int) -> int:
     session = job.start("none")
     _fill(job, session, disk, left)
-    filled_at = session.steps()
-    session.wait_for(lambda: session.steps() >= filled_at + 3 * SAVE_EVERY)
-    missing = not job.checkpoint(filled_at // SAVE_EVERY * SAVE_EVERY + 2 * SAVE_EVERY).exists()
+    # Said on stderr: on a full disk there may be no record of it.
+    session.wait_for(lambda: session.printed.count("the checkpoint could not be written") >= 2)
     disk.free()
     session.end()
-    right = missing and set(session.codes) == {0} and job.checkpoint(STEPS).is_dir()
+    counted = sum("error" in record for record in job.records("checkpoint"))
+    right = counted >= 2 and set(session.codes) == {0} and job.checkpoint(STEPS).is_dir()
     if not right:
-        say(f"disk: exit codes {session.codes}, save refused: {missing}:\n{session.printed[-3000:]}")
+        say(f"disk: exit codes {session.codes}, {counted} failed saves recorded:\n{session.printed[-3000:]}")
     return int(right)
 
 

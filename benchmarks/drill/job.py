@@ -21,7 +21,7 @@ from maskmatch_scale.recipe import parse_recipe
 
 MODULE = "benchmarks.drill.rank"
 LAUNCHERS = ("deepspeed", "torchrun", "accelerate", "none")
-"""none: the ranks are started as `srun` starts them, without a launcher, each with its own exit code."""
+"""With launch/stoppable.py before them. none: the ranks are started as `srun` starts them, without a launcher."""
 
 NOTES, SESSION, _MARK = "DRILL_NOTES", "DRILL_SESSION", "DRILL_MARK"
 """Environment variables: the file of the notes (witness.py), the number of the start, and what its processes have in
@@ -132,6 +132,11 @@ class Session:
         return self._log.read_text(errors="replace")
 
     @property
+    def first(self) -> psutil.Process:
+        """The process in front: of the launcher, or of rank 0."""
+        return psutil.Process(self._started[0].pid)
+
+    @property
     def running(self) -> bool:
         """Whether what was started by us still runs: the launcher, or a rank."""
         return any(process.poll() is None for process in self._started)
@@ -221,23 +226,25 @@ class Session:
 
 def _commands(launcher: str, ranks: int, arguments: Sequence[str]) -> list[tuple[dict[str, str], list[str]]]:
     """Variables and command of each process that is to be started."""
-    module = ["--module", MODULE]
+    python, port = str(COMMANDS / "python"), free_port()
+    if launcher == "none":
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        place["LOCAL_WORLD_SIZE"] = str(ranks)
+        return [
+            (place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, [python, "-m", MODULE, *arguments])
+            for rank in range(ranks)
+        ]
     if launcher == "deepspeed":
-        return [({}, deepspeed_command(ranks, torch.device("cpu"), MODULE, *arguments))]
-    if launcher == "torchrun":
-        command = ["torchrun", f"--nproc-per-node={ranks}", f"--master-port={free_port()}", *module]
-        return [({}, [str(COMMANDS / command[0]), *command[1:], *arguments])]
-    if launcher == "accelerate":
-        command = ["accelerate", "launch", "--multi_gpu", f"--num_processes={ranks}", "--num_machines=1"]
-        command += [f"--main_process_port={free_port()}", "--mixed_precision=no", "--dynamo_backend=no", *module]
-        return [({}, [str(COMMANDS / command[0]), *command[1:], *arguments])]
-    assert launcher == "none", launcher
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    python = [str(COMMANDS / "python"), "-m", MODULE, *arguments]
-    return [
-        (place | {"LOCAL_WORLD_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}, python)
-        for rank in range(ranks)
-    ]
+        command = deepspeed_command(ranks, torch.device("cpu"), MODULE, *arguments)
+    elif launcher == "torchrun":
+        command = [str(COMMANDS / "torchrun"), f"--nproc-per-node={ranks}", f"--master-port={port}"]
+        command += ["--module", MODULE, *arguments]
+    else:
+        assert launcher == "accelerate", launcher
+        command = [str(COMMANDS / "accelerate"), "launch", "--multi_gpu", f"--num_processes={ranks}"]
+        command += ["--num_machines=1", f"--main_process_port={port}", "--mixed_precision=no", "--dynamo_backend=no"]
+        command += ["--module", MODULE, *arguments]
+    return [({}, [python, str(ROOT / "launch" / "stoppable.py"), *command])]  # as launch/*.sh do
 
 
 def left_over(folder: Path) -> list[psutil.Process]:

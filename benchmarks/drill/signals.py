@@ -22,7 +22,8 @@ def run(setting: Setting) -> Iterator[Row]:
     """Stop one job by several signals at a time, under each launcher, and let it finish."""
     storms = [(launcher, "rank") for launcher in setting.launchers]
     if not setting.short:
-        storms += [(launcher, "ranks") for launcher in setting.launchers] + [("torchrun", "launcher")]
+        storms += [(launcher, "ranks") for launcher in setting.launchers]
+        storms += [(launcher, "launcher") for launcher in setting.launchers if launcher != "none"]
     steps = _STEPS * (len(storms) + 1) // SAVE_EVERY * SAVE_EVERY
     setting.reference(steps)
     job, draws = setting.job("signals", steps), setting.random("signals")
@@ -58,11 +59,11 @@ def _storm(session: Session, whom: str, draws: random.Random) -> int:
         victims = [ranks[draws.choice(sorted(ranks))]]
     elif whom == "ranks":
         victims = list(ranks.values())
-    else:  # what a scheduler sends to the first process of a job alone: only SIGTERM is handed on
-        victims = [process for process in session.processes() if process not in session.workers()]
+    else:  # a scheduler may signal the first process of a job alone
+        victims = [session.first]
     sent = draws.randint(2, 5)
     for number in range(sent):
-        session.signal(draws.choice(SIGNALS if whom != "launcher" else SIGNALS[:1]), victims)
+        session.signal(draws.choice(SIGNALS), victims)
         if number:  # the first two come in a row
             time.sleep(draws.uniform(0.0, 0.25))
     return sent
@@ -70,9 +71,6 @@ def _storm(session: Session, whom: str, draws: random.Random) -> int:
 
 def _problem(session: Session) -> str:
     """What is not as it should be of the end of a session; nothing if all is."""
-    if session.launcher in ("none", "deepspeed"):
-        if set(session.codes) != {RESUMABLE}:
-            return f"exit codes {session.codes}"
-    elif f"exitcode  : {RESUMABLE}" not in session.printed:  # torchrun's own code is always 1
-        return "no rank ended with it"
+    if set(session.codes) != {RESUMABLE}:
+        return f"exit codes {session.codes}"
     return "" if "--resume" in session.printed else "no line says how to go on"

@@ -117,7 +117,7 @@ def test_a_short_drill(setting: Any) -> None:
     assert (whole.faults, whole.weights, whole.losses) == (3, 0, 0)
     assert (whole.lost, whole.repeated, whole.moved_steps) == (0, 0, 0)
     # Of the same job, but its newest checkpoint says that the samples of a step were not taken yet.
-    stopped = [job for job in setting.jobs if job.folder.name == "damage"][0]
+    stopped = next(job for job in setting.jobs if job.folder.name == "damage")
     broken = stopped.copy(setting.work / "broken")
     newest = sorted(broken.run.glob("checkpoints/step-*"))[-1]
     _set_back(newest)
