@@ -95,7 +95,8 @@ def _all_damaged(setting: Setting, job: Job, draws: random.Random) -> Row:
     right = right and contents(copy.run) == was and "Traceback" not in done.printed
     if not right:
         say(f"damage: all: exit codes {done.codes}:\n{done.printed[-3000:]}")
-    return Row("damage", "all checkpoints are damaged", len(folders), len(folders) * right, note="refused, exit code 2")
+    return Row("damage", "all checkpoints are damaged", len(folders), len(folders) * right, outlived=done.outlived,
+               note="refused, exit code 2")  # fmt: skip
 
 
 def contents(folder: Path) -> dict[str, str]:

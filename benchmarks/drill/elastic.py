@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.drill.evidence import compare_losses, compare_samples, compare_states, steps_again
 from benchmarks.drill.report import Row
-from benchmarks.drill.setting import Setting
+from benchmarks.drill.setting import Setting, outlived
 from benchmarks.harness import say
 
 STEPS, STOP_AFTER = 24, 5
@@ -75,7 +75,7 @@ def run(setting: Setting) -> Iterator[Row]:
             if not went_on:
                 say(f"elastic: {case.name}, part {part + 1}:\n{session.printed[-3000:]}")
         samples = compare_samples(job, other, STEPS, setting.sizes)
-        figures: dict[str, Any] = {"lost": samples.lost, "repeated": samples.repeated}
+        figures: dict[str, Any] = {"lost": samples.lost, "repeated": samples.repeated, "outlived": outlived(job)}
         if case.same_order:
             weights = float("inf")
             if job.checkpoint(STEPS).is_dir():

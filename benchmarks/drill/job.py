@@ -29,6 +29,7 @@ common."""
 
 Note = dict[str, Any]
 _POLL_S = 0.002
+_GRACE_S = 5.0
 
 
 class Job:
@@ -108,7 +109,8 @@ class Session:
 
     def __init__(self, job: Job, number: int, launcher: str, ranks: int, arguments: Sequence[str]) -> None:
         self.job, self.number, self.launcher, self.world_size = job, number, launcher, ranks
-        self.began = time.monotonic()
+        self.outlived = 0
+        """Processes that still lived `_GRACE_S` after the launcher had ended."""
         self._mark = f"{job.folder}#{number}"
         self._log = job.folder / f"session-{number}.txt"
         environment = launch_environment(torch.device("cpu")) | {
@@ -203,11 +205,14 @@ class Session:
                 process.send_signal(number)
 
     def end(self, timeout_s: float = 300.0) -> list[int]:
-        """Wait until the launcher has ended; its exit codes. What is left after that long is killed."""
+        """Wait until it has ended by itself; the exit codes. What still lives after that long is killed."""
         deadline = time.monotonic() + timeout_s
         while self.running and time.monotonic() < deadline:
             time.sleep(0.02)
-        self.kill()
+        deadline = time.monotonic() + _GRACE_S
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        self.outlived = self.kill()
         return self.codes
 
     def kill(self) -> int:

@@ -41,7 +41,7 @@ class Kill:
 
 def run(setting: Setting) -> Iterator[Row]:
     """Kill one job until `--kills` are reached, then let it finish."""
-    steps = -(-max(2 * setting.kills, 4) // SAVE_EVERY) * SAVE_EVERY
+    steps = -(-3 * setting.kills // SAVE_EVERY) * SAVE_EVERY
     setting.reference(steps)
     job, draws = setting.job("kills", steps), setting.random("kills")
     began = time.monotonic()
@@ -121,7 +121,7 @@ def _await(server: FaultyServer, job: Job, session: Session, moment: str, draws:
         if draws.random() < 0.5 and not session.wait_for(lambda: session.steps() >= 1):
             return False
         # Part of each shard is sent, and then nothing more.
-        server.set_faults({"index.json": Fault(times=0), "*": Fault(stall_after=2000)})
+        server.set_faults({"index.json": [], "*": Fault(stall_after=2000)})
         before = len(server.requests)
         return session.wait_for(lambda: any(r.sent >= 2000 for r in server.requests[before:]), 20.0)
     if moment == "evaluation":

@@ -126,7 +126,13 @@ class Setting:
             "moved_steps": samples.moved_steps,
             "losses": compare_losses(job, other, steps),
             "weights": weights,
+            "outlived": outlived(job),
         }
+
+
+def outlived(job: Job) -> int:
+    """Processes that outlived their sessions."""
+    return sum(session.outlived for session in job.sessions)
 
 
 def write_samples(folder: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_row_is_met_only_if_nothing_was_lost() -> None:
     right = {"phase": "kill", "case": "all", "faults": 3, "survived": 3, "lost": 0, "repeated": 0}
     assert Row(**right, losses=0.0, weights=0.0).met
     assert Row(**right, losses=1e-8, weights=1e-3, tolerance=1e-6).met
-    for wrong in ({"survived": 2}, {"lost": 1}, {"repeated": 1}, {"losses": 1e-9}, {"weights": 1e-30}):
+    for wrong in ({"survived": 2}, {"lost": 1}, {"repeated": 1}, {"losses": 1e-9}, {"weights": 1e-30}, {"outlived": 1}):
         assert not Row(**right | {"losses": 0.0, "weights": 0.0} | wrong).met
     assert not Row(**right, losses=1e-5, tolerance=1e-6).met
 
