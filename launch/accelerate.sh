@@ -25,5 +25,6 @@ fi
 # --multi_gpu is right on a CPU too: `accelerate launch --cpu` starts several ranks only with MPI.
 # Port 0 means a free port, so that several jobs can run at once. Options that are not given here would come from
 # accelerate's configuration file.
-exec accelerate launch --multi_gpu --num_processes "$ranks" --num_machines 1 --main_process_port 0 \
+exec python "$(dirname "$0")/stoppable.py" \
+    accelerate launch --multi_gpu --num_processes "$ranks" --num_machines 1 --main_process_port 0 \
     --mixed_precision no --dynamo_backend no --module maskmatch_scale "${arguments[@]}"

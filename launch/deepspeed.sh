@@ -22,4 +22,4 @@ else
     devices=(--num_accelerators "$ranks")
     export DS_ACCELERATOR=cpu
 fi
-exec deepspeed "${devices[@]}" --no_local_rank --master_port "$port" --module maskmatch_scale train "$@"
+exec python "$(dirname "$0")/stoppable.py" deepspeed "${devices[@]}" --no_local_rank --master_port "$port" --module maskmatch_scale train "$@"

@@ -12,5 +12,18 @@ class UserError(ValueError):
     """Whether every rank of the job has found the mistake, so that only one of them prints it."""
 
 
+RESUMABLE = 75
+"""Exit code of a run that was stopped and goes on with `--resume auto`: EX_TEMPFAIL of sysexits.h."""
+
+
 class TrainingStopped(RuntimeError):  # noqa: N818 - not an error of the program
-    """The run stopped itself. The message says at which step, why, and from what it can be continued."""
+    """The run stopped before its last step. The message says when, why, and from what it can be continued.
+
+    Args:
+        message: one line.
+        exit_code: of the command: :data:`RESUMABLE` if the run only has to be started again.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +16,7 @@ import typer
 from maskmatch_scale import __version__
 from maskmatch_scale.cli import machine, runs
 from maskmatch_scale.cli.shards import shards_app
-from maskmatch_scale.errors import TrainingStopped, UserError
+from maskmatch_scale.errors import RESUMABLE, TrainingStopped, UserError
 
 
 def _show_version(wanted: bool) -> None:
@@ -49,7 +53,9 @@ MISTAKE = 2
 def main() -> None:
     """Run the command.
 
-    A mistake of the user is one line on stderr, from the first rank of each machine, and exit code 2.
+    A mistake of the user is one line on stderr, from the first rank of each machine, and exit code 2. A run that was
+    stopped and can go on is one line too, and exit code 75. Where the environment names a file in
+    `MASKMATCH_EXIT_CODE_FILE`, the code is also written there, because not every launcher passes it on.
     """
     try:
         app()
@@ -57,7 +63,10 @@ def main() -> None:
         # Before a run starts, every rank finds the same mistake. Later a single rank may read a bad sample.
         _fail(str(error), MISTAKE, from_any_rank=_run_has_started() and not error.on_all_ranks)
     except TrainingStopped as error:
-        _fail(str(error), 1, from_any_rank=False)
+        resumable = error.exit_code == RESUMABLE
+        # Before the ranks have met, the one that a signal stopped may be the only one.
+        message = f"{error}; go on with: {_again(sys.argv)}" if resumable else str(error)
+        _fail(message, error.exit_code, from_any_rank=not _run_has_started(), kind="stopped" if resumable else "error")
     except Exception as error:
         if not _has_other_ranks():
             raise
@@ -68,13 +77,31 @@ def main() -> None:
         _fail(f"{_explained(error)}{f' (traceback: {log})' if log else ''}", 1, from_any_rank=True)
 
 
-def _fail(message: str, code: int, *, from_any_rank: bool) -> None:
+def _again(arguments: Sequence[str]) -> str:
+    """The command that continues a run that was started by these arguments."""
+    words = ["maskmatch"]
+    rest = iter(arguments[1:])
+    for word in rest:
+        if word == "--resume":
+            next(rest, None)
+        elif not word.startswith(("--resume=", "--local_rank=", "--local-rank=")):
+            words.append(word)
+    command = shlex.join([*words, "--resume", "auto"])
+    return f"{command} (under the same launcher)" if _has_other_ranks() else command
+
+
+def _fail(message: str, code: int, *, from_any_rank: bool, kind: str = "error") -> None:
     """Print a message on one line and exit. Unless ``from_any_rank``, only the first rank of a machine prints it."""
     rank = os.environ.get("RANK", "0")
     # The ranks of a machine read the same files, so one message for each machine is enough.
     if os.environ.get("LOCAL_RANK", rank) == "0" or from_any_rank:
         where = f"rank {rank}: " if rank != "0" or (from_any_rank and _has_other_ranks()) else ""
-        print(f"maskmatch: error: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"maskmatch: {kind}: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)  # noqa: T201
+    file = os.environ.get("MASKMATCH_EXIT_CODE_FILE")
+    if file:
+        with suppress(OSError), Path(file).open("a") as known:
+            if not known.tell():  # the rank that ends first has the reason
+                known.write(f"{code}\n")
     if _has_other_ranks():
         # A normal exit would leave the process group, and wait for ranks that may have ended.
         sys.stdout.flush()

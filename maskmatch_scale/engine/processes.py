@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import select
 import socket
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+_STARTED = 19
+"""Place of the start in what `/proc/PID/stat` has after the name (proc(5), field 22)."""
+_IMPORTED = time.monotonic()
 
 State = Literal["running", "stopped", "ended", "unknown"]
 """Of a process. unknown: it is on another machine, or in another container."""
@@ -22,11 +27,18 @@ class Process:
     number: int
     space: str
     """Which machine and container the number is of: processes with the same text see each other."""
+    started: int | None = None
+    """When it was started, in ticks of the kernel's clock: numbers are used again. None: not known."""
 
     @classmethod
     def own(cls) -> Process:
         """This process."""
-        return cls(os.getpid(), _space())
+        try:
+            text = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")
+            started = int(text.rpartition(")")[2].split()[_STARTED])
+        except OSError:  # not Linux
+            started = None
+        return cls(os.getpid(), _space(), started)
 
     @property
     def is_near(self) -> bool:
@@ -42,8 +54,17 @@ class Process:
             text = Path(f"/proc/{self.number}/stat").read_text(encoding="utf-8", errors="replace")
         except OSError:
             return "ended"
-        letter = text.rpartition(")")[2].split()[0]
-        return "ended" if letter in "ZX" else "stopped" if letter in "Tt" else "running"
+        fields = text.rpartition(")")[2].split()
+        if self.started is not None and int(fields[_STARTED]) != self.started:
+            return "ended"  # and its number was given to another process
+        return "ended" if fields[0] in "ZX" else "stopped" if fields[0] in "Tt" else "running"
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it started; of a process that cannot be seen, since this package was imported."""
+        if self.started is None or not self.is_near:
+            return time.monotonic() - _IMPORTED
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - self.started / os.sysconf("SC_CLK_TCK")
 
 
 class Ends:

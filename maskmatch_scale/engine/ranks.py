@@ -14,6 +14,8 @@ from torch import distributed as dist
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.members import Member
 
+_TEXT_BYTES = 4096
+
 
 @dataclass
 class Transfers:
@@ -53,6 +55,56 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(total)
         return total
+
+    def max_over_ranks(self, value: int) -> Callable[[], int]:
+        """Start to find the largest of the ranks' values; all ranks call it together, and none waits here.
+
+        Args:
+            value: of this rank.
+
+        Returns:
+            A function that gives the largest. It waits until the device has done what was launched before it was asked
+            for, so call it when that is long past.
+        """
+        # Filled on the device: a copy of a number from the host would wait.
+        largest = require_device(torch.full((1,), value, dtype=torch.int64, device=self.device), self.device)
+        work = dist.all_reduce(largest, dist.ReduceOp.MAX, async_op=True) if self.world_size > 1 else None
+        if self.device.type != "cuda":
+
+            def wait() -> int:
+                if work is not None:
+                    work.wait()
+                return int(largest)
+
+            return wait
+        if work is not None:
+            work.wait()  # the stream waits, the host does not
+        kept = torch.empty(1, dtype=torch.int64, pin_memory=True)
+        kept.copy_(largest, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+
+        def wait_on_gpu() -> int:
+            copied.synchronize()
+            return int(kept)
+
+        return wait_on_gpu
+
+    def text_of(self, rank: int, text: str) -> str:
+        """The text of one rank, on every rank; all ranks call it together, and wait.
+
+        Args:
+            rank: whose.
+            text: of this rank; UTF-8 beyond 4 kB is cut off.
+        """
+        if self.world_size == 1:
+            return text
+        letters = torch.zeros(_TEXT_BYTES, dtype=torch.int32)
+        if rank == self.rank:
+            own = text.encode()[:_TEXT_BYTES]
+            letters[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8).int() if own else 0
+        found = self.sum_over_ranks(letters.to(self.device)).cpu()
+        return bytes(found[found > 0].tolist()).decode(errors="ignore")
 
     def of_neighbour(self, first: Tensor, last: Tensor) -> Tensor:
         """Exchange a tensor with the neighbouring rank; all ranks call it together.

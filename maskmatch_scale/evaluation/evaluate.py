@@ -53,7 +53,8 @@ def evaluate_split(
     place: tuple[int, int] = (0, 1),
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda counts: counts,
     progress: Callable[[], None] = lambda: None,
-) -> int:
+    break_off: Callable[[], bool] = lambda: False,
+) -> int | None:
     """Evaluate a split; all ranks call it together. The matrix then has the counts of all ranks, on every rank.
 
     At ZeRO-3 a forward is a collective. So for each image all ranks run as many forwards as the rank with the most
@@ -68,9 +69,10 @@ def evaluate_split(
         place: (rank, world size).
         sum_over_ranks: all-reduces a tensor.
         progress: called after every round, in which each rank evaluates one image.
+        break_off: asked before every round. If it is True on any rank, all ranks end here.
 
     Returns:
-        The number of images over all ranks.
+        The number of images over all ranks; None if a rank broke off, and then the matrix means nothing.
     """
     rank, world_size = place
     images = load_index(data.root, data).stream(split).samples
@@ -83,7 +85,9 @@ def evaluate_split(
             if sample is not None:
                 size = (sample.image.shape[-2], sample.image.shape[-1])
                 forwards = forwards_of(size, window.size_px, window.recipe.overlap, window.recipe.window_batch)
-            most = _largest(forwards, rank, world_size, sum_over_ranks, window.device)
+            most, broken_off = _of_all_ranks(forwards, break_off(), rank, world_size, sum_over_ranks, window.device)
+            if broken_off:
+                return None
             if sample is not None:
                 matrix.update(window.predict(segmenter, sample.image), sample.label)
             _run_empty(segmenter, most - forwards, window)
@@ -92,13 +96,19 @@ def evaluate_split(
     return images
 
 
-def _largest(
-    own: int, rank: int, world_size: int, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device
-) -> int:
-    """The largest of the numbers of all ranks; all ranks call it together."""
-    everyone = torch.zeros(world_size, dtype=torch.int64, device=device)
-    everyone[rank] = own
-    return int(sum_over_ranks(everyone).max())
+def _of_all_ranks(
+    forwards: int,
+    breaks_off: bool,
+    rank: int,
+    world_size: int,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    device: torch.device,
+) -> tuple[int, bool]:
+    """The most forwards of a rank, and whether any rank breaks off; all ranks call it together."""
+    everyone = torch.zeros(2, world_size, dtype=torch.int64, device=device)
+    everyone[0, rank], everyone[1, rank] = forwards, breaks_off
+    most, breaking = sum_over_ranks(everyone).amax(1).tolist()
+    return most, bool(breaking)
 
 
 @torch.no_grad()

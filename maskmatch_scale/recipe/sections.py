@@ -45,6 +45,7 @@ Positive = Annotated[float, Field(gt=0)]
 BadSamples = Literal["fail", "skip"]
 SidesPx = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(_pair)]
 StepRange = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], AfterValidator(_ascending)]
+StopSignal = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU"]
 ScaleRange = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
 
 
@@ -320,6 +321,12 @@ class RunRecipe(Section):
     """Steps between evaluations on the split `dev`; 0 = only at the end."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between lines of progress; metrics stay on the device until then."""
+    max_hours: Annotated[float, Field(ge=0)] = 0.0
+    """Hours after which the run stops with a checkpoint and exit code 75, counted from the start of the process, anew
+    at every start; the checkpoint is complete by then. 0 = no limit (docs/stopping.md)."""
+    stop_signals: tuple[StopSignal, ...] = ("SIGTERM", "SIGUSR1", "SIGINT")
+    """Signals after which the run stops with a checkpoint and exit code 75, when any rank gets one: of SIGTERM, SIGINT,
+    SIGUSR1, SIGUSR2, SIGHUP, SIGXCPU. [] = none (docs/stopping.md)."""
     profile: StepRange | None = None
     """[first, last]: steps, counted from 1, of which every rank writes a trace of torch's profiler to
     RUN/profile/rank-N.json.gz (docs/watching.md). null = none."""

@@ -3,6 +3,7 @@
 Decision: docs/decisions/0034-file-names-of-a-run-in-record.md.
 
 RUN/
+.lock                     names the process that writes here (runs/lock.py)
 recipe.yaml               the resolved recipe
 data.json                 classes, colours and sample counts of the data (runs/data.py)
 deepspeed.json            a copy of engine.deepspeed_json, if the recipe names one
@@ -34,6 +35,11 @@ class RunFolder:
     def recipe(self) -> Path:
         """The resolved recipe. A folder with this file is a run directory."""
         return self.path / "recipe.yaml"
+
+    @property
+    def lock(self) -> Path:
+        """The process that writes here; there while a run lives."""
+        return self.path / ".lock"
 
     @property
     def data(self) -> Path:

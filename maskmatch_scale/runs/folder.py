@@ -1,7 +1,8 @@
-"""Makes a run directory, after moving an older run aside, and keeps the log of each rank in it.
+"""Makes a run directory, after moving an older run aside, locks it, and keeps the log of each rank in it.
 
 Decision: docs/decisions/0027-older-run-moved-aside.md.
 Decision: docs/decisions/0034-file-names-of-a-run-in-record.md.
+Decision: docs/decisions/0047-lock-of-a-run-folder.md.
 """
 
 from __future__ import annotations
@@ -12,31 +13,66 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from maskmatch_scale.engine.ranks import Runtime
+from maskmatch_scale.errors import UserError
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.runs.data import RunData
+from maskmatch_scale.runs.lock import FolderLock
 
 log = logging.getLogger("maskmatch_scale")
 
 
-def open_folder(folder: RunFolder, recipe: Recipe, data: RunData, *, continued: bool) -> None:
-    """Make the run directory, and write recipe and data description into it.
+@contextmanager
+def open_folder(
+    folder: RunFolder, recipe: Recipe, data: RunData, runtime: Runtime, *, continued: bool
+) -> Iterator[None]:
+    """Make the run directory, keep others from it while the body runs, and write recipe and data description into it.
 
-    Another run that is there is renamed to `NAME.previous-1` (2, 3, …).
+    All ranks call it together; rank 0 does it. Another run that is there is renamed to `NAME.previous-1` (2, 3, …).
 
     Args:
         folder: the paths of the run directory.
         recipe: of the run.
         data: what it is trained on.
+        runtime: this rank.
         continued: whether this run continues the one that is there.
+
+    Raises:
+        UserError: on all ranks: another live run has the folder, or it cannot be written to.
     """
+    lock, refusal = None, ""
+    if runtime.rank == 0:
+        try:
+            lock = FolderLock(folder)
+        except UserError as error:
+            refusal = str(error)
+    try:
+        if lock is not None:
+            try:
+                _fill(folder, recipe, data, lock, continued=continued)
+            except UserError as error:
+                refusal = str(error)
+        refusal = runtime.text_of(0, refusal)  # which lets the others wait until the folder is there
+        if refusal:
+            refused = UserError(refusal)
+            refused.on_all_ranks = True
+            raise refused
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _fill(folder: RunFolder, recipe: Recipe, data: RunData, lock: FolderLock, *, continued: bool) -> None:
     run = folder.path
+    if lock.dead is not None:
+        print(f"{run} was locked by a run that has died ({lock.dead}): taken over", flush=True)  # noqa: T201
     if not continued and folder.recipe.exists():
         number = next(n for n in range(1, 10_000) if not run.with_name(f"{run.name}.previous-{n}").exists())
         aside = run.with_name(f"{run.name}.previous-{number}")
-        run.rename(aside)
+        lock.move_aside(aside)
         print(f"{run} held an older run: moved to {aside}", flush=True)  # noqa: T201
-    run.mkdir(parents=True, exist_ok=True)
     folder.recipe.write_text(recipe.to_yaml())
     folder.data.write_text(data.model_dump_json(indent=1))
     if recipe.engine.deepspeed_json:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import NoReturn
 
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.watch import Watch, watch_ranks
-from maskmatch_scale.errors import TrainingStopped
+from maskmatch_scale.errors import RESUMABLE, TrainingStopped
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.runs.folder import open_folder, rank_log
 from maskmatch_scale.training import preflight
 from maskmatch_scale.training.callbacks import CALLBACKS, Callback
 from maskmatch_scale.training.run import Run, build_run
+from maskmatch_scale.training.signals import Signals, listening
 from maskmatch_scale.training.step import take_step
 
 
@@ -35,8 +37,16 @@ def train(recipe: Recipe, resume: str | None = None, *, callbacks: Sequence[Call
     Raises:
         UserError: a mistake that the user can correct. It is found before anything is written, except for a bad sample,
             which may be read later.
-        TrainingStopped: the run stopped itself, because a loss is not finite or too many samples are bad.
+        TrainingStopped: the run stopped before its last step: a loss is not finite, too many samples are bad, a signal
+            came (`run.stop_signals`), the time is up (`run.max_hours`), or a callback asked for it.
     """
+    with listening(recipe.run.stop_signals) as signals:
+        return _train(recipe, resume, callbacks, signals)
+
+
+def _train(
+    recipe: Recipe, resume: str | None, callbacks: Sequence[Callable[[Run], Callback]], signals: Signals | None
+) -> Path:
     checked = preflight.check(recipe, resume)
     recipe, folder = checked.recipe, checked.folder
     if checked.place.world_size > 1:  # where NCCL's watchdog writes its record; it appends the rank
@@ -46,14 +56,17 @@ def train(recipe: Recipe, resume: str | None = None, *, callbacks: Sequence[Call
         preflight.check_agreement(runtime, recipe, checked.batches, checked.checkpoint)
         checked = preflight.verify_checkpoint(runtime, checked)
         preflight.count_class_pixels(runtime, recipe, checked.batches)
-        if runtime.rank == 0:
-            open_folder(folder, recipe, checked.data, continued=checked.continues_in_place)
-        runtime.barrier()
         log, collectives = folder.log(runtime.rank), folder.collectives(runtime.rank)
-        with rank_log(log), watch.logging_to(log, collectives):
+        with (
+            open_folder(folder, recipe, checked.data, runtime, continued=checked.continues_in_place),
+            rank_log(log),
+            watch.logging_to(log, collectives),
+        ):
             run = build_run(checked, runtime)
             makers: list[Callable[[Run], Callback]] = [*CALLBACKS, *callbacks]
             run.callbacks = [make(run) for make in makers]
+            if signals is not None:
+                signals.keep(lambda name: run.ask_to_stop(f"got {name}", RESUMABLE))
             _take_steps(run, watch)
     return folder.path
 
@@ -64,10 +77,13 @@ def _take_steps(run: Run, watch: Watch) -> None:
     on_gpu = run.runtime.device.type == "cuda"
     loader = load_batches(run.batches, run.start * accumulation, steps * accumulation, pin_memory=on_gpu)
     with ExitStack() as ending:
+        ending.enter_context(closing(loader))  # ends the loader processes, whose CPU time counts only then
         for callback in reversed(run.callbacks):
             ending.callback(callback.ended)  # all of them in their order, even if one raises
         for callback in run.callbacks:
             callback.started()
+        if run.stopping:  # in an evaluation that the last start left out
+            raise TrainingStopped(f"{run.stopping.reason}; stopped before the first step", run.stopping.exit_code)
         for step in range(run.start, steps):
             watch.step = step + 1
             for callback in run.callbacks:
@@ -79,13 +95,36 @@ def _take_steps(run: Run, watch: Watch) -> None:
                 records = run.metrics.flush()
                 for callback in run.callbacks:
                     callback.records_read(records)
+            if step + 1 == steps:
+                run.agreement.settle()  # there is no later step to read it
+            else:
+                run.agreement.exchange()
             for callback in run.callbacks:
                 callback.between_steps(step + 1)
-            if run.stop_reason:
-                for callback in run.callbacks:
-                    callback.stopping(step + 1)
-                raise TrainingStopped(run.stop_reason)
+            if run.stopping:
+                _stop(run, step + 1)
     watch.step = None
-    loader.close()  # ends the loader processes, whose CPU time counts only then
     for callback in run.callbacks:
         callback.finished()
+
+
+def _stop(run: Run, done: int) -> NoReturn:
+    """Write a checkpoint and raise what ends the run; all ranks call it together.
+
+    Raises:
+        TrainingStopped: with the reason, and where the checkpoint is.
+    """
+    stop = run.stopping
+    assert stop is not None
+    records = run.metrics.flush()  # a figure that is not finite must end the run before a checkpoint is written
+    if records:
+        for callback in run.callbacks:
+            callback.records_read(records)
+    for callback in run.callbacks:
+        callback.stopping(done)
+    if stop.exit_code != RESUMABLE:
+        raise TrainingStopped(stop.reason, stop.exit_code)
+    checkpoint = run.last_checkpoint
+    if checkpoint is None or checkpoint.name != f"step-{done:08d}":
+        raise TrainingStopped(f"{stop.reason}; stopped after step {done}, of which no checkpoint could be written")
+    raise TrainingStopped(f"{stop.reason}; stopped after step {done}, checkpoint {checkpoint}", RESUMABLE)

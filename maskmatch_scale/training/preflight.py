@@ -35,6 +35,7 @@ from maskmatch_scale.models.units import visible_count
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.runs.data import RunData, describe_data
+from maskmatch_scale.runs.lock import refuse_live_run
 from maskmatch_scale.runs.model import build_student
 from maskmatch_scale.seeds import derive_seed
 
@@ -82,6 +83,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
         UserError: the first mistake that is found; the message names the key, file or value, and what to do.
     """
     place = Place.from_environment()
+    refuse_live_run(RunFolder(Path(recipe.run.dir)))
     check_backbone(recipe)
     index = load_index(recipe.data.root, recipe.data)
     student = build_student(recipe, describe_data(recipe, index), deferred=recipe.engine.zero_stage == 3)

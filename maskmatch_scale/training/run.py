@@ -29,6 +29,7 @@ from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.record.metrics import MetricsLog
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.runs.data import RunData
+from maskmatch_scale.training.agreement import Agreement, Stop
 from maskmatch_scale.training.preflight import Checked
 
 if TYPE_CHECKING:
@@ -66,8 +67,10 @@ class Run:
     """What a checkpoint says of the model (`checkpoints/fit.py`)."""
     writer: CheckpointWriter
     keeper: Keeper
-    stop_reason: str | None = None
-    """A callback sets it, on every rank, if the run has to stop after this step."""
+    agreement: Agreement
+    """What this rank wants, and what all ranks have agreed on."""
+    save_s: float = 0.0
+    """The longest that a checkpoint has taken on this rank in this start, from its beginning until it was complete."""
     callbacks: list[Callback] = field(default_factory=list)
     """In the order in which they are called."""
 
@@ -82,6 +85,24 @@ class Run:
     def start(self) -> int:
         """Number of optimizer steps that were taken before this start."""
         return int(self.resumed.get("step", 0))
+
+    def ask_to_stop(self, reason: str, exit_code: int = 1) -> None:
+        """Ask to stop the run, from any thread of any rank. All ranks stop after the same step, at most two later.
+
+        A checkpoint is written then, unless that fails; :attr:`stopping` says when all ranks know.
+
+        Args:
+            reason: one line that says why, and what to do.
+            exit_code: of the command, 1 to 255. `errors.RESUMABLE`: the run only has to be started again.
+        """
+        if not self.agreement.wanted:
+            log.info("this rank wants to stop: %s", reason)
+        self.agreement.ask(Stop(reason, exit_code))
+
+    @property
+    def stopping(self) -> Stop | None:
+        """Why the run stops after this step, the same on all ranks; None: it goes on."""
+        return self.agreement.decided
 
     def work_in(self, step: int) -> Work:
         """What step ``step`` (from 0) asks of this rank's backbone."""
@@ -166,6 +187,7 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
         model=checked.model,
         writer=writer,
         keeper=keeper,
+        agreement=Agreement(runtime),
     )
 
 

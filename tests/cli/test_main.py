@@ -45,6 +45,8 @@ def recipe_file(make_recipe, tmp_path):
         (["engine.precision=fp16", "model.head=linear"], ["engine.precision=fp16", "needs a GPU"]),
         (["engine.zero_stage=0", "engine.precision=bf16", "model.head=linear"], ["hidden optimizer step"]),
         (["engine.library=accelerate"], ["engine.zero_stage=1", "set engine.zero_stage=0"]),
+        (["run.stop_signals=[SIGTERM, SIGKILL]"], ["run.stop_signals", "SIGKILL", "'SIGTERM', 'SIGINT'"]),
+        (["run.max_hours=-1"], ["run.max_hours=-1"]),
         (["engine.deepspeed_json=nowhere.json"], ["engine.deepspeed_json=nowhere.json", "No such file"]),
     ],
 )

@@ -32,7 +32,7 @@ class StopAtAccuracy(Callback):
 
     def evaluated(self, record):
         if record["pixel_accuracy"] >= 0:
-            self.run.stop_reason = f"step {record['step']}: good enough"
+            self.run.ask_to_stop(f"step {record['step']}: good enough")
 
 
 class FailsAtTheEnd(Callback):
@@ -82,7 +82,7 @@ class StopAtLoss(Callback):
 
     def records_read(self, records):
         if records[-1]["step"] == 2:
-            self.run.stop_reason = f"step 2: the loss is {records[-1]['loss']:.3f}, which is enough"
+            self.run.ask_to_stop(f"step 2: the loss is {records[-1]['loss']:.3f}, which is enough")
 
 
 def made(kinds):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from maskmatch_scale.data.batches.processes import in_processes
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.images.decode import decode_image, decode_label
 from maskmatch_scale.data.order.epoch import Cut
@@ -88,19 +90,12 @@ def evaluation_samples(
         numbers = range(cut.start(rank), cut.start(rank + 1))
     decoded = _Decoded(stream, data.max_image_px)
     workers = min(workers, len(numbers) - 1)  # for a single sample there is nothing to decode meanwhile
-    found: Iterable[EvaluationSample | DataError]
     if workers > 0:
-        found = DataLoader(
-            decoded,
-            batch_size=None,
-            sampler=numbers,
-            num_workers=workers,
-            prefetch_factor=_AHEAD,
-            pin_memory=pin_memory,
-        )
+        found = in_processes(decoded, numbers, workers, _AHEAD, pin_memory=pin_memory)
     else:
-        found = map(decoded.__getitem__, numbers)
-    for sample in found:
-        if isinstance(sample, DataError):
-            raise sample
-        yield sample.pin_memory() if pin_memory and not workers > 0 else sample
+        found = (decoded[number] for number in numbers)
+    with closing(found):
+        for sample in found:
+            if isinstance(sample, DataError):
+                raise sample
+            yield sample.pin_memory() if pin_memory and not workers > 0 else sample

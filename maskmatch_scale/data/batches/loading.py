@@ -11,13 +11,15 @@ Decision: docs/decisions/0003-batches-in-reused-shared-memory.md.
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from maskmatch_scale.data.batches.batch import Batch
+from maskmatch_scale.data.batches.processes import in_processes
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.order.source import Skip
@@ -82,6 +84,8 @@ def load_batches(
 ) -> Generator[Batch, None, None]:
     """Micro-batches ``start`` … ``stop`` - 1 in order, made ahead of time by ``data.workers`` processes.
 
+    Close the generator if not all batches were taken: this ends the processes.
+
     Args:
         made: makes them.
         start: number of the first.
@@ -100,14 +104,8 @@ def load_batches(
         return
     # One more than can be under way: torch asks for another batch when it hands one out, before that one is copied.
     slots = [_Slot.like(made.largest_batch()) for _ in range(workers * _AHEAD + 1)]
-    loader = DataLoader(
-        _Filling(made, start, slots),
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=workers,
-        prefetch_factor=_AHEAD,
-    )
-    for number, rest in enumerate(loader):
-        if isinstance(rest, DataError):
-            raise rest
-        yield slots[number % len(slots)].take(rest, pin_memory=pin_memory)
+    with closing(in_processes(_Filling(made, start, slots), range(start, stop), workers, _AHEAD)) as found:
+        for number, rest in enumerate(found):
+            if isinstance(rest, DataError):
+                raise rest
+            yield slots[number % len(slots)].take(rest, pin_memory=pin_memory)

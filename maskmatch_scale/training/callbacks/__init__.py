@@ -19,6 +19,7 @@ from maskmatch_scale.training.callbacks.profile import Profile
 from maskmatch_scale.training.callbacks.progress import Progress
 from maskmatch_scale.training.callbacks.skips import Skips
 from maskmatch_scale.training.callbacks.throughput import Throughput
+from maskmatch_scale.training.callbacks.time_limit import TimeLimit
 from maskmatch_scale.training.callbacks.time_spent import TimeSpent
 
 CALLBACKS: tuple[type[Callback], ...] = (
@@ -29,6 +30,7 @@ CALLBACKS: tuple[type[Callback], ...] = (
     Metrics,
     NonFinite,  # before Progress and Skips, which would show and count figures of a run that is stopped
     Progress,
+    TimeLimit,
     Skips,
     Checkpoints,  # before Evaluation, which may take long
     Evaluation,

@@ -3,16 +3,18 @@
     started                     before the first step; the model is built, a continued run is restored
       before_step               before every step
       after_step                after every step was launched; its figures are still on the device
-      records_read              if any callback wants records: the figures of the steps since the last time are read
+      records_read              if any callback wants records, or the run stops: the figures of the steps since the last
+                                time are read
       between_steps             after every step and after records_read: evaluate, save
         evaluated               a record of an evaluation has been written
-      stopping                  a callback has set `run.stop_reason`, and the run stops after this step
+      stopping                  all ranks know that the run stops after this step (`run.stopping`)
     ended                       after the last step, also after an error
     finished                    all steps have been taken, and the loader processes have ended
 
 Each method is called for all callbacks in the order of the list in `callbacks/__init__.py`, before the next method is
 called. Callbacks do not know each other; they share the :class:`~maskmatch_scale.training.run.Run`. All ranks call the
-same method at the same step, so a callback may use collectives if it does so on every rank.
+same method at the same step, so a callback may use collectives if it does so on every rank. A callback of any rank may
+ask for an end: `run.ask_to_stop` (`training/agreement.py`).
 
 The design follows OLMo-core's `train/callbacks` (https://github.com/allenai/OLMo-core).
 
@@ -59,13 +61,13 @@ class Callback:
         """Figures were read and written to the file: ``records`` has all steps since the last time, at least one."""
 
     def between_steps(self, done: int) -> None:
-        """``done`` steps are taken. If `run.stop_reason` is set, the run stops after this."""
+        """``done`` steps are taken. If `run.stopping` is set, the run stops after this."""
 
     def evaluated(self, record: Record) -> None:
         """The model was evaluated; ``record`` stands in `metrics.jsonl`."""
 
     def stopping(self, done: int) -> None:
-        """The run stops after ``done`` steps, because of `run.stop_reason`."""
+        """The run stops after ``done`` steps, for the reason in `run.stopping`."""
 
     def said(self, line: str) -> None:
         """A line for people who watch the run (:meth:`Run.say`)."""

@@ -117,6 +117,7 @@ class Checkpoints(Callback):
             return None
         waited_s = time.monotonic() - began
         self._waited_s += waited_s + outcome.copy_s
+        run.save_s = max(run.save_s, outcome.copy_s + outcome.write_s)
         self._record(outcome, waited_s)
         if outcome.error is None:
             self._in_a_row = 0
@@ -125,8 +126,8 @@ class Checkpoints(Callback):
         self._in_a_row += 1
         run.keeper.lost(outcome.step)
         most = run.recipe.run.max_failed_saves
-        if self._in_a_row >= most and run.stop_reason is None:
-            run.stop_reason = (
+        if self._in_a_row >= most:
+            run.ask_to_stop(
                 f"{self._in_a_row} checkpoints in a row could not be written (run.max_failed_saves={most}), the last "
                 f"one because: {outcome.error}; {self._remedy()}"
             )
@@ -135,7 +136,8 @@ class Checkpoints(Callback):
     def _finish(self) -> None:
         outcome = self._collect()
         if outcome is not None and outcome.error is not None:
-            reason = f"{self.run.stop_reason}; and " if self.run.stop_reason else ""
+            stop = self.run.stopping
+            reason = f"{stop.reason}; and " if stop is not None else ""
             raise TrainingStopped(
                 f"{reason}the checkpoint of step {outcome.step} could not be written: {outcome.error}; {self._remedy()}"
             )

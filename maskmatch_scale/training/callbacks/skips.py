@@ -41,7 +41,7 @@ class Skips(Callback):
             self.run.say(f"a bad sample was skipped; {self._path.parent} lists all skipped samples")
         limit = self.run.recipe.data.max_bad_share
         if self.skipped > limit * max(self.read, IMAGES_BEFORE_A_SHARE):
-            self.run.stop_reason = (
+            self.run.ask_to_stop(
                 f"step {records[-1]['step']}: {self.skipped} samples were skipped, {self.read} used "
                 f"({self.skipped / max(self.read, 1):.2%}; data.max_bad_share={limit}); {self._path.parent} lists them "
                 "with their reasons. Repair the shards or raise the limit, then continue with --resume auto"
