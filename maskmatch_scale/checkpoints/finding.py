@@ -57,8 +57,7 @@ class Checkpoint:
             CheckpointError: this one itself was named, or there is none before it.
         """
         if not self.older:
-            remedy = "; continue from another checkpoint" if not self.passed_over else ""
-            raise CheckpointError(f"{'; '.join((*self.passed_over, f'{self.folder}: {problem}'))}{remedy}")
+            raise _none_whole((*self.passed_over, f"{self.folder}: {problem}"))
         return _first_whole(self.older, (*self.passed_over, f"{self.folder}: {problem}"))
 
 
@@ -184,8 +183,11 @@ def _first_whole(candidates: tuple[Path, ...] | list[Path], passed_over: tuple[s
             passed_over = (*passed_over, f"{folder}: {error}")
             continue
         return Checkpoint(folder, index, state, tuple(candidates[number + 1 :]), passed_over)
-    remedy = "continue from another checkpoint" if len(passed_over) == 1 else "none before them is whole"
-    raise CheckpointError(f"{'; '.join(passed_over)}; {remedy}")
+    raise _none_whole(passed_over)
+
+
+def _none_whole(passed_over: tuple[str, ...]) -> CheckpointError:
+    return CheckpointError(f"{'; '.join(passed_over)}; continue from another checkpoint, or start a new run")
 
 
 def _open(folder: Path) -> tuple[Index, dict[str, Any]]:

@@ -164,7 +164,7 @@ def being_read(folder: Path) -> Generator[None, None, None]:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield
     finally:
-        os.close(descriptor)
+        _unlock(descriptor)
 
 
 @contextmanager
@@ -186,4 +186,11 @@ def unless_read(folder: Path) -> Generator[bool, None, None]:
             pass  # a file system without locks
         yield free
     finally:
-        os.close(descriptor)
+        _unlock(descriptor)
+
+
+def _unlock(descriptor: int) -> None:
+    # Closing alone does not release it while a loader process that was forked meanwhile has the file open.
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)

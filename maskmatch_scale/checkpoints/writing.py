@@ -41,7 +41,7 @@ log = logging.getLogger("maskmatch_scale")
 _NUMBERS = itertools.count()
 """Of the checkpoints of this process: its runs share a store."""
 _MARGIN_S = 60.0
-"""By how much longer other ranks wait for rank 0 than rank 0 waits for them."""
+"""By how much longer other ranks wait for rank 0 than rank 0 waits for them; and how long is waited for a message."""
 _APPEARS_S = 30.0
 """How long a part that another machine has written may take to be seen here, on a network file system."""
 _OUTCOME = "outcome"
@@ -156,12 +156,10 @@ class CheckpointWriter:
             self._thread.join(timeout_s)
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint, after waiting for one that is being written; None: there is none."""
-        if self._thread is not None:
-            self._thread.join()
-            if self._outcome is not None and self._outcome.error is None:
-                return self._outcome.folder
-        return self._newest
+        """The newest complete checkpoint, after waiting a while for one that is being written; None: there is none."""
+        self.join(_MARGIN_S)
+        outcome = self._outcome
+        return outcome.folder if outcome and not self.is_writing and outcome.error is None else self._newest
 
     def _run(self, outcome: Outcome, copies: Sequence[Piece], texts: Mapping[str, str], reports: Reports) -> None:
         began = time.monotonic()
@@ -219,6 +217,9 @@ class CheckpointWriter:
             for leftover in self._folder.glob(f".*.{kind}"):
                 if leftover.name != but:
                     shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in self._folder.glob(".*.new"):  # of a small file; another thread may be writing one now
+            if f".{os.getpid()}." not in leftover.name:
+                leftover.unlink(missing_ok=True)
 
     def _reports_of_all(self, own: dict[str, Any], reports: Reports) -> list[dict[str, Any]]:
         """The reports of all ranks, in their order.

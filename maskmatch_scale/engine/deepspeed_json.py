@@ -58,9 +58,9 @@ _WITHIN = {
 a switch that would let it take a step with gradients that are not finite."""
 
 _NOT_WITHIN_ZERO = {
-    "load_from_fp32_weights": "a resumed run would start from rounded weights",
+    "load_from_fp32_weights": "it is for checkpoints of DeepSpeed's own, which a run does not write",
     "compute_grad_norm": "the gradient norm is recorded, and clipping needs it",
-    "elastic_checkpoint": "checkpoints are read by as many ranks as wrote them",
+    "elastic_checkpoint": "it is for checkpoints of DeepSpeed's own, which a run does not write",
     "zenflow": "it replaces the optimizer",
 }
 """Keys of `zero_optimization` that change what is trained or restored, and why they are refused."""

@@ -85,12 +85,12 @@ def weights_from_masters(student: nn.Module, optimizer: Any, stage: int) -> None
     if stage < 3:
         optimizer.update_lp_params()
         return
+    # DeepSpeed's own pair around loading: small parameters are whole between steps, and are gathered anew.
     optimizer.checkpoint_event_prologue()
     parameter: Any
     for parameter in student.parameters():
         if parameter.requires_grad:
             parameter.ds_tensor.copy_(local_master(parameter))
-    # Some small parameters are whole between steps. They are gathered anew.
     optimizer.checkpoint_event_epilogue()
 
 

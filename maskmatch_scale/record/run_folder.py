@@ -12,7 +12,7 @@ log/rank-N.txt            the log of each rank, with tracebacks
 log/collectives-rank-N    torch's record of the last collectives, for torchfrtrace, if a rank was lost
 profile/rank-N.json.gz    the trace of each rank, if the recipe asks for one
 skipped/rank-N.jsonl      bad samples that training skipped, if any
-checkpoints/              see checkpoints/__init__.py
+checkpoints/              see checkpoints/__init__.py; latest and best name checkpoints
 evaluation/SPLIT-WEIGHTS.json  figures of `maskmatch evaluate`
 pictures/SPLIT/           predictions for the report
 summary.json              written when training has ended

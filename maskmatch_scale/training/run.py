@@ -12,7 +12,7 @@ from maskmatch_scale.checkpoints.finding import Checkpoint
 from maskmatch_scale.checkpoints.fit import changes
 from maskmatch_scale.checkpoints.keeping import Keep, Keeper
 from maskmatch_scale.checkpoints.layout import CheckpointError
-from maskmatch_scale.checkpoints.reading import StoredTensors
+from maskmatch_scale.checkpoints.reading import StoredTensors, being_read
 from maskmatch_scale.checkpoints.writing import CheckpointWriter
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.engine.build import build_engine
@@ -201,8 +201,9 @@ def _restore(checkpoint: Checkpoint, engine: Engine, teacher: StoredTeacher) -> 
     """
     stored = StoredTensors(checkpoint.folder, checkpoint.index)
     try:
-        engine.restore(stored, checkpoint.state["engine"])
-        teacher.restore(stored)
+        with being_read(checkpoint.folder):
+            engine.restore(stored, checkpoint.state["engine"])
+            teacher.restore(stored)
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint.folder}: its state does not fit this run ({type(error).__name__}: {error}); start a new run "

@@ -20,7 +20,7 @@ STATE = {
     "ema/head.bias": torch.tensor([0.5, -1.0, 2.25]),
     "ema/nothing": torch.empty(0, 3),
 }
-SETTINGS = {"world_size": 1, "global_batch": 4}
+SETTINGS = {"world_size": 1, "global_batch": 4, "precision": "fp32"}
 
 
 def cut(state: dict[str, torch.Tensor], cuts: dict[str, list[int]], ranks: int) -> list[list[Piece]]:

@@ -18,7 +18,7 @@ from maskmatch_scale.checkpoints.finding import find_checkpoint
 from maskmatch_scale.checkpoints.pieces import Piece
 from maskmatch_scale.checkpoints.reading import StoredTensors
 from maskmatch_scale.checkpoints.writing import CheckpointWriter
-from tests.checkpoints.made_up import STATE, cut, read_all, same, write
+from tests.checkpoints.made_up import SETTINGS, STATE, cut, read_all, same, write
 
 
 def test_what_is_there_afterwards(tmp_path):
@@ -28,7 +28,7 @@ def test_what_is_there_afterwards(tmp_path):
     assert (tmp_path / "latest").read_text() == "step-00000400"
     names = ["index.json", "part-00000-of-00002.safetensors", "part-00001-of-00002.safetensors"]
     assert sorted(path.name for path in outcome.folder.iterdir()) == [*names, "state.json", "stream.json"]
-    assert json.loads((outcome.folder / "state.json").read_text()) == {"world_size": 2, "global_batch": 4, "step": 400}
+    assert json.loads((outcome.folder / "state.json").read_text()) == SETTINGS | {"world_size": 2, "step": 400}
     files = json.loads((outcome.folder / "index.json").read_text())["content"]["files"]
     assert outcome.bytes == sum((outcome.folder / name).stat().st_size for name in files)
     assert files.keys() == {path.name for path in outcome.folder.iterdir()} - {"index.json"}
@@ -130,6 +130,9 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     leftover = tmp_path / ".step-00000003.writing"
     leftover.mkdir()
     (leftover / "part-00001-of-00002.safetensors").write_bytes(b"half")
+    for name in (".step-00000002.writing", ".step-00000001.deleted", ".step-00000003.replaced"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".latest.1.new").write_text("")
     outcome = write(tmp_path, 3, cut({"student/a": torch.ones(2)}, {}, 1))
     assert same(read_all(StoredTensors(outcome.folder)), {"student/a": torch.ones(2)})
     assert len(list(outcome.folder.glob("part-*"))) == 1
@@ -203,7 +206,7 @@ sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from pathlib import Path
 from torch.distributed import TCPStore
 from maskmatch_scale.checkpoints.writing import CheckpointWriter
-from tests.checkpoints.made_up import STATE, cut
+from tests.checkpoints.made_up import SETTINGS, STATE, cut
 rank, port = int(sys.argv[1]), int(sys.argv[2])
 store = TCPStore("127.0.0.1", port, 2, is_master=rank == 0, wait_for_workers=False)
 writer = CheckpointWriter(Path({str(tmp_path)!r}), rank, 2, store, 60)

@@ -3,7 +3,7 @@
 A segment has a `name`, a `recipe`, `steps`, and, if it continues another one, `after`: the name of that one. Files of a
 segment, in a folder of its name: the pieces that each rank gave after restoring (`start-R.pt`) and after its steps
 (`end-R.pt`); `progress.json`; and what rank R saw (`seen-R.json`): losses, elements read, the teacher's logits. With
-`more` it goes on for as many steps (`more-R.pt`, `more_losses`).
+`more` it goes on for as many steps (`more-R.pt`, `more_losses`); `used` steps are taken before it restores.
 """
 
 import json
@@ -39,10 +39,14 @@ def run(segments, folder):
             before = folder / segment["after"]
             progress = json.loads((before / "progress.json").read_text())
             stored = stored_in(before, "end")
+            # At ZeRO-3 small parameters are whole after a step, so restoring must gather them anew.
+            job.train(0, segment.get("used", 0))
             job.restore(stored, progress)
             first, seen["read"] = progress["optimizer_step"], stored.elements_read
             _keep(job, own, "start")
         seen["losses"] = job.train(first, segment["steps"])
+        if recipe.engine.zero_stage > 0 and segment["steps"]:
+            seen["not_as_deepspeed"] = _not_as_deepspeed(job)
         _keep(job, own, "end")
         if runtime.rank == 0:
             (own / "progress.json").write_text(json.dumps(job.engine.progress()))
@@ -52,6 +56,25 @@ def run(segments, folder):
         seen["logits"] = job.logits().tolist()
         (own / f"seen-{runtime.rank}.json").write_text(json.dumps(seen))
         runtime.barrier()
+
+
+def _not_as_deepspeed(job):
+    """Pieces of trained parameters that are not what DeepSpeed's public functions give."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    optimizer = job.engine._engine.optimizer
+    if job.engine.recipe.engine.zero_stage < 3:
+        # DeepSpeed 0.19.8 does this when the first of several parameter groups has stepped, too early for the others.
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    trained, whole = [(n, p) for n, p in job.module.named_parameters() if p.requires_grad], {}
+    for name, parameter in trained:
+        whole[f"student/{name}"] = safe_get_full_fp32_param(parameter).clone().flatten()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            whole[f"{moment}/{name}"] = safe_get_full_optimizer_state(parameter, moment).clone().flatten()
+    mine = [piece for piece in job.engine.pieces() if piece.name in whole]
+    assert len(mine) > len(trained)
+    return [p.name for p in mine if not p.values.equal(whole[p.name][p.start : p.start + len(p.values)])]
 
 
 def _keep(job, folder, when):

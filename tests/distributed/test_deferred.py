@@ -5,8 +5,9 @@ import json
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from maskmatch_scale.checkpoints.reading import load_weights
 from maskmatch_scale.models import build_segmenter
 from tests.conftest import TINY_SEGFORMER, TINY_VIT, recipe_maker
 from tests.distributed.launching import launch, records
@@ -85,7 +86,7 @@ def test_the_same_numbers_as_of_a_model_built_whole(runs, name):
         assert [r[key] for r in deferred] == [r[key] for r in whole], key
     for weights in ("student", "ema"):
         one, other = (
-            load_file(runs / how / name / "checkpoints" / f"step-{STEPS:08d}" / f"{weights}.safetensors")
+            dict(load_weights(runs / how / name / "checkpoints" / f"step-{STEPS:08d}", weights))
             for how in ("whole", "deferred")
         )
         assert one.keys() == other.keys()

@@ -11,8 +11,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from maskmatch_scale.checkpoints.reading import load_weights
 from maskmatch_scale.recipe import parse_recipe
 from tests.conftest import TINY_VIT, recipe_maker
 from tests.distributed.guards import without
@@ -155,7 +155,7 @@ def reference_of(recipe):
 
 
 def found_state(run, weights):
-    return load_file(run / "checkpoints" / f"step-{STEPS:08d}" / f"{weights}.safetensors")
+    return dict(load_weights(run / "checkpoints" / f"step-{STEPS:08d}", weights))
 
 
 def distance(found, reference, start):

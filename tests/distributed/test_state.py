@@ -22,6 +22,7 @@ EXACT = {
     "0": {"zero_stage": 0},
     "1": {"zero_stage": 1},
     "2": {"zero_stage": 2},
+    "2-round-robin": {"zero_stage": 2, "deepspeed_json": {"round_robin_gradients": True}},
     "3": {"zero_stage": 3},
     "3-cut": {"zero_stage": 3, "deepspeed_json": CUT},
     **{f"{stage}-bf16": {"zero_stage": stage, "precision": "bf16"} for stage in (1, 2, 3)},
@@ -40,7 +41,7 @@ STEPS = 6
 def segment(make, folder, name, engine, steps, after=None, **more):
     engine = {"precision": "fp32"} | EXACT[engine]
     if "deepspeed_json" in engine:
-        file = folder / "cut.json"
+        file = folder / f"zero-{engine['zero_stage']}.json"
         file.write_text(json.dumps({"zero_optimization": engine["deepspeed_json"]}))
         engine["deepspeed_json"] = str(file)
     optim = {"lr": 1e-2, "clip_norm": 0.5, "weight_decay": 0.1}
@@ -59,7 +60,8 @@ def folder(tmp_path_factory, shapes):
     per_rank = {"model": {"batchnorm": "per_rank"}}
     for name in EXACT:
         jobs.append(segment(make, folder, f"{name} stopped", name, 3, more=2, sections=per_rank))
-        jobs.append(segment(make, folder, f"{name} again", name, 2, f"{name} stopped", sections=per_rank))
+        used = int(name == "3")
+        jobs.append(segment(make, folder, f"{name} again", name, 2, f"{name} stopped", sections=per_rank, used=used))
     for chain, links in CHAINS.items():
         after = None
         for number, (engine, steps) in enumerate(links):
@@ -85,6 +87,12 @@ def test_two_ranks_continue_bit_for_bit(folder, name):
         one, other = seen(folder, stopped.name, rank), seen(folder, again.name, rank)
         assert other["losses"] == one["more_losses"]
         assert other["logits"] == one["logits"]
+
+
+@pytest.mark.parametrize("name", [name for name in EXACT if name[0] in "123"])
+def test_it_is_what_deepspeed_says(folder, name):
+    for rank in range(2):
+        assert seen(folder, f"{name} stopped", rank)["not_as_deepspeed"] == []
 
 
 def test_each_rank_has_buffers_of_its_own(folder):

@@ -46,7 +46,7 @@ def runs(server, shapes, tmp_path_factory):
         recipe = make(
             data={"root": f"{server.url}/shapes", "cache_dir": str(folder / "cache"), "workers": 2} | (data or {}),
             engine={"micro_batch": 1} | (engine or {}),
-            run={"dir": str(folder / name), "steps": steps, "checkpoint_every": 3, "evaluate_every": 0},
+            run={"dir": str(folder / name), "steps": steps, "checkpoint_every": 3, "keep_last": 4, "evaluate_every": 0},
             **model,
         )
         job = {"recipe": recipe.model_dump(mode="json")}

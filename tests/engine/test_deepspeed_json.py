@@ -105,7 +105,10 @@ def test_details_of_offloading(config_of):
         ({"bf16": {"bf16_optimizer_states": True}}, ["bf16.bf16_optimizer_states", "not handed on"]),
         ({"fp16": {"loss_scale": "x"}}, ["fp16.loss_scale"]),
         ({"torch_autocast": {"lower_precision_safe_module": []}}, ["torch_autocast.lower_precision_safe_module"]),
-        ({"zero_optimization": {"load_from_fp32_weights": False}}, ["load_from_fp32_weights", "rounded weights"]),
+        (
+            {"zero_optimization": {"load_from_fp32_weights": False}},
+            ["load_from_fp32_weights", "checkpoints of DeepSpeed's own"],
+        ),
         ({"communication_data_type": "fp61"}, ['communication_data_type="fp61"']),
         ({"data_types": {"grad_accum_dtype": "fp61"}}, ['data_types.grad_accum_dtype="fp61"']),
         ({"data_types": "fp32"}, ["data_types=", "an object"]),

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import SegformerForSemanticSegmentation, SegformerImageProcessor, SegformerModel
 
+from maskmatch_scale.checkpoints.reading import load_weights
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export import load_export
 from maskmatch_scale.export.write import export_run
 from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.runs.model import build_student, open_run
 from maskmatch_scale.train import train
+from tests.checkpoints.made_up import cut, write
 from tests.cli.test_main import run as command
 from tests.conftest import TINY_SEGFORMER, TINY_VIT, recipe_maker
 
@@ -196,14 +198,9 @@ def untrained_run(recipe):
         for parameter in segmenter.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     run = Path(recipe.run.dir)
-    checkpoint = run / "checkpoints" / "step-00000001"
-    checkpoint.mkdir(parents=True)
+    teacher = {f"ema/{name}": value for name, value in segmenter.state_dict().items()}
+    assert write(run / "checkpoints", 1, cut(teacher, {}, 2)).error is None
     (run / "recipe.yaml").write_text(recipe.to_yaml())
-    (run / "checkpoints" / "latest").write_text(checkpoint.name)
-    (checkpoint / "state.json").write_text(json.dumps({"step": 1, "world_size": 1, "precision": "fp32"}))
-    save_file(
-        {name: value.contiguous() for name, value in segmenter.state_dict().items()}, checkpoint / "ema.safetensors"
-    )
     return segmenter
 
 
@@ -236,17 +233,22 @@ def test_an_older_checkpoint_is_exported_when_it_is_named(runs, images, tmp_path
     export_run(first, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "segmenter.json").read_text())["step"] == 1
     segmenter = open_run(run, "ema")[1].eval()
-    segmenter.load_state_dict(load_file(first / "ema.safetensors"))
+    segmenter.load_state_dict(load_weights(first, "ema"))
     assert load_export(tmp_path / "out")(images).equal(segmenter(images))
 
 
-def test_only_the_whole_weights_are_read(runs, tmp_path):
+def test_a_damaged_checkpoint_is_not_exported(runs, images, tmp_path):
+    """The one before it is, as when a run continues; and an empty folder is taken."""
     run = shutil.copytree(runs("segformer"), tmp_path / "run")
-    shutil.rmtree(run / "checkpoints" / "step-00000002" / "engine")
-    (run / "checkpoints" / "step-00000002" / "student.safetensors").unlink()
-    (tmp_path / "out").mkdir()  # empty: taken
+    part = next((run / "checkpoints" / "step-00000002").glob("part-*"))
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    (tmp_path / "out").mkdir()
     export_run(run, tmp_path / "out")
-    load_export(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "segmenter.json").read_text())["step"] == 1
+    with pytest.raises(UserError, match=f"{part.name} is damaged"):
+        export_run(part.parent, tmp_path / "other")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from maskmatch_scale.checkpoints.reading import load_weights
 from maskmatch_scale.export.load import load_export
 from maskmatch_scale.runs.model import open_run
 from tests.distributed.launching import deepspeed_command, environment, records
@@ -113,7 +113,7 @@ class Launched:
         assert [r["loss"] for r in steps] == pytest.approx(reference.losses, rel=LOSS_TOLERANCE)
         checkpoint = run / "checkpoints" / f"step-{self.steps:08d}"
         for weights, expected in (("student", reference.student), ("ema", reference.teacher)):
-            found = load_file(checkpoint / f"{weights}.safetensors")
+            found = load_weights(checkpoint, weights)
             apart = distance(found, expected, reference.start)
             say(f"{name}, {weights}: {apart:.4f} of the way apart from fp32 on the CPU")
             assert apart < TOLERANCE[recipe.engine.precision], weights

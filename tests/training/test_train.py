@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskmatch_scale.engine.checkpoint import CheckpointError
+from maskmatch_scale.checkpoints.layout import CheckpointError
 from maskmatch_scale.errors import TrainingStopped
 from maskmatch_scale.runs.evaluate import evaluate_run
 from maskmatch_scale.runs.model import open_run
@@ -34,7 +34,8 @@ def test_a_run_directory_has_what_the_contract_says(make_recipe):
     assert steps[1]["loss_m"] > 0
     assert steps[3]["loss"] == pytest.approx(sum(steps[3][part] for part in ("loss_x", "loss_u", "loss_m")))
     assert {(r["split"], r["weights"]) for r in records(run, "eval")} == {("dev", "ema"), ("dev", "student")}
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000002", "step-00000004"]
+    names = ["best", "latest", "step-00000002", "step-00000004"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == names
     assert (run / "checkpoints" / "latest").read_text() == "step-00000004"
     assert (run / "recipe.yaml").is_file()
     assert (run / "report.html").is_file()

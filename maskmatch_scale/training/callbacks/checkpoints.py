@@ -115,10 +115,8 @@ class Checkpoints(Callback):
         outcome = run.writer.wait()
         if outcome is None:
             return None
-        waited_s = time.monotonic() - began
-        self._waited_s += waited_s + outcome.copy_s
         run.save_s = max(run.save_s, outcome.copy_s + outcome.write_s)
-        self._record(outcome, waited_s)
+        self._record(outcome, time.monotonic() - began)
         if outcome.error is None:
             self._in_a_row = 0
             return outcome
@@ -150,6 +148,7 @@ class Checkpoints(Callback):
         if self._recorded == outcome.step:
             return
         self._recorded = outcome.step
+        self._waited_s += outcome.copy_s + waited_s
         record: Record = {
             "step": outcome.step,
             "kind": "checkpoint",
