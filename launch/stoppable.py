@@ -2,9 +2,9 @@
 
 The launchers end themselves or their ranks when they get a signal: deepspeed kills a rank that has not ended within
 30 seconds, its front process dies and leaves the job behind, and torchrun ends with code 1 whatever the ranks end with.
-So the launcher gets a session of its own, which Ctrl-C does not reach. SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 become
-SIGUSR1 for the ranks, which write a checkpoint and end by themselves. The second SIGINT kills the whole job. The exit
-code is the run's own (docs/stopping.md).
+So the launcher gets a session of its own, which Ctrl-C does not reach. SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP (a
+terminal that closes) become SIGUSR1 for the ranks, which write a checkpoint and end by themselves. The second SIGINT
+kills the whole job. The exit code is the run's own (docs/stopping.md).
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def main() -> int:
         file = Path(folder) / "exit-code"
         environment = os.environ | {"MASKMATCH_EXIT_CODE_FILE": str(file)}
         with subprocess.Popen(sys.argv[1:], env=environment, start_new_session=True) as launcher:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-                signal.signal(number, _note)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
+                    signal.signal(number, _note)
             told = -AGAIN_S
             while launcher.poll() is None:
                 if arrived.count(signal.SIGINT) > 1:

@@ -24,6 +24,9 @@ class TrainingStopped(RuntimeError):  # noqa: N818 - not an error of the program
         exit_code: of the command: :data:`RESUMABLE` if the run only has to be started again.
     """
 
+    on_all_ranks = True
+    """Whether every rank of the job stops for this reason, so that only one of them prints it."""
+
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code

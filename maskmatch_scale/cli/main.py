@@ -17,6 +17,7 @@ from maskmatch_scale import __version__
 from maskmatch_scale.cli import machine, runs
 from maskmatch_scale.cli.shards import shards_app
 from maskmatch_scale.errors import RESUMABLE, TrainingStopped, UserError
+from maskmatch_scale.training.signals import stop_listening
 
 
 def _show_version(wanted: bool) -> None:
@@ -64,9 +65,9 @@ def main() -> None:
         _fail(str(error), MISTAKE, from_any_rank=_run_has_started() and not error.on_all_ranks)
     except TrainingStopped as error:
         resumable = error.exit_code == RESUMABLE
-        # Before the ranks have met, the one that a signal stopped may be the only one.
         message = f"{error}; go on with: {_again(sys.argv)}" if resumable else str(error)
-        _fail(message, error.exit_code, from_any_rank=not _run_has_started(), kind="stopped" if resumable else "error")
+        kind = "stopped" if resumable else "error"
+        _fail(message, error.exit_code, from_any_rank=not error.on_all_ranks, kind=kind)
     except Exception as error:
         if not _has_other_ranks():
             raise
@@ -75,6 +76,8 @@ def main() -> None:
         if log is None:
             traceback.print_exc()
         _fail(f"{_explained(error)}{f' (traceback: {log})' if log else ''}", 1, from_any_rank=True)
+    finally:
+        stop_listening()
 
 
 def _again(arguments: Sequence[str]) -> str:
@@ -87,7 +90,7 @@ def _again(arguments: Sequence[str]) -> str:
         elif not word.startswith(("--resume=", "--local_rank=", "--local-rank=")):
             words.append(word)
     command = shlex.join([*words, "--resume", "auto"])
-    return f"{command} (under the same launcher)" if _has_other_ranks() else command
+    return f"{command} (under the same launcher)" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else command
 
 
 def _fail(message: str, code: int, *, from_any_rank: bool, kind: str = "error") -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.progress import progress_of
-from maskmatch_scale.training.signals import listen_to_the_end
+from maskmatch_scale.training.signals import listen
 
 app = typer.Typer()
 
@@ -43,7 +43,7 @@ def train(
     from maskmatch_scale.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    listen_to_the_end(loaded.run.stop_signals)  # already now: the next import takes seconds
+    listen(loaded.run.stop_signals)  # already now: the next import takes seconds
     from maskmatch_scale.train import train as run_training
 
     run_training(loaded, resume)

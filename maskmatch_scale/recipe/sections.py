@@ -321,7 +321,7 @@ class RunRecipe(Section):
     """Steps between evaluations on the split `dev`; 0 = only at the end."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between lines of progress; metrics stay on the device until then."""
-    max_hours: Annotated[float, Field(ge=0)] = 0.0
+    max_hours: Annotated[float, Field(ge=0, le=100_000)] = 0.0
     """Hours after which the run stops with a checkpoint and exit code 75, counted from the start of the process, anew
     at every start; the checkpoint is complete by then. 0 = no limit (docs/stopping.md)."""
     stop_signals: tuple[StopSignal, ...] = ("SIGTERM", "SIGUSR1", "SIGINT")

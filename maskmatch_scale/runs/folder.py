@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from maskmatch_scale.engine.ranks import Runtime
-from maskmatch_scale.errors import UserError
+from maskmatch_scale.errors import RESUMABLE, TrainingStopped, UserError
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.runs.data import RunData
@@ -93,7 +93,10 @@ def rank_log(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        log.error("the run ended with an error", exc_info=error)
+        if isinstance(error, TrainingStopped) and error.exit_code == RESUMABLE:
+            log.info("stopped: %s", error)
+        else:
+            log.error("the run ended with an error", exc_info=error)
         error.logged_in = str(path)  # type: ignore[attr-defined]
         raise
     finally:

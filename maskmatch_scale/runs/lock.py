@@ -37,6 +37,7 @@ BEAT_S = 10.0
 """Seconds between two touches by a live owner."""
 SILENT_S = 60.0
 """Seconds without a touch after which an owner on another machine is dead."""
+_UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -130,14 +131,18 @@ class FolderLock:
         path = self._folder.lock
         while not resting.wait(BEAT_S):
             try:
-                lost = _read(path) != self.owner
-                if not lost:
+                found = _read(path)
+                if found == self.owner:
                     os.utime(path)
+                    continue
+                if found is None and _create(path, self.owner):
+                    continue  # somebody has removed it
+                found = _read(path)
             except OSError:
                 continue  # a disk that does not answer now
-            if lost:
-                # Another run has the folder: this process was silent for too long. It must not write there again.
-                line = f"{path} is gone or names another run, which has taken the run directory over; ended at once"
+            if found is not None and found.token != _UNREADABLE:
+                # This process was silent for too long, for example stopped. It must not write there again.
+                line = f"{found} has taken {path.parent} over, which was this run's; ended at once"
                 os.write(2, f"maskmatch: error: {line}\n".encode())
                 os._exit(1)
 
@@ -226,7 +231,7 @@ def _read(path: Path) -> Owner | None:
         return None
     except (ValueError, TypeError, KeyError):
         # Made without links a moment ago, or by a process that died while it wrote.
-        return Owner("unknown", Process(0, "unknown"), "unknown", "unreadable")
+        return Owner("unknown", Process(0, "unknown"), "unknown", _UNREADABLE)
 
 
 def _lives(path: Path, owner: Owner) -> bool:

@@ -73,9 +73,11 @@ class Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._tell is None and not self._raised and os.getpid() == self._process:
             self._raised = True  # another signal must not interrupt the end
-            raise TrainingStopped(
-                f"{signal.Signals(number).name} before the first step; nothing was trained in this start", RESUMABLE
+            error = TrainingStopped(
+                f"got {signal.Signals(number).name} before the first step; nothing was trained in this start", RESUMABLE
             )
+            error.on_all_ranks = False
+            raise error
 
     def _listen(self, pipe: int) -> None:
         while numbers := os.read(pipe, 64):
@@ -98,32 +100,37 @@ class Signals:
 
 @contextmanager
 def listening(names: Sequence[str]) -> Generator[Signals | None, None, None]:
-    """Listen while the body runs; to what is listened to already, if anything (:func:`listen_to_the_end`).
+    """Listen while the body runs; to what is listened to already, if anything (:func:`listen`).
 
     Yields:
         None outside the main thread, where Python receives no signals.
     """
-    global _current
     if _current is not None or threading.current_thread() is not threading.main_thread():
         yield _current
         return
-    _current = Signals(names)
+    listen(names)
     try:
         yield _current
     finally:
-        _current.close()
-        _current = None
+        stop_listening()
 
 
-def listen_to_the_end(names: Sequence[str]) -> None:
-    """Listen until the process ends.
+def listen(names: Sequence[str]) -> None:
+    """Listen until :func:`stop_listening`, or until the process ends.
 
     A launcher sends SIGTERM to all ranks when the first has ended; those that are about to print their last line must
     not die of it.
     """
     global _current
-    if _current is None:
-        _current = Signals(names)
+    _current = Signals(names)
+
+
+def stop_listening() -> None:
+    """Put the handlers back that were there before, if they were changed."""
+    global _current
+    if _current is not None:
+        _current.close()
+        _current = None
 
 
 def _in_child(*_: Any) -> None:

@@ -1,13 +1,16 @@
 """The command line as a user meets it: one clear line, exit code 2, and nothing left behind."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from maskmatch_scale.cli import main as cli
+from maskmatch_scale.errors import RESUMABLE, TrainingStopped, UserError
 from maskmatch_scale.train import train
 
 
@@ -152,3 +155,55 @@ finally:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "train" in done.stdout
+
+
+def ended(error, monkeypatch, capsys, *arguments, **environment):
+    """What the command does when a run ends with an error."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "app", lambda: (_ for _ in ()).throw(error))
+    return run(capsys, monkeypatch, *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "my recipe.yaml", "run.steps=9"],
+        ["train", "my recipe.yaml", "--resume", "elsewhere", "run.steps=9"],
+        ["train", "--local_rank=0", "my recipe.yaml", "--resume=auto", "run.steps=9"],
+    ],
+)
+def test_a_run_that_can_go_on_says_how(capsys, monkeypatch, tmp_path, arguments):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "code"
+    error = TrainingStopped("got SIGTERM; stopped after step 4", RESUMABLE)
+    code, _, err = ended(error, monkeypatch, capsys, *arguments, MASKMATCH_EXIT_CODE_FILE=str(file))
+    again = "maskmatch train 'my recipe.yaml' run.steps=9 --resume auto"
+    assert (code, err) == (75, f"maskmatch: stopped: got SIGTERM; stopped after step 4; go on with: {again}\n")
+    assert file.read_text() == "75\n"
+    code, _, _ = ended(UserError("wrong"), monkeypatch, capsys, *arguments)
+    assert (code, file.read_text()) == (2, "75\n")  # the first has the reason
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+SIGNALLED = """
+import os, signal, sys
+from maskmatch_scale.cli import main as cli
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "maskmatch_scale.train":  # torch is about to be imported
+            os.kill(os.getpid(), signal.SIGUSR1)
+sys.meta_path.insert(0, Finder())
+cli.main()
+"""
+
+
+def test_a_signal_while_libraries_are_imported(recipe_file, tmp_path):
+    command = [sys.executable, "-c", SIGNALLED, "train", str(recipe_file)]
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean)
+    assert done.returncode == 75, done.stderr
+    assert "maskmatch: stopped: got SIGUSR1 before the first step" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

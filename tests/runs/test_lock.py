@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -194,14 +195,29 @@ def test_moving_aside_keeps_the_lock(folder):
     held.release()
 
 
+def test_a_lock_that_somebody_has_removed_is_made_again(folder, soon):
+    held = FolderLock(folder)
+    folder.lock.unlink()
+    until = time.monotonic() + 20
+    while not folder.lock.exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    with pytest.raises(OccupiedError):
+        FolderLock(folder)
+    held.release()
+    assert not folder.lock.exists()
+
+
 LOSES = """
-import sys, time
+import json, sys, time
+from dataclasses import asdict, replace
 from pathlib import Path
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.runs import lock
 lock.BEAT_S = 0.05
 held = lock.FolderLock(RunFolder(Path(sys.argv[1])))
-held._folder.lock.unlink()
+folder = RunFolder(Path(sys.argv[1]))
+folder.lock.write_text(json.dumps(asdict(replace(held.owner, host="gpu007", token="other"))))
 time.sleep(60)
 """
 
@@ -211,7 +227,8 @@ def test_who_has_lost_the_lock_ends_at_once(folder):
         [sys.executable, "-c", LOSES, str(folder.path)], capture_output=True, text=True, timeout=50, check=False
     )
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-    assert "another run, which has taken the run directory over" in done.stderr
+    assert "on gpu007, since " in done.stderr
+    assert f"has taken {folder.path} over" in done.stderr
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -41,7 +41,7 @@ def test_a_signal_is_told_and_raises_nothing(name):
 
 def test_before_the_first_step_a_signal_ends_the_start_once():
     with listening(NAMES):
-        with pytest.raises(TrainingStopped, match="SIGUSR1 before the first step") as stopped:
+        with pytest.raises(TrainingStopped, match="got SIGUSR1 before the first step") as stopped:
             signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGUSR1)  # a storm does not interrupt what ends
     assert stopped.value.exit_code == RESUMABLE
