@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from benchmarks.drill import damage, disk, elastic, folder, kills, network, signals
-from benchmarks.drill.job import LAUNCHERS, left_over
+from benchmarks.drill.job import LAUNCHERS, PRELOADED, left_over
 from benchmarks.drill.report import Row, earlier_rows, write_report
 from benchmarks.drill.setting import Setting, write_samples
 from benchmarks.harness import check_out, say
@@ -41,7 +41,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--kills", type=int, default=50, help="kills of one job; default 50")
     add("--seed", type=int, default=0, help="of everything random; default 0")
     add("--phases", nargs="+", default=list(PHASES), choices=list(PHASES), help="default all")
-    add("--launchers", nargs="+", default=list(LAUNCHERS), choices=list(LAUNCHERS), help="that take turns; default all")
+    add(
+        "--launchers",
+        nargs="+",
+        default=list(LAUNCHERS),
+        choices=[*LAUNCHERS, PRELOADED],
+        help="that take turns; default all",
+    )
+    add("--quick", action="store_true", help="sessions whose launcher does not matter start by fork, in a second")
     add("--short", action="store_true", help="only the first cases of each phase")
     add("--work", type=Path, metavar="FOLDER", help="keep the runs here, in a new folder; default: a temporary one")
     options = parser.parse_args(arguments)
@@ -64,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work = Path(place).resolve()
         write_samples(work / "shards")
         with FaultyServer(work / "shards") as server:
-            setting = Setting(work, options.seed, options.kills, server, tuple(options.launchers), options.short)
+            plain = PRELOADED if options.quick else "none"
+            setting = Setting(work, options.seed, options.kills, server, tuple(options.launchers), plain, options.short)
             with _a_line_a_minute(setting):
                 try:
                     for phase in options.phases:

@@ -58,7 +58,7 @@ def run(setting: Setting) -> Iterator[Row]:
         copy = job.copy(setting.work / f"damage-{number}")
         newest, before = _newest_two(copy)
         damage(draws.choice(sorted(newest.glob(files))), draws)
-        done = copy.finish("none")
+        done = copy.finish(setting.plain)
         starts = {note["start"] for note in done.notes("begins")}
         right = set(done.codes) == {0} and starts == {_step(before)} and newest.name in done.printed
         if not right:
@@ -75,7 +75,7 @@ def stopped_job(setting: Setting, name: str) -> Job:
         RuntimeError: it did not stop with a checkpoint and the exit code for it.
     """
     job = setting.job(name, STEPS)
-    session = job.start("none")
+    session = job.start(setting.plain)
     session.wait_for(lambda: session.steps() >= _STOP_AFTER)
     session.signal(signal.SIGTERM, session.ranks().values())
     if set(session.end()) != {RESUMABLE}:
@@ -90,7 +90,7 @@ def _all_damaged(setting: Setting, job: Job, draws: random.Random) -> Row:
     for folder in folders:
         change_byte(draws.choice(sorted(folder.glob("part-*.safetensors"))), draws)
     was = contents(copy.run)
-    done = copy.finish("none")
+    done = copy.finish(setting.plain)
     right = set(done.codes) == {2} and all(folder.name in done.printed for folder in folders)
     right = right and contents(copy.run) == was and "Traceback" not in done.printed
     if not right:

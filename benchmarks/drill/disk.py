@@ -97,7 +97,7 @@ def _fill(job: Job, session: Session, disk: SmallDisk, left: int) -> None:
 
 
 def _for_a_while(setting: Setting, job: Job, disk: SmallDisk, left: int) -> int:
-    session = job.start("none")
+    session = job.start(setting.plain)
     _fill(job, session, disk, left)
     # Said on stderr: on a full disk there may be no record of it.
     session.wait_for(lambda: session.printed.count("the checkpoint could not be written") >= 2)
@@ -111,11 +111,11 @@ def _for_a_while(setting: Setting, job: Job, disk: SmallDisk, left: int) -> int:
 
 
 def _until_it_stops(setting: Setting, job: Job, disk: SmallDisk, left: int) -> int:
-    stopped = job.start("none")
+    stopped = job.start(setting.plain)
     _fill(job, stopped, disk, left)
     stopped.end()
     disk.free()
-    went_on = job.finish("none")
+    went_on = job.finish(setting.plain)
     right = set(stopped.codes) == {1} and "run.max_failed_saves" in stopped.printed and set(went_on.codes) == {0}
     if not right:
         say(f"disk: exit codes {stopped.codes}, then {went_on.codes}:\n{stopped.printed[-3000:]}")

@@ -30,8 +30,8 @@ class _Case:
     """Keys of the middle third."""
     ranks: int = 2
     """Of the middle third."""
-    launcher: str = "none"
-    """Of the middle third."""
+    launcher: str | None = None
+    """Of the middle third; None: one that does not matter."""
     sections: Any = None
 
     @property
@@ -62,10 +62,10 @@ def run(setting: Setting) -> Iterator[Row]:
         job = setting.job(f"elastic-{number}", STEPS, case.sections or SAME)
         moved = 0
         for part in range(3):
-            middle = part == 1
-            session = job.start(
-                case.launcher if middle else "none", *(case.middle if middle else ()), ranks=case.ranks if middle else 2
-            )
+            if part == 1:
+                session = job.start(case.launcher or setting.plain, *case.middle, ranks=case.ranks)
+            else:
+                session = job.start(setting.plain)
             if part < 2:
                 session.wait_for(lambda session=session: session.steps() >= STOP_AFTER)  # type: ignore[misc]
                 session.signal(signal.SIGTERM, session.ranks().values())

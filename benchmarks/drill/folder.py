@@ -19,7 +19,7 @@ def run(setting: Setting) -> Iterator[Row]:
     setting.reference(STEPS)
     job = setting.job("folder", STEPS)
     setting.now = "folder"
-    first = job.start("none")
+    first = job.start(setting.plain)
     first.wait_for(lambda: first.steps() >= 1)
     owner = first.ranks()[0]
     first.signal(signal.SIGSTOP, first.processes())  # so that nothing but the second could change the folder
@@ -27,7 +27,7 @@ def run(setting: Setting) -> Iterator[Row]:
     refused = 0
     attempts = ("auto",) if setting.short else ("auto", None)
     for number, resume in enumerate(attempts):
-        second = setting.job(f"folder-{number}", STEPS, run=job.run).finish("none", resume=resume)
+        second = setting.job(f"folder-{number}", STEPS, run=job.run).finish(setting.plain, resume=resume)
         named = str(owner.pid) in second.printed and socket.gethostname() in second.printed
         right = set(second.codes) == {2} and named and contents(job.run) == was and "Traceback" not in second.printed
         if not right:
@@ -37,7 +37,7 @@ def run(setting: Setting) -> Iterator[Row]:
     went_on = first.wait_for(lambda: first.steps() >= SAVE_EVERY + 1) and first.running
     first.signal(signal.SIGKILL, first.processes())
     first.kill()
-    after = job.finish("none")
+    after = job.finish(setting.plain)
     if set(after.codes) != {0}:
         say(f"folder: taken over: exit codes {after.codes}:\n{after.printed[-3000:]}")
     taken_over = went_on and set(after.codes) == {0}

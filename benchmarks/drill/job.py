@@ -16,16 +16,21 @@ import psutil
 import torch
 import yaml
 
+from benchmarks.drill.preloaded import Forked
+from benchmarks.drill.witness import NOTES, SESSION
 from benchmarks.harness import COMMANDS, ROOT, deepspeed_command, free_port, launch_environment
 from maskmatch_scale.recipe import parse_recipe
 
 MODULE = "benchmarks.drill.rank"
 LAUNCHERS = ("deepspeed", "torchrun", "accelerate", "none")
 """With launch/stoppable.py before them. none: the ranks are started as `srun` starts them, without a launcher."""
+PRELOADED = "preloaded"
+"""The same as none, and quicker (preloaded.py)."""
+WITHOUT = ("none", PRELOADED)
+"""Nothing stands before the ranks."""
 
-NOTES, SESSION, _MARK = "DRILL_NOTES", "DRILL_SESSION", "DRILL_MARK"
-"""Environment variables: the file of the notes (witness.py), the number of the start, and what its processes have in
-common."""
+_MARK = "DRILL_MARK"
+"""Environment variable that the processes of a session have in common."""
 
 Note = dict[str, Any]
 _POLL_S = 0.002
@@ -57,7 +62,7 @@ class Job:
         """Start it, and do not wait.
 
         Args:
-            launcher: one of `LAUNCHERS`.
+            launcher: one of `LAUNCHERS`, or `PRELOADED`.
             overrides: `key=value`.
             ranks: how many.
             resume: what `--resume` is given; None: nothing.
@@ -117,16 +122,20 @@ class Session:
             "CUDA_VISIBLE_DEVICES": "",
             NOTES: str(job.folder / "notes.jsonl"),
             SESSION: str(number),
-            _MARK: self._mark,
         }
-        self._started: list[subprocess.Popen[bytes]] = []
+        self._started: list[subprocess.Popen[bytes] | Forked] = []
         with self._log.open("ab") as log:
             for variables, command in _commands(launcher, ranks, arguments):
-                self._started.append(
-                    subprocess.Popen(
-                        command, cwd=ROOT, env=environment | variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                if launcher == PRELOADED:
+                    forked = Forked(environment | variables, arguments, self._log)
+                    _forked[forked.pid] = self._mark
+                    self._started.append(forked)
+                else:
+                    env = environment | variables | {_MARK: self._mark}
+                    process = subprocess.Popen(
+                        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
                     )
-                )
+                    self._started.append(process)
 
     @property
     def printed(self) -> str:
@@ -146,7 +155,7 @@ class Session:
     @property
     def codes(self) -> list[int]:
         """Exit codes of the launcher, or of the ranks; without those that still run."""
-        return [process.returncode for process in self._started if process.poll() is not None]
+        return [code for process in self._started if (code := process.poll()) is not None]
 
     def notes(self, what: str | None = None) -> list[Note]:
         """What its ranks have noted, of one kind or of all."""
@@ -173,24 +182,22 @@ class Session:
 
     def processes(self) -> list[psutil.Process]:
         """All that live: launcher, ranks and loader processes."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.environ().get(_MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        return _marked(lambda mark: mark == self._mark)
 
     def workers(self) -> list[psutil.Process]:
         """The ranks that live, and the loader processes, without the launcher."""
         found = []
         for process in self.processes():
             with suppress(psutil.Error):
-                if "RANK" in process.environ():
+                if self.launcher == PRELOADED or "RANK" in process.environ():
                     found.append(process)
         return found
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The processes of the ranks, without loader processes."""
+        if self.launcher == PRELOADED:
+            living = {process.pid: process for process in self.processes()}
+            return {rank: living[p.pid] for rank, p in enumerate(self._started) if p.pid in living}
         found: dict[int, psutil.Process] = {}
         for process in sorted(self.workers(), key=lambda process: process.create_time()):
             with suppress(psutil.Error):
@@ -232,7 +239,7 @@ class Session:
 def _commands(launcher: str, ranks: int, arguments: Sequence[str]) -> list[tuple[dict[str, str], list[str]]]:
     """Variables and command of each process that is to be started."""
     python, port = str(COMMANDS / "python"), free_port()
-    if launcher == "none":
+    if launcher in WITHOUT:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
         place["LOCAL_WORLD_SIZE"] = str(ranks)
         return [
@@ -254,9 +261,19 @@ def _commands(launcher: str, ranks: int, arguments: Sequence[str]) -> list[tuple
 
 def left_over(folder: Path) -> list[psutil.Process]:
     """Processes of any job below a folder that still live."""
+    return _marked(lambda mark: mark.startswith(f"{folder}{os.sep}"))
+
+
+_forked: dict[int, str] = {}
+"""The marks of ranks that were forked, by their session ids."""
+
+
+def _marked(wanted: Callable[[str], bool]) -> list[psutil.Process]:
+    """Living processes whose mark is wanted; zombies do not live."""
     found = []
     for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.environ().get(_MARK, "").startswith(f"{folder}{os.sep}"):
+        with suppress(psutil.Error, ProcessLookupError):
+            mark = _forked.get(os.getsid(process.pid)) or process.environ().get(_MARK)
+            if mark is not None and wanted(mark) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.drill.job import Job, Session
+from benchmarks.drill.job import WITHOUT, Job, Session
 from benchmarks.drill.report import Row
 from benchmarks.drill.setting import SAVE_EVERY, Setting
 from benchmarks.harness import say
@@ -101,7 +101,7 @@ def _kill(setting: Setting, job: Job, session: Session, kill: Kill, draws: rando
             victims = session.processes()
         begun = session.begun()
         session.signal(signal.SIGKILL, victims)
-        if kill.whom != "all" and (begun or session.launcher != "none"):
+        if kill.whom != "all" and (begun or session.launcher not in WITHOUT):
             # Before they have met, ranks without a launcher do not know of each other; srun would end them.
             kill.ended = _end_by_themselves(session)
     finally:

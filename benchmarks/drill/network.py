@@ -54,7 +54,7 @@ def _faulty(setting: Setting, job: Job, faults: tuple[Fault, ...], each: int, dr
     before = len(setting.server.requests)
     setting.server.set_faults({shard: draws.sample(faults, each) for shard in shards})
     try:
-        done = job.finish("none")
+        done = job.finish(setting.plain)
     finally:
         setting.server.set_faults({})
     asked = [request.path for request in setting.server.requests[before:]]
@@ -62,7 +62,7 @@ def _faulty(setting: Setting, job: Job, faults: tuple[Fault, ...], each: int, dr
 
 
 def _away(setting: Setting, job: Job) -> bool:
-    session = job.start("none")
+    session = job.start(setting.plain)
     session.wait_for(lambda: session.steps() >= SAVE_EVERY)
     setting.server.__exit__()
     time.sleep(5.0)
@@ -72,7 +72,7 @@ def _away(setting: Setting, job: Job) -> bool:
 
 def _outage(setting: Setting, job: Job) -> bool:
     """Without a server the run stops by itself, with a checkpoint; with it again it goes on."""
-    session = job.start("none")
+    session = job.start(setting.plain)
     session.wait_for(lambda: session.steps() >= SAVE_EVERY)
     setting.server.__exit__()
     try:
@@ -80,6 +80,6 @@ def _outage(setting: Setting, job: Job) -> bool:
     finally:
         setting.server.__enter__()
     stopped = 0 not in session.codes and not any(code < 0 for code in session.codes)
-    done = job.finish("none")
+    done = job.finish(setting.plain)
     taken = max(note["step"] for note in session.notes("step"))
     return stopped and set(done.codes) == {0} and {note["start"] for note in done.notes("begins")} == {taken}

@@ -20,9 +20,14 @@ def _train(recipe: Any, resume: str | None = None) -> Path:
     return train(recipe, resume, callbacks=[Witness])
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Run the command line of this process."""
     # The command imports `train` by this name when it runs. So it has another callback and is otherwise as it is.
     watched = ModuleType("maskmatch_scale.train")
     watched.train = _train  # type: ignore[attr-defined]
     sys.modules[watched.__name__] = watched
     main()
+
+
+if __name__ == "__main__":
+    run()

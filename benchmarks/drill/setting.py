@@ -54,6 +54,8 @@ class Setting:
     server: FaultyServer
     launchers: tuple[str, ...]
     """Which launchers take turns."""
+    plain: str = "none"
+    """How sessions start whose launcher does not matter: `none` or `preloaded`."""
     short: bool = False
     """Only a few cases of each phase."""
     now: str = "starting"
@@ -99,7 +101,7 @@ class Setting:
             job = self.job(name, steps, {**(sections or {}), "run": {"keep_last": 10_000}})
             self.now = f"the run that nothing happens to, {steps} steps"
             say(self.now)
-            session = job.finish("none")
+            session = job.finish(self.plain)
             if session.codes != [0, 0]:
                 raise RuntimeError(f"the run that nothing happens to has failed:\n{session.printed[-3000:]}")
             self._references[name] = job

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 
-from benchmarks.drill.job import Session
+from benchmarks.drill.job import WITHOUT, Session
 from benchmarks.drill.report import Row
 from benchmarks.drill.setting import SAVE_EVERY, Setting
 from benchmarks.harness import say
@@ -23,7 +23,7 @@ def run(setting: Setting) -> Iterator[Row]:
     storms = [(launcher, "rank") for launcher in setting.launchers]
     if not setting.short:
         storms += [(launcher, "ranks") for launcher in setting.launchers]
-        storms += [(launcher, "launcher") for launcher in setting.launchers if launcher != "none"]
+        storms += [(launcher, "launcher") for launcher in setting.launchers if launcher not in WITHOUT]
     steps = _STEPS * (len(storms) + 1) // SAVE_EVERY * SAVE_EVERY
     setting.reference(steps)
     job, draws = setting.job("signals", steps), setting.random("signals")

@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.drill.job import NOTES, SESSION
 from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.order.queue import SamplePlace
@@ -24,6 +23,9 @@ from maskmatch_scale.data.order.source import WeightedSource
 from maskmatch_scale.training.callbacks import Callback, Record
 from maskmatch_scale.training.run import Run
 from maskmatch_scale.training.step import StepFigures
+
+NOTES, SESSION = "DRILL_NOTES", "DRILL_SESSION"
+"""Environment variables: the file of the notes, and the number of the start."""
 
 
 class Witness(Callback):

@@ -27,7 +27,7 @@ def setting(tmp_path: Path) -> Iterator[Any]:
 
     write_samples(tmp_path / "shards")
     with FaultyServer(tmp_path / "shards") as server:
-        yield Setting(tmp_path, 3, 3, server, ("none",), short=True)
+        yield Setting(tmp_path, 3, 3, server, ("preloaded",), "preloaded", short=True)
     assert not left_over(tmp_path)
 
 
@@ -121,7 +121,7 @@ def test_a_short_drill(setting: Any) -> None:
     broken = stopped.copy(setting.work / "broken")
     newest = sorted(broken.run.glob("checkpoints/step-*"))[-1]
     _set_back(newest)
-    assert set(broken.finish("none").codes) == {0}
+    assert set(broken.finish(setting.plain).codes) == {0}
     found = setting.losses(broken, damage.STEPS)
     assert found["repeated"] == 4  # two ranks, a labelled and an unlabelled sample each
     assert found["weights"] > 0
