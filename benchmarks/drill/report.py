@@ -41,7 +41,8 @@ class Row:
     losses: float | None = None
     """Largest relative difference of a step's loss from that run's."""
     weights: float | None = None
-    """Largest relative difference of weights, moments and teacher from that run's; 0: all bits are the same."""
+    """Relative difference of weights, moments and teacher from that run's, all elements together; 0: all bits are the
+    same."""
     outlived: int | None = None
     """Processes that still lived 5 s after their session had ended by itself."""
     tolerance: float = 0.0
