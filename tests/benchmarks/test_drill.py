@@ -95,6 +95,8 @@ def test_a_row_is_met_only_if_nothing_was_lost() -> None:
     for wrong in ({"survived": 2}, {"lost": 1}, {"repeated": 1}, {"losses": 1e-9}, {"weights": 1e-30}, {"outlived": 1}):
         assert not Row(**right | {"losses": 0.0, "weights": 0.0} | wrong).met
     assert not Row(**right, losses=1e-5, tolerance=1e-6).met
+    assert Row(**right | {"lost": 2}, losses=1e-2, weights=1.0, may_lose=2).met
+    assert not Row(**right | {"repeated": 3}, losses=0.0, weights=0.0, may_lose=2).met
 
 
 def test_the_file_keeps_rows_of_other_phases(tmp_path: Path) -> None:
