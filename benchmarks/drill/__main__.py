@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 from benchmarks.drill import damage, disk, elastic, folder, kills, network, signals
 from benchmarks.drill.job import LAUNCHERS, PRELOADED, left_over
@@ -66,6 +68,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the phases, and write each row as it comes; 1 if something was lost, or a process is left at the end."""
     options = parse(arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)  # what was started is ended on the way out
     rows = earlier_rows(options.out, options.phases)
     with nullcontext(options.work) if options.work else tempfile.TemporaryDirectory() as place:
         work = Path(place).resolve()
@@ -87,6 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"{left} processes had not ended")
     print(options.out.with_suffix(".md").read_text(encoding="utf-8"))
     return int(left > 0 or not all(row.met for row in rows))
+
+
+def _end(*_: object) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _end_what_is_left(work: Path) -> int:
