@@ -68,8 +68,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the phases, and write each row as it comes; 1 if something was lost, or a process is left at the end."""
     options = parse(arguments)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _end)  # what was started is ended on the way out
     rows = earlier_rows(options.out, options.phases)
     with nullcontext(options.work) if options.work else tempfile.TemporaryDirectory() as place:
         work = Path(place).resolve()
@@ -122,4 +120,5 @@ def _a_line_a_minute(setting: Setting) -> Generator[None, None, None]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)  # what was started is ended on the way out
     raise SystemExit(main())
