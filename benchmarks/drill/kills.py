@@ -118,12 +118,14 @@ def _await(server: FaultyServer, job: Job, session: Session, moment: str, draws:
         return session.wait_for(lambda: time.monotonic() >= until)
     if moment == "fetch":
         shutil.rmtree(job.cache, ignore_errors=True)
-        if draws.random() < 0.5 and not session.wait_for(lambda: session.steps() >= 1):
-            return False
+        wait_s = 60.0
+        if draws.random() < 0.5:
+            session.wait_for(lambda: session.steps() >= 1)
+            wait_s = 3.0  # all that the next steps need may be there already
         # Part of each shard is sent, and then nothing more.
         server.set_faults({"index.json": [], "*": Fault(stall_after=2000)})
         before = len(server.requests)
-        return session.wait_for(lambda: any(r.sent >= 2000 for r in server.requests[before:]), 20.0)
+        return session.wait_for(lambda: any(r.sent >= 2000 for r in server.requests[before:]), wait_s)
     if moment == "evaluation":
         there = session.wait_for(lambda: bool(session.notes("evaluates")))
         time.sleep(draws.uniform(0.0, 0.1))
