@@ -14,8 +14,8 @@ from benchmarks.drill.setting import SAVE_EVERY, Setting
 from benchmarks.harness import say
 from maskmatch_scale.errors import RESUMABLE
 
-STEPS = 8 * SAVE_EVERY
-_STOP_AFTER = 4 * SAVE_EVERY + 1
+STEPS = 6 * SAVE_EVERY
+_STOP_AFTER = 2 * SAVE_EVERY + 1
 
 
 def change_byte(file: Path, draws: random.Random) -> None:
@@ -69,7 +69,7 @@ def run(setting: Setting) -> Iterator[Row]:
 
 
 def stopped_job(setting: Setting, name: str) -> Job:
-    """A job of `STEPS` steps that SIGTERM has stopped after more than half of them.
+    """A job of `STEPS` steps that SIGTERM has stopped after a third of them or more.
 
     Raises:
         RuntimeError: it did not stop with a checkpoint and the exit code for it.

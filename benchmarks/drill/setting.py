@@ -22,8 +22,8 @@ from tests.data.faulty_server import FaultyServer
 SAVE_EVERY = 3
 """Steps between checkpoints. All runs end after a multiple of it, where the run that nothing happens to has one too."""
 
-_LEAST_STEPS = 10 * SAVE_EVERY
-"""Of the run that nothing happens to: as many as most phases need."""
+_LEAST_STEPS = 6 * SAVE_EVERY
+"""Of the run that nothing happens to: as many as the first phases of a short drill need."""
 
 SAMPLES = {"labelled": 16, "unlabelled": 40, "dev": 8, "val": 2}
 
