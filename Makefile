@@ -6,8 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STEPS ?=
 SEED ?= 0
+KILLS ?= 50
 
-.PHONY: help install quickstart test test-all test-gpu lint bench bench-gpu clean
+.PHONY: help install quickstart test test-all test-gpu lint bench bench-gpu drill clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +60,9 @@ bench: install $(VENV)/peers/.installed ## benchmarks into benchmarks/results, a
 
 bench-gpu: install ## masked_vs_full, train_step, engine_overhead on a GPU into benchmarks/results/gpu, 16 minutes
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu --minutes 16
+
+drill: install ## runs killed, stopped, moved, damaged and cut off, into benchmarks/results, 25 minutes (KILLS=50, SEED=…)
+	$(BIN)/python -m benchmarks.drill --out benchmarks/results/drill.json --kills $(KILLS) --seed $(SEED)
 
 clean: ## what the other targets made, but not runs and data
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

@@ -329,27 +329,43 @@ def launch(worker: str, options: Mapping[str, Any], ranks: int, device: torch.de
     with tempfile.TemporaryDirectory() as folder:
         file, result = Path(folder) / "options.json", Path(folder) / "result.json"
         file.write_text(json.dumps({**options, "result": str(result)}))
-        commands = Path(sys.executable).parent
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        }
-        devices = f"--num_gpus={ranks}"
-        if device.type == "cpu":
-            devices = f"--num_accelerators={ranks}"
-            environment["DS_ACCELERATOR"] = "cpu"
-        command = [commands / "deepspeed", devices, "--no_local_rank", f"--master_port={_free_port()}"]
-        command += ["--module", worker, file]
+        command = deepspeed_command(ranks, device, worker, file)
         done = subprocess.run(
-            list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            command, cwd=ROOT, env=launch_environment(device), capture_output=True, text=True, check=False
         )
         if done.returncode or not result.is_file():
             raise RuntimeError(f"the launch failed:\n{(done.stdout + done.stderr)[-3000:]}")
         return json.loads(result.read_text())
 
 
-def _free_port() -> int:
+COMMANDS = Path(sys.executable).parent
+"""Where the launchers of this environment are."""
+
+_OF_A_RUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def launch_environment(device: torch.device) -> dict[str, str]:
+    """Of a launcher's processes: this environment's commands and this checkout first, one thread a rank.
+
+    What a run within this process has set is left out.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_A_RUN} | {
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{COMMANDS}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    return environment | ({"DS_ACCELERATOR": "cpu"} if device.type == "cpu" else {})
+
+
+def deepspeed_command(ranks: int, device: torch.device, module: str, *arguments: object) -> list[str]:
+    """The command that starts a module on ranks under the deepspeed launcher."""
+    devices = f"--num_{'accelerators' if device.type == 'cpu' else 'gpus'}={ranks}"
+    command = [COMMANDS / "deepspeed", devices, "--no_local_rank", f"--master_port={free_port()}", "--module", module]
+    return list(map(str, [*command, *arguments]))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens to."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -77,7 +77,7 @@ class Request:
 
 
 class FaultyServer:
-    """Serves ``folder`` at :attr:`url` while it is entered.
+    """Serves ``folder`` at :attr:`url` while it is entered. Left and entered again, it has the same address.
 
     Args:
         folder: what is served.
@@ -102,11 +102,9 @@ class FaultyServer:
         self.open_requests = 0
         """Requests that are being answered."""
         self.closing = threading.Event()
-        self._faults = {
-            path: [given] if isinstance(given, Fault) else list(given) for path, given in (faults or {}).items()
-        }
+        self._port = 0
         self._lock = threading.Lock()
-        self._seen: Counter[str] = Counter()
+        self.set_faults(faults or {})
         self._server: ThreadingHTTPServer | None = None
 
     def __enter__(self) -> FaultyServer:
@@ -115,7 +113,9 @@ class FaultyServer:
         class Handler(_Handler):
             server_of_faults = outer
 
-        self._server = _Server(("127.0.0.1", 0), Handler)
+        self.closing = threading.Event()
+        self._server = _Server(("127.0.0.1", self._port), Handler)
+        self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -125,11 +125,17 @@ class FaultyServer:
         self._server.shutdown()
         self._server.server_close()
 
+    def set_faults(self, faults: Mapping[str, Fault | Sequence[Fault]]) -> None:
+        """From now on these faults, for requests that are counted anew."""
+        listed = {path: [given] if isinstance(given, Fault) else list(given) for path, given in faults.items()}
+        with self._lock:
+            self._faults, self._seen = listed, Counter[str]()
+
     @property
     def url(self) -> str:
         """``http://127.0.0.1:PORT``, without a slash at the end."""
-        assert self._server is not None
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        assert self._port
+        return f"http://127.0.0.1:{self._port}"
 
     def gets(self, path: str | None = None) -> int:
         """How many requests came, for a path or for all."""

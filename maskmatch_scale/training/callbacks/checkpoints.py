@@ -119,6 +119,7 @@ class Checkpoints(Callback):
         outcome = run.writer.wait()
         if outcome is None:
             return None
+        run.save_s = max(run.save_s, outcome.copy_s + outcome.write_s)
         self._record(outcome, time.monotonic() - began)
         if outcome.error is None:
             self._in_a_row = 0
