@@ -153,7 +153,6 @@ class Checkpoints(Callback):
             return
         self._recorded = outcome.step
         self._waited_s += outcome.copy_s + waited_s
-        self.run.save_s = max(self.run.save_s, outcome.copy_s + outcome.write_s)
         record: Record = {
             "step": outcome.step,
             "kind": "checkpoint",
