@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from maskmatch_scale.data.batches.held_out import evaluation_samples
+from maskmatch_scale.data.faults import NotFetched
 from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.evaluation.sliding import forwards_of, sliding_probabilities
@@ -54,6 +55,8 @@ def evaluate_split(
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda counts: counts,
     progress: Callable[[], None] = lambda: None,
     break_off: Callable[[], bool] = lambda: False,
+    patience_s: float = math.inf,
+    unreachable: Callable[[NotFetched], None] | None = None,
 ) -> int | None:
     """Evaluate a split; all ranks call it together. The matrix then has the counts of all ranks, on every rank.
 
@@ -70,22 +73,34 @@ def evaluate_split(
         sum_over_ranks: all-reduces a tensor.
         progress: called after every round, in which each rank evaluates one image.
         break_off: asked before every round. If it is True on any rank, all ranks end here.
+        patience_s: how long a rank waits for a shard of which nothing comes. The others wait for it meanwhile.
+        unreachable: called on a rank whose shard did not come; all ranks end here. None: the error is raised there, as
+            every other error of a sample.
 
     Returns:
-        The number of images over all ranks; None if a rank broke off, and then the matrix means nothing.
+        The number of images over all ranks; None if a rank broke off or had no image; then the matrix means nothing.
     """
     rank, world_size = place
     images = load_index(data.root, data).stream(split).samples
     on_gpu = window.device.type == "cuda"
-    samples = evaluation_samples(data, split, rank, world_size, workers=data.workers, pin_memory=on_gpu)
+    samples = evaluation_samples(
+        data, split, rank, world_size, workers=data.workers, pin_memory=on_gpu, patience_s=patience_s
+    )
     with closing(samples):  # ends its processes, also after an error
         for _ in range(math.ceil(images / world_size)):
-            sample = next(samples, None)
-            forwards = 0
+            sample, is_missing, forwards = None, False, 0
+            try:
+                sample = next(samples, None)
+            except NotFetched as error:
+                if unreachable is None:
+                    raise
+                unreachable(error)
+                is_missing = True
             if sample is not None:
                 size = (sample.image.shape[-2], sample.image.shape[-1])
                 forwards = forwards_of(size, window.size_px, window.recipe.overlap, window.recipe.window_batch)
-            most, broken_off = _of_all_ranks(forwards, break_off(), rank, world_size, sum_over_ranks, window.device)
+            ends = is_missing or break_off()
+            most, broken_off = _of_all_ranks(forwards, ends, rank, world_size, sum_over_ranks, window.device)
             if broken_off:
                 return None
             if sample is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -60,8 +61,8 @@ class EvaluationSample:
 class _Decoded(Dataset["EvaluationSample | DataError"]):
     """Maps the number of a sample of a labelled stream to the sample."""
 
-    def __init__(self, stream: ShardStream, max_pixels: int) -> None:
-        self.stream, self.max_pixels = stream, max_pixels
+    def __init__(self, stream: ShardStream, max_pixels: int, patience_s: float) -> None:
+        self.stream, self.max_pixels, self.patience_s = stream, max_pixels, patience_s
 
     def __getitem__(self, number: int) -> EvaluationSample | DataError:
         def decode(raw: RawSample) -> EvaluationSample:
@@ -72,7 +73,7 @@ class _Decoded(Dataset["EvaluationSample | DataError"]):
             return EvaluationSample(number, raw.key, image, label)
 
         try:
-            sample = self.stream.load(*self.stream.locate(number), decode)
+            sample = self.stream.load(*self.stream.locate(number), decode, patience_s=self.patience_s)
             return sample if get_worker_info() is None else sample.shared()
         except DataError as error:
             return error  # returned, because torch would add a traceback to the message of one that is raised
@@ -87,6 +88,7 @@ def evaluation_samples(
     *,
     workers: int = 0,
     pin_memory: bool = False,
+    patience_s: float = math.inf,
 ) -> Generator[EvaluationSample, None, None]:
     """This rank's share of a labelled split of `data.root`, each sample once over all ranks.
 
@@ -101,8 +103,11 @@ def evaluation_samples(
         numbers: numbers of the samples to read instead of the rank's share.
         workers: processes that decode the next samples meanwhile; 0 = each is decoded here when it is asked for.
         pin_memory: whether images are in page-locked memory.
+        patience_s: how long to wait for a shard of which nothing comes; without it, `data.fetch_attempts` alone ends a
+            fetch.
 
     Raises:
+        NotFetched: when it is the turn of a sample whose shard did not come.
         DataError: the split has no labels; or, when it is its turn, a sample cannot be used.
     """
     stream = ShardStream(data.root, split, data)
@@ -111,7 +116,7 @@ def evaluation_samples(
     if numbers is None:
         cut = Cut(len(stream), world_size)
         numbers = range(cut.start(rank), cut.start(rank + 1))
-    decoded = _Decoded(stream, data.max_image_px)
+    decoded = _Decoded(stream, data.max_image_px, patience_s)
     workers = min(workers, len(numbers) - 1)  # for a single sample there is nothing to decode meanwhile
     if workers > 0:
         found = in_processes(decoded, numbers, workers, _AHEAD, pin_memory=pin_memory)

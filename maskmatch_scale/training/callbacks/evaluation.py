@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from maskmatch_scale.data.batches.training import outage_s
 from maskmatch_scale.evaluation.evaluate import evaluate_split
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.record.run_files import read_run
@@ -69,6 +70,11 @@ class Evaluation(Callback):
                 (runtime.rank, runtime.world_size),
                 runtime.sum_over_ranks,
                 break_off=lambda: run.agreement.wanted is not None,
+                patience_s=outage_s(run.recipe),
+                unreachable=lambda error: run.ask_to_stop(
+                    f"step {done}: the evaluation cannot go on: {error}. Check the network and the server, then "
+                    "continue with --resume auto, which begins with this evaluation"
+                ),
             )
         if images is None:
             run.agreement.settle()

@@ -110,3 +110,32 @@ def test_a_limit_that_the_other_ranks_do_not_wait_for(make_recipe):
     with pytest.raises(RecipeError, match=r"data\.outage_s=20.*collective_timeout_s=30"):
         make_recipe(data={"outage_s": 20.0}, engine={"collective_timeout_s": 30})
     assert make_recipe(data={"outage_s": 15.0}, engine={"collective_timeout_s": 30})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_evaluation_whose_images_do_not_come_is_made_up_for_later(server, shapes, make_recipe, tmp_path, workers):
+    """Labelled and unlabelled images are here, `dev` is on the server."""
+    sources = [{"root": str(shapes)}]
+    recipe = make_recipe(
+        data={
+            "root": server.url,
+            "labelled": sources,
+            "unlabelled": sources,
+            "cache_dir": str(tmp_path / "cache"),
+            "workers": workers,
+            "outage_s": 0.5,
+        },
+        method={"burn_in": 0},
+        run={"steps": 4, "checkpoint_every": 0, "evaluate_every": 2},
+    )
+    with pytest.raises(TrainingStopped, match=r"step 2: the evaluation cannot go on: .*dev.*--resume auto"):
+        train(recipe, callbacks=[losing(server, HANGS, 1)])
+    run = tmp_path / "run"
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    assert checkpoint.name == "step-00000002"
+    server._faults.clear()
+    other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": str(tmp_path / "other")})})
+    train(other, "auto")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [(record["step"], record["weights"]) for record in records if record["kind"] == "eval"]
+    assert evaluated == [(2, "ema"), (4, "ema"), (4, "student")]
