@@ -211,7 +211,7 @@ def start(make_recipe, tmp_path):
     [
         ("none", "SIGINT", True, 75),
         ("deepspeed.sh", "SIGTERM", False, 75),
-        ("accelerate.sh", "SIGINT", False, 75),
+        pytest.param("accelerate.sh", "SIGINT", False, 75, marks=pytest.mark.slow),
         # Ctrl-C and slurm reach every process of the job.
         pytest.param("deepspeed.sh", "SIGINT", True, 75, marks=pytest.mark.slow),
         # The launchers alone: a checkpoint, but codes of their own. docs/stopping.md
