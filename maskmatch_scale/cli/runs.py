@@ -51,9 +51,13 @@ def train(
     run_training(loaded, resume)
 
 
-@app.command(epilog="Example: maskmatch evaluate runs/quickstart/segformer-maskmatch --split val")
+@app.command(epilog="Example: maskmatch evaluate runs/quickstart/segformer-maskmatch --split val evaluation.mode=whole")
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Keys of `evaluation` to change, for example evaluation.mode=whole."),
+    ] = None,
     split: Annotated[str, typer.Option(help="Labelled stream of data.root to evaluate on.")] = "val",
     weights: Annotated[str, typer.Option(help="ema (the teacher), student, or both.")] = "both",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -66,7 +70,7 @@ def evaluate(
 
     total = held_out_images(run, split) * len(kinds)
     with progress_of(f"{run.name} on {split}", total, unit="images", elsewhere="nothing") as advance:
-        records = evaluate_run(run, split, kinds, advance)
+        records = evaluate_run(run, split, kinds, advance, overrides or ())
     if as_json:
         print(json.dumps(records))  # noqa: T201
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from maskmatch_scale.checkpoints.finding import find_checkpoint
 from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.engine.precision import autocast, autocast_dtype
-from maskmatch_scale.evaluation.evaluate import Window, evaluate_split
+from maskmatch_scale.errors import UserError
+from maskmatch_scale.evaluation.evaluate import evaluate_split
+from maskmatch_scale.evaluation.inference import Inference, described
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.evaluation.save_pictures import save_masked_pictures, save_pictures
 from maskmatch_scale.files import write_whole
@@ -24,10 +26,35 @@ from maskmatch_scale.runs.data import recipe_of
 from maskmatch_scale.runs.model import open_run
 
 
-def window_of(recipe: Recipe, segmenter: Segmenter, device: torch.device) -> Window:
-    """The windows into which held-out images of a run are cut."""
-    dtype = next(segmenter.parameters()).dtype
-    return Window(recipe.data.crop_px, recipe.evaluation, segmenter.mean, segmenter.std, device, dtype)
+def window_px(recipe: Recipe, segmenter: Segmenter) -> tuple[int, int]:
+    """Height and width of the windows of a recipe.
+
+    Raises:
+        UserError: the segmenter does not take images of this size; the message names one that it does.
+    """
+    size_px = recipe.evaluation.window_px or recipe.data.crop_px
+    try:
+        segmenter.check_size(*size_px)
+    except ValueError as error:
+        raise UserError(f"evaluation.window_px={list(size_px)}: {error}") from None
+    return size_px
+
+
+def inference_of(recipe: Recipe, segmenter: Segmenter, device: torch.device) -> Inference:
+    """How the segmenter of a run is run on held-out images.
+
+    Raises:
+        UserError: as :func:`window_px`.
+    """
+    return Inference(
+        recipe.evaluation,
+        window_px(recipe, segmenter),
+        segmenter.patch_px,
+        segmenter.mean,
+        segmenter.std,
+        device,
+        next(segmenter.parameters()).dtype,
+    )
 
 
 def held_out_images(run: Path, split: str) -> int:
@@ -41,7 +68,11 @@ def held_out_images(run: Path, split: str) -> int:
 
 
 def evaluate_run(
-    run: Path, split: str, weights: tuple[str, ...], progress: Callable[[], None] = lambda: None
+    run: Path,
+    split: str,
+    weights: tuple[str, ...],
+    progress: Callable[[], None] = lambda: None,
+    overrides: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Evaluate a run's newest checkpoint, and keep figures in `RUN/evaluation` and pictures in `RUN/pictures`.
 
@@ -52,32 +83,37 @@ def evaluate_run(
         split: stream name.
         weights: `ema`, `student` or both.
         progress: called after every image.
+        overrides: ``evaluation.key=value``: keys that replace those of the run's recipe.
 
     Returns:
-        One record for each kind of weights: `split`, `weights`, `step`, `miou`, `pixel_accuracy`, `iou` (by class; None
-        for a class that does not occur), `images`, `seconds`.
+        One record for each kind of weights: `split`, `weights`, `step`, `inference` (mode, windows, scales, in words),
+        `miou`, `pixel_accuracy`, `iou` (by class; None for a class that does not occur), `images`, `seconds`.
 
     Raises:
-        UserError: `run` has no checkpoint, or its data have no such split.
+        UserError: `run` has no checkpoint, its data have no such split, or an override is wrong.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = RunFolder(run)
     records, models = [], {}
-    recipe_of(run)  # a path that is no run is named as such
+    for override in overrides:
+        if not override.startswith("evaluation."):
+            raise UserError(f"{override}: only keys of `evaluation` can be changed for an evaluation")
+    recipe = recipe_of(run, overrides)
     checkpoint = find_checkpoint(run)
     for kind in weights:
         began = time.monotonic()
-        recipe, segmenter, step = open_run(run, kind, checkpoint)
+        _, segmenter, step = open_run(run, kind, checkpoint)
         index = load_index(recipe.data.root, recipe.data)
         models[kind] = segmenter.to(device)
         matrix = ConfusionMatrix(segmenter.num_classes, index.ignore_index)
-        window = window_of(recipe, segmenter, device)
+        inference = inference_of(recipe, segmenter, device)
         with autocast(device, autocast_dtype(recipe)):
-            images = evaluate_split(segmenter, recipe.data, split, window, matrix, progress=progress)
+            images = evaluate_split(segmenter, recipe.data, split, inference, matrix, progress=progress)
         record = {
             "split": split,
             "weights": kind,
             "step": step,
+            "inference": described(recipe.evaluation, recipe.data.crop_px),
             "miou": matrix.miou(),
             "pixel_accuracy": matrix.pixel_accuracy(),
             "iou": {name: None if v != v else v for name, v in zip(index.classes, matrix.iou().tolist(), strict=False)},
@@ -89,9 +125,16 @@ def evaluate_run(
         records.append(record)
     with autocast(device, autocast_dtype(recipe)):
         samples = save_pictures(
-            folder.pictures(split), recipe.data, split, recipe.evaluation.pictures, dict(models), window
+            folder.pictures(split), recipe.data, split, recipe.evaluation.pictures, dict(models), inference
         )
         if recipe.method.mask.keep is not None:
             # The student was trained on masked views, together with its context decoder.
-            save_masked_pictures(samples, models.get("student", segmenter), recipe.method.mask, recipe.run.seed, window)
+            save_masked_pictures(
+                samples,
+                models.get("student", segmenter),
+                recipe.method.mask,
+                recipe.run.seed,
+                recipe.data.crop_px,
+                inference,
+            )
     return records

@@ -52,7 +52,7 @@ class TimmVit(ExportKind):
             "dynamic_img_size": True,
             "num_classes": 0,
             **recipe.model.backbone_options,
-            "img_size": list(recipe.data.crop_px),
+            "img_size": list(backbone.patch_embed.img_size),
             "global_pool": "",
             norm_key: not isinstance(backbone.fc_norm, nn.Identity),
         }
