@@ -126,11 +126,16 @@ class Inference:
 
     def predict(self, segmenter: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
         """Class of every pixel of a uint8 image (3, H, W): int64 (H, W), on the CPU."""
+        return self.predict_confidently(segmenter, pixels)[0]
+
+    def predict_confidently(self, segmenter: Callable[[Tensor], Tensor], pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Class of every pixel of a uint8 image (3, H, W), and its probability: int64, float32 (H, W), on the CPU."""
         image = WholeImage(pixels.to(self.device, non_blocking=True))
         classes = torch.empty(image.size_px, dtype=torch.int64, device=self.device)
+        confidence = torch.empty(image.size_px, device=self.device)
         for block in self.blocks(segmenter, image):
-            classes[block.rows, block.columns] = block.probabilities.argmax(0)
-        return classes.cpu()
+            confidence[block.rows, block.columns], classes[block.rows, block.columns] = block.probabilities.max(0)
+        return classes.cpu(), confidence.cpu()
 
     def _cut(self, size_px: tuple[int, int]) -> tuple[list[int], list[int], tuple[int, int]]:
         """First rows and columns of an image's windows, and their height and width."""

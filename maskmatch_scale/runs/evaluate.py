@@ -16,6 +16,7 @@ from maskmatch_scale.engine.precision import autocast, autocast_dtype
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.evaluation.evaluate import evaluate_split
 from maskmatch_scale.evaluation.inference import Inference, described
+from maskmatch_scale.evaluation.locality import measure_locality
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.evaluation.save_pictures import save_masked_pictures, save_pictures
 from maskmatch_scale.files import write_whole
@@ -73,6 +74,8 @@ def evaluate_run(
     weights: tuple[str, ...],
     progress: Callable[[], None] = lambda: None,
     overrides: Sequence[str] = (),
+    *,
+    locality: bool = False,
 ) -> list[dict[str, Any]]:
     """Evaluate a run's newest checkpoint, and keep figures in `RUN/evaluation` and pictures in `RUN/pictures`.
 
@@ -82,8 +85,9 @@ def evaluate_run(
         run: run directory.
         split: stream name.
         weights: `ema`, `student` or both.
-        progress: called after every image.
+        progress: called after every image; with ``locality`` twice for each.
         overrides: ``evaluation.key=value``: keys that replace those of the run's recipe.
+        locality: whether to measure what `evaluation/locality.py` measures, too; `locality` of the records then has it.
 
     Returns:
         One record for each kind of weights: `split`, `weights`, `step`, `inference` (mode, windows, scales, in words),
@@ -109,6 +113,8 @@ def evaluate_run(
         inference = inference_of(recipe, segmenter, device)
         with autocast(device, autocast_dtype(recipe)):
             images = evaluate_split(segmenter, recipe.data, split, inference, matrix, progress=progress)
+            if locality:
+                found = measure_locality(segmenter, recipe, split, inference, progress)
         record = {
             "split": split,
             "weights": kind,
@@ -120,6 +126,8 @@ def evaluate_run(
             "images": images,
             "seconds": time.monotonic() - began,
         }
+        if locality:
+            record["locality"] = found
         folder.evaluations.mkdir(exist_ok=True)
         write_whole(folder.evaluation(split, kind), json.dumps(record, indent=1))
         records.append(record)

@@ -172,7 +172,9 @@ def check_shapes(folder: Path, stored: Weights, segmenter: Segmenter) -> None:
     if wrong:
         name, remedy = wrong[0], "restore the files that the run was trained with"
         if name == "backbone.pos_embed" and len(wrong) == 1:
-            remedy += "; if it is of before position embeddings kept their own grid, add model.backbone_options.img_size"
+            remedy += (
+                "; if it is of before position embeddings kept their own grid, add model.backbone_options.img_size"
+            )
             remedy += " to recipe.yaml, with the value of data.crop_px"
         raise CheckpointError(
             f"{folder}: {name} has shape {found.get(name)}, but recipe.yaml and data.json give "
