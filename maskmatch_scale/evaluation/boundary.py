@@ -73,7 +73,8 @@ class BoundaryIou:
     def iou(self) -> Tensor:
         """Boundary IoU of each class: float64 (classes,), 0–1, NaN where neither label nor prediction has a contour."""
         common, label, prediction = self.counts
-        return common.double() / (label + prediction - common).double()
+        found: Tensor = common.double() / (label + prediction - common).double()
+        return found
 
 
 class NearBoundary:

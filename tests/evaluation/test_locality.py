@@ -18,7 +18,7 @@ def segmenter(make_recipe):
 
 
 def test_the_same_numbers_twice_and_all_units_are_the_whole_image(make_recipe, segmenter):
-    recipe = make_recipe(method={"scales": [1.0], "threshold": 0.34})
+    recipe = make_recipe(method={"scales": [1.0], "threshold": 0.0})
     how, rounds = inference_of(recipe, segmenter, torch.device("cpu")), []
     found = measure_locality(segmenter, recipe, "val", how, lambda: rounds.append(1))
     assert found == measure_locality(segmenter, recipe, "val", how)
@@ -32,7 +32,10 @@ def test_the_same_numbers_twice_and_all_units_are_the_whole_image(make_recipe, s
     assert set(found["boundary_iou_by_class"]) == {"ground", "square", "disc"}
     labels = found["pseudo_labels"]
     assert sum(row["pixels"] for row in labels["table"]) == int(matrix.counts.sum())
-    assert 0 < labels["coverage"] < 1
+    assert labels["coverage"] == 1
+    middle = sum(row["pixels"] * row["confidence"] for row in labels["table"]) / int(matrix.counts.sum())
+    surer = make_recipe(method={"scales": [1.0], "threshold": middle})
+    assert 0 < measure_locality(segmenter, surer, "val", how)["pseudo_labels"]["coverage"] < 1
     assert found["small_objects"] > 0
 
 
