@@ -60,6 +60,8 @@ class Inference:
     """Height and width of a window of the mode `sliding`."""
     patch_px: int
     """Sides of images that the segmenter takes are multiples of it."""
+    unit_px: int
+    """Sides of images that the segmenter takes are at least this: a SegFormer's attention needs a whole unit."""
     mean: tuple[float, ...]
     """Of RGB in 0–1, subtracted from images."""
     std: tuple[float, ...]
@@ -104,8 +106,8 @@ class Inference:
 
         Args:
             segmenter: normalised images (B, 3, h, w) to logits, in eval mode. Calls: :meth:`forwards`.
-            image: where it is smaller than a window, or in the mode `whole` not whole patches, it is padded with the
-                mean colour at the bottom and on the right.
+            image: where it is smaller than a window, or in the mode `whole` not whole patches or smaller than a unit,
+                it is padded with the mean colour at the bottom and on the right.
 
         Yields:
             As many blocks as :meth:`windows`. They cover the image, row by row, and do not overlap.
@@ -140,8 +142,8 @@ class Inference:
     def _cut(self, size_px: tuple[int, int]) -> tuple[list[int], list[int], tuple[int, int]]:
         """First rows and columns of an image's windows, and their height and width."""
         if self.recipe.mode == "whole":
-            patch = self.patch_px
-            rows, columns = (math.ceil(side / patch) * patch for side in size_px)
+            patch, least = self.patch_px, self.unit_px / min(1.0, *self.recipe.scales)
+            rows, columns = (math.ceil(max(side, least) / patch) * patch for side in size_px)
             return [0], [0], (rows, columns)
         tops, lefts = (
             window_starts(side, window, self.recipe.overlap)

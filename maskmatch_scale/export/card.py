@@ -166,8 +166,8 @@ def _input(description: Description, segmenter: Segmenter) -> str:
     sizes = "any size" if patch == 1 else f"sides that are multiples of {patch} px"
     return (
         f"RGB in 0–1, minus the mean ({mean}), divided by the standard deviation ({std}). Trained on crops of "
-        f"{height}×{width} px; it takes {sizes}, but other sizes were not tested: `maskmatch evaluate` "
-        f"cuts windows of {height}×{width} px. Logits may be coarser than the image: upsample them bilinearly."
+        f"{height}×{width} px; it takes {sizes}, but sizes other than those under Figures were not tested. Logits may "
+        "be coarser than the image: upsample them bilinearly."
     )
 
 

@@ -31,13 +31,19 @@ def window_px(recipe: Recipe, segmenter: Segmenter) -> tuple[int, int]:
     """Height and width of the windows of a recipe.
 
     Raises:
-        UserError: the segmenter does not take images of this size; the message names one that it does.
+        UserError: the segmenter does not take images of this size, or not at the smallest scale; says what it takes.
     """
     size_px = recipe.evaluation.window_px or recipe.data.crop_px
     try:
         segmenter.check_size(*size_px)
     except ValueError as error:
         raise UserError(f"evaluation.window_px={list(size_px)}: {error}") from None
+    scale, unit = min(recipe.evaluation.scales), segmenter.unit_px
+    if recipe.evaluation.mode == "sliding" and min(size_px) * scale < unit:
+        raise UserError(
+            f"evaluation.scales={list(recipe.evaluation.scales)} with windows of {size_px[0]}×{size_px[1]} px: at "
+            f"scale {scale:g} they are smaller than a unit of {unit} px; leave it out, or set a larger evaluation.window_px"
+        )
     return size_px
 
 
@@ -51,6 +57,7 @@ def inference_of(recipe: Recipe, segmenter: Segmenter, device: torch.device) -> 
         recipe.evaluation,
         window_px(recipe, segmenter),
         segmenter.patch_px,
+        segmenter.unit_px,
         segmenter.mean,
         segmenter.std,
         device,

@@ -14,7 +14,7 @@ from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.recipe import DataRecipe, EvaluationRecipe
 from tests.conftest import ShapesSource, rewrite_shard, write_shards
 
-HOW = Inference(EvaluationRecipe(), (64, 64), 1, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), torch.device("cpu"))
+HOW = Inference(EvaluationRecipe(), (64, 64), 1, 1, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), torch.device("cpu"))
 
 
 def segmenter(images):

@@ -11,13 +11,15 @@ from torch.utils._pytree import tree_leaves
 from maskmatch_scale.evaluation.evaluate import evaluate_split
 from maskmatch_scale.evaluation.inference import Inference, WholeImage, described
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
+from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.recipe import DataRecipe, EvaluationRecipe
+from tests.conftest import TINY_SEGFORMER, TINY_VIT
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 
-def inference(window_px=(32, 40), patch_px=1, **keys):
-    return Inference(EvaluationRecipe(**keys), window_px, patch_px, MEAN, STD, torch.device("cpu"))
+def inference(window_px=(32, 40), patch_px=1, unit_px=1, **keys):
+    return Inference(EvaluationRecipe(**keys), window_px, patch_px, unit_px, MEAN, STD, torch.device("cpu"))
 
 
 def pointwise(images):
@@ -85,6 +87,20 @@ def test_whole_images_are_padded_to_whole_patches_with_the_mean_colour():
     assert given[0, :, :30, :45].equal(normalised(pixels))
     assert given[0, :, 30:].eq(0).all()
     assert given[0, :, :, 45:].eq(0).all()
+
+
+@pytest.mark.parametrize("family", ["segformer", "vit"])
+@pytest.mark.parametrize("size", [(97, 131), (33, 20), (5, 7)])
+@pytest.mark.parametrize("mode", ["sliding", "whole"])
+def test_images_of_any_size_are_predicted_by_both_families(family, size, mode):
+    name, options = {
+        "segformer": ("transformers/segformer-b0", TINY_SEGFORMER), "vit": ("timm/vit_tiny_patch16_224", TINY_VIT)
+    }[family]  # fmt: skip
+    segmenter = build_segmenter(name, 3, backbone_options=options, context=False).eval()
+    how = inference((64, 64), segmenter.patch_px, segmenter.unit_px, mode=mode, scales=(0.5, 1.0), flip=True)
+    found = whole(how.blocks(segmenter, WholeImage(picture(*size))))
+    assert found.shape == (3, *size)
+    torch.testing.assert_close(found.sum(0), torch.ones(size))
 
 
 @dataclass

@@ -27,3 +27,6 @@ def test_a_window_that_the_model_does_not_take_is_refused_before_the_run(make_re
     student = build_student(recipe, ShardIndex.load(recipe.data.root))
     with pytest.raises(UserError, match=r"evaluation\.window_px=\[80, 100\]: .* 80×96"):
         check_model(recipe, student)
+    smaller = make_recipe(model=VIT, evaluation={"scales": [0.25, 1.0]})
+    with pytest.raises(UserError, match=r"evaluation\.scales=\[0\.25, 1\.0\] with windows of 64×64 px"):
+        check_model(smaller, student)
