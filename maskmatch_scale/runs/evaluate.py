@@ -42,7 +42,7 @@ def window_px(recipe: Recipe, segmenter: Segmenter) -> tuple[int, int]:
     if recipe.evaluation.mode == "sliding" and min(size_px) * scale < unit:
         raise UserError(
             f"evaluation.scales={list(recipe.evaluation.scales)} with windows of {size_px[0]}×{size_px[1]} px: at "
-            f"scale {scale:g} they are smaller than a unit of {unit} px; leave it out, or set a larger evaluation.window_px"
+            f"scale {scale:g} they are smaller than a unit of {unit} px; leave it out, or set evaluation.window_px"
         )
     return size_px
 
