@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.harness import say
-from maskmatch_scale.evaluation.evaluate import Window
+from maskmatch_scale.evaluation.inference import Inference
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.units import sample_visible, visible_count, visible_pixel_mask
 from maskmatch_scale.recipe import Recipe
-from maskmatch_scale.runs.evaluate import window_of
+from maskmatch_scale.runs.evaluate import inference_of
 from maskmatch_scale.runs.model import open_run
 from maskmatch_scale.scores.ageing import MARGIN, age, bend
 from maskmatch_scale.scores.engraving import CLASSES, Style, downsample, engrave
@@ -118,13 +118,13 @@ def panels(run: Path) -> list[tuple[str, NDArray[np.uint8]]]:
     page, label = draw_page()
     recipe, teacher, _ = open_run(run, "ema")
     _, student, _ = open_run(run, "student")
-    window = window_of(recipe, teacher, torch.device("cpu"))
+    inference = inference_of(recipe, teacher, torch.device("cpu"))
     image = torch.from_numpy(page.transpose(2, 0, 1).copy())
-    seen, guessed = _masked(recipe, student, window, image)
+    seen, guessed = _masked(recipe, student, inference, image)
     return [
         ("a page in a font without labels", page),
         ("its labels, never seen in training", palette[label]),
-        ("prediction of the teacher", palette[window.predict(teacher, image).numpy()]),
+        ("prediction of the teacher", palette[inference.predict(teacher, image).numpy()]),
         (f"what the masked view shows, {recipe.method.mask.keep:.0%}", seen),
         ("prediction of the student from that alone", palette[guessed]),
     ]
@@ -132,11 +132,11 @@ def panels(run: Path) -> list[tuple[str, NDArray[np.uint8]]]:
 
 @torch.no_grad()
 def _masked(
-    recipe: Recipe, student: Segmenter, window: Window, image: torch.Tensor
+    recipe: Recipe, student: Segmenter, inference: Inference, image: torch.Tensor
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The page with masked units grey, and the student's classes from the visible ones, crop by crop."""
     assert recipe.method.mask.keep is not None
-    rows, columns = window.size_px
+    rows, columns = recipe.data.crop_px
     seen = image.permute(1, 2, 0).numpy().copy()
     classes = np.zeros(seen.shape[:2], np.int64)
     grid = student.unit_grid(rows, columns)
@@ -147,7 +147,7 @@ def _masked(
             visible = sample_visible(1, grid, count, generator(SEED, "picture", top, left))
             kept = visible_pixel_mask(visible, grid, student.unit_px)[0].numpy()
             seen[crop][~kept] = 128
-            logits = student(window.normalise(image[:, crop[0], crop[1]])[None], visible, recipe.method.mask.mode)
+            logits = student(inference.normalise(image[:, crop[0], crop[1]])[None], visible, recipe.method.mask.mode)
             scores = torch.nn.functional.interpolate(logits, size=(rows, columns), mode="bilinear")
             classes[crop] = scores.argmax(1)[0].numpy()
     return seen, classes

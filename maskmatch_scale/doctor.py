@@ -101,10 +101,10 @@ def examine(backbone: str, image_size: int | None = None, keep: float = 0.3) -> 
     rounded_from = None
     side = image_size
     try:
+        segmenter = _build(backbone)
         if side is None:
-            side = _whole_units(DEFAULT_IMAGE_SIZE, _build(backbone, None).unit_px)
+            side = _whole_units(DEFAULT_IMAGE_SIZE, segmenter.unit_px)
             rounded_from = None if side == DEFAULT_IMAGE_SIZE else DEFAULT_IMAGE_SIZE
-        segmenter = _build(backbone, side)
         rows, cols = segmenter.unit_grid(side, side)
         visible = visible_count((rows, cols), keep)
     except ValueError as error:
@@ -136,11 +136,11 @@ def examine(backbone: str, image_size: int | None = None, keep: float = 0.3) -> 
     }
 
 
-def _build(backbone: str, image_size: int | None) -> Segmenter:
+def _build(backbone: str) -> Segmenter:
     from maskmatch_scale.models import build_segmenter
 
     with torch.device("meta"):
-        return build_segmenter(backbone, 2, image_size=image_size, context=False)
+        return build_segmenter(backbone, 2, context=False)
 
 
 def _whole_units(side: int, unit_px: int) -> int:

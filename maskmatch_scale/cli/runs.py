@@ -51,11 +51,23 @@ def train(
     run_training(loaded, resume)
 
 
-@app.command(epilog="Example: maskmatch evaluate runs/quickstart/segformer-maskmatch --split val")
+@app.command(epilog="Example: maskmatch evaluate runs/quickstart/segformer-maskmatch --split val evaluation.mode=whole")
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Keys of `evaluation` to change, for example evaluation.mode=whole."),
+    ] = None,
     split: Annotated[str, typer.Option(help="Labelled stream of data.root to evaluate on.")] = "val",
     weights: Annotated[str, typer.Option(help="ema (the teacher), student, or both.")] = "both",
+    locality: Annotated[
+        bool,
+        typer.Option(
+            "--locality",
+            help="Also measure boundaries, small objects, masked units and the calibration of pseudo-labels. It takes "
+            "several times as long.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Evaluate a run's newest checkpoint, and keep figures and pictures for the report."""
@@ -64,9 +76,9 @@ def evaluate(
         raise UserError(f"--weights {weights}: it must be ema, student or both")
     from maskmatch_scale.runs.evaluate import evaluate_run, held_out_images
 
-    total = held_out_images(run, split) * len(kinds)
+    total = held_out_images(run, split) * len(kinds) * (2 if locality else 1)
     with progress_of(f"{run.name} on {split}", total, unit="images", elsewhere="nothing") as advance:
-        records = evaluate_run(run, split, kinds, advance)
+        records = evaluate_run(run, split, kinds, advance, overrides or (), locality=locality)
     if as_json:
         print(json.dumps(records))  # noqa: T201
     else:
@@ -133,4 +145,23 @@ def _iou_table(records: list[dict[str, Any]]) -> Table:
     table.add_section()
     table.add_row("mIoU", *(f"{record['miou']:.4f}" for record in records))
     table.add_row("pixel accuracy", *(f"{record['pixel_accuracy']:.4f}" for record in records))
+    if "locality" in first:
+        table.add_section()
+        rows = [_locality_rows(record["locality"]) for record in records]
+        for name in rows[0]:
+            table.add_row(name, *("–" if row[name] is None else f"{row[name]:.3f}" for row in rows))
     return table
+
+
+def _locality_rows(found: dict[str, Any]) -> dict[str, float | None]:
+    """Figures of `measure_locality`, by the names of their rows."""
+    labels = found["pseudo_labels"]
+    return {
+        "boundary IoU": found["boundary_iou"],
+        **{f"mIoU within {px} px of a boundary": value for px, value in found["miou_near_boundary"].items()},
+        "recall of small objects": found["small_object_recall"],
+        **{f"mIoU, {float(share):.0%} of units visible": value for share, value in found["miou_visible"].items()},
+        "pseudo-labels: calibration error": labels["expected_error"],
+        f"pseudo-labels: share with c ≥ {labels['threshold']:g}": labels["coverage"],
+        "pseudo-labels: accuracy of these": labels["accuracy"],
+    }

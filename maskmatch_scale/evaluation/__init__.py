@@ -1,1 +1,1 @@
-"""Evaluation of a model: sliding windows, one confusion matrix over a split, pictures of predictions."""
+"""Evaluation of a model: inference on images of any size, one confusion matrix over a split, pictures."""

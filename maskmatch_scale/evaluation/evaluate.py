@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,43 +12,16 @@ from torch import Tensor
 from maskmatch_scale.data.batches.held_out import evaluation_samples
 from maskmatch_scale.data.faults import NotFetched
 from maskmatch_scale.data.shards.reading import load_index
+from maskmatch_scale.evaluation.inference import Inference
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
-from maskmatch_scale.evaluation.sliding import forwards_of, sliding_probabilities
-from maskmatch_scale.recipe import DataRecipe, EvaluationRecipe
-
-
-@dataclass(frozen=True)
-class Window:
-    """How an image is cut into windows, and prepared for the segmenter."""
-
-    size_px: tuple[int, int]
-    """Height and width of a window."""
-    recipe: EvaluationRecipe
-    mean: tuple[float, ...]
-    """Of RGB in 0–1, subtracted from images."""
-    std: tuple[float, ...]
-    """Of RGB in 0–1, by which images are divided then."""
-    device: torch.device
-    dtype: torch.dtype = torch.float32
-
-    def normalise(self, image: Tensor) -> Tensor:
-        """A uint8 image (3, H, W), normalised, in ``dtype`` and on the device."""
-        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
-        return ((image.to(self.device, non_blocking=True) / 255 - mean) / std).to(self.dtype)
-
-    def predict(self, segmenter: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-        """Class of every pixel of a uint8 image (3, H, W): int64 (H, W), on the CPU."""
-        scores = sliding_probabilities(
-            segmenter, self.normalise(image), self.size_px, self.recipe.overlap, self.recipe.window_batch
-        )
-        return scores.argmax(0).cpu()
+from maskmatch_scale.recipe import DataRecipe
 
 
 def evaluate_split(
     segmenter: Callable[[Tensor], Tensor],
     data: DataRecipe,
     split: str,
-    window: Window,
+    inference: Inference,
     matrix: ConfusionMatrix,
     place: tuple[int, int] = (0, 1),
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda counts: counts,
@@ -60,14 +32,14 @@ def evaluate_split(
 ) -> int | None:
     """Evaluate a split; all ranks call it together. The matrix then has the counts of all ranks, on every rank.
 
-    At ZeRO-3 a forward is a collective. So for each image all ranks run as many forwards as the rank with the most
-    windows, and the others run some of theirs on empty windows.
+    At ZeRO-3 a forward is a collective. So for each image all ranks run as many forwards as the rank that needs the
+    most, and the others run some of theirs on empty windows.
 
     Args:
         segmenter: normalised images to logits, in eval mode.
         data: section of the recipe: where the split is, and how many processes decode the next images (`workers`).
         split: stream name, for example `dev`.
-        window: how images are cut.
+        inference: how the segmenter is run on images.
         matrix: the counts are added to it.
         place: (rank, world size).
         sum_over_ranks: all-reduces a tensor.
@@ -82,7 +54,7 @@ def evaluate_split(
     """
     rank, world_size = place
     images = load_index(data.root, data).stream(split).samples
-    on_gpu = window.device.type == "cuda"
+    on_gpu = inference.device.type == "cuda"
     samples = evaluation_samples(
         data, split, rank, world_size, workers=data.workers, pin_memory=on_gpu, patience_s=patience_s
     )
@@ -97,17 +69,16 @@ def evaluate_split(
                 unreachable(error)
                 is_missing = True
             if sample is not None:
-                size = (sample.image.shape[-2], sample.image.shape[-1])
-                forwards = forwards_of(size, window.size_px, window.recipe.overlap, window.recipe.window_batch)
+                forwards = inference.forwards((sample.image.shape[-2], sample.image.shape[-1]))
             ends = is_missing or break_off()
-            most, broken_off = _of_all_ranks(forwards, ends, rank, world_size, sum_over_ranks, window.device)
+            most, broken_off = _of_all_ranks(forwards, ends, rank, world_size, sum_over_ranks, inference.device)
             if broken_off:
                 return None
             if sample is not None:
-                matrix.update(window.predict(segmenter, sample.image), sample.label)
-            _run_empty(segmenter, most - forwards, window)
+                matrix.update(inference.predict(segmenter, sample.image), sample.label)
+            inference.run_empty(segmenter, most - forwards)
             progress()
-    matrix.counts = sum_over_ranks(matrix.counts.to(window.device)).cpu()
+    matrix.counts = sum_over_ranks(matrix.counts.to(inference.device)).cpu()
     return images
 
 
@@ -124,10 +95,3 @@ def _of_all_ranks(
     everyone[0, rank], everyone[1, rank] = forwards, breaks_off
     most, breaking = sum_over_ranks(everyone).amax(1).tolist()
     return most, bool(breaking)
-
-
-@torch.no_grad()
-def _run_empty(segmenter: Callable[[Tensor], Tensor], forwards: int, window: Window) -> None:
-    """Run forwards on an empty window, so that this rank calls the segmenter as often as the others."""
-    for _ in range(forwards):
-        segmenter(torch.zeros(1, 3, *window.size_px, device=window.device, dtype=window.dtype))

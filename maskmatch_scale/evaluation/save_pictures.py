@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskmatch_scale.data.batches.held_out import evaluation_samples
 from maskmatch_scale.data.shards.reading import load_index
-from maskmatch_scale.evaluation.evaluate import Window
+from maskmatch_scale.evaluation.inference import Inference
 from maskmatch_scale.files import write_whole
 from maskmatch_scale.models.segmenter import Segmenter
 from maskmatch_scale.models.units import sample_visible, visible_count, visible_pixel_mask
@@ -28,7 +28,7 @@ def save_pictures(
     split: str,
     count: int,
     models: dict[str, Callable[[Tensor], Tensor]],
-    window: Window,
+    inference: Inference,
 ) -> list[Path]:
     """Write image, label map and the prediction of each model, for ``count`` samples spread over a split.
 
@@ -36,17 +36,19 @@ def save_pictures(
         folder: `RUN/pictures/<split>`; each sample gets a folder in it.
         data: section of the recipe, which says where the split is.
         split: stream name.
-        count: number of samples.
+        count: number of samples; 0: nothing is written.
         models: `ema` and `student` segmenters, in eval mode.
-        window: how images are cut.
+        inference: how the models are run on images.
 
     Returns:
         The folders of the samples.
     """
+    if not count:
+        return []
     index = load_index(data.root, data)
     palette = flat_palette(index.palette)
     samples = index.stream(split).samples
-    numbers = range(0, samples, max(1, samples // max(1, count)))[:count]
+    numbers = range(0, samples, max(1, samples // count))[:count]
     written = []
     for sample in evaluation_samples(data, split, numbers=numbers):
         target = folder / f"{sample.number:05d}-{Path(sample.key).name}"
@@ -54,7 +56,7 @@ def save_pictures(
         _save(Image.fromarray(sample.image.permute(1, 2, 0).numpy()), target / "image.png")
         save_map(sample.label, palette, target / "label.png")
         for name, model in models.items():
-            save_map(window.predict(model, sample.image), palette, target / f"prediction-{name}.png")
+            save_map(inference.predict(model, sample.image), palette, target / f"prediction-{name}.png")
         written.append(target)
     described = {"classes": index.classes, "palette": index.palette, "ignore_index": index.ignore_index}
     write_whole(folder / "classes.json", json.dumps(described))
@@ -63,7 +65,12 @@ def save_pictures(
 
 @torch.no_grad()
 def save_masked_pictures(
-    samples: Sequence[Path], segmenter: Segmenter, recipe: MaskRecipe, seed: int, window: Window
+    samples: Sequence[Path],
+    segmenter: Segmenter,
+    recipe: MaskRecipe,
+    seed: int,
+    crop_px: tuple[int, int],
+    inference: Inference,
 ) -> None:
     """Add pictures of the visible units, and of the prediction made from them alone, to those of :func:`save_pictures`.
 
@@ -72,13 +79,14 @@ def save_masked_pictures(
 
     Args:
         samples: the folders that :func:`save_pictures` returned.
-        segmenter: on the window's device, in eval mode.
+        segmenter: in eval mode, on the device of ``inference``.
         recipe: section of the recipe; its `keep` is not None.
         seed: of the run; the masks are drawn from it.
-        window: its size is that of a training crop.
+        crop_px: height and width of a training crop.
+        inference: how images are normalised.
     """
     assert recipe.keep is not None
-    grid = segmenter.unit_grid(*window.size_px)
+    grid = segmenter.unit_grid(*crop_px)
     for number, folder in enumerate(samples):
         with (
             Image.open(folder / "image.png", formats=["PNG"]) as picture,
@@ -86,7 +94,7 @@ def save_masked_pictures(
         ):
             pixels = np.array(picture)
             palette = label.getpalette() or []
-        rows, columns = window.size_px
+        rows, columns = crop_px
         if pixels.shape[0] < rows or pixels.shape[1] < columns:
             continue
         top, left = (pixels.shape[0] - rows) // 2, (pixels.shape[1] - columns) // 2
@@ -94,9 +102,9 @@ def save_masked_pictures(
         visible = sample_visible(1, grid, visible_count(grid, recipe.keep), generator(seed, "picture mask", number))
         seen = visible_pixel_mask(visible, grid, segmenter.unit_px)[0].numpy()
         _save(Image.fromarray(np.where(seen[..., None], crop, np.uint8(128))), folder / "visible.png")
-        images = window.normalise(torch.from_numpy(crop.transpose(2, 0, 1).copy()))[None]
+        images = inference.normalise(torch.from_numpy(crop.transpose(2, 0, 1).copy()))[None]
         logits = segmenter(images, visible.to(images.device), recipe.mode)
-        scores = torch.nn.functional.interpolate(logits.float(), size=window.size_px, mode="bilinear")
+        scores = torch.nn.functional.interpolate(logits.float(), size=crop_px, mode="bilinear")
         save_map(scores.argmax(1)[0].cpu(), palette, folder / "prediction-visible.png")
 
 

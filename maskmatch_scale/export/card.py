@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from maskmatch_scale.evaluation.inference import described
 from maskmatch_scale.export.description import Description
 from maskmatch_scale.export.kinds import kind_of
 from maskmatch_scale.export.markdown import code, plain, string
@@ -132,11 +133,12 @@ def _figures(scores: list[Score], recipe: Recipe, data: RunData, description: De
         images = data.samples.get(score.split)
         figures = f"{_share(score.miou)} | {_share(score.pixel_accuracy)}"
         rows.append(f"| {plain(score.split)} | {_or_dash(images)} | {_or_dash(score.step)} | {figures} |")
-    height, width = recipe.data.crop_px
-    notes = [
-        f"Sliding windows of {height}×{width} px overlapping by at least {recipe.evaluation.overlap:.0%}, at the "
-        "labels' own resolution; one matrix over all pixels."
-    ]
+    own = described(recipe.evaluation, recipe.data.crop_px)
+    ways = {score.split: score.inference or own for score in scores}
+    if len(set(ways.values())) == 1:
+        ways = {"Predicted": next(iter(ways.values()))}
+    notes = [f"{plain(split)}: {plain(way)}." for split, way in ways.items()]
+    notes.append("Counted at the labels' own resolution, in one matrix over all pixels.")
     if any(score.split == "dev" for score in scores):
         notes.append("Settings may have been chosen by figures on `dev`.")
     if any(score.step != description.step for score in scores):
@@ -164,8 +166,8 @@ def _input(description: Description, segmenter: Segmenter) -> str:
     sizes = "any size" if patch == 1 else f"sides that are multiples of {patch} px"
     return (
         f"RGB in 0–1, minus the mean ({mean}), divided by the standard deviation ({std}). Trained on crops of "
-        f"{height}×{width} px; it takes {sizes}, but other sizes were not tested: `maskmatch evaluate` "
-        f"cuts windows of {height}×{width} px. Logits may be coarser than the image: upsample them bilinearly."
+        f"{height}×{width} px; it takes {sizes}, but sizes other than those under Figures were not tested. Logits may "
+        "be coarser than the image: upsample them bilinearly."
     )
 
 

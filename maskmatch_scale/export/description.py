@@ -24,7 +24,10 @@ class Description(BaseModel):
     head: str
     num_classes: int
     image_size: tuple[int, int]
-    """Height and width of the crops it was trained on, px; the position embedding of a ViT has this size."""
+    """Height and width of the crops it was trained on, px."""
+    position_px: tuple[int, int] | None = None
+    """Height and width of images, px, that the position embedding of a ViT is laid out for. None: it has none; or in an
+    export that was written before this key existed, `image_size`."""
     unit_px: int
     """Side of a masking unit, px."""
     classes: tuple[str, ...]

@@ -33,7 +33,7 @@ def load_export(folder: str | Path) -> Segmenter:
             kind_of(description.backbone).backbone_in(folder, description),
             description.num_classes,
             head=description.head,
-            image_size=description.image_size,
+            image_size=description.position_px or description.image_size,
             unit_px=description.unit_px,
             context=False,
             backbone_options=description.backbone_options,

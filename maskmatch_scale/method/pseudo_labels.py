@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from maskmatch_scale.models.resample import upsampling_rows
+from maskmatch_scale.models.resample import resized, upsampling_rows
 
 
 @torch.no_grad()
@@ -31,7 +30,7 @@ def multi_scale_pseudo_labels(
     """
     batch, _, height, width = images.shape
     patch_px = int(getattr(segmenter, "patch_px", 1))
-    logits = [segmenter(_resize(images, scale, patch_px)) for scale in scales]
+    logits = [segmenter(resized(images, scale, patch_px)) for scale in scales]
     labels = torch.empty(batch, height, width, dtype=torch.int64, device=images.device)
     confidence = torch.empty_like(labels, dtype=torch.promote_types(logits[0].dtype, torch.float32))
     # In bands of rows, so that of each scale only its logits are kept, at their own resolution.
@@ -43,17 +42,3 @@ def multi_scale_pseudo_labels(
             rows = bands[0].output
             torch.max(total.div_(len(scales)), dim=1, out=(confidence[:, rows], labels[:, rows]))
     return labels, confidence
-
-
-def _resize(images: Tensor, scale: float, patch_px: int) -> Tensor:
-    """Images resized bilinearly by a factor, sides rounded to whole patches."""
-    if scale == 1:
-        return images
-    size = resized_px(images.shape[-2:], scale, patch_px)
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-
-
-def resized_px(size_px: Sequence[int], scale: float, patch_px: int) -> tuple[int, int]:
-    """Height and width of an image at a scale, pixels, rounded to whole patches."""
-    rows, columns = (max(patch_px, round(side * scale / patch_px) * patch_px) for side in size_px)
-    return rows, columns

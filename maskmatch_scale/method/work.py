@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maskmatch_scale.method.bases import base_class
-from maskmatch_scale.method.pseudo_labels import resized_px
 from maskmatch_scale.models.cost import encoder_macs, encoder_tokens, encoder_train_macs
+from maskmatch_scale.models.resample import resized_px
 from maskmatch_scale.models.segmenter import Segmenter
 from maskmatch_scale.models.units import visible_count
 from maskmatch_scale.recipe import MethodRecipe

@@ -57,6 +57,14 @@ class Encoder(ABC):
         """How many class and register tokens run beside those of the image."""
         return 0
 
+    @property
+    def position_px(self) -> tuple[int, int] | None:
+        """Height and width of images, pixels, that the position embedding is laid out for; None if there is none.
+
+        For other images it is resized at every call.
+        """
+        return None
+
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError if a whole image of height × width px cannot be taken, naming a size that can."""
         patch = self.patch_px

@@ -39,7 +39,8 @@ def build_segmenter(
             file or folder: safetensors, .pth (tensors only), a folder of transformers, or an export of this package; or
             a segmenter's weights in its own names, read one at a time.
         image_size: side or (height, width) in pixels for which a ViT's position embedding is laid out; None: the
-            model's own. Other sizes work too, by resampling at every call. SegFormer has no position embedding.
+            model's own, as training does. Images of other sizes work too: it is resized at every call (docs/decisions/
+            0050-position-embeddings-keep-their-grid.md). SegFormer has no position embedding.
         unit_px: side of a maskable unit in pixels. ViT: a multiple of the patch, by default the largest that is at most
             32. SegFormer: fixed by its strides, 32 for b0–b5.
         context: whether to build the context decoder that masked passes in training predict masked positions with.

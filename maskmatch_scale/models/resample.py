@@ -1,4 +1,4 @@
-"""Bilinear upsampling in bands of rows, so that the upsampled maps never exist whole.
+"""Bilinear upsampling in bands of rows, so that the upsampled maps never exist whole; images at several scales.
 
 A band of output rows depends on a few source rows: it is a small matrix times these rows. The matrix is that of
 `F.interpolate(mode="bilinear", align_corners=False)`, and backward multiplies by its transpose. So `upsampled_sum` adds
@@ -219,6 +219,20 @@ def _narrowed(gradient: Tensor, columns: int) -> Tensor:
     for band in _bands(columns, gradient.shape[1], gradient.dtype, gradient.device):
         narrow[:, band.source] += band.weight.T @ gradient[:, band.output]
     return narrow
+
+
+def resized(images: Tensor, scale: float, patch_px: int) -> Tensor:
+    """Images (B, C, H, W) resized bilinearly by a factor, sides rounded to whole patches; at 1 as they are."""
+    if scale == 1:
+        return images
+    size = resized_px(images.shape[-2:], scale, patch_px)
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+
+
+def resized_px(size_px: Sequence[int], scale: float, patch_px: int) -> tuple[int, int]:
+    """Height and width of an image at a scale, pixels, rounded to whole patches."""
+    rows, columns = (max(patch_px, round(side * scale / patch_px) * patch_px) for side in size_px)
+    return rows, columns
 
 
 def at_least_float32(values: Tensor) -> Tensor:

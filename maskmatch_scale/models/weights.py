@@ -108,7 +108,10 @@ def load_own(segmenter: nn.Module, state: dict[str, Tensor], source: object) -> 
         if name.startswith("backbone.") and (name not in state or state[name].shape != current[name].shape)
     ]
     if wrong:
-        raise ValueError(f"pretrained: {str(source)!r} does not fit the backbone, e.g. {wrong[0]}; is it another size?")
+        hint = "is it another size?"
+        if wrong == ["backbone.pos_embed"]:
+            hint = "give its grid with model.backbone_options.img_size (height and width of images in px)"
+        raise ValueError(f"pretrained: {str(source)!r} does not fit the backbone, e.g. {wrong[0]}; {hint}")
     fits = {name: value for name, value in state.items() if name in current and current[name].shape == value.shape}
     segmenter.load_state_dict(fits, strict=False)
     fresh = [name for name in current if name not in fits and not name.startswith("context.")]

@@ -10,13 +10,22 @@ import math
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.recipe.bases import BASES
 from maskmatch_scale.recipe.engines import ENGINES
 from maskmatch_scale.recipe.soundness import unsound
 from maskmatch_scale.recipe.tables import OneOf
+from maskmatch_scale.recipe.values import (
+    BadSamples,
+    Positive,
+    Probability,
+    ScaleRange,
+    SidesPx,
+    StepRange,
+    StopSignal,
+)
 
 
 class RecipeError(UserError):
@@ -27,26 +36,6 @@ class Section(BaseModel):
     """Base of all sections: unknown keys and wrong types are errors, and values cannot change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
-
-
-def _pair(value: object) -> object:
-    """One number becomes the two sides of a square; a list becomes a tuple, which strict typing requires."""
-    return (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list) else value
-
-
-def _ascending(value: tuple[float, float]) -> tuple[float, float]:
-    if value[0] > value[1]:
-        raise ValueError("the first number must not be larger than the second")
-    return value
-
-
-Probability = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-BadSamples = Literal["fail", "skip"]
-SidesPx = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(_pair)]
-StepRange = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], AfterValidator(_ascending)]
-StopSignal = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU"]
-ScaleRange = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
 
 
 class SourceRecipe(Section):
@@ -145,7 +134,8 @@ class ModelRecipe(Section):
     weights, a run, a checkpoint or an export. Of a torch file only tensors are read, because unpickling anything else
     could run any code."""
     backbone_options: dict[str, Any] = {}
-    """Keyword arguments for timm.create_model, or keys of SegformerConfig, that replace the library's defaults."""
+    """Keyword arguments for timm.create_model, or keys of SegformerConfig, that replace the library's defaults. A ViT's
+    `img_size` is what its position embedding is laid out for; other sizes of images are taken, too."""
     batchnorm: Literal["synchronised", "per_rank", "frozen"] = "synchronised"
     """BatchNorm in a SegFormer's head. synchronised: statistics of a micro-batch over all ranks. per_rank: statistics
     of each rank's own images. frozen: the running statistics, which never change."""
@@ -284,14 +274,25 @@ class EngineRecipe(Section):
 
 
 class EvaluationRecipe(Section):
-    """Sliding-window evaluation at the label's own resolution."""
+    """Evaluation at the label's own resolution, in training and by `maskmatch evaluate`."""
 
+    # Decision: docs/decisions/0051-one-way-of-inference.md.
+    mode: Literal["sliding", "whole"] = "sliding"
+    """sliding: overlapping windows, whose probabilities are averaged. whole: each image in one forward pass, padded to
+    whole patches; fewer products, and memory that grows with the image. With `engine.compile` every new size of image
+    is compiled."""
+    window_px: SidesPx | None = None
+    """Height and width of a window in px (one number: a square), for `sliding`; null = `data.crop_px`."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    """Smallest share by which neighbouring windows overlap; a window has the size `data.crop_px`."""
+    """Smallest share by which neighbouring windows overlap."""
     window_batch: Annotated[int, Field(ge=1)] = 8
     """Windows in one forward pass."""
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
+    """Factors by which each window, or whole image, is resized; the mean of the probabilities counts."""
+    flip: bool = False
+    """Whether mirror images (left to right) are predicted too, and averaged with the rest."""
     pictures: Annotated[int, Field(ge=0)] = 4
-    """Held-out samples whose predictions are kept for the report."""
+    """Held-out samples whose predictions are kept for the report; 0 = none."""
 
 
 class RunRecipe(Section):

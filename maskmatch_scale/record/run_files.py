@@ -53,6 +53,8 @@ class Score:
     pixel_accuracy: float | None
     iou: Mapping[str, float | None] = field(default_factory=dict)
     """IoU by class, None for a class that neither labels nor predictions contain. Empty for evaluations in training."""
+    inference: str = ""
+    """How images were predicted, in words; empty for evaluations in training, which go by the recipe."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def _score(record: Mapping[str, object], split: str, weights: str) -> Score:
         miou=number(record.get("miou")),
         pixel_accuracy=number(record.get("pixel_accuracy")),
         iou={str(name): number(value) for name, value in iou.items()} if isinstance(iou, Mapping) else {},
+        inference=str(record.get("inference", "")),
     )
 
 

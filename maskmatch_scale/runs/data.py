@@ -6,7 +6,7 @@ Decision: docs/decisions/0008-data-json-in-the-run.md.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +115,18 @@ def run_of(path: Path) -> Path | None:
     return next((folder for folder in (path, path.parent.parent) if RunFolder(folder).recipe.is_file()), None)
 
 
-def recipe_of(run: Path) -> Recipe:
+def recipe_of(run: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe that a run was trained with.
+
+    Args:
+        run: run directory.
+        overrides: ``section.key=value``, see :func:`load_recipe`.
 
     Raises:
         CheckpointError: `run` is not a run directory.
+        RecipeError: an override is wrong.
     """
     path = RunFolder(run).recipe
     if not path.is_file():
         raise CheckpointError(f"{run}: not a run directory (no {path.name})")
-    return load_recipe(path)
+    return load_recipe(path, overrides)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ import torch
 from maskmatch_scale.checkpoints.finding import opened
 from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.engine.precision import autocast, autocast_dtype
-from maskmatch_scale.evaluation.evaluate import Window, evaluate_split
+from maskmatch_scale.errors import UserError
+from maskmatch_scale.evaluation.evaluate import evaluate_split
+from maskmatch_scale.evaluation.inference import Inference, described
+from maskmatch_scale.evaluation.locality import measure_locality
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.evaluation.save_pictures import save_masked_pictures, save_pictures
 from maskmatch_scale.files import write_whole
@@ -24,10 +27,42 @@ from maskmatch_scale.runs.data import recipe_of
 from maskmatch_scale.runs.model import load_model
 
 
-def window_of(recipe: Recipe, segmenter: Segmenter, device: torch.device) -> Window:
-    """The windows into which held-out images of a run are cut."""
-    dtype = next(segmenter.parameters()).dtype
-    return Window(recipe.data.crop_px, recipe.evaluation, segmenter.mean, segmenter.std, device, dtype)
+def window_px(recipe: Recipe, segmenter: Segmenter) -> tuple[int, int]:
+    """Height and width of the windows of a recipe.
+
+    Raises:
+        UserError: the segmenter does not take images of this size, or not at the smallest scale; says what it takes.
+    """
+    size_px = recipe.evaluation.window_px or recipe.data.crop_px
+    try:
+        segmenter.check_size(*size_px)
+    except ValueError as error:
+        raise UserError(f"evaluation.window_px={list(size_px)}: {error}") from None
+    scale, unit = min(recipe.evaluation.scales), segmenter.unit_px
+    if recipe.evaluation.mode == "sliding" and min(size_px) * scale < unit:
+        raise UserError(
+            f"evaluation.scales={list(recipe.evaluation.scales)} with windows of {size_px[0]}×{size_px[1]} px: at "
+            f"scale {scale:g} they are smaller than a unit of {unit} px; leave it out, or set evaluation.window_px"
+        )
+    return size_px
+
+
+def inference_of(recipe: Recipe, segmenter: Segmenter, device: torch.device) -> Inference:
+    """How the segmenter of a run is run on held-out images.
+
+    Raises:
+        UserError: as :func:`window_px`.
+    """
+    return Inference(
+        recipe.evaluation,
+        window_px(recipe, segmenter),
+        segmenter.patch_px,
+        segmenter.unit_px,
+        segmenter.mean,
+        segmenter.std,
+        device,
+        next(segmenter.parameters()).dtype,
+    )
 
 
 def held_out_images(run: Path, split: str) -> int:
@@ -41,7 +76,13 @@ def held_out_images(run: Path, split: str) -> int:
 
 
 def evaluate_run(
-    run: Path, split: str, weights: tuple[str, ...], progress: Callable[[], None] = lambda: None
+    run: Path,
+    split: str,
+    weights: tuple[str, ...],
+    progress: Callable[[], None] = lambda: None,
+    overrides: Sequence[str] = (),
+    *,
+    locality: bool = False,
 ) -> list[dict[str, Any]]:
     """Evaluate a run's newest checkpoint, and keep figures in `RUN/evaluation` and pictures in `RUN/pictures`.
 
@@ -51,19 +92,24 @@ def evaluate_run(
         run: run directory.
         split: stream name.
         weights: `ema`, `student` or both.
-        progress: called after every image.
+        progress: called after every image; with ``locality`` twice for each.
+        overrides: ``evaluation.key=value``: keys that replace those of the run's recipe.
+        locality: whether to measure what `evaluation/locality.py` measures, too; `locality` of the records then has it.
 
     Returns:
-        One record for each kind of weights: `split`, `weights`, `step`, `miou`, `pixel_accuracy`, `iou` (by class; None
-        for a class that does not occur), `images`, `seconds`.
+        One record for each kind of weights: `split`, `weights`, `step`, `inference` (mode, windows, scales, in words),
+        `miou`, `pixel_accuracy`, `iou` (by class; None for a class that does not occur), `images`, `seconds`.
 
     Raises:
-        UserError: `run` has no checkpoint, or its data have no such split.
+        UserError: `run` has no checkpoint, its data have no such split, or an override is wrong.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = RunFolder(run)
     records, models = [], {}
-    recipe = recipe_of(run)  # a path that is no run is named as such
+    for override in overrides:
+        if not override.startswith("evaluation."):
+            raise UserError(f"{override}: only keys of `evaluation` can be changed for an evaluation")
+    recipe = recipe_of(run, overrides)  # a path that is no run is named as such
     with opened(run) as checkpoint:  # until both models are loaded: evaluating the first may take long
         index = load_index(recipe.data.root, recipe.data)
         for kind in weights:
@@ -71,28 +117,40 @@ def evaluate_run(
             segmenter = load_model(run, recipe, kind, checkpoint)
             models[kind] = segmenter.to(device)
             matrix = ConfusionMatrix(segmenter.num_classes, index.ignore_index)
-            window = window_of(recipe, segmenter, device)
+            inference = inference_of(recipe, segmenter, device)
             with autocast(device, autocast_dtype(recipe)):
-                images = evaluate_split(segmenter, recipe.data, split, window, matrix, progress=progress)
+                images = evaluate_split(segmenter, recipe.data, split, inference, matrix, progress=progress)
+                if locality:
+                    found = measure_locality(segmenter, recipe, split, inference, progress)
             iou = zip(index.classes, matrix.iou().tolist(), strict=False)
             record = {
                 "split": split,
                 "weights": kind,
                 "step": checkpoint.step,
+                "inference": described(recipe.evaluation, recipe.data.crop_px),
                 "miou": matrix.miou(),
                 "pixel_accuracy": matrix.pixel_accuracy(),
                 "iou": {name: None if v != v else v for name, v in iou},
                 "images": images,
                 "seconds": time.monotonic() - began,
             }
+            if locality:
+                record["locality"] = found
             folder.evaluations.mkdir(exist_ok=True)
             write_whole(folder.evaluation(split, kind), json.dumps(record, indent=1))
             records.append(record)
     with autocast(device, autocast_dtype(recipe)):
         samples = save_pictures(
-            folder.pictures(split), recipe.data, split, recipe.evaluation.pictures, dict(models), window
+            folder.pictures(split), recipe.data, split, recipe.evaluation.pictures, dict(models), inference
         )
         if recipe.method.mask.keep is not None:
             # The student was trained on masked views, together with its context decoder.
-            save_masked_pictures(samples, models.get("student", segmenter), recipe.method.mask, recipe.run.seed, window)
+            save_masked_pictures(
+                samples,
+                models.get("student", segmenter),
+                recipe.method.mask,
+                recipe.run.seed,
+                recipe.data.crop_px,
+                inference,
+            )
     return records

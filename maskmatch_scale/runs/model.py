@@ -56,7 +56,6 @@ def build_student(
             num_classes,
             head=model.head,
             pretrained=start if pretrained else None,
-            image_size=recipe.data.crop_px,
             unit_px=model.unit_px,
             context=recipe.method.mask.keep is not None and recipe.method.mask.mode == "drop",
             checkpoint_activations=recipe.engine.activation_checkpointing,
@@ -187,8 +186,13 @@ def check_shapes(folder: Path, stored: Weights, segmenter: Segmenter) -> None:
     found = {name: stored.shape(name) for name in stored}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
-        name = wrong[0]
+        name, remedy = wrong[0], "restore the files that the run was trained with"
+        if name == "backbone.pos_embed" and len(wrong) == 1:
+            remedy += (
+                "; if it is of before position embeddings kept their own grid, add model.backbone_options.img_size"
+            )
+            remedy += " to recipe.yaml, with the value of data.crop_px"
         raise CheckpointError(
             f"{folder}: {name} has shape {found.get(name)}, but recipe.yaml and data.json give "
-            f"{expected.get(name)}; restore the files that the run was trained with"
+            f"{expected.get(name)}; {remedy}"
         )

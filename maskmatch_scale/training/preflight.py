@@ -37,6 +37,7 @@ from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.redact import shown
 from maskmatch_scale.runs.data import RunData, describe_data
+from maskmatch_scale.runs.evaluate import window_px
 from maskmatch_scale.runs.lock import refuse_live_run
 from maskmatch_scale.runs.model import build_student
 from maskmatch_scale.seeds import derive_seed
@@ -138,7 +139,7 @@ def check_backbone(recipe: Recipe) -> None:
 
 
 def check_model(recipe: Recipe, student: Segmenter) -> None:
-    """Refuse crops that this model cannot take.
+    """Refuse crops and windows that this model cannot take.
 
     Raises:
         UserError: names the key and the sizes that fit.
@@ -149,6 +150,7 @@ def check_model(recipe: Recipe, student: Segmenter) -> None:
         student.check_size(*recipe.data.crop_px)
     except ValueError as error:
         raise UserError(f"data.crop_px={list(recipe.data.crop_px)}: {error}") from None
+    window_px(recipe, student)
 
 
 def check_keeping(recipe: Recipe, index: ShardIndex) -> None:

@@ -124,6 +124,22 @@ def test_evaluate_and_report_a_run(capsys, monkeypatch, make_recipe):
     code, out, _ = run(capsys, monkeypatch, "evaluate", folder, "--weights", "ema")
     assert code == 0
     assert all(word in out for word in ("square", "mIoU", "pixel accuracy"))
+    assert "boundary" not in out
+    code, out, _ = run(capsys, monkeypatch, "evaluate", folder, "--weights", "ema", "--locality")
+    assert code == 0
+    assert all(row in out for row in ("boundary IoU", "30% of units visible", "c ≥ 0.3"))
+    kept = json.loads((folder / "evaluation" / "val-ema.json").read_text())["locality"]
+    assert kept["small_objects"] > 0
+    shutil.rmtree(folder / "pictures")
+    whole = ("evaluation.mode=whole", "evaluation.flip=true", "evaluation.pictures=0")
+    code, out, _ = run(capsys, monkeypatch, "evaluate", folder, "--weights", "ema", "--json", *whole)
+    assert code == 0
+    assert json.loads(out)[0]["inference"] == "whole images, and their mirror images"
+    assert not (folder / "pictures").exists()
+    for key, part in (("run.steps=3", "only keys of `evaluation`"), ("evaluation.overlap=1", "evaluation.overlap=1")):
+        code, _, err = run(capsys, monkeypatch, "evaluate", folder, key)
+        assert code == 2
+        assert part in err
     code, out, _ = run(capsys, monkeypatch, "report", folder, "--json", folder / "table.json")
     assert code == 0
     assert {row["method"] for row in json.loads((folder / "table.json").read_text())} == {"MaskMatch"}

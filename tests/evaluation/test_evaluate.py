@@ -8,12 +8,13 @@ import torch
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.evaluation.evaluate import Window, evaluate_split
+from maskmatch_scale.evaluation.evaluate import evaluate_split
+from maskmatch_scale.evaluation.inference import Inference
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.recipe import DataRecipe, EvaluationRecipe
 from tests.conftest import ShapesSource, rewrite_shard, write_shards
 
-WINDOW = Window((64, 64), EvaluationRecipe(), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), torch.device("cpu"))
+HOW = Inference(EvaluationRecipe(), (64, 64), 1, 1, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), torch.device("cpu"))
 
 
 def segmenter(images):
@@ -37,7 +38,7 @@ def test_decoding_ahead_changes_no_count(shapes, place, own):
         matrix, during = ConfusionMatrix(3), []
         data = DataRecipe(root=str(shapes), workers=workers)
         count = partial(_note_children, during)
-        evaluate_split(segmenter, data, "val", WINDOW, matrix, place, progress=count)
+        evaluate_split(segmenter, data, "val", HOW, matrix, place, progress=count)
         assert during[0] - before == min(workers, own - 1)
         counts.append(matrix.counts)
     assert counts[0].equal(counts[1])
@@ -52,7 +53,7 @@ def test_an_error_ends_the_processes_too(shapes):
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory") as caught:
-        evaluate_split(broken, DataRecipe(root=str(shapes), workers=2), "val", WINDOW, ConfusionMatrix(3))
+        evaluate_split(broken, DataRecipe(root=str(shapes), workers=2), "val", HOW, ConfusionMatrix(3))
     assert children() == before, caught  # while the traceback is still held
 
 
@@ -63,6 +64,6 @@ def test_a_bad_sample_is_named_on_one_line(tmp_path, workers):
     shard = shards.file(shards.locate(3)[0])
     rewrite_shard(tmp_path, shard, {"val-0003.png": b"no label"})
     with pytest.raises(DataError) as caught:
-        evaluate_split(segmenter, DataRecipe(root=str(tmp_path), workers=workers), "val", WINDOW, ConfusionMatrix(3))
+        evaluate_split(segmenter, DataRecipe(root=str(tmp_path), workers=workers), "val", HOW, ConfusionMatrix(3))
     assert str(caught.value).startswith(f"{shard}: val-0003: not a readable label map")
     assert "\n" not in str(caught.value)

@@ -276,7 +276,7 @@ def test_another_run_starts_from_an_export(runs, images, make_recipe, tmp_path, 
     export_run(runs(name), tmp_path / "out")
     segmenter = open_run(runs(name), "ema")[1]
     model = MODELS[name]
-    settings = {"head": model.get("head"), "image_size": 64, "backbone_options": model["backbone_options"]}
+    settings = {"head": model.get("head"), "backbone_options": model["backbone_options"]}
     again = build_segmenter(model["backbone"], 3, pretrained=tmp_path / "out", **settings).eval()
     assert again(images).equal(segmenter(images))
     more = build_segmenter(model["backbone"], 7, pretrained=str(tmp_path / "out"), **settings).eval()
@@ -291,6 +291,7 @@ def test_the_card_says_what_is_known_and_what_is_not(runs, tmp_path):
     export_run(run, tmp_path / "before")
     (run / "evaluation").mkdir()
     record = {"split": "val", "weights": "ema", "step": 2, "miou": 0.4321, "pixel_accuracy": 0.8765}
+    record["inference"] = "whole images"
     scores = {"iou": {"ground": 0.9, "square": 0.1239, "disc": None}}
     (run / "evaluation" / "val-ema.json").write_text(json.dumps(record | scores))
     export_run(run, tmp_path / "after")
@@ -305,6 +306,8 @@ def test_the_card_says_what_is_known_and_what_is_not(runs, tmp_path):
         assert part in before, part
     assert "| val | 5 | 2 | 0.432 | 0.876 |" in after
     assert "| square | 0.124 |" in after
+    assert "Predicted: sliding windows of 64×64 px overlapping by at least 25%." in before
+    assert "dev: sliding windows of 64×64 px overlapping by at least 25%. val: whole images." in after
     assert "| val |" not in before
     # Figures of later weights are marked as such.
     export_run(run / "checkpoints" / "step-00000001", tmp_path / "first")

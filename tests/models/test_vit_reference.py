@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from .conftest import VITS
@@ -59,6 +60,25 @@ def test_tokens_and_every_gradient_equal_masked_attention(build, family, patches
         want = gradients[parameter_name].grad
         scale = want.abs().max().clamp_min(1)
         torch.testing.assert_close(parameter.grad / scale, want / scale, rtol=0, atol=1e-11, msg=parameter_name)
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2", "eva02"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_other_sizes_see_the_embedding_resized(build, family, masked):
+    """As a model does that is laid out for the size, with the first one's embedding, resized by timm's function."""
+    segmenter = build(family, context=False).eval()
+    size = 3 * segmenter.unit_px, 4 * segmenter.unit_px
+    laid_out = build(family, context=False, image_size=size).eval()
+    own, state = segmenter.backbone, segmenter.state_dict()
+    grid = laid_out.backbone.patch_embed.grid_size
+    assert grid != own.patch_embed.grid_size
+    prefix = 0 if own.no_embed_class else own.num_prefix_tokens
+    state["backbone.pos_embed"] = resample_abs_pos_embed(own.pos_embed, list(grid), num_prefix_tokens=prefix)
+    laid_out.load_state_dict(state)
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    visible = torch.tensor([[0, 3, 7], [1, 2, 11]]) if masked else None
+    for one, other in zip(segmenter.encode(images, visible), laid_out.encode(images, visible), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", VITS)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from maskmatch_scale.recipe import parse_recipe
 from maskmatch_scale.recipe.reference import describe, main, page, sections
-from maskmatch_scale.recipe.sections import ScaleRange, SidesPx
+from maskmatch_scale.recipe.values import ScaleRange, SidesPx
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipe.md"
 

@@ -78,7 +78,7 @@ class HostCopies(TorchDispatchMode):
 def one_step(recipe, family, head, arithmetic):
     """Views, pseudo-labels and losses of one micro-batch, twice; returns loss, sums and the second's host copies."""
     torch.manual_seed(0)
-    segmenter = build_segmenter(num_classes=3, image_size=64, head=head, **BACKBONES[family])
+    segmenter = build_segmenter(num_classes=3, head=head, **BACKBONES[family])
     draw = view_draws(segmenter, recipe.method, recipe.run.seed, recipe.data.crop_px)
     host = TrainingBatches(recipe, 3, 0, 1, unlabelled=True, draw=draw)[0]
     maskmatch = MaskMatch(segmenter, recipe.method, recipe.run.seed, 255, torch.ones(3)).train()
@@ -192,7 +192,7 @@ class PretendedRank(Runtime):
 
 def test_the_whole_of_take_step(make_recipe):
     recipe = make_recipe(engine={"accumulation": 2}, method={"scales": [1.0]})
-    segmenter = build_segmenter(num_classes=3, image_size=64, **BACKBONES["vit"])
+    segmenter = build_segmenter(num_classes=3, **BACKBONES["vit"])
     draw = view_draws(segmenter, recipe.method, recipe.run.seed, recipe.data.crop_px)
     batches = TrainingBatches(recipe, 3, 0, 1, unlabelled=True, draw=draw)
     host = [batches[number] for number in range(4)]

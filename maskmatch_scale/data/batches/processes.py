@@ -19,7 +19,7 @@ from typing import TypeVar, get_args
 
 from torch.utils.data import DataLoader, Dataset
 
-from maskmatch_scale.recipe.sections import StopSignal
+from maskmatch_scale.recipe.values import StopSignal
 
 T = TypeVar("T")
 

@@ -48,11 +48,12 @@ class TimmVit(ExportKind):
         recipe, backbone = exported.recipe, exported.segmenter.backbone
         # timm lays the last norm before or behind the pooling, by the kind of pooling. Without pooling it must be told.
         norm_key = "use_fc_norm" if isinstance(backbone, Eva) else "fc_norm"
+        position_px = exported.description.position_px
         arguments = {
             "dynamic_img_size": True,
             "num_classes": 0,
             **recipe.model.backbone_options,
-            "img_size": list(recipe.data.crop_px),
+            **({} if position_px is None else {"img_size": list(position_px)}),
             "global_pool": "",
             norm_key: not isinstance(backbone.fc_norm, nn.Identity),
         }

@@ -80,6 +80,14 @@ class VitEncoder(Encoder):
         """Class and register tokens."""
         return int(self.model.num_prefix_tokens)
 
+    @property
+    def position_px(self) -> tuple[int, int] | None:
+        """See `Encoder.position_px`."""
+        if self.model.pos_embed is None:
+            return None
+        height, width = self.model.patch_embed.img_size
+        return height, width
+
     def unit_fits(self, unit_px: int) -> bool:
         """Whether the side is whole patches."""
         return unit_px % self.patch_px == 0

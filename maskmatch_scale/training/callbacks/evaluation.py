@@ -10,7 +10,7 @@ from maskmatch_scale.data.batches.training import outage_s
 from maskmatch_scale.evaluation.evaluate import evaluate_split
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.record.run_files import read_run
-from maskmatch_scale.runs.evaluate import window_of
+from maskmatch_scale.runs.evaluate import inference_of
 from maskmatch_scale.training.callbacks.base import Callback
 from maskmatch_scale.training.run import Run
 
@@ -65,7 +65,7 @@ class Evaluation(Callback):
                 run.teacher if weights == "ema" else run.student,
                 run.recipe.data,
                 "dev",
-                window_of(run.recipe, run.student, runtime.device),
+                inference_of(run.recipe, run.student, runtime.device),
                 matrix,
                 (runtime.rank, runtime.world_size),
                 runtime.sum_over_ranks,

@@ -1,0 +1,57 @@
+"""What is measured of a segmenter beyond its mIoU, on a real split."""
+
+import pytest
+import torch
+
+from maskmatch_scale.data.shards.index import ShardIndex
+from maskmatch_scale.evaluation.evaluate import evaluate_split
+from maskmatch_scale.evaluation.locality import NEAR_PX, VISIBLE_SHARES, Masked, measure_locality
+from maskmatch_scale.evaluation.miou import ConfusionMatrix
+from maskmatch_scale.runs.evaluate import inference_of
+from maskmatch_scale.runs.model import build_student
+
+
+@pytest.fixture
+def segmenter(make_recipe):
+    recipe = make_recipe()
+    return build_student(recipe, ShardIndex.load(recipe.data.root)).eval()
+
+
+def test_the_same_numbers_twice_and_all_units_are_the_whole_image(make_recipe, segmenter):
+    recipe = make_recipe(method={"scales": [1.0], "threshold": 0.0})
+    how, rounds = inference_of(recipe, segmenter, torch.device("cpu")), []
+    found = measure_locality(segmenter, recipe, "val", how, lambda: rounds.append(1))
+    assert found == measure_locality(segmenter, recipe, "val", how)
+    assert len(rounds) == 5
+    matrix = ConfusionMatrix(3, 255)
+    evaluate_split(segmenter, recipe.data, "val", how, matrix)
+    assert list(found["miou_visible"]) == [f"{share:g}" for share in VISIBLE_SHARES]
+    assert found["miou_visible"]["1"] == pytest.approx(matrix.miou(), abs=1e-6)
+    assert found["miou_visible"]["0.1"] != found["miou_visible"]["1"]
+    assert list(found["miou_near_boundary"]) == [str(px) for px in NEAR_PX]
+    assert set(found["boundary_iou_by_class"]) == {"ground", "square", "disc"}
+    labels = found["pseudo_labels"]
+    assert sum(row["pixels"] for row in labels["table"]) == int(matrix.counts.sum())
+    assert labels["coverage"] == 1
+    middle = sum(row["pixels"] * row["confidence"] for row in labels["table"]) / int(matrix.counts.sum())
+    surer = make_recipe(method={"scales": [1.0], "threshold": middle})
+    assert 0 < measure_locality(segmenter, surer, "val", how)["pseudo_labels"]["coverage"] < 1
+    assert found["small_objects"] > 0
+
+
+def test_crops_that_are_not_whole_units_have_no_masked_figures(make_recipe, segmenter):
+    recipe = make_recipe(data={"crop_px": 72}, method={"mask": {"keep": None}})
+    found = measure_locality(segmenter, recipe, "val", inference_of(recipe, segmenter, torch.device("cpu")))
+    assert found["miou_visible"] == {}
+
+
+def test_each_call_sees_other_units_and_as_many(segmenter, monkeypatch):
+    seen = []
+    monkeypatch.setattr(type(segmenter), "forward", lambda self, images, visible, mode: seen.append(visible))
+    for _ in range(2):
+        masked = Masked(segmenter, 0.3, "drop", seed=1)
+        for _ in range(3):
+            masked(torch.zeros(2, 3, 128, 128))
+    assert [visible.shape for visible in seen] == [(2, 5)] * 6
+    assert all(one.equal(other) for one, other in zip(seen[:3], seen[3:]))
+    assert not seen[0].equal(seen[1])
