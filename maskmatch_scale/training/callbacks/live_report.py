@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 from maskmatch_scale.training.callbacks.base import Callback
 from maskmatch_scale.training.run import Run
@@ -18,6 +19,7 @@ log = logging.getLogger("maskmatch_scale")
 
 SHARE = 1 / 30
 """Most of a core's time that the reports may take."""
+_ENDING_S = 5.0
 
 
 class LiveReport(Callback):
@@ -49,7 +51,8 @@ class LiveReport(Callback):
         """End the process, so that it does not replace the last report."""
         if self._process is not None:
             self._process.terminate()
-            self._process.communicate()
+            with suppress(subprocess.TimeoutExpired):  # it hangs on a network disk, as the run then may too
+                self._process.communicate(timeout=_ENDING_S)
 
     def _start(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "maskmatch_scale.record.live", str(self.run.folder.path), str(self._every_s)]
