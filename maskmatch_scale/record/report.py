@@ -1,6 +1,7 @@
 """The report: one self-contained HTML file on one or several runs.
 
-This module collects what the report contains; ``report.html.jinja`` is its layout.
+This module collects what the report contains; ``report.html.jinja`` is its layout, ``report.css`` its style, and
+``report.js`` what moves in it; both become part of the page.
 """
 
 from __future__ import annotations
@@ -120,9 +121,12 @@ def _render(read: Sequence[RunFiles], live_s: int) -> str:
     backbones = list(dict.fromkeys(run.summary.backbone for run in runs))
     figures = headline(summaries)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        files("maskmatch_scale.record").joinpath("report.html.jinja").read_text(encoding="utf-8")
+        _part("report.html.jinja")
     )
     return page.render(
+        # The two files are ours, and hold nothing of a run.
+        style=Markup(_part("report.css")),
+        script=Markup(_part("report.js")),
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs in {_common_parent([r.path for r in read]).name}",
         runs=runs,
         columns=figures.columns,
@@ -143,6 +147,11 @@ def _render(read: Sequence[RunFiles], live_s: int) -> str:
         live_s=live_s,
         written=round(time.time()) if live_s else None,
     )
+
+
+def _part(name: str) -> str:
+    """A file beside this one."""
+    return files("maskmatch_scale.record").joinpath(name).read_text(encoding="utf-8")
 
 
 def _arranged(read: Sequence[RunFiles]) -> list[_Run]:

@@ -8,7 +8,7 @@ from maskmatch_scale.train import train
 from maskmatch_scale.training.callbacks import Callback
 
 SETTINGS = {"steps": 4, "log_every": 1, "evaluate_every": 0}
-FP32 = {"precision": "fp32"}
+FP32 = {"precision": "fp32", "library": "accelerate", "zero_stage": 0}
 
 
 class Reader(Callback):
