@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +23,15 @@ import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (Debian: apt-get install chromium)")
+
+# Becomes the browser, with the two pipes on the descriptors 3 and 4. They may have these numbers already, crosswise.
+_START = """
+import fcntl, os, sys
+high = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for target, end in zip((3, 4), high):
+    os.dup2(end, target)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -138,22 +148,15 @@ def browser() -> Iterator[Browser]:
     assert CHROMIUM is not None
     to_browser, write = os.pipe()
     read, from_browser = os.pipe()
-
-    def as_three_and_four() -> None:
-        # Above 4 first, so that neither is overwritten.
-        high = [os.dup(end) for end in (to_browser, from_browser)]
-        high = [fd if fd > 4 else os.dup(fd) for fd in high]
-        os.dup2(high[0], 3)
-        os.dup2(high[1], 4)
-
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
             [
+                *(sys.executable, "-c", _START, str(to_browser), str(from_browser)),
                 CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
                 f"--user-data-dir={profile}", "--no-first-run", "--disable-dev-shm-usage",
                 "--disable-background-networking", "--hide-scrollbars",
             ],
-            pass_fds=(3, 4), close_fds=True, preexec_fn=as_three_and_four,
+            pass_fds=(to_browser, from_browser),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(to_browser)
