@@ -1,6 +1,7 @@
 """The recipe of a run: its keys, loading it, and checking it."""
 
 from maskmatch_scale.recipe.load import load_recipe, parse_recipe
+from maskmatch_scale.recipe.recording import RecordRecipe
 from maskmatch_scale.recipe.sections import (
     DataRecipe,
     EngineRecipe,
@@ -26,6 +27,7 @@ __all__ = [
     "OptimRecipe",
     "Recipe",
     "RecipeError",
+    "RecordRecipe",
     "RunRecipe",
     "SourceRecipe",
     "StrongViewRecipe",

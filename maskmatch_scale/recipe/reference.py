@@ -135,6 +135,8 @@ def _list(arguments: Sequence[Any], metadata: Sequence[Any]) -> str:
     if isinstance(first, type) and issubclass(first, BaseModel):
         return "list of sources, see below"
     of = describe(first).replace("share", "number")
+    if of.startswith("one of "):
+        return f"list of any of {of.removeprefix('one of ')}"
     noun, _, bounds = of.partition(" ")
     plural = f"{noun}s {bounds}".strip()
     if arguments[-1] is Ellipsis:

@@ -10,11 +10,13 @@ import math
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.recipe.bases import BASES
 from maskmatch_scale.recipe.engines import ENGINES
+from maskmatch_scale.recipe.recording import RecordRecipe
+from maskmatch_scale.recipe.section import Section
 from maskmatch_scale.recipe.soundness import unsound
 from maskmatch_scale.recipe.tables import OneOf
 from maskmatch_scale.recipe.values import (
@@ -30,12 +32,6 @@ from maskmatch_scale.recipe.values import (
 
 class RecipeError(UserError):
     """A recipe that cannot be run: the message names the key, its value and what to do."""
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys and wrong types are errors, and values cannot change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class SourceRecipe(Section):
@@ -133,7 +129,7 @@ class ModelRecipe(Section):
     """Initial weights. null or false: random. true: the library's pretrained weights. A path: a local file or folder of
     weights, a run, a checkpoint or an export. Of a torch file only tensors are read, because unpickling anything else
     could run any code."""
-    backbone_options: dict[str, Any] = {}
+    backbone_options: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies it
     """Keyword arguments for timm.create_model, or keys of SegformerConfig, that replace the library's defaults. A ViT's
     `img_size` is what its position embedding is laid out for; other sizes of images are taken, too."""
     batchnorm: Literal["synchronised", "per_rank", "frozen"] = "synchronised"
@@ -350,6 +346,7 @@ class Recipe(Section):
     optim: OptimRecipe = OptimRecipe()
     engine: EngineRecipe = EngineRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    record: RecordRecipe = RecordRecipe()
     run: RunRecipe
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class MetricsLog:
     def __init__(self, path: Path | None, say: Callable[[str], None]) -> None:
         self.file = None if path is None else LinesFile(path, say)
         """Where records are written; None on ranks that do not write."""
+        self.readers: list[Callable[[Sequence[Mapping[str, Any]]], None]] = []
+        """Are given all records in the order in which they are written, on ranks that write."""
         self._waiting: list[tuple[dict[str, Any], dict[str, Tensor], dict[str, Callable[[], float]]]] = []
 
     def train(
@@ -71,7 +73,10 @@ class MetricsLog:
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         if self.file is not None:
-            self.file.append([json.dumps(_plain(record)) for record in records])
+            plain = [_plain(record) for record in records]
+            self.file.append([json.dumps(record) for record in plain])
+            for read in self.readers:
+                read(plain)
 
 
 def _grouped(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class Picture:
     """The picture as a ``data:`` address."""
     is_label_map: bool
     """Whether it has flat colours, which the page enlarges without smoothing."""
+    size_px: tuple[int, int]
+    """Width and height of the file, before it was shrunk: a picture of a crop is smaller than the image."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ def _picture(path: Path, title: str, alt: str, *, is_label_map: bool) -> Picture
         uri = _label_map_uri(path) if is_label_map else _photo_uri(path)
     except OSError:
         return None
-    return Picture(title, alt, uri, is_label_map)
+    size_px = _size(path)
+    return None if size_px is None else Picture(title, alt, uri, is_label_map, size_px)
 
 
 def _label_map_uri(path: Path) -> str:

@@ -1,6 +1,7 @@
 """The report: one self-contained HTML file on one or several runs.
 
-This module collects what the report contains; ``report.html.jinja`` is its layout.
+This module collects what the report contains; ``report.html.jinja`` is its layout, ``report.css`` its style, and
+``report.js`` what moves in it; both become part of the page.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,14 +67,34 @@ class _ClassTable:
     runs: tuple[_Run, ...]
     rows: tuple[tuple[str, tuple[float | None, ...]], ...]
     """Class name and the IoU of each run."""
+    miou: tuple[float | None, ...]
+    """Of each run."""
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+@dataclass(frozen=True)
+class _Saves:
+    """The checkpoints of one run, in words."""
+
+    run: _Run
+    cells: tuple[str, ...]
+    """As :data:`SAVES_COLUMNS`, "–" for what is not known."""
+    failed: tuple[str, ...]
+    """Lines on the last ones that could not be written."""
+
+
+SAVES_COLUMNS = ("written", "failed", "newest", "GB each", "step waits for copy", "written in", "best on dev")
+MOST_FAILED = 10
+"""Lines on failed checkpoints that are shown of a run."""
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None, live_s: int = 0) -> Path:
     """Write one HTML file on the runs, which needs no other file.
 
     Args:
         runs: run directories. Of an unfinished run the report shows what there is, and names what is missing.
         out: the file; by default ``report.html`` in the run, or in the nearest common parent of several.
+        live_s: about how often the file is written again, in seconds: a browser that shows it loads it again. 0: it is
+            not.
 
     Returns:
         The file. It is written under another name and renamed, so it is always complete.
@@ -87,21 +109,24 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     out = out or RunFolder(paths[0] if len(paths) == 1 else _common_parent(paths)).report
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name the HTML file to write")
-    page = _render([read_run(path) for path in paths])
+    page = _render([read_run(path) for path in paths], live_s)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, page)
     return out
 
 
-def _render(read: Sequence[RunFiles]) -> str:
+def _render(read: Sequence[RunFiles], live_s: int) -> str:
     runs = _arranged(read)
     summaries = [run.summary for run in runs]
     backbones = list(dict.fromkeys(run.summary.backbone for run in runs))
     figures = headline(summaries)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        files("maskmatch_scale.record").joinpath("report.html.jinja").read_text(encoding="utf-8")
+        _part("report.html.jinja")
     )
     return page.render(
+        # The two files are ours, and hold nothing of a run.
+        style=Markup(_part("report.css")),
+        script=Markup(_part("report.js")),
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs in {_common_parent([r.path for r in read]).name}",
         runs=runs,
         columns=figures.columns,
@@ -117,7 +142,16 @@ def _render(read: Sequence[RunFiles]) -> str:
             [PictureRun(r.files.path, r.name, r.label, r.summary.backbone, r.summary.mask_keep) for r in runs]
         ),
         differing=_differing(runs),
+        saves_columns=SAVES_COLUMNS,
+        saves=[_saves(run) for run in runs if run.files.saves],
+        live_s=live_s,
+        written=round(time.time()) if live_s else None,
     )
+
+
+def _part(name: str) -> str:
+    """A file beside this one."""
+    return files("maskmatch_scale.record").joinpath(name).read_text(encoding="utf-8")
 
 
 def _arranged(read: Sequence[RunFiles]) -> list[_Run]:
@@ -152,6 +186,9 @@ def _missing(run: _Run) -> list[str]:
         for score in held_out
         if score.step is not None and score.step != summary.steps_done
     ]
+    failed = sum(save.error is not None for save in run.files.saves)
+    if failed:
+        gaps.append(f"{failed} checkpoints could not be written")
     skipped = number((run.files.closing or {}).get("images_skipped"))
     if skipped:
         gaps.append(f"{skipped:.0f} bad samples were skipped (the folder skipped/ lists them)")
@@ -196,8 +233,34 @@ def _class_tables(runs: Sequence[_Run]) -> list[_ClassTable]:
         names = dict.fromkeys(name for _, iou in scores for name in iou)
         if names:
             rows = tuple((name, tuple(iou.get(name) for _, iou in scores)) for name in names)
-            tables.append(_ClassTable(split, tuple(run for run, _ in scores), rows))
+            miou = tuple(score.miou for run, _ in scores if (score := run.summary.score(split, "ema")))
+            tables.append(_ClassTable(split, tuple(run for run, _ in scores), rows, miou))
     return tables
+
+
+def _saves(run: _Run) -> _Saves:
+    written = [save for save in run.files.saves if save.error is None]
+    failed = [save for save in run.files.saves if save.error is not None]
+    newest = written[-1] if written else None
+    best = run.files.best
+    return _Saves(
+        run,
+        (
+            str(len(written)),
+            str(len(failed)),
+            "–" if newest is None else f"step {newest.step}",
+            "–" if newest is None or newest.bytes is None else f"{newest.bytes / 1e9:.3g}",
+            _median_s([save.copy_s for save in written]),
+            _median_s([save.write_s for save in written]),
+            "–" if best is None else f"{best[0]}: {best[1]:.3f}",
+        ),
+        tuple(f"step {save.step}: {save.error}" for save in failed[-MOST_FAILED:]),
+    )
+
+
+def _median_s(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{np.median(known):.2g} s" if known else "–"
 
 
 def _differing(runs: Sequence[_Run]) -> list[tuple[str, list[str]]]:

@@ -11,6 +11,7 @@ import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from yaml import YAMLError
 
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.record.run_folder import RunFolder
-from maskmatch_scale.redact import has_secret, redacted_values
+from maskmatch_scale.redact import has_secret, redacted, redacted_values
 
 RATES = ("images_per_s", "tokens_per_s", "mfu")
 """Figures that say how fast a step was."""
@@ -58,6 +59,21 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Save:
+    """A checkpoint record. Times are seconds of rank 0, None if not recorded."""
+
+    step: int
+    copy_s: float | None
+    """How long a step waited for the copy."""
+    wait_s: float | None
+    """How long a step waited for the checkpoint before."""
+    write_s: float | None
+    bytes: float | None
+    error: str | None
+    """Why it could not be written, without passwords and tokens; None: it was."""
+
+
+@dataclass(frozen=True)
 class RunFiles:
     """The contents of a run directory."""
 
@@ -71,6 +87,12 @@ class RunFiles:
     """Evaluations during training, steps ascending."""
     scores: tuple[Score, ...]
     """The newest evaluation of each split and weights, of ``evaluation/`` or training, by :func:`split_rank`."""
+    saves: tuple[Save, ...]
+    """All checkpoint records, of all starts, as they come in the file."""
+    best: tuple[str, float] | None
+    """The best checkpoint that is there, by name, and its mIoU on ``dev``; from the file `best`."""
+    fetched_mb: float
+    """10⁶ bytes of shards that rank 0 has fetched from other machines, of all train records."""
     closing: Mapping[str, object] | None
     """``summary.json``, which is written when training ends; None before that."""
 
@@ -86,15 +108,18 @@ def read_run(path: Path) -> RunFiles:
     if not recipe.is_file():
         raise UserError(f"{path}: not a run directory (it has no recipe.yaml); give a folder that run.dir named")
     recipe_text, settings = _read_recipe(recipe)
-    train, progress = _read_metrics(folder.metrics)
+    metrics = _read_metrics(folder.metrics)
     closing = folder.summary
     return RunFiles(
         path=path,
         recipe_text=recipe_text,
         settings=settings,
-        train=train,
-        progress=progress,
-        scores=_newest(progress + tuple(_read_evaluations(folder.evaluations))),
+        train=metrics.train,
+        progress=metrics.progress,
+        scores=_newest(metrics.progress + tuple(_read_evaluations(folder.evaluations))),
+        saves=metrics.saves,
+        best=_best_checkpoint(folder.checkpoints),
+        fetched_mb=metrics.fetched_mb,
         closing=_read_object(closing) if closing.is_file() else None,
     )
 
@@ -134,8 +159,27 @@ def _flat(section: Mapping[object, object], prefix: str = "") -> Iterator[tuple[
             yield f"{prefix}{key}", value
 
 
-def _read_metrics(path: Path) -> tuple[TrainCurves, tuple[Score, ...]]:
-    """Train and eval records of ``metrics.jsonl``.
+def _best_checkpoint(folder: Path) -> tuple[str, float] | None:
+    """The first line of `best` that names a checkpoint that is there; the file is written by checkpoints/keeping.py."""
+    best = folder / "best"
+    lines = best.read_text(encoding="utf-8", errors="replace").splitlines() if best.is_file() else []
+    for name, _, miou in (line.partition(" ") for line in lines):
+        with suppress(ValueError):
+            if (folder / name).is_dir():
+                return name, float(miou)
+    return None
+
+
+@dataclass(frozen=True)
+class _Metrics:
+    train: TrainCurves
+    progress: tuple[Score, ...]
+    saves: tuple[Save, ...]
+    fetched_mb: float
+
+
+def _read_metrics(path: Path) -> _Metrics:
+    """The records of ``metrics.jsonl``.
 
     A run that was killed and resumed from an older checkpoint repeats steps, and the later records count. So a train
     record of step s replaces all records for steps ≥ s that come before it in the file.
@@ -144,6 +188,8 @@ def _read_metrics(path: Path) -> tuple[TrainCurves, tuple[Score, ...]]:
     steps = array("q")
     columns = {name: array("d") for name in CURVES}
     progress: dict[tuple[int, str, str], Score] = {}
+    saves = []
+    fetched_mb = 0.0
     for record in _records(path):
         step = record.get("step")
         if not isinstance(step, int):
@@ -151,6 +197,8 @@ def _read_metrics(path: Path) -> tuple[TrainCurves, tuple[Score, ...]]:
         if record.get("kind") == "eval":
             score = _score(record, split="dev", weights="ema")
             progress[step, score.split, score.weights] = score
+        elif record.get("kind") == "checkpoint":
+            saves.append(_save(step, record))
         elif record.get("kind") == "train":
             if steps and step <= steps[-1]:
                 kept = bisect_left(steps, step)
@@ -162,11 +210,20 @@ def _read_metrics(path: Path) -> tuple[TrainCurves, tuple[Score, ...]]:
             for name, column in columns.items():
                 value = number(record.get(name))
                 column.append(math.nan if value is None else value)
+            fetched = record.get("fetched")
+            if isinstance(fetched, dict):
+                fetched_mb += number(fetched.get("mb")) or 0.0
     curves = TrainCurves(
         steps=np.array(steps, dtype=np.int64),
         values={name: np.array(column, dtype=np.float64) for name, column in columns.items()},
     )
-    return curves, tuple(progress[key] for key in sorted(progress))
+    return _Metrics(curves, tuple(progress[key] for key in sorted(progress)), tuple(saves), fetched_mb)
+
+
+def _save(step: int, record: Mapping[str, object]) -> Save:
+    copy_s, wait_s, write_s, size = (number(record.get(name)) for name in ("copy_s", "wait_s", "write_s", "bytes"))
+    error = record.get("error")
+    return Save(step, copy_s, wait_s, write_s, size, None if error is None else redacted(str(error)))
 
 
 def _records(path: Path) -> Iterator[dict[str, object]]:

@@ -15,6 +15,8 @@ skipped/rank-N.jsonl      bad samples that training skipped, if any
 checkpoints/              see checkpoints/__init__.py; latest and best name checkpoints
 evaluation/SPLIT-WEIGHTS.json  figures of `maskmatch evaluate`
 pictures/SPLIT/           predictions for the report
+trackers.json             by what names the trackers know this run, if the recipe asks for any
+tensorboard/, wandb/      files of these trackers
 summary.json              written when training has ended
 report.html               the report on this run
 """
@@ -95,6 +97,16 @@ class RunFolder:
     def evaluation(self, split: str, weights: str) -> Path:
         """Figures of ``weights`` (`ema` or `student`) on one split."""
         return self.evaluations / f"{split}-{weights}.json"
+
+    @property
+    def trackers(self) -> Path:
+        """By what names the trackers know this run, for when it continues."""
+        return self.path / "trackers.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
 
     @property
     def all_pictures(self) -> Path:

@@ -55,7 +55,7 @@ class RunSummary:
     gpu_peak_gb: float | None
     """The most that torch had allocated on one GPU in a step, 10⁹ bytes."""
     fetched_gb: float | None
-    """10⁹ bytes of shards that were fetched from other machines, by all ranks."""
+    """10⁹ bytes of shards that were fetched from other machines, by all ranks; by rank 0 alone before the run ends."""
     seconds: float | None
     """Wall time of training in seconds."""
     cpu_s: float | None
@@ -120,7 +120,7 @@ def summarise_files(run: RunFiles) -> RunSummary:
         tokens_per_s=_median_rate(run, "tokens_per_s"),
         mfu=_median_rate(run, "mfu"),
         gpu_peak_gb=number(closing.get("gpu_peak_gb")),
-        fetched_gb=_fetched_gb(closing.get("fetched")),
+        fetched_gb=_fetched_gb(closing.get("fetched"), run.fetched_mb),
         seconds=number(closing.get("seconds")),
         cpu_s=number(closing.get("cpu_s")),
     )
@@ -276,9 +276,9 @@ def _median_rate(run: RunFiles, name: str) -> float | None:
     return None
 
 
-def _fetched_gb(fetched: object) -> float | None:
+def _fetched_gb(fetched: object, of_rank_0_mb: float) -> float | None:
     fetched_bytes = number(fetched.get("bytes")) if isinstance(fetched, dict) else None
-    return None if fetched_bytes is None else fetched_bytes / 1e9
+    return (of_rank_0_mb / 1e3 or None) if fetched_bytes is None else fetched_bytes / 1e9
 
 
 def _whole(value: object) -> int | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.families import check_capabilities
 from maskmatch_scale.models.units import visible_count
 from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.recipe.trackers import TRACKERS
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.redact import shown
 from maskmatch_scale.runs.data import RunData, describe_data
@@ -89,6 +91,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     place = Place.from_environment()
     refuse_live_run(RunFolder(Path(recipe.run.dir)))
     check_backbone(recipe)
+    check_trackers(recipe)
     index = load_index(recipe.data.root, recipe.data, fresh=True)
     student = build_student(recipe, describe_data(recipe, index), deferred=recipe.engine.zero_stage == 3)
     check_model(recipe, student)
@@ -136,6 +139,21 @@ def check_backbone(recipe: Recipe) -> None:
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Refuse trackers whose library is not installed; none is imported. All ranks check it, although rank 0 alone
+    will import it, so that all of them end.
+
+    Raises:
+        UserError: names the key, and the command that installs the library.
+    """
+    for name in recipe.record.trackers:
+        if find_spec(TRACKERS[name].library) is None:
+            raise UserError(
+                f"record.trackers={list(recipe.record.trackers)}: {name} is not installed; "
+                f"pip install maskmatch-scale[{name}], or leave it out"
+            )
 
 
 def check_model(recipe: Recipe, student: Segmenter) -> None:

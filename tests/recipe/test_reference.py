@@ -61,6 +61,7 @@ def test_every_key_and_section_has_a_docstring():
         (Annotated[float, Field(gt=0, le=1)] | None, "number > 0, ≤ 1 or `null`"),
         (Annotated[int, Field(ge=2, le=255)], "integer 2–255"),
         (Literal["a", "b"], "one of `a`, `b`"),
+        (tuple[Literal["a", "b"], ...], "list of any of `a`, `b`"),
         (SidesPx, "integer ≥ 1, or two of them"),
         (ScaleRange, "two numbers > 0, ascending"),
         (Annotated[tuple[float, ...], Field(min_length=1)], "list of one or more numbers"),

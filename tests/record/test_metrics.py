@@ -34,3 +34,18 @@ def test_other_ranks_read_but_do_not_write(tmp_path):
     log = MetricsLog(None, print)
     log.train(1, {}, {"loss": torch.tensor(1.0)})
     assert log.flush() == [{"step": 1, "kind": "train", "loss": 1.0}]
+
+
+def test_readers_are_given_what_is_written_in_its_order(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", print)
+    read = []
+    log.readers.append(read.extend)
+    log.train(1, {"lr": 0.1}, {"loss": torch.tensor(float("nan"))})
+    log.add({"step": 1, "kind": "checkpoint", "bytes": 5})
+    log.write({"step": 1, "kind": "eval", "miou": 0.5})
+    assert read == [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["kind"] for record in read] == ["checkpoint", "train", "eval"]
+    silent = MetricsLog(None, print)  # a rank that does not write
+    silent.readers.append(read.clear)
+    silent.add({"step": 1, "kind": "checkpoint"})
+    assert len(read) == 3

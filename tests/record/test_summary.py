@@ -200,3 +200,13 @@ def test_rows_for_programs(runs_folder):
         ("dev", "student"),
     ]
     assert json.loads(json.dumps(rows)) == rows
+
+
+def test_fetched_gigabytes_of_a_run_that_goes_on_are_those_of_its_records(write_run, tmp_path):
+    run = write_run(tmp_path / "run", method={"base": "supervised", "mask": {"keep": None}}, closed=False)
+    with (run / "metrics.jsonl").open("a") as lines:
+        for step, mb in ((41, 1500), (42, 500)):
+            lines.write(json.dumps({"step": step, "kind": "train", "fetched": {"shards": 3, "mb": mb}}) + "\n")
+    assert summarise(run).fetched_gb == 2.0
+    (run / "summary.json").write_text(json.dumps({"fetched": {"bytes": 7_000_000_000}}))  # of all ranks
+    assert summarise(run).fetched_gb == 7.0

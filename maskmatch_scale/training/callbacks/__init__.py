@@ -13,6 +13,7 @@ from maskmatch_scale.training.callbacks.closing import Closing
 from maskmatch_scale.training.callbacks.evaluation import Evaluation
 from maskmatch_scale.training.callbacks.fetching import Fetching
 from maskmatch_scale.training.callbacks.gpu_memory import GpuMemory
+from maskmatch_scale.training.callbacks.live_report import LiveReport
 from maskmatch_scale.training.callbacks.metrics import Metrics
 from maskmatch_scale.training.callbacks.nonfinite import NonFinite
 from maskmatch_scale.training.callbacks.opening import Opening
@@ -22,6 +23,7 @@ from maskmatch_scale.training.callbacks.skips import Skips
 from maskmatch_scale.training.callbacks.throughput import Throughput
 from maskmatch_scale.training.callbacks.time_limit import TimeLimit
 from maskmatch_scale.training.callbacks.time_spent import TimeSpent
+from maskmatch_scale.training.callbacks.trackers import Trackers
 
 CALLBACKS: tuple[type[Callback], ...] = (
     Opening,
@@ -37,6 +39,8 @@ CALLBACKS: tuple[type[Callback], ...] = (
     Checkpoints,  # before Evaluation, which may take long
     Evaluation,
     Profile,
+    LiveReport,
+    Trackers,  # after those that write records at the end
     Closing,
 )
 """The callbacks of every run, in the order in which they are called."""
