@@ -61,7 +61,7 @@ bench: install $(VENV)/peers/.installed ## benchmarks into benchmarks/results, a
 bench-gpu: install ## masked_vs_full, train_step, engine_overhead on a GPU into benchmarks/results/gpu, 16 minutes
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu --minutes 16
 
-drill: install ## runs killed, stopped, moved, damaged and cut off, into benchmarks/results, 25 minutes (KILLS=50, SEED=…)
+drill: install ## runs killed, stopped, moved, damaged and cut off, into benchmarks/results, over 40 minutes (KILLS=50, SEED=…)
 	$(BIN)/python -m benchmarks.drill --out benchmarks/results/drill.json --kills $(KILLS) --seed $(SEED)
 
 clean: ## what the other targets made, but not runs and data

@@ -4,6 +4,7 @@ import errno
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,18 @@ def test_permissions_of_a_file(tmp_path):
     assert modes == [0o600, modes[2], modes[2]]
 
 
-@pytest.fixture
+@contextmanager
 def limited():
-    """No file may grow beyond 4 KiB: a real fault of the disk that needs no root."""
+    """No file may grow beyond 4 KiB: a real fault of the disk that needs no root.
+
+    Within the test alone: pytest's own output may be a file, which would be too long as well.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def check_whole_or_not_at_all(folder, number):
@@ -62,10 +68,11 @@ def check_whole_or_not_at_all(folder, number):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_file_that_is_too_large(tmp_path, limited):
+def test_a_file_that_is_too_large(tmp_path):
     write_whole(tmp_path / ".plan.json", "before")
     append_lines(tmp_path / "lines", ["before"])
-    check_whole_or_not_at_all(tmp_path, errno.EFBIG)
+    with limited():
+        check_whole_or_not_at_all(tmp_path, errno.EFBIG)
 
 
 def test_a_full_disk(small_disk):

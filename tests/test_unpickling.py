@@ -62,10 +62,12 @@ def test_a_malicious_file_does_nothing(tmp_path, backbone, name, legacy):
 def test_an_older_timm_would_not_unpickle_either(tmp_path, monkeypatch):
     """Versions of timm have read files with other defaults: the file must not reach timm at all."""
     file = tmp_path / "model.pth"
-    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY_VIT).state_dict(), file)
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY_VIT).state_dict()
+    torch.save(state, file)
     monkeypatch.setattr("timm.models._builder.load_state_dict", lambda *_, **__: pytest.fail("timm reads the file"))
     for source in (file, tmp_path):
-        build_segmenter(VIT, 3, pretrained=source, backbone_options=TINY_VIT)
+        segmenter = build_segmenter(VIT, 3, pretrained=source, backbone_options=TINY_VIT)
+        assert segmenter.state_dict()["backbone.pos_embed"].equal(state["pos_embed"])
 
 
 def test_an_average_is_taken_before_what_it_averages(tmp_path):

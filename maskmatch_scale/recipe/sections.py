@@ -10,7 +10,7 @@ import math
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.recipe.bases import BASES

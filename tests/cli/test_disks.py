@@ -9,27 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskmatch_scale.cli import main as cli
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.export import load_export
 from maskmatch_scale.train import train
 from tests.conftest import recipe_maker
 
 FULL, READ_ONLY = "no room is left on this disk", "this disk is read-only"
-
-
-@pytest.fixture
-def maskmatch(capsys, monkeypatch):
-    """(exit code, stdout, stderr) of `maskmatch …` in this process."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["maskmatch", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
 
 
 def check_refused(result, file, reason):

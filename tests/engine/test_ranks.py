@@ -1,17 +1,15 @@
 """What ranks send each other, on real processes: three of them, so that one has no peer. What they must not send."""
 
-import socket
-
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.engine.watch import _last_collective
 from maskmatch_scale.training import preflight
+from tests.spawned import answers_of
 
 RANKS = 3
 
@@ -34,16 +32,7 @@ def on_a_rank(rank, port, found):
 
 
 def test_of_neighbour():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    found = context.SimpleQueue()
-    multiprocessing.spawn(on_a_rank, (port, found), nprocs=RANKS)
-    answers = {}
-    while not found.empty():
-        rank, dtype, values = found.get()
-        answers[rank, dtype] = values
+    answers = {(rank, dtype): values for rank, dtype, values in answers_of(on_a_rank, RANKS)}
     # 0 gets the first of 1, 1 the last of 0, and 2 stands alone: the first of 0.
     assert {rank: answers[rank, "torch.int64"] for rank in range(3)} == {0: [[11, 1]], 1: [[2, 0]], 2: [[1, 1]]}
     assert answers[1, "torch.bool"] == [[True, False]]

@@ -1,17 +1,16 @@
 """Ranks that stop after the same step, although one of them wants to: three real processes."""
 
-import socket
 import threading
 
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
 
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.errors import RESUMABLE
 from maskmatch_scale.training.agreement import READ_AFTER, Agreement, Stop
+from tests.spawned import answers_of
 
 RANKS = 3
 WISHES = {
@@ -59,15 +58,8 @@ def on_a_rank(rank, port, found):
 @pytest.fixture(scope="module")
 def answers():
     """By name: what each rank found, rank 0 first."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    found = context.SimpleQueue()
-    multiprocessing.spawn(on_a_rank, (port, found), nprocs=RANKS)
     by_name = {}
-    while not found.empty():
-        name, rank, step, decided = found.get()
+    for name, rank, step, decided in answers_of(on_a_rank, RANKS):
         by_name.setdefault(name, {})[rank] = (step, decided)
     return {name: [of_ranks[rank] for rank in range(RANKS)] for name, of_ranks in by_name.items()}
 

@@ -3,12 +3,10 @@
 import base64
 import json
 import shutil
-import sys
 from contextlib import contextmanager
 
 import pytest
 
-from maskmatch_scale.cli import main as cli
 from tests.conftest import rewrite_shard
 from tests.data.faulty_server import Fault, FaultyServer
 
@@ -31,23 +29,20 @@ def check_no_secret(text, where):
 
 
 @pytest.fixture
-def maskmatch(capfd, monkeypatch):
+def quiet(maskmatch):
     """Exit code and stderr of `maskmatch …` in this process; what it prints has no secret."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["maskmatch", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
+        code, out, err = maskmatch(*arguments)
         check_no_secret(out, "stdout")
         check_no_secret(err, "stderr")
         assert "Traceback" not in err, err
-        return ended.value.code or 0, err
+        return code, err
 
     return run
 
 
-def test_a_run_over_shards_behind_a_password(maskmatch, make_recipe, shapes, tmp_path):
+def test_a_run_over_shards_behind_a_password(quiet, make_recipe, shapes, tmp_path):
     root = shutil.copytree(shapes, tmp_path / "shapes")
     rewrite_shard(root, "unlabelled-000000.tar", {"unlabelled-0000.webp": b"no picture"})
     with PrivateServer(
@@ -55,7 +50,7 @@ def test_a_run_over_shards_behind_a_password(maskmatch, make_recipe, shapes, tmp
     ) as server:
         address = server.url.replace("://", "://me:hunter2@")
         patterns = [f"{address}/unlabelled-{{000003..000007}}.tar?sig=t0ken"]
-        assert maskmatch("shards", "index", *patterns, tmp_path / "index", "--cache-dir", tmp_path / "cache")[0] == 0
+        assert quiet("shards", "index", *patterns, tmp_path / "index", "--cache-dir", tmp_path / "cache")[0] == 0
         assert (tmp_path / "index" / "index.json").stat().st_mode & 0o077 == 0
         recipe = make_recipe(
             data={
@@ -71,16 +66,16 @@ def test_a_run_over_shards_behind_a_password(maskmatch, make_recipe, shapes, tmp
         )
         file = tmp_path / "recipe.yaml"
         file.write_text(recipe.to_yaml())
-        assert maskmatch("train", file)[0] == 0
+        assert quiet("train", file)[0] == 0
         run = tmp_path / "run"
         skipped = [json.loads(line) for line in (run / "skipped" / "rank-0.jsonl").read_text().splitlines()]
         assert {line["reason"] for line in skipped} == {"not_an_image", "shard_unreadable"}
-        assert maskmatch("train", file, "run.steps=13", "--resume", "auto")[0] == 0
-        assert maskmatch("evaluate", run, "--weights", "ema")[0] == 0
-        assert maskmatch("report", run)[0] == 0
-        assert maskmatch("export", run, tmp_path / "export")[0] == 0
+        assert quiet("train", file, "run.steps=13", "--resume", "auto")[0] == 0
+        assert quiet("evaluate", run, "--weights", "ema")[0] == 0
+        assert quiet("report", run)[0] == 0
+        assert quiet("export", run, tmp_path / "export")[0] == 0
         # What ends a run with one line.
-        code, err = maskmatch("train", file, "data.bad_unlabelled=fail", f"run.dir={tmp_path / 'strict'}")
+        code, err = quiet("train", file, "data.bad_unlabelled=fail", f"run.dir={tmp_path / 'strict'}")
         assert (code, "data.bad_unlabelled=fail" in err) == (1, True), err
         for override, said in (
             (f"data.root={address.replace('hunter2', 't0ken')}/?sig=t0ken", "HTTP 401"),
@@ -88,7 +83,7 @@ def test_a_run_over_shards_behind_a_password(maskmatch, make_recipe, shapes, tmp
             (f"data.rot={address}/nowhere?sig=t0ken", "data.rot"),
             (f"data.root=[{address}/?sig=t0ken]", "data.root"),
         ):
-            code, err = maskmatch("train", file, override, f"run.dir={tmp_path / 'other'}")
+            code, err = quiet("train", file, override, f"run.dir={tmp_path / 'other'}")
             assert (code, said in err) == (2, True), err
     assert any(request.path == "labelled-000000.tar" for request in server.requests)
     kept = [path for folder in ("run", "export", "strict") for path in (tmp_path / folder).rglob("*") if path.is_file()]
@@ -103,12 +98,12 @@ def test_a_run_over_shards_behind_a_password(maskmatch, make_recipe, shapes, tmp
         check_no_secret(path.read_bytes().decode(errors="replace"), path)
 
 
-def test_tools_over_shards_behind_a_password(maskmatch, shapes, tmp_path):
+def test_tools_over_shards_behind_a_password(quiet, shapes, tmp_path):
     root = shutil.copytree(shapes, tmp_path / "shapes")
     rewrite_shard(root, "unlabelled-000000.tar", {"unlabelled-0000.webp": b"no picture"})
     with PrivateServer(root) as server:
         address = f"{server.url.replace('://', '://me:hunter2@')}/?sig=t0ken"
         cache = ("--cache-dir", tmp_path / "cache")
-        assert maskmatch("shards", "show", address, "--out", tmp_path / "sheet.png", *cache)[0] == 0
-        code, err = maskmatch("shards", "verify", address, "--workers", "1", *cache)
+        assert quiet("shards", "show", address, "--out", tmp_path / "sheet.png", *cache)[0] == 0
+        code, err = quiet("shards", "verify", address, "--workers", "1", *cache)
         assert (code, "not_an_image" in err or "unlabelled-0000" in err) == (2, True), err
