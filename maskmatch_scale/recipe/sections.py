@@ -13,9 +13,10 @@ from omegaconf import OmegaConf
 from pydantic import BeforeValidator, Field, model_validator
 
 from maskmatch_scale.errors import UserError
-from maskmatch_scale.recipe.bases import BASES
 from maskmatch_scale.recipe.engines import ENGINES
+from maskmatch_scale.recipe.learning import MethodRecipe, OptimRecipe
 from maskmatch_scale.recipe.recording import RecordRecipe
+from maskmatch_scale.recipe.running import EvaluationRecipe, RunRecipe
 from maskmatch_scale.recipe.section import Section
 from maskmatch_scale.recipe.soundness import unsound
 from maskmatch_scale.recipe.tables import OneOf
@@ -25,8 +26,6 @@ from maskmatch_scale.recipe.values import (
     Probability,
     ScaleRange,
     SidesPx,
-    StepRange,
-    StopSignal,
 )
 
 
@@ -137,104 +136,6 @@ class ModelRecipe(Section):
     of each rank's own images. frozen: the running statistics, which never change."""
 
 
-class MaskRecipe(Section):
-    """The masked-modelling task: predict the segmentation from some units only."""
-
-    keep: Annotated[float, Field(gt=0, le=1)] | None = 0.3
-    """Share of units the student sees; null turns the masked loss off."""
-    mode: Literal["drop", "zero"] = "drop"
-    """drop: masked units are not computed. zero: pixels of masked units are set to zero, as in MIC, which saves no
-    computation."""
-    view: Literal["weak", "strong"] = "weak"
-    """View that is masked."""
-    pixels: Literal["all", "masked", "visible"] = "all"
-    """Pixels over which the masked loss is taken: all, those of masked units, or those of visible units."""
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    """λ_m: weight of the masked loss."""
-
-
-class StrongViewRecipe(Section):
-    """Photometric strong view, drawn for each image by itself. A strength of 0 switches an operation off."""
-
-    brightness: Annotated[float, Field(ge=0)] = 0.5
-    """Factor drawn from [max(0, 1-b), 1+b]."""
-    contrast: Annotated[float, Field(ge=0)] = 0.5
-    """Factor drawn from [max(0, 1-c), 1+c], around the image's own mean grey."""
-    saturation: Annotated[float, Field(ge=0)] = 0.5
-    """Factor drawn from [max(0, 1-s), 1+s]."""
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.25
-    """Shift drawn from [-h, h], in turns of the colour circle."""
-    jitter_probability: Probability = 0.8
-    """Share of images whose colours are jittered."""
-    grey_probability: Probability = 0.2
-    """Share of images turned grey."""
-    blur_sigma_px: ScaleRange = (0.1, 2.0)
-    """Gaussian blur: range of the standard deviation, in px."""
-    blur_probability: Probability = 0.5
-    """Share of images blurred."""
-    noise: Annotated[float, Field(ge=0)] = 0.0
-    """Gaussian noise: its standard deviation is drawn from 0 to this number, for pixel values 0–1."""
-    cutmix_probability: Probability = 0.5
-    """CutMix: share of images that get a box of their neighbour in the global batch."""
-    cutmix_area: ScaleRange = (0.02, 0.4)
-    """CutMix: range of the box's area, as a share of the image."""
-
-
-class MethodRecipe(Section):
-    """MaskMatch: a weak-to-strong base, with masks and a multi-scale ensemble on top."""
-
-    base: Annotated[str, BeforeValidator(OneOf(BASES))] = "fixmatch"
-    """Weak-to-strong base."""
-    mask: MaskRecipe = MaskRecipe()
-    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 1.5)
-    """Q: scales at which the teacher predicts an image; the mean of these predictions gives the pseudo-labels. [1.0]
-    switches the ensemble off."""
-    threshold: Probability = 0.95
-    """τ: a pixel's pseudo-label counts where the teacher's confidence is at least this."""
-    unlabelled_weight: Annotated[float, Field(ge=0)] = 1.0
-    """λ_u: weight of the base's unlabelled loss."""
-    # Decision: docs/decisions/0009-burn-in-as-a-share.md.
-    burn_in: Probability = 0.0
-    """Share of the run, at its start, that trains with the labelled loss alone; no unlabelled sample is read or
-    computed in it."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.996
-    """α: largest decay of the teacher's moving average; the decay at step t is min(1 - 1/(t+1), α)."""
-    ema_buffers: Literal["average", "copy"] = "average"
-    """Floating-point buffers of the teacher (BatchNorm's running statistics). average: averaged like weights. copy:
-    copied from the student."""
-    class_weights: Literal["none", "inverse_sqrt"] = "none"
-    """Weights of the classes in the labelled loss. inverse_sqrt: (the class's share of the pixels of the drawn labelled
-    samples)^-1/2, scaled to mean 1 over pixels."""
-    strong_view: StrongViewRecipe = StrongViewRecipe()
-
-
-class OptimRecipe(Section):
-    """AdamW and its schedule. No decay on biases, norms and other one-dimensional parameters."""
-
-    lr: Positive = 1e-4
-    """Peak learning rate."""
-    lr_reference_batch: Annotated[int, Field(ge=1)] | None = None
-    """Labelled images per step for which `optim.lr` was chosen. The rate is multiplied by (labelled images per step of
-    this run) / (this number), the linear scaling rule. null = the rate is not scaled."""
-    head_lr_multiplier: Positive = 1.0
-    """Factor on `optim.lr` for the head and the context decoder."""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """ViT only: each block's rate is this factor times the rate of the block after it (BEiT: 0.65 to 0.9). 1 = the same
-    rate everywhere."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """AdamW's weight decay."""
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
-    """AdamW's β₁ and β₂."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate rises linearly to its peak."""
-    schedule: Literal["poly", "cosine", "constant"] = "poly"
-    """How the learning rate falls to zero at the last step; constant = it does not fall."""
-    poly_power: Positive = 0.9
-    """Exponent of the schedule `poly`."""
-    clip_norm: Positive | None = None
-    """Largest norm of the whole gradient; a larger gradient is scaled down to it. null = never clipped."""
-
-
 class EngineRecipe(Section):
     """How the step runs on the hardware."""
 
@@ -267,74 +168,6 @@ class EngineRecipe(Section):
     ranks that did not come."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of each rank; null = the cores of the machine divided by its ranks."""
-
-
-class EvaluationRecipe(Section):
-    """Evaluation at the label's own resolution, in training and by `maskmatch evaluate`."""
-
-    # Decision: docs/decisions/0051-one-way-of-inference.md.
-    mode: Literal["sliding", "whole"] = "sliding"
-    """sliding: overlapping windows, whose probabilities are averaged. whole: each image in one forward pass, padded to
-    whole patches; fewer products, and memory that grows with the image. With `engine.compile` every new size of image
-    is compiled."""
-    window_px: SidesPx | None = None
-    """Height and width of a window in px (one number: a square), for `sliding`; null = `data.crop_px`."""
-    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    """Smallest share by which neighbouring windows overlap."""
-    window_batch: Annotated[int, Field(ge=1)] = 8
-    """Windows in one forward pass."""
-    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
-    """Factors by which each window, or whole image, is resized; the mean of the probabilities counts."""
-    flip: bool = False
-    """Whether mirror images (left to right) are predicted too, and averaged with the rest."""
-    pictures: Annotated[int, Field(ge=0)] = 4
-    """Held-out samples whose predictions are kept for the report; 0 = none."""
-
-
-class RunRecipe(Section):
-    """The run itself."""
-
-    dir: str
-    """Run directory."""
-    steps: Annotated[int, Field(ge=0)] = 0
-    """Number of optimizer steps; 0 = as many as `run.epochs` needs."""
-    epochs: Positive | None = None
-    """Length of the run instead of `run.steps`: how often all unlabelled samples are read (in a supervised run: all
-    labelled samples). Several sources share these reads by their weights, not by their sizes."""
-    last_batch: Literal["drop", "pad"] = "pad"
-    """With `run.epochs`, when the samples do not fill the last step. drop: leave them out. pad: fill the step from the
-    next epoch."""
-    seed: int = 0
-    """Seed of everything random except the draw of labelled samples (`data.split_seed`)."""
-    checkpoint_every: Annotated[int, Field(ge=0)] = 1000
-    """Steps between checkpoints; 0 = only at the end."""
-    keep_last: Annotated[int, Field(ge=0)] = 2
-    """How many of the last checkpoints are kept. By default two: if the newest is damaged, the one before is taken. The
-    newest one is never deleted, whatever is set here."""
-    keep_every: Annotated[int, Field(ge=0)] = 0
-    """Checkpoints whose step is a multiple of this are kept too; 0 = none."""
-    keep_best: Annotated[int, Field(ge=0)] = 1
-    """How many of the best checkpoints are kept too, by the teacher's mIoU on `dev`. If an evaluation is among the best
-    so far, a checkpoint is written after its step. 0 = none."""
-    max_failed_saves: Annotated[int, Field(ge=1)] = 3
-    """Number of checkpoints in a row that cannot be written, for example because the disk is full, before the run
-    stops."""
-    evaluate_every: Annotated[int, Field(ge=0)] = 1000
-    """Steps between evaluations on the split `dev`; 0 = only at the end."""
-    log_every: Annotated[int, Field(ge=1)] = 10
-    """Steps between lines of progress; metrics stay on the device until then."""
-    max_hours: Annotated[float, Field(ge=0, le=100_000)] = 0.0
-    """Hours after which the run stops with a checkpoint and exit code 75, counted from the start of the process, anew
-    at every start; the checkpoint is complete by then. 0 = no limit (docs/stopping.md)."""
-    stop_signals: tuple[StopSignal, ...] = ("SIGTERM", "SIGUSR1", "SIGINT")
-    """Signals after which the run stops with a checkpoint and exit code 75, when any rank gets one: of SIGTERM, SIGINT,
-    SIGUSR1, SIGUSR2, SIGHUP, SIGXCPU. [] = none (docs/stopping.md)."""
-    profile: StepRange | None = None
-    """[first, last]: steps, counted from 1, of which every rank writes a trace of torch's profiler to
-    RUN/profile/rank-N.json.gz (docs/watching.md). null = none."""
-    max_nonfinite_steps: Annotated[int, Field(ge=0)] = 0
-    """Number of steps with non-finite gradients that are left out before the run stops. Above 0 it costs one device
-    synchronisation per step at ZeRO-0 and under accelerate; DeepSpeed's other stages always wait."""
 
 
 class Recipe(Section):

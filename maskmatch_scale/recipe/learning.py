@@ -1,0 +1,110 @@
+"""Sections of a recipe that say what is learned, and how: the method and the optimizer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from maskmatch_scale.recipe.bases import BASES
+from maskmatch_scale.recipe.section import Section
+from maskmatch_scale.recipe.tables import OneOf
+from maskmatch_scale.recipe.values import Positive, Probability, ScaleRange
+
+
+class MaskRecipe(Section):
+    """The masked-modelling task: predict the segmentation from some units only."""
+
+    keep: Annotated[float, Field(gt=0, le=1)] | None = 0.3
+    """Share of units the student sees; null turns the masked loss off."""
+    mode: Literal["drop", "zero"] = "drop"
+    """drop: masked units are not computed. zero: pixels of masked units are set to zero, as in MIC, which saves no
+    computation."""
+    view: Literal["weak", "strong"] = "weak"
+    """View that is masked."""
+    pixels: Literal["all", "masked", "visible"] = "all"
+    """Pixels over which the masked loss is taken: all, those of masked units, or those of visible units."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """λ_m: weight of the masked loss."""
+
+
+class StrongViewRecipe(Section):
+    """Photometric strong view, drawn for each image by itself. A strength of 0 switches an operation off."""
+
+    brightness: Annotated[float, Field(ge=0)] = 0.5
+    """Factor drawn from [max(0, 1-b), 1+b]."""
+    contrast: Annotated[float, Field(ge=0)] = 0.5
+    """Factor drawn from [max(0, 1-c), 1+c], around the image's own mean grey."""
+    saturation: Annotated[float, Field(ge=0)] = 0.5
+    """Factor drawn from [max(0, 1-s), 1+s]."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.25
+    """Shift drawn from [-h, h], in turns of the colour circle."""
+    jitter_probability: Probability = 0.8
+    """Share of images whose colours are jittered."""
+    grey_probability: Probability = 0.2
+    """Share of images turned grey."""
+    blur_sigma_px: ScaleRange = (0.1, 2.0)
+    """Gaussian blur: range of the standard deviation, in px."""
+    blur_probability: Probability = 0.5
+    """Share of images blurred."""
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    """Gaussian noise: its standard deviation is drawn from 0 to this number, for pixel values 0–1."""
+    cutmix_probability: Probability = 0.5
+    """CutMix: share of images that get a box of their neighbour in the global batch."""
+    cutmix_area: ScaleRange = (0.02, 0.4)
+    """CutMix: range of the box's area, as a share of the image."""
+
+
+class MethodRecipe(Section):
+    """MaskMatch: a weak-to-strong base, with masks and a multi-scale ensemble on top."""
+
+    base: Annotated[str, BeforeValidator(OneOf(BASES))] = "fixmatch"
+    """Weak-to-strong base."""
+    mask: MaskRecipe = MaskRecipe()
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 1.5)
+    """Q: scales at which the teacher predicts an image; the mean of these predictions gives the pseudo-labels. [1.0]
+    switches the ensemble off."""
+    threshold: Probability = 0.95
+    """τ: a pixel's pseudo-label counts where the teacher's confidence is at least this."""
+    unlabelled_weight: Annotated[float, Field(ge=0)] = 1.0
+    """λ_u: weight of the base's unlabelled loss."""
+    # Decision: docs/decisions/0009-burn-in-as-a-share.md.
+    burn_in: Probability = 0.0
+    """Share of the run, at its start, that trains with the labelled loss alone; no unlabelled sample is read or
+    computed in it."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.996
+    """α: largest decay of the teacher's moving average; the decay at step t is min(1 - 1/(t+1), α)."""
+    ema_buffers: Literal["average", "copy"] = "average"
+    """Floating-point buffers of the teacher (BatchNorm's running statistics). average: averaged like weights. copy:
+    copied from the student."""
+    class_weights: Literal["none", "inverse_sqrt"] = "none"
+    """Weights of the classes in the labelled loss. inverse_sqrt: (the class's share of the pixels of the drawn labelled
+    samples)^-1/2, scaled to mean 1 over pixels."""
+    strong_view: StrongViewRecipe = StrongViewRecipe()
+
+
+class OptimRecipe(Section):
+    """AdamW and its schedule. No decay on biases, norms and other one-dimensional parameters."""
+
+    lr: Positive = 1e-4
+    """Peak learning rate."""
+    lr_reference_batch: Annotated[int, Field(ge=1)] | None = None
+    """Labelled images per step for which `optim.lr` was chosen. The rate is multiplied by (labelled images per step of
+    this run) / (this number), the linear scaling rule. null = the rate is not scaled."""
+    head_lr_multiplier: Positive = 1.0
+    """Factor on `optim.lr` for the head and the context decoder."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """ViT only: each block's rate is this factor times the rate of the block after it (BEiT: 0.65 to 0.9). 1 = the same
+    rate everywhere."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's weight decay."""
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    """AdamW's β₁ and β₂."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises linearly to its peak."""
+    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    """How the learning rate falls to zero at the last step; constant = it does not fall."""
+    poly_power: Positive = 0.9
+    """Exponent of the schedule `poly`."""
+    clip_norm: Positive | None = None
+    """Largest norm of the whole gradient; a larger gradient is scaled down to it. null = never clipped."""
