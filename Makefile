@@ -27,7 +27,7 @@ quickstart: install ## pages rendered, six runs trained on 2 ranks, report over 
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/quickstart.sh $(if $(STEPS),STEPS=$(STEPS)) SEED=$(SEED)
 
 test: install lint ## lint, types, rooms, and the fast tests: what CI runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu' --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu' --durations=10
 
 test-all: install lint ## all tests, also the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20

@@ -11,13 +11,15 @@ from tests.distributed.launching import deepspeed
 
 pytestmark = pytest.mark.distributed
 
-VIT = {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT}
-DPT = VIT | {"backbone_options": TINY_VIT | {"depth": 4}, "head": "dpt"}
+# A position embedding of 224 px would fill a bucket of SMALL, and what lies beside it would be sent twice.
+SIZED = TINY_VIT | {"img_size": 64}
+VIT = {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": SIZED}
+DPT = VIT | {"backbone_options": SIZED | {"depth": 4}, "head": "dpt"}
 SCALES = [0.5, 1.0, 1.5]
 SMALL = {"stage3_prefetch_bucket_size": 2000}
 NOTHING_KEPT = SMALL | {"stage3_max_live_parameters": 0}
 SOME_KEPT = SMALL | {"stage3_max_live_parameters": 25_000}
-FINE = VIT | {"backbone_options": TINY_VIT | {"depth": 4, "patch_size": 8}}
+FINE = VIT | {"backbone_options": SIZED | {"depth": 4, "patch_size": 8}}
 CASES = {
     # Name → (model, engine, scales, zero_optimization of the DeepSpeed JSON)
     "vit-fp32-1": (VIT, {"precision": "fp32"}, [1.0], SMALL),
