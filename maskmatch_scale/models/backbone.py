@@ -79,6 +79,16 @@ class Encoder(ABC):
         """Whether the backbone could be built with another unit, of this side in pixels."""
         return False
 
+    def fix_size(self, height: int, width: int) -> None:
+        """From now on take whole images of height × width px alone, and compute nothing in a call that depends on it.
+
+        For the graph of one size that is exported. Without a position embedding nothing has to be done for it.
+
+        Raises:
+            ValueError: no image of this size can be taken.
+        """
+        self.check_size(height, width)
+
     @abstractmethod
     def full(self, images: Tensor) -> list[Tensor]:
         """Encode whole images (B, 3, H, W): maps (B, C, h, w) of every level, finest first."""
