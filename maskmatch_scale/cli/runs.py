@@ -145,6 +145,10 @@ def export(
             show_default="held-out images of the run",
         ),
     ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO_ID", help="Also push it to the Hugging Face Hub: NAME or USER/NAME.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private/--public", help="Of a repository that is made for it.")] = True,
 ) -> None:
     """Export a run's newest checkpoint as a folder that transformers or timm can load, with a model card.
 
@@ -157,7 +161,17 @@ def export(
     from maskmatch_scale.export.hand_on import hand_on
 
     console = Console()
-    for line in hand_on(where, out, weights, onnx=onnx, onnx_size_px=onnx_size, onnx_images=onnx_images or ()):
+    lines = hand_on(
+        where,
+        out,
+        weights,
+        onnx=onnx,
+        onnx_size_px=onnx_size,
+        onnx_images=onnx_images or (),
+        push_to=push,
+        private=private,
+    )
+    for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
