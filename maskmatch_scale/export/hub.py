@@ -26,7 +26,8 @@ def check_push(repo_id: str) -> None:
         UserError: this is no name of a repository, there is no token, or the environment forbids the network.
     """
     from huggingface_hub import constants, get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo_id)

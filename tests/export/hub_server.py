@@ -34,7 +34,7 @@ class HubServer:
         """Contents of large files, by SHA-256."""
         self.commits = 0
         self.unknown: list[str] = []
-        """POST requests that no endpoint answers. A push needs no others; huggingface_hub also asks for what is optional."""
+        """POST requests that no endpoint answers; those by GET are for what is optional."""
 
     def __enter__(self) -> HubServer:
         outer = self

@@ -40,7 +40,7 @@ def test_an_export_is_pushed_with_its_card(maskmatch, hub, run_dir, tmp_path):
         assert code == 0, err
         assert printed.splitlines()[-1] == f"pushed: {server.url}/someone/tiny"
         assert server.unknown == []
-        assert server.repositories["someone/tiny"]["private"] is True
+        assert server.repositories["someone/tiny"]["visibility"] == "private"
         assert server.files == {str(f.relative_to(out)): f.read_bytes() for f in out.rglob("*") if f.is_file()}
         assert any(len(content) > 1024 for content in server.large.values())
         # Once more, from the folder, without what another command is writing.
@@ -56,7 +56,7 @@ def test_a_new_repository_is_public_if_that_is_asked_for(maskmatch, hub, run_dir
     with HubServer() as server:
         hub(server.url)
         assert maskmatch("export", run_dir, tmp_path / "out", "--push", "tiny", "--public")[0] == 0
-        assert server.repositories["someone/tiny"].get("private") is not True
+        assert server.repositories["someone/tiny"]["visibility"] == "public"
 
 
 def test_the_card_has_the_front_matter_of_the_hub(maskmatch, run_dir, tmp_path):
