@@ -180,6 +180,8 @@ class Backbone:
     """Width of the fused features in a `segformer` head."""
     dropout: float = 0.1
     """Before the classifier of the heads that have dropout."""
+    notes: tuple[str, ...] = ()
+    """A line on each part of the weights that was not loaded."""
     read_weights: Callable[[], dict[str, Tensor]] | None = None
     """Reads weights, named as in a segmenter, when the head is built; for libraries whose weights may have a head."""
 
