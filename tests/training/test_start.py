@@ -1,11 +1,14 @@
 """What a run says of the weights that it starts from, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from maskmatch_scale.export.write import export_run
+from maskmatch_scale.recipe import parse_recipe
 from maskmatch_scale.train import train
 from tests.conftest import TINY_SEGFORMER
 
@@ -73,6 +76,23 @@ def test_a_run_and_an_export_of_other_classes(make_recipe, tmp_path, capfd):
         train(more)
         (line,) = lines_of(capfd.readouterr().out)
         assert "classifier: 3 → 7 classes, new" in line
+
+
+def test_the_recipe_of_the_page_trains(make_recipe, shapes, tmp_path, capfd):
+    """docs/from_the_hub.md, with a tiny folder of the hub and tiny crops."""
+    page = (Path(__file__).parents[2] / "docs" / "from_the_hub.md").read_text()
+    content = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    assert parse_recipe(content).model.pretrained == "weights/segformer-b2-ade"
+    small = make_recipe().model_dump(mode="json")
+    content["data"] = small["data"]
+    content["model"] = SEGFORMER | {"pretrained": str(hub_folder(tmp_path / "hub", num_labels=150))}
+    content["method"] |= {"scales": [1.0]}
+    content["engine"] = small["engine"] | {"precision": "fp32"}
+    content["run"] = {"dir": str(tmp_path / "run"), "steps": 1}
+    train(parse_recipe(content))
+    (line,) = lines_of(capfd.readouterr().out)
+    assert "classifier: 150 → 3 classes" in line
+    assert "`classifier: 150 → 12 classes, new (head.classifier.weight, head.classifier.bias)`" in page
 
 
 def test_another_size_is_one_line(maskmatch, make_recipe, tmp_path):
