@@ -79,9 +79,9 @@ def write_graph(segmenter: Segmenter, path: Path, size_px: tuple[int, int], *, a
                 verbose=False,
             )
     except Exception as error:  # whatever the exporter raises: it is a library that this model is new to
-        reason = str(error).strip().splitlines()
+        reason = str(error.__cause__ or error).strip().splitlines()  # torch's own message is on how to report it
         raise CommandFailed(
-            f"torch cannot export this model as ONNX: {reason[0] if reason else type(error)}"
+            f"torch cannot export this model as ONNX: {reason[0] if reason else type(error).__name__}"
         ) from error
     assert program is not None
     _forget_origin(program.model.graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,6 +97,9 @@ class VitEncoder(Encoder):
         # timm resizes it at every call, even to its own size when it is exported, unless it is told not to.
         self.model.dynamic_img_size = False
         self.model.patch_embed.flatten = True
+        rope = getattr(self.model, "rope", None)
+        if rope is not None:  # made for any size, a rotary embedding has none of its own
+            rope.get_embed = partial(rope.get_embed, shape=list(self.model.patch_embed.grid_size))
 
     def unit_fits(self, unit_px: int) -> bool:
         """Whether the side is whole patches."""

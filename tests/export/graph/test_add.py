@@ -155,13 +155,20 @@ def test_graphs_of_other_heads_and_backbones(tmp_path, backbone, options, head, 
             assert {node.op_type for node in graph.node if value in node.input} == {"Add"}
 
 
-def test_fixing_the_size_changes_what_is_stored_and_not_what_is_computed():
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224"],
+)
+def test_fixing_the_size_changes_what_is_stored_and_not_what_is_computed(name):
     torch.manual_seed(0)
-    segmenter = build_segmenter(VIT["backbone"], 3, backbone_options=TINY_VIT, context=False).eval()
-    images = torch.randn(2, 3, 32, 64)
+    options = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+    segmenter = build_segmenter(f"timm/{name}", 3, backbone_options=options, context=False).eval()
+    patch = segmenter.patch_px
+    images = torch.randn(2, 3, 2 * patch, 4 * patch)
     before = segmenter(images)
-    segmenter.encoder.fix_size(32, 64)
-    assert segmenter.encoder.model.pos_embed.shape[1] == 1 + 2 * 4
+    segmenter.encoder.fix_size(2 * patch, 4 * patch)
+    if segmenter.encoder.position_px:
+        assert segmenter.encoder.model.pos_embed.shape[1] - segmenter.encoder.prefix_tokens == 2 * 4
     torch.testing.assert_close(segmenter(images), before, rtol=0, atol=1e-6)
 
 
