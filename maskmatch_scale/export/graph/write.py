@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maskmatch_scale.errors import CommandFailed, UserError
+from maskmatch_scale.files import writing
 from maskmatch_scale.models import Segmenter
 
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
@@ -86,7 +87,8 @@ def write_graph(segmenter: Segmenter, path: Path, size_px: tuple[int, int], *, a
     assert program is not None
     _forget_origin(program.model.graph)
     weights = sum(value.numel() * value.element_size() for value in segmenter.state_dict().values())
-    program.save(path, external_data=weights > INLINE_BYTES)
+    with writing(path):
+        program.save(path, external_data=weights > INLINE_BYTES)
 
 
 def _forget_origin(graph: Any) -> None:

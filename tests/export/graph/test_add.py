@@ -248,6 +248,18 @@ def test_a_graph_of_any_batch_that_differs_is_left_out_with_a_line(monkeypatch, 
     assert "model-batch" not in (export / "README.md").read_text()
 
 
+def test_a_full_disk_is_one_line_and_leaves_the_export(maskmatch, export, small_disk):
+    disk = small_disk(kib=1024)
+    out = shutil.copytree(export, disk.path / "out")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    disk.fill(leave=65536)
+    code, _, err = maskmatch("export", out, "--onnx")
+    lines = [line for line in err.splitlines() if line.startswith("maskmatch: ")]
+    assert (code, len(lines)) == (2, 1)
+    assert "model.onnx: no room is left on this disk" in lines[0]
+    assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+
 @pytest.mark.parametrize(
     ("difference", "is_rounding"),
     [
