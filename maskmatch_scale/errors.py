@@ -21,6 +21,19 @@ class UserError(ValueError):
         super().__init__(redacted(message))
 
 
+class CommandFailed(RuntimeError):  # noqa: N818 - named after what it is about
+    """A command could not do what it was asked for, and the user has made no mistake. The message is one line.
+
+    The command line prints it without a traceback and exits with code 1.
+    """
+
+    exit_code = 1
+    on_all_ranks = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
+
+
 RESUMABLE = 75
 """Exit code of a run that was stopped and goes on with `--resume auto`: EX_TEMPFAIL of sysexits.h."""
 

@@ -17,7 +17,14 @@ import typer
 from maskmatch_scale import __version__
 from maskmatch_scale.cli import machine, runs
 from maskmatch_scale.cli.shards import shards_app
-from maskmatch_scale.errors import RESUMABLE, StartInterrupted, TrainingStopped, UserError, is_of_lost_rank
+from maskmatch_scale.errors import (
+    RESUMABLE,
+    CommandFailed,
+    StartInterrupted,
+    TrainingStopped,
+    UserError,
+    is_of_lost_rank,
+)
 from maskmatch_scale.files import disk_fault
 from maskmatch_scale.progress import drop_output
 from maskmatch_scale.redact import redacted
@@ -69,7 +76,7 @@ def main() -> None:
     except UserError as error:
         # Before a run starts, every rank finds the same mistake. Later a single rank may read a bad sample.
         _fail(str(error), MISTAKE, from_any_rank=_run_has_started() and not error.on_all_ranks)
-    except (TrainingStopped, StartInterrupted) as error:
+    except (CommandFailed, TrainingStopped, StartInterrupted) as error:
         resumable = error.exit_code == RESUMABLE
         message = f"{error}; go on with: {_again(sys.argv)}" if resumable else str(error)
         kind = "stopped" if resumable else "error"

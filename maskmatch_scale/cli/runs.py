@@ -116,21 +116,63 @@ def report(
     console.print(f"report: {path}", soft_wrap=True, highlight=False, markup=False)
 
 
-@app.command(epilog="Example: maskmatch export runs/quickstart/segformer-maskmatch exports/scores-segformer")
+@app.command(epilog="Example: maskmatch export runs/quickstart/segformer-maskmatch exports/scores-segformer --onnx")
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or one of its checkpoint folders.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write. It must be empty or not exist.")],
-    weights: Annotated[str, typer.Option(help="ema (the teacher) or student.")] = "ema",
+    where: Annotated[
+        Path, typer.Argument(metavar="RUN|EXPORT", help="Run directory, one of its checkpoint folders, or an export.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Argument(metavar="[OUT]", help="Folder to write a run's model to. It must be empty or not exist."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of a run: ema (the teacher) or student.", show_default="ema")
+    ] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also write model.onnx, once it gives what torch gives.")
+    ] = False,
+    onnx_size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(
+            metavar="H W", help="Height and width of its images, px.", show_default="the window of evaluations"
+        ),
+    ] = None,
+    onnx_images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Image, or folder of images, to compare it with torch on; may be repeated.",
+            show_default="held-out images of the run",
+        ),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO_ID", help="Also push it to the Hugging Face Hub: NAME or USER/NAME.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private/--public", help="Of a repository that is made for it.")] = True,
 ) -> None:
-    """Export the newest checkpoint of a run as a folder that transformers or timm can load, with a model card."""
-    if weights not in ("ema", "student"):
-        raise UserError(f"--weights {weights}: it must be ema or student")
-    from maskmatch_scale.export.write import export_run
+    """Export a run's newest checkpoint as a folder that transformers or timm can load, with a model card.
 
-    call = export_run(run, out, weights)
+    With an EXPORT and no OUT: add to an export that exists.
+    """
+    if weights not in (None, "ema", "student"):
+        raise UserError(f"--weights {weights}: it must be ema or student")
+    if not onnx and (onnx_size or onnx_images):
+        raise UserError("--onnx-size and --onnx-images belong to --onnx; add it, or leave them out")
+    from maskmatch_scale.export.hand_on import hand_on
+
     console = Console()
-    console.print(str(out), soft_wrap=True, highlight=False, markup=False)
-    console.print(f"load it: {call}", soft_wrap=True, highlight=False, markup=False)
+    lines = hand_on(
+        where,
+        out,
+        weights,
+        onnx=onnx,
+        onnx_size_px=onnx_size,
+        onnx_images=onnx_images or (),
+        push_to=push,
+        private=private,
+    )
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _iou_table(records: list[dict[str, Any]]) -> Table:

@@ -46,7 +46,8 @@ def model_card(
     scores = newest_scores((*files.progress, *files.scores), description)
     library = kind_of(description.backbone).library
     parts = [
-        f"---\nlibrary_name: {library}\npipeline_tag: image-segmentation\n---",
+        f"---\nlibrary_name: {library}\npipeline_tag: image-segmentation\ntags:\n- semantic-segmentation\n"
+        "- maskmatch_scale\n---",
         f"# {plain(name)}",
         f"Semantic segmentation of images into {len(description.classes)} classes: "
         f"{', '.join(map(plain, description.classes))}. "

@@ -34,3 +34,19 @@ def string(text: str) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def with_section(card: str, title: str, body: str, *, before: str) -> str:
+    """A Markdown text with a section, in place of one of the same title.
+
+    Args:
+        card: the text.
+        title: a line that begins with `## `.
+        body: of the section.
+        before: title of the section that it is put before; if there is none, it comes last.
+    """
+    parts = re.split(r"(?m)^(?=## )", card)
+    kept = [part for part in parts if part.splitlines()[:1] != [title]]
+    place = next((n for n, part in enumerate(kept) if part.splitlines()[:1] == [before]), len(kept))
+    kept.insert(place, f"{title}\n\n{body}\n" + ("\n" if place < len(kept) else ""))
+    return "".join(part if part.endswith("\n") else f"{part}\n" for part in kept)

@@ -79,6 +79,16 @@ class Encoder(ABC):
         """Whether the backbone could be built with another unit, of this side in pixels."""
         return False
 
+    def fix_size(self, height: int, width: int) -> None:
+        """From now on take whole images of height × width px alone, and compute nothing in a call that depends on it.
+
+        For the graph of one size that is exported. Without a position embedding nothing has to be done for it.
+
+        Raises:
+            ValueError: no image of this size can be taken.
+        """
+        self.check_size(height, width)
+
     @abstractmethod
     def full(self, images: Tensor) -> list[Tensor]:
         """Encode whole images (B, 3, H, W): maps (B, C, h, w) of every level, finest first."""
@@ -170,6 +180,8 @@ class Backbone:
     """Width of the fused features in a `segformer` head."""
     dropout: float = 0.1
     """Before the classifier of the heads that have dropout."""
+    notes: tuple[str, ...] = ()
+    """A line on each part of the weights that was not loaded."""
     read_weights: Callable[[], dict[str, Tensor]] | None = None
     """Reads weights, named as in a segmenter, when the head is built; for libraries whose weights may have a head."""
 

@@ -84,5 +84,7 @@ def build_segmenter(
     segmenter = Segmenter(family, encoder, built_head, decoder, num_classes, built.mean, built.std)
     state = own if own is not None or built.read_weights is None else built.read_weights()
     if state is not None:
-        weights.load_own(segmenter, state, pretrained)
+        segmenter.start_notes = tuple(weights.load_own(segmenter, state, pretrained, num_classes))
+    elif source is not False:
+        segmenter.start_notes = (*built.notes, "new, at random: the head")
     return segmenter

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from maskmatch_scale.models.resample import chunk_length
+from maskmatch_scale.models.resample import chunk_length, is_exported
 
 
 class SynchronisedBatchNorm2d(nn.BatchNorm2d):
@@ -54,6 +55,9 @@ def norm_relu_classify(rows: Tensor, norm: nn.BatchNorm2d, dropout: nn.Dropout, 
     Raises:
         ValueError: fewer than two positions to take statistics of, over all ranks if `norm` is synchronised.
     """
+    if is_exported():
+        active = dropout(F.relu(norm(rows[..., None, None])))
+        return F.linear(active.flatten(1), classifier.weight.flatten(1), classifier.bias)
     with torch.autocast(rows.device.type, enabled=False):
         statistics = _batch_statistics(rows.detach(), norm) if norm.training else _running_statistics(norm)
         draws, weight = None, classifier.weight.flatten(1)

@@ -66,7 +66,7 @@ def _pointwise(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _as_maps(rows: Tensor, like: Tensor, shuffle: int) -> Tensor:
     """Rows (B · h · w, classes · shuffle²) to maps (B, classes, h · shuffle, w · shuffle), h × w the size of `like`."""
-    maps = rows.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
+    maps = rows.view(like.shape[0], *like.shape[2:], -1).permute(0, 3, 1, 2)
     return F.pixel_shuffle(maps, shuffle)
 
 

@@ -138,9 +138,31 @@ def upsampled_sum(levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) ->
     """
     if len(levels) == 1:
         return levels[0]
+    if is_exported():
+        return _plain_sum(levels, sizes)
     with torch.autocast(levels[0].device.type, enabled=False):
         total: Tensor = _UpsampledSum.apply(tuple(sizes), *levels)
     return total
+
+
+def is_exported() -> bool:
+    """Whether `torch.export` is tracing this call: then only torch's own operations are used, without buffers.
+
+    Its graph would hold a loop over bands or chunks unrolled, and every write into a buffer as a scatter.
+    """
+    return _is_exporting()
+
+
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # the former since torch 2.7
+
+
+def _plain_sum(levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """What `upsampled_sum` gives, by torch's interpolation of whole maps."""
+    maps = [rows.view(-1, *size, rows.shape[1]).permute(0, 3, 1, 2) for rows, size in zip(levels, sizes)]
+    total = maps[0]
+    for level in maps[1:]:
+        total = total + F.interpolate(level, size=sizes[0], mode="bilinear", align_corners=False)
+    return total.permute(0, 2, 3, 1).reshape(-1, total.shape[1])
 
 
 class _UpsampledSum(torch.autograd.Function):

@@ -42,10 +42,12 @@ class Segmenter(nn.Module):
         backbone: the library's module.
         head: features to logits.
         context: features for masked units, or None.
+        start_notes: a line on each part of the weights it was built from that was not loaded or did not fit.
         deferred: makes the values of parameters that are on the meta device; None if there are none (the usual case).
     """
 
     deferred: DeferredWeights | None = None
+    start_notes: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,8 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from maskmatch_scale.models.deferred import StoredWeights, read_deferred
-
-_log = logging.getLogger(__name__)
 
 SEGMENTER_FILE = "segmenter.json"
 """Every folder that `maskmatch export` writes has this file, and no other folder has."""
@@ -95,28 +93,62 @@ def read_export(folder: Path) -> dict[str, Tensor]:
     return {f"{part}.{name}": value for part, path in parts.items() for name, value in read_weights(path).items()}
 
 
-def load_own(segmenter: nn.Module, state: dict[str, Tensor], source: object) -> None:
+def load_own(segmenter: nn.Module, state: Mapping[str, Tensor], source: object, num_classes: int) -> list[str]:
     """Load a state dict in a segmenter's own names; a head of another shape or kind stays as it was built.
+
+    Args:
+        segmenter: to load into.
+        state: tensors by name. One on the meta device, without values, stands for a tensor that is not to be loaded.
+        source: what they are of, for the message.
+        num_classes: of the segmenter.
+
+    Returns:
+        A line on each part that is not loaded, and on each that starts at random; none if everything fits. The context
+        decoder, which exports leave out, is not counted.
 
     Raises:
         ValueError: the backbone's weights do not fit.
     """
     current = segmenter.state_dict()
-    wrong = [
-        name
-        for name in current
-        if name.startswith("backbone.") and (name not in state or state[name].shape != current[name].shape)
-    ]
+    fits = {
+        name: value
+        for name, value in state.items()
+        if name in current and current[name].shape == value.shape and not value.is_meta
+    }
+    # Sorted, since files hold tensors in any order.
+    dropped = sorted(name for name in state if name not in current and not name.startswith("context."))
+    wrong = [name for name in current if name.startswith("backbone.") and name not in fits]
+    wrong += [name for name in dropped if name.startswith("backbone.")]
     if wrong:
         hint = "is it another size?"
         if wrong == ["backbone.pos_embed"]:
             hint = "give its grid with model.backbone_options.img_size (height and width of images in px)"
         raise ValueError(f"pretrained: {str(source)!r} does not fit the backbone, e.g. {wrong[0]}; {hint}")
-    fits = {name: value for name, value in state.items() if name in current and current[name].shape == value.shape}
     segmenter.load_state_dict(fits, strict=False)
     fresh = [name for name in current if name not in fits and not name.startswith("context.")]
-    if fresh:
-        _log.info("%s: %d tensors of the head stay at their random start, e.g. %s", source, len(fresh), fresh[0])
+    counts = {name: _classes(state[name], current[name], num_classes) for name in fresh if name in state}
+    classifier = [name for name, count in counts.items() if count is not None]
+    notes = []
+    if classifier:
+        notes.append(f"classifier: {counts[classifier[0]]} → {num_classes} classes, new ({named(classifier)})")
+    if others := [name for name in fresh if name not in classifier]:
+        notes.append(f"new, at random: {named(others)}")
+    if dropped:
+        notes.append(f"not loaded, since the model has no such tensor: {named(dropped)}")
+    return notes
+
+
+def _classes(stored: Tensor, current: Tensor, num_classes: int) -> int | None:
+    """The number of classes of a stored classifier whose tensor differs from the model's in that alone; else None."""
+    differs = stored.ndim == current.ndim and stored.shape[1:] == current.shape[1:] and stored.shape != current.shape
+    a_class, rest = divmod(len(current), num_classes) if differs else (0, 1)  # several of a `pixel_shuffle` head
+    return len(stored) // a_class if not rest and len(stored) % a_class == 0 else None
+
+
+def named(names: Sequence[str]) -> str:
+    """Up to four names, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 def to_own_name(name: str) -> str:

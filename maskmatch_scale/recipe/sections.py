@@ -126,8 +126,9 @@ class ModelRecipe(Section):
     """Side of a masking unit in px; null = the family's usual one."""
     pretrained: bool | str | None = None
     """Initial weights. null or false: random. true: the library's pretrained weights. A path: a local file or folder of
-    weights, a run, a checkpoint or an export. Of a torch file only tensors are read, because unpickling anything else
-    could run any code."""
+    weights, a run, a checkpoint or an export. Where they do not fit the head, as with a classifier of other classes, it
+    starts at random, and the run says so; a backbone that does not fit is refused. Of a torch file only tensors are
+    read, because unpickling anything else could run any code."""
     backbone_options: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies it
     """Keyword arguments for timm.create_model, or keys of SegformerConfig, that replace the library's defaults. A ViT's
     `img_size` is what its position embedding is laid out for; other sizes of images are taken, too."""

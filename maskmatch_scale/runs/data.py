@@ -105,6 +105,27 @@ def classes_of_start(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def known_classes(pretrained: str) -> tuple[str, ...] | None:
+    """Class names of the run, export or folder of transformers that `model.pretrained` names; None if it has none.
+
+    Raises:
+        UserError: the `data.json` of a run cannot be read.
+    """
+    run = run_of(Path(pretrained))
+    if run is not None:
+        return read_run_data(run).classes
+    for name, key in ((SEGMENTER_FILE, "classes"), ("config.json", "id2label")):
+        try:
+            found = json.loads((Path(pretrained) / name).read_text()).get(key)
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict):
+            found = [found[value] for value in sorted(found, key=int)]
+        if isinstance(found, list) and not all(label == f"LABEL_{value}" for value, label in enumerate(found)):
+            return tuple(map(str, found))
+    return None
+
+
 def _grey(value: int, of: int) -> tuple[int, int, int]:
     level = 255 * value // max(1, of - 1)
     return level, level, level

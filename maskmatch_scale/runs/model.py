@@ -22,7 +22,7 @@ from maskmatch_scale.models.deferred import build_deferred
 from maskmatch_scale.models.weights import read_own
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.redact import shown
-from maskmatch_scale.runs.data import RunData, classes_of_start, read_run_data, recipe_of, run_of
+from maskmatch_scale.runs.data import RunData, classes_of_start, known_classes, read_run_data, recipe_of, run_of
 
 
 def build_student(
@@ -71,9 +71,29 @@ def build_student(
             segmenter = build()
     except ValueError as error:
         raise UserError(f"model: {error}") from error
+    notes = [f"model.pretrained={model.pretrained}: {line}" for line in segmenter.start_notes]
+    if pretrained and (line := _other_classes(recipe, segmenter, index.classes)):
+        notes.append(line)
+    segmenter.start_notes = tuple(notes)
     if trained is not None:
         _check_trained(recipe, segmenter, trained, index.classes)
     return segmenter
+
+
+def _other_classes(recipe: Recipe, segmenter: Segmenter, classes: Sequence[str]) -> str | None:
+    """A line for a run that starts with the classifier of other classes, of the same number or in another order."""
+    start = recipe.model.pretrained
+    known = known_classes(start) if isinstance(start, str) else None
+    is_new = any(line.startswith(("classifier:", "new, at random:")) for line in segmenter.start_notes)
+    if known is None or is_new or len(known) != segmenter.num_classes or list(known[: len(classes)]) == list(classes):
+        return None
+    differ = [n for n, (one, other) in enumerate(zip(known, classes)) if one != other]
+    first = ", ".join(f"{n} is {known[n]!r} there and {classes[n]!r} here" for n in differ[:3])
+    more = f", and {len(differ) - 3} more differ" if len(differ) > 3 else ""
+    return (
+        f"warning: model.pretrained={start}: its classes are others or in another order ({first}{more}); the "
+        "classifier is loaded all the same"
+    )
 
 
 def _start_weights(pretrained: bool | str | None) -> bool | str | Weights | None:

@@ -62,7 +62,7 @@ class Run:
     """`state.json` of the checkpoint that the run continues from; empty in a new run."""
     notes: tuple[str, ...]
     """Lines on the checkpoint that the run continues from: damaged ones that were passed over, and what is different
-    now."""
+    now. In a new run, on the weights that it starts from: what of them was not loaded."""
     model: dict[str, Any]
     """What a checkpoint says of the model (`checkpoints/fit.py`)."""
     writer: CheckpointWriter
@@ -182,6 +182,7 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
         resumed=resumed,
         notes=(
             *(f"passed over: {line}" for line in (checked.checkpoint.passed_over if checked.checkpoint else ())),
+            *(() if checked.checkpoint else student.start_notes),
             *changes(resumed, recipe, runtime.world_size),
         ),
         model=checked.model,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import load_file
@@ -334,7 +335,7 @@ def test_names_of_any_characters_are_shown_as_they_are(runs, images, tmp_path, m
     export_run(run, Path(folder))
     card = Path(folder, "README.md").read_text()
     front, _, body = card.removeprefix("---\n").partition("\n---\n")
-    assert [line.partition(":")[0] for line in front.splitlines()] == ["library_name", "pipeline_tag"]
+    assert list(yaml.safe_load(front)) == ["library_name", "pipeline_tag", "tags"]
     shown = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(body)
     for shown_name in (*NAMES, folder):
         assert html.escape(" ".join(shown_name.split())) in shown

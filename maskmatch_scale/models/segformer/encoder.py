@@ -103,7 +103,7 @@ class SegformerEncoder(Encoder):
                 tokens = self._run(block, tokens, height, width)
             tokens = stage.layer_norm(tokens)
             # A view in channels-last memory: transformers copies to channels-first here, and the head back again.
-            hidden = tokens.view(len(tokens), height, width, -1).permute(0, 3, 1, 2)
+            hidden = tokens.view(tokens.shape[0], height, width, -1).permute(0, 3, 1, 2)
             maps.append(hidden)
         return maps
 

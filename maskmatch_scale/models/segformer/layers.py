@@ -222,7 +222,7 @@ def _with_batch_stride(x: Tensor) -> Tensor:
 
     Decision: docs/decisions/0017-mix-ffn-recomputes-gelu.md.
     """
-    if len(x) > 1 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+    if x.shape[0] > 1 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return x
     _, channels, height, width = x.shape
     return x.permute(0, 2, 3, 1).flatten().view(1, height, width, channels).permute(0, 3, 1, 2)

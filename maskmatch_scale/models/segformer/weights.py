@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import SegformerForSemanticSegmentation
+from transformers.utils import logging as transformers_log
 
 from maskmatch_scale.models.deferred import kept_whole
 from maskmatch_scale.models.segformer.config import OFFICIAL
@@ -18,7 +22,8 @@ def segformer_weights(source: str | Path, config: Any) -> dict[str, Tensor]:
     """Weights of a SegFormer of transformers, in a segmenter's names (`backbone.…`, `head.…`).
 
     transformers reads them itself, so checkpoints of its versions 4 and 5, and encoders trained on ImageNet, all load.
-    Tensors that the source does not hold are left out.
+    Tensors that the source does not hold are left out. Those that the model has in another shape, or not at all, are on
+    the meta device, without values.
 
     Args:
         source: `segformer-b0` … `-b5` (the ImageNet encoders `nvidia/mit-b0` … of the hub), a folder, or a file.
@@ -30,7 +35,7 @@ def segformer_weights(source: str | Path, config: Any) -> dict[str, Tensor]:
     state = None
     name: str | None = str(source).replace("segformer-", "nvidia/mit-") if source in OFFICIAL else str(source)
     try:
-        with kept_whole():  # transformers loads in threads
+        with kept_whole(), _quiet():  # transformers loads in threads
             if Path(source).is_file():
                 state, name = read_weights(Path(source)), None
             model, info = SegformerForSemanticSegmentation.from_pretrained(
@@ -49,4 +54,21 @@ def segformer_weights(source: str | Path, config: Any) -> dict[str, Tensor]:
     wrong = sorted(key for key in absent if key.startswith("segformer."))
     if wrong:
         raise ValueError(f"pretrained: {str(source)!r} does not fit the backbone, e.g. {wrong[0]}; is it another size?")
-    return {to_own_name(key): value for key, value in model.state_dict().items() if key not in absent}
+    found = {to_own_name(key): value for key, value in model.state_dict().items() if key not in absent}
+    unused = dict.fromkeys(info["unexpected_keys"], (0,))
+    unused |= {key: tuple(shape) for key, shape, *_ in info["mismatched_keys"]}
+    return found | {to_own_name(key): torch.empty(shape, device="meta") for key, shape in unused.items()}
+
+
+@contextmanager
+def _quiet() -> Generator[None, None, None]:
+    """Without transformers' table of tensors that do not fit, from every rank: a segmenter says it in a line."""
+    level, shows_progress = transformers_log.get_verbosity(), transformers_log.is_progress_bar_enabled()
+    transformers_log.set_verbosity_error()
+    transformers_log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_log.set_verbosity(level)
+        if shows_progress:
+            transformers_log.enable_progress_bar()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,6 +89,18 @@ class VitEncoder(Encoder):
         height, width = self.model.patch_embed.img_size
         return height, width
 
+    def fix_size(self, height: int, width: int) -> None:
+        """Resize the position embedding once, as every call does for images of another size than its own."""
+        super().fix_size(height, width)
+        with torch.no_grad():
+            self.model.set_input_size(img_size=(height, width))
+        # timm resizes it at every call, even to its own size when it is exported, unless it is told not to.
+        self.model.dynamic_img_size = False
+        self.model.patch_embed.flatten = True
+        rope = getattr(self.model, "rope", None)
+        if rope is not None:  # made for any size, a rotary embedding has none of its own
+            rope.get_embed = partial(rope.get_embed, shape=list(self.model.patch_embed.grid_size))
+
     def unit_fits(self, unit_px: int) -> bool:
         """Whether the side is whole patches."""
         return unit_px % self.patch_px == 0
@@ -135,7 +148,7 @@ class VitEncoder(Encoder):
         """Encode whole images (B, 3, H, W): (B, C, H / patch, W / patch) a level, in channels-last memory."""
         patch = self.patch_px
         size = images.shape[2] // patch, images.shape[3] // patch
-        return [level.reshape(len(images), *size, -1).permute(0, 3, 1, 2) for level in self._run(images, None)]
+        return [level.reshape(images.shape[0], *size, -1).permute(0, 3, 1, 2) for level in self._run(images, None)]
 
     def visible(self, images: Tensor, visible: Tensor, grid: Grid) -> list[Tensor]:
         """Encode visible units alone: unit tokens (B, k, r, r, C) a level, r = unit_px / patch."""
