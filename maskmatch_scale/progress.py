@@ -75,10 +75,11 @@ class NotebookBar:
     """A line below the bar."""
 
     def __init__(self, bar: Progress) -> None:
-        from IPython.display import display
+        from IPython import display
 
+        show_below: Any = display.display  # which has no types
         self._bar, self._drawn = bar, time.monotonic()
-        self._handle = display(self._drawing(), raw=True, display_id=True)
+        self._handle = show_below(self._drawing(), raw=True, display_id=True)
 
     def draw(self, *, at_once: bool = False) -> None:
         """Draw it as it is now, unless that was done a moment ago."""

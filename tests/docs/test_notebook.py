@@ -47,8 +47,8 @@ def test_every_cell_runs(tmp_path):
     notebook = executed(nbformat.read(NOTEBOOK, as_version=4), tmp_path)
     shown = {cell.source.split("\n")[0]: printed(cell) for cell in notebook.cells if cell.cell_type == "code"}
     (training,) = [text for source, text in shown.items() if source.startswith("recipe = load_recipe")]
-    assert re.search(r"^train ━+ 60/60", training, re.MULTILINE)
-    assert "step 60: dev mIoU" in training
+    assert re.search(r"^train ━+ 80/80", training, re.MULTILINE)
+    assert "step 80: dev mIoU" in training
     (scores,) = [text for source, text in shown.items() if source.startswith("(scores,)")]
     assert float(re.search(r"mIoU ([\d.]+) on 6 images", scores)[1]) > 0.5  # a ground alone has 0.3
     pictures = [o for cell in notebook.cells for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]
