@@ -197,12 +197,18 @@ def test_a_full_disk_keeps_the_report_away_and_the_sweep_going(recipe_file, smal
     assert sweep._report(trials, disk.path / "out") == disk.path / "out" / "report.html"
 
 
-SLEEPS = """
-import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-signal.signal(signal.SIGINT, lambda *_: sys.exit(75))
-open(sys.argv[1], "w").close()
-time.sleep(600)
+COUNTS = """
+import pathlib, signal, sys, time
+arrived = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: arrived.append(number))
+ready = pathlib.Path(sys.argv[1])
+ready.touch()
+while not arrived:
+    time.sleep(0.01)
+time.sleep(1.5)  # in which another would come
+ready.write_text(str(len(arrived)))
+sys.exit(75)
 """
 
 
@@ -210,7 +216,7 @@ time.sleep(600)
 def test_a_signal_goes_to_the_run_once(recipe_file, tmp_path, number):
     """Also when the whole group of processes gets it, as at Ctrl-C."""
     ready = tmp_path / "ready"
-    launcher = shlex.join([sys.executable, "-c", SLEEPS, str(ready)])
+    launcher = shlex.join([sys.executable, "-c", COUNTS, str(ready)])
     command = [sys.executable, "-m", "maskmatch_scale", "sweep", str(recipe_file), "optim.lr=1,2"]
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
     with subprocess.Popen(
@@ -225,6 +231,7 @@ def test_a_signal_goes_to_the_run_once(recipe_file, tmp_path, number):
         os.killpg(process.pid, number)
         _, err = process.communicate()
     assert process.returncode == 75, err
+    assert ready.read_text() == "1"
     assert f"got {number.name}; the sweep ends in optim.lr=1; go on with:" in err
 
 
