@@ -1,16 +1,22 @@
-"""The progress of a command on stderr: a bar with the time left on a terminal, or lines in a log."""
+"""The progress of a command on stderr: a bar with the time left on a terminal or in a notebook, or lines in a log."""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_DRAWINGS = 0.2
+_NOTEBOOK_WIDTH = 80
 
 Elsewhere = Literal["lines", "lines if slow", "last bar", "nothing"]
 """What is written if stderr is not a terminal. lines: one every ten seconds and one at the end. lines if slow: the
@@ -51,6 +57,46 @@ def show(text: str) -> None:
         print(text, flush=True)  # noqa: T201
 
 
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, whose output is no terminal but can be replaced."""
+    ipython = sys.modules.get("IPython")
+    shell: Any = ipython.get_ipython() if ipython is not None else None
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+class NotebookBar:
+    """Shows a bar of rich below a notebook's cell, as text. rich's own way needs ipywidgets in kernel and browser.
+
+    Args:
+        bar: disabled, so that it draws nothing itself.
+    """
+
+    text = ""
+    """A line below the bar."""
+
+    def __init__(self, bar: Progress) -> None:
+        from IPython import display
+
+        show_below: Any = display.display  # which has no types
+        self._bar, self._drawn = bar, time.monotonic()
+        self._handle = show_below(self._drawing(), raw=True, display_id=True)
+
+    def draw(self, *, at_once: bool = False) -> None:
+        """Draw it as it is now, unless that was done a moment ago."""
+        now = time.monotonic()
+        if at_once or now - self._drawn >= _SECONDS_BETWEEN_DRAWINGS:
+            self._drawn = now
+            self._handle.update(self._drawing(), raw=True)
+
+    def _drawing(self) -> dict[str, str]:
+        from rich.console import Console
+
+        drawn = io.StringIO()
+        console = Console(file=drawn, width=_NOTEBOOK_WIDTH, force_jupyter=False, force_terminal=False)
+        console.print(self._bar.get_renderable())
+        return {"text/plain": f"{drawn.getvalue().strip()}\n{self.text}".rstrip()}
+
+
 @contextmanager
 def progress_of(
     task: str, total: int, *, unit: str, wanted: bool = True, elsewhere: Elsewhere = "lines"
@@ -69,16 +115,27 @@ def progress_of(
     """
     if not wanted:
         yield _nothing
-    elif sys.stderr.isatty() or elsewhere == "last bar":
+    elif in_notebook() or sys.stderr.isatty() or elsewhere == "last bar":
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         name = TextColumn("{task.description}", markup=False)
         columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         # If stderr is not a terminal, rich draws the bar once, when it ends.
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        with Progress(*columns, console=Console(stderr=True), disable=in_notebook()) as bar:
             number = bar.add_task(f"{task}, {unit}" if task else unit, total=total)
-            yield lambda steps=1: bar.advance(number, steps)
+            below_cell = NotebookBar(bar) if in_notebook() else None
+
+            def advance(steps: int = 1) -> None:
+                bar.advance(number, steps)
+                if below_cell is not None:
+                    below_cell.draw()
+
+            try:
+                yield advance
+            finally:
+                if below_cell is not None:
+                    below_cell.draw(at_once=True)
     elif elsewhere == "nothing":
         yield _nothing
     else:

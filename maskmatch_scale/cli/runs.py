@@ -1,8 +1,9 @@
-"""`maskmatch train | evaluate | report | export`. Large libraries are imported only when one of them runs."""
+"""`maskmatch train | sweep | evaluate | report | export`. Large libraries are imported only when one of them runs."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from maskmatch_scale.errors import UserError
+from maskmatch_scale.errors import TrainingStopped, UserError
 from maskmatch_scale.files import write_whole
 from maskmatch_scale.progress import progress_of
 from maskmatch_scale.training.signals import listen
@@ -49,6 +50,57 @@ def train(
     from maskmatch_scale.train import train as run_training
 
     run_training(loaded, resume)
+
+
+@app.command(
+    epilog="Example: maskmatch sweep configs/quickstart-vit.yaml optim.lr=5e-4,1e-3,2e-3 method.mask.keep=0.3,0.5 "
+    "run.steps=100 --out runs/lr --launcher launch/deepspeed.sh"
+)
+def sweep(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe, a YAML file.")],
+    overrides: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY=VALUE,VALUE,…",
+            help="Keys of the recipe. Values with commas between them are tried one after the other; of several such "
+            "keys, every combination.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for a run directory of each run, and the report.")],
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="auto", help="Go on with a sweep: finished runs are kept, others go on."),
+    ] = None,
+    launcher: Annotated[
+        str,
+        typer.Option(
+            metavar="COMMAND",
+            help="Starts each run on several ranks: launch/deepspeed.sh, or a launcher with its options, such as "
+            "'torchrun --nproc-per-node 2'.",
+        ),
+    ] = "",
+) -> None:
+    """Train a recipe with different values, one run after the other, and compare the runs on the split dev."""
+    if resume not in (None, "auto"):
+        raise UserError(f"--resume {resume}: a sweep knows its runs by --out; write --resume auto")
+    try:
+        command = shlex.split(launcher)
+    except ValueError as error:
+        raise UserError(f"--launcher {launcher!r}: {error}") from None
+    from maskmatch_scale import sweep as sweeping
+
+    found = sweeping.run(recipe, overrides, out, resume=resume == "auto", launcher=command)
+    console = Console()
+    console.print(sweeping.table(found))
+    best = found.best
+    line = "no run has finished with a figure on dev" if best is None else f"{best.trial.name}, mIoU {best.miou:.4f}"
+    console.print(f"best: {line}", soft_wrap=True, highlight=False, markup=False)
+    if found.report is not None:
+        console.print(f"report: {found.report}", soft_wrap=True, highlight=False, markup=False)
+    if found.stopped is not None:
+        raise TrainingStopped(*found.stopped)
+    if failed := [row.trial.name for row in found.rows if row.failed]:
+        raise TrainingStopped(f"{len(failed)} of {len(found.rows)} runs failed: {'; '.join(failed)}")
 
 
 @app.command(epilog="Example: maskmatch evaluate runs/quickstart/segformer-maskmatch --split val evaluation.mode=whole")

@@ -9,6 +9,8 @@ import atexit
 import os
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +27,7 @@ from maskmatch_scale.recipe import EngineRecipe
 GRACE_S = 60
 """Seconds by which torch's own time limit is longer than `engine.collective_timeout_s`: until then engine/watch.py has
 said which ranks did not come."""
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def import_deepspeed() -> Any:
@@ -85,6 +88,26 @@ def start(place: Place, recipe: EngineRecipe) -> Runtime:
         return Runtime(place, device, threads)
     store = connect(recipe.collective_timeout_s)
     return Runtime(place, device, threads, meet(store, place.rank, place.world_size, Member.here(device)))
+
+
+@contextmanager
+def environment_kept(place: Place) -> Iterator[None]:
+    """Take back what :func:`start` adds to the environment of a process without a launcher, when the body ends.
+
+    A notebook goes on after a run, and what it starts then, such as a run in another process, would take itself for a
+    rank of this one, and its port for free.
+
+    Args:
+        place: of this rank. With several ranks nothing is taken back, because messages are by rank.
+    """
+    before = {name: os.environ.get(name) for name in _OF_A_RANK}
+    try:
+        yield
+    finally:
+        for name, value in before.items() if place.world_size == 1 else ():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def gpu_of(local_rank: int, visible: int) -> int:

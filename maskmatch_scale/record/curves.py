@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -13,6 +14,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -23,11 +25,14 @@ COLOURS = ("#0a7cc4", "#e0661a", "#0f9d78", "#c2609c", "#c79300", "#7a6ff0", "#8
 MOST_POINTS = 500
 """A curve with more points is drawn as means of neighbouring steps. The chart is about this many px wide."""
 
+MOST_TICKS = 8
+"""Values of a setting that are written at its axis."""
+
 # matplotlib does not know currentColor and CSS variables. These colours are replaced by them in its output.
-_INK, _GRID = "#010203", "#040506"
+INK, _GRID = "#010203", "#040506"
 _SIZE_INCHES = (5.2, 3.1)
 # Any: matplotlib's type for this differs between its versions. "none": text stays text, in the page's font.
-_STYLE: Any = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), _INK) | {
+_STYLE: Any = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK) | {
     "svg.fonttype": "none",
     "font.size": 9,
     "axes.linewidth": 0.6,
@@ -66,12 +71,7 @@ def chart(name: str, title: str, curves: Sequence[Curve], *, smooth: bool = Fals
     if not curves:
         return Markup()
     drawn = [running_mean(curve.values) if smooth else curve.values for curve in curves]
-    # With a fixed hash salt the ids, and so the page, are the same for the same runs.
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
-        axes = figure.add_subplot()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color=_GRID, linewidth=0.6)
+    with _figure(name) as (figure, axes):
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.set_xlabel("step")
         for curve, values in zip(curves, drawn):
@@ -90,11 +90,70 @@ def chart(name: str, title: str, curves: Sequence[Curve], *, smooth: bool = Fals
         if smooth:
             highest = max(float(np.nanmax(values)) for values in drawn)
             axes.set_ylim(0, highest * 1.08 or 1)
-        svg = io.StringIO()
-        figure.savefig(
-            svg, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
-    return _inline(svg.getvalue(), name, title, [(curve.label, _last(values)) for curve, values in zip(curves, drawn)])
+        document = _document(figure)
+    ends = [f"{curve.label} ends at {_last(values):.3g}" for curve, values in zip(curves, drawn)]
+    return _inline(document, name, title, ends)
+
+
+@dataclass(frozen=True)
+class Points:
+    """Results by the value of one setting, of runs that are alike in everything else."""
+
+    label: str
+    colour: str
+    at: NDArray[np.float64]
+    """(n,) the setting."""
+    values: NDArray[np.float64]
+    """(n,) the results, finite. Several runs may have one setting: another seed."""
+
+
+def against(name: str, title: str, setting: str, points: Sequence[Points]) -> Markup:
+    """Draw results over a setting: every run is a point, and a line joins the means of equal settings.
+
+    Args:
+        name: a word that no other chart of the page has; the ids of elements start with it.
+        title: read out by screen readers, together with the best point.
+        setting: name of the axis. It is logarithmic if the values are positive and span a factor of ten or more.
+        points: one line each; not empty.
+
+    Returns:
+        An ``<svg>`` element for HTML. matplotlib's global state is not changed.
+    """
+    at = np.unique(np.concatenate([group.at for group in points]))
+    with _figure(name) as (figure, axes):
+        if at[0] > 0 and at[-1] >= 10 * at[0]:
+            axes.set_xscale("log")
+        axes.set_xticks(at if at.size <= MOST_TICKS else at[:: -(-at.size // MOST_TICKS)])
+        axes.set_xticks([], minor=True)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel(setting)
+        for group in points:
+            means = [(value, group.values[group.at == value].mean()) for value in np.unique(group.at)]
+            axes.plot(*zip(*means), color=group.colour, linewidth=1.6)
+            axes.plot(group.at, group.values, "o", color=group.colour, markersize=5)
+        document = _document(figure)
+    best = max(points, key=lambda group: float(group.values.max()))
+    place = int(best.values.argmax())
+    said = f"best: {best.values[place]:.3g} at {best.at[place]:g}" + (f", {best.label}" if best.label else "")
+    return _inline(document, name, title, [said])
+
+
+@contextmanager
+def _figure(name: str) -> Iterator[tuple[Figure, Axes]]:
+    """A figure in the style of the page; draw it (:func:`_document`) while the body runs."""
+    # With a fixed hash salt the ids, and so the page, are the same for the same runs.
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=_GRID, linewidth=0.6)
+        yield figure, axes
+
+
+def _document(figure: Figure) -> str:
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return svg.getvalue()
 
 
 def running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -138,18 +197,18 @@ def _last(values: NDArray[np.float64]) -> float:
     return float(values[np.isfinite(values)][-1])
 
 
-def _inline(document: str, name: str, title: str, last: Sequence[tuple[str, float]]) -> Markup:
+def _inline(document: str, name: str, title: str, said: Sequence[str]) -> Markup:
     """Turn an SVG document into an element of a page: unique ids, the page's colours, a title and a description."""
     svg = document[document.index("<svg") :]
     # matplotlib uses the same ids in every figure, but they must be unique in a page.
     svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = svg.replace(_INK, "currentColor").replace(_GRID, "var(--line)")
+    svg = svg.replace(INK, "currentColor").replace(_GRID, "var(--line)")
     # Sizes in pt would fix the width. With the view box alone the page decides, and likewise for fonts.
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = svg.replace("font: 9px 'DejaVu Sans'", "font: 9px var(--font)")
-    ends = "; ".join(f"{label} ends at {value:.3g}" for label, value in last)
-    described = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(ends)}</desc>'
+    words = escape("; ".join(said))
+    described = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{words}</desc>'
     opening = f'<svg role="img" aria-labelledby="{name}-title {name}-desc"'
     # This is safe: matplotlib escapes its text, and the title and description were escaped above.
     return Markup(re.sub(r"<svg([^>]*)>", lambda match: f"{opening}{match[1]}>{described}", svg, count=1))

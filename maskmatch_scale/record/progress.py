@@ -1,4 +1,4 @@
-"""The progress of a run: a live bar on a terminal, plain lines in a file, nothing on ranks other than 0.
+"""The progress of a run: a live bar on a terminal or in a notebook, lines in a file, nothing on ranks other than 0.
 
 It shows figures of the steps, and leaves the slow first steps out of the time left; for other commands see
 `maskmatch_scale/progress.py`.
@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from maskmatch_scale.progress import output_may_fail
+from maskmatch_scale.progress import NotebookBar, in_notebook, output_may_fail
 
 WARM_UP_STEPS = 3
 """The first steps are left out of the time per step, because they load, allocate and compile."""
@@ -32,25 +32,35 @@ class TrainingProgress:
 
     def __init__(self, steps: int, start: int, *, shown: bool) -> None:
         self.steps = steps
-        self._console = Console(file=sys.stdout, quiet=not shown)
-        self._live = shown and self._console.is_terminal
+        self._in_notebook = shown and in_notebook()
+        # Not rich's way for notebooks, which needs ipywidgets; and their output claims to be a terminal.
+        terminal = False if self._in_notebook else None
+        self._console = Console(file=sys.stdout, quiet=not shown, force_jupyter=False, force_terminal=terminal)
+        in_terminal = shown and self._console.is_terminal
+        self._live = in_terminal or self._in_notebook
+        figures = () if self._in_notebook else (TextColumn("{task.fields[figures]}"),)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.fields[figures]}"), console=self._console, disable=not self._live,
+            *figures, console=self._console, disable=not in_terminal,
         )  # fmt: skip
         self._task = self._bar.add_task("train", total=steps, completed=start, figures="")
         self._counted_from: tuple[int, float] | None = None
         self._warm_from = start + WARM_UP_STEPS
         self._cheap = False
+        self._below_cell: NotebookBar | None = None
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
+        if self._in_notebook:
+            self._below_cell = NotebookBar(self._bar)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+        if self._below_cell is not None:
+            self._below_cell.draw(at_once=True)
 
     def phase(self, *, cheap: bool) -> None:
         """Say whether the next steps are cheap (the burn-in). If that changes, the time per step is measured anew."""
@@ -62,11 +72,16 @@ class TrainingProgress:
         if self._counted_from is None and done >= self._warm_from:
             self._counted_from = (done, time.monotonic())
         self._bar.update(self._task, completed=done)
+        if self._below_cell is not None:
+            self._below_cell.draw()
 
     def figures(self, record: Mapping[str, Any]) -> None:
         """Show the figures of a train record."""
         text = _figures(record, self._remaining(record["step"]), at_least=self._cheap)
         self._bar.update(self._task, figures=text)
+        if self._below_cell is not None:
+            self._below_cell.text = text
+            self._below_cell.draw()
         if not self._live:
             self._print(f"step {record['step']}/{self.steps}  {text}")
 

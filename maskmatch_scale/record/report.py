@@ -6,12 +6,11 @@ This module collects what the report contains; ``report.html.jinja`` is its layo
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +21,7 @@ from markupsafe import Markup
 
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.files import write_whole
-from maskmatch_scale.record.curves import COLOURS, Curve, chart
+from maskmatch_scale.record.curves import COLOURS, Curve, Points, against, chart
 from maskmatch_scale.record.pictures import PictureRun, held_out_pictures
 from maskmatch_scale.record.run_files import RunFiles, number, read_run, split_rank
 from maskmatch_scale.record.run_folder import RunFolder
@@ -35,6 +34,7 @@ from maskmatch_scale.record.summary import (
     method_labels,
     summarise_files,
 )
+from maskmatch_scale.record.swept import shown, swept
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class _Group:
     runs: tuple[_Run, ...]
     charts: tuple[tuple[str, Markup], ...]
     """Title and SVG of each chart that has anything to show."""
+    swept: tuple[tuple[str, Markup, tuple[Points, ...]], ...]
+    """Title and SVG of the results by a setting in which the runs differ, and the lines in it that have a name."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,19 @@ def _group(place: int, backbone: str, runs: Sequence[_Run]) -> _Group:
         ("mIoU on dev", chart(f"miou-{place}", "mIoU on dev", dev, markers=True)),
         train_chart("lr", "Learning rate", smooth=False),
     )
-    return _Group(backbone, tuple(runs), tuple((title, svg) for title, svg in charts if svg))
+    return _Group(backbone, tuple(runs), tuple((title, svg) for title, svg in charts if svg), _swept(place, runs))
+
+
+def _swept(place: int, runs: Sequence[_Run]) -> tuple[tuple[str, Markup, tuple[Points, ...]], ...]:
+    """Charts of the teacher's mIoU on ``dev`` by settings. Runs that have not finished do not compare."""
+    scores = [run.summary.score("dev", "ema") if run.summary.finished else None for run in runs]
+    known = [(run.files.settings, score.miou if score else None) for run, score in zip(runs, scores)]
+    charts = []
+    for count, setting in enumerate(swept(known)):
+        title = f"mIoU on dev by {setting.key}"
+        svg = against(f"swept-{place}-{count}", title, setting.key, setting.lines)
+        charts.append((title, svg, tuple(line for line in setting.lines if line.label)))
+    return tuple(charts)
 
 
 def _dev_curves(run: _Run) -> list[Curve]:
@@ -269,15 +283,8 @@ def _differing(runs: Sequence[_Run]) -> list[tuple[str, list[str]]]:
     ``run.dir`` is left out, because it always differs and the run is named after it.
     """
     keys = dict.fromkeys(key for run in runs for key in run.files.settings if key != "run.dir")
-    table = [(key, [_shown(run.files.settings, key) for run in runs]) for key in keys]
+    table = [(key, [shown(run.files.settings, key) for run in runs]) for key in keys]
     return [(key, values) for key, values in table if len(set(values)) > 1]
-
-
-def _shown(settings: Mapping[str, object], key: str) -> str:
-    if key not in settings:
-        return ""
-    value = settings[key]
-    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _common_parent(paths: Sequence[Path]) -> Path:

@@ -175,13 +175,13 @@ def headline(runs: Sequence[RunSummary]) -> Headline:
     columns += ["images/s", "MFU", "peak GB of a GPU", "fetched GB", "time"]
     rows = []
     for run, label in zip(runs, method_labels(runs)):
-        row = [run.name, label, "–" if run.seed is None else str(run.seed), _steps(run)]
+        row = [run.name, label, "–" if run.seed is None else str(run.seed), steps_of(run)]
         for split in splits:
             row += _split_figures(run, split)
         mfu = "–" if run.mfu is None else f"{run.mfu:.0%}"
         peak = "–" if run.gpu_peak_gb is None else f"{run.gpu_peak_gb:.1f}"
         fetched = "–" if run.fetched_gb is None else f"{run.fetched_gb:.3g}"
-        rows.append((*row, _rate(run.images_per_s), mfu, peak, fetched, _duration(run.seconds)))
+        rows.append((*row, _rate(run.images_per_s), mfu, peak, fetched, duration(run.seconds)))
     # Columns without any figure are left out (if no student was evaluated, for example).
     filled = [column for column in range(len(columns)) if any(row[column] != "–" for row in rows)]
     return Headline(
@@ -214,7 +214,7 @@ def summary_table(runs: Sequence[RunSummary]) -> Table:
             table.add_section()
             table.add_row(Text(run.backbone_name, style="bold"))
         figures = ["\n".join(column) for column in zip(*(_split_figures(run, split) for split in splits))] or ["–"] * 3
-        shared = (_rate(run.images_per_s), _steps(run), _duration(run.seconds))
+        shared = (_rate(run.images_per_s), steps_of(run), duration(run.seconds))
         # Text, not str, because rich would read a folder name such as "[old]" as markup.
         table.add_row(*map(Text, (f"{run.name}\n{label}", "\n".join(splits), *figures, *shared)))
     return table
@@ -285,7 +285,8 @@ def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _steps(run: RunSummary) -> str:
+def steps_of(run: RunSummary) -> str:
+    """Steps done, and how many were asked for: "40/100"."""
     return f"{run.steps_done}" if run.steps_asked is None else f"{run.steps_done}/{run.steps_asked}"
 
 
@@ -300,7 +301,7 @@ def _rate(per_second: float | None) -> str:
     return "–" if per_second is None else f"{per_second:.1f}" if per_second < 100 else f"{per_second:.0f}"
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
     """A duration in at most two units: "48s", "4m07s", "2h05m", "6d03h"."""
     if seconds is None:
         return "–"

@@ -20,6 +20,7 @@ from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.runs.folder import open_folder, rank_log
 from maskmatch_scale.training import preflight
 from maskmatch_scale.training.callbacks import CALLBACKS, Callback
+from maskmatch_scale.training.preflight import Checked
 from maskmatch_scale.training.run import Run, build_run
 from maskmatch_scale.training.signals import Signals, listening
 from maskmatch_scale.training.step import take_step
@@ -54,6 +55,11 @@ def _train(
     recipe: Recipe, resume: str | None, callbacks: Sequence[Callable[[Run], Callback]], signals: Signals | None
 ) -> Path:
     checked = preflight.check(recipe, resume)
+    with setup.environment_kept(checked.place):
+        return _run(checked, callbacks, signals)
+
+
+def _run(checked: Checked, callbacks: Sequence[Callable[[Run], Callback]], signals: Signals | None) -> Path:
     recipe, folder = checked.recipe, checked.folder
     if checked.place.world_size > 1:  # where NCCL's watchdog writes its record; it appends the rank
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.collectives(0)).removesuffix("0"))

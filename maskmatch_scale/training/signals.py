@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,8 @@ class Signals:
         self._numbers = [getattr(signal, name) for name in names]
         self._tell: Callable[[str], None] | None = None
         self._first: str | None = None
-        self._interrupts = 0
+        self._interrupts = 0  # counted by the thread
+        self._handled = 0  # the same by the main thread, without the one that ended the start
         self._raised = False
         self._process = os.getpid()
         self._asking = threading.Lock()
@@ -71,9 +73,14 @@ class Signals:
         self._thread.join()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._tell is None and not self._raised and os.getpid() == self._process:
+        if os.getpid() != self._process:
+            return
+        if self._tell is None and not self._raised:
             self._raised = True  # another signal must not interrupt the end
             raise StartInterrupted(signal.Signals(number).name)
+        self._handled += number == signal.SIGINT
+        if self._handled > 1 and _in_session():
+            raise KeyboardInterrupt
 
     def _listen(self, pipe: int) -> None:
         while numbers := os.read(pipe, 64):
@@ -84,7 +91,7 @@ class Signals:
 
     def _arrived(self, which: signal.Signals) -> None:
         self._interrupts += which == signal.SIGINT
-        if self._interrupts > 1:
+        if self._interrupts > 1 and not _in_session():
             os.write(2, b"\nmaskmatch: interrupted a second time: ended without a checkpoint\n")
             os._exit(INTERRUPTED)
         with self._asking:
@@ -92,6 +99,14 @@ class Signals:
                 self._first = which.name
                 if self._tell is not None:
                     self._tell(which.name)
+
+
+def _in_session() -> bool:
+    """Whether somebody works in this process: a notebook, IPython or Python's own prompt, which must not end.
+
+    All of them set `sys.ps1`. There a second Ctrl-C ends the run, in the main thread, and not the process.
+    """
+    return hasattr(sys, "ps1")
 
 
 @contextmanager

@@ -97,3 +97,15 @@ def test_the_second_ctrl_c_ends_a_blocked_process_at_once():
             assert process.wait(60) == INTERRUPTED
         finally:
             process.kill()
+
+
+def test_in_a_session_the_second_ctrl_c_ends_the_run_and_not_the_process(monkeypatch):
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    told = Told()
+    with listening(NAMES) as signals:
+        signals.keep(told)
+        signal.raise_signal(signal.SIGINT)
+        assert told.wait() == ["SIGINT"]
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

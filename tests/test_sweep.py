@@ -1,0 +1,267 @@
+"""`maskmatch sweep`: what is run, in which order, under what name, and what is left when something goes wrong."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from maskmatch_scale import sweep
+from maskmatch_scale.recipe import load_recipe
+from tests.record.conftest import SUPERVISED, write_run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def recipe_file(make_recipe, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(make_recipe(engine={"precision": "fp32"}).to_yaml())
+    return file
+
+
+@pytest.fixture
+def launcher(tmp_path):
+    """A command in the place of a launcher: it leaves a run directory that the learning rate decides on.
+
+    1: mIoU 0.4. 2: mIoU 0.6. 3: the loss is not finite. 4: ends before it has written anything. 5: asks to stop.
+    """
+    program = tmp_path / "launched.py"
+    program.write_text(f"""
+import json, os, shutil, sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from maskmatch_scale.recipe import load_recipe
+from tests.record.conftest import SUPERVISED, write_run
+words = sys.argv[1:]
+with open({str(tmp_path / "started")!r}, "a") as started:
+    started.write(" ".join(words) + "\\n")
+resume = words[-2:] == ["--resume", "auto"]
+recipe = load_recipe(words[0], words[1 : -2 if resume else None])
+run, lr = Path(recipe.run.dir), recipe.optim.lr
+if lr == 4:
+    Path(os.environ["MASKMATCH_EXIT_CODE_FILE"]).write_text("2")
+    sys.exit(1)
+shutil.rmtree(run, ignore_errors=True)
+scores = {{("dev", "ema"): {{1: 0.4, 2: 0.6}}.get(lr, 0.5)}} if lr != 3 else None
+stops = lr == 5 and not resume
+write_run(run, method=SUPERVISED, steps=3, steps_asked=3, scores=scores, closed=lr != 3 and not stops)
+(run / "recipe.yaml").write_text(recipe.to_yaml())
+if lr == 3:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\\n".join(lines[:-1]) + '\\n{{"kind": "train", "step": 3, "loss": NaN}}\\n')
+sys.exit(1 if lr == 3 else 75 if stops else 0)
+""")
+    return [sys.executable, str(program)]
+
+
+def started(tmp_path):
+    file = tmp_path / "started"
+    return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_all_combinations_with_names_that_fit_a_file_system(recipe_file, tmp_path):
+    overrides = ["optim.lr=1e-5,1e-4", "run.steps=7", "method.scales=[1.0],[0.5, 1.0]", "method.mask.keep=null,0.5"]
+    trials = sweep.plan(recipe_file, overrides, tmp_path / "out")
+    assert [trial.name for trial in trials][:3] == [
+        "optim.lr=1e-5,method.scales=1.0,method.mask.keep=null",
+        "optim.lr=1e-5,method.scales=1.0,method.mask.keep=0.5",
+        "optim.lr=1e-5,method.scales=0.5-1.0,method.mask.keep=null",
+    ]
+    assert len({trial.name for trial in trials}) == 8
+    last = trials[-1].recipe
+    assert (last.optim.lr, last.method.scales, last.method.mask.keep, last.run.steps) == (1e-4, (0.5, 1.0), 0.5, 7)
+    assert trials[-1].folder.path == tmp_path / "out" / trials[-1].name
+    assert load_recipe(recipe_file, trials[-1].overrides) == last
+    names = ",".join(f"exp{number}/" + "x" * 200 for number in range(2))
+    long = sweep.plan(recipe_file, [f"record.project={names}"], tmp_path / "out")
+    assert len({trial.name for trial in long}) == 2
+    assert all(len(trial.name) < 200 and "/" not in trial.name for trial in long)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["optim.lr=1e-5"], "no key has several values"),
+        (["optim.lr=1e-5,1e-4", "optim.lr=1e-3"], "optim.lr is given twice"),
+        (["optim.lr=1e-5,1e-4", "run.dir=there"], "run.dir=there: every run of a sweep has its own"),
+        (["optim.lr=1e-5,1e-5"], "two runs would have the folder"),
+        (["optim.lr=1e-5,fast"], 'optim.lr="fast"'),
+        (["optim.lr=1e-5,1e-4", "optim.wd=1"], "unknown key optim.wd=1"),
+        (["optim.lr=1e-5,1e-4", "more"], "'more': write it as section.key=value"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_written(maskmatch, recipe_file, tmp_path, overrides, part):
+    code, out, err = maskmatch("sweep", recipe_file, *overrides, "--out", tmp_path / "out")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert part in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_mistakes(maskmatch, recipe_file, tmp_path, monkeypatch):
+    given = ("sweep", recipe_file, "optim.lr=1,2", "--out", tmp_path / "out")
+    for more, part in (
+        (["--resume", "runs/x"], "--resume runs/x: a sweep knows its runs by --out"),
+        (["--launcher", "'torchrun"], "--launcher"),
+        (["--launcher", "no-such-launcher"], "no-such-launcher cannot be started: No such file"),
+    ):
+        code, _, err = maskmatch(*given, *more)
+        assert (code, err.count("\n"), part in err) == (2, 1, True), err
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = maskmatch(*given)
+    assert (code, "without a launcher" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_launchers_get_the_command_as_a_module():
+    own = [sys.executable, "-m", "maskmatch_scale", "train"]
+    module = ["maskmatch_scale", "train"]
+    assert sweep._command([]) == own
+    assert sweep._command(["deepspeed", "--num_gpus", "2"]) == ["deepspeed", "--num_gpus", "2", "--module", *module]
+    assert sweep._command(["bin/torchrun", "--standalone"]) == ["bin/torchrun", "--standalone", "-m", *module]
+    assert sweep._command(["launch/deepspeed.sh"]) == ["launch/deepspeed.sh"]
+    assert sweep._command(["srun", *own]) == ["srun", *own]
+
+
+def test_runs_that_fail_are_listed_and_the_rest_goes_on(maskmatch, recipe_file, tmp_path, launcher):
+    out = tmp_path / "out"
+    given = ("sweep", recipe_file, "optim.lr=3,1,4,2", "--out", out, "--launcher", shlex.join(launcher))
+    code, shown, err = maskmatch(*given)
+    assert code == 1
+    assert "2 of 4 runs failed: optim.lr=4; optim.lr=3" in err or "2 of 4 runs failed: optim.lr=3; optim.lr=4" in err
+    assert shown.startswith(f"sweep: 4 runs in {out}\n")
+    rows = [line.split() for line in shown.splitlines() if line.strip().startswith("optim.lr=")]
+    assert [(row[0], row[1]) for row in rows[:2]] == [("optim.lr=2", "0.6000"), ("optim.lr=1", "0.4000")]
+    assert {" ".join(row[5:]) for row in rows[2:]} == {"failed: loss not finite at step 3", "failed: exit code 2"}
+    assert "best: optim.lr=2, mIoU 0.6000" in shown
+    page = (out / "report.html").read_text()
+    assert all(f"optim.lr={value}" in page for value in (1, 2, 3))
+    assert not (out / "optim.lr=4").exists()
+
+    code, _, err = maskmatch(*given)
+    assert (code, "optim.lr=3 is there already; go on with that sweep by --resume auto" in err) == (2, True)
+    first = started(tmp_path)
+    code, shown, _ = maskmatch(*given, "--resume", "auto")
+    assert code == 1
+    assert shown.startswith(f"sweep: 4 runs in {out}, 2 of them finished\n")
+    again = started(tmp_path)[len(first) :]
+    assert [words[-1 if "--resume" not in words else -3] for words in again] == [
+        f"run.dir={out}/optim.lr=3",
+        f"run.dir={out}/optim.lr=4",
+    ]
+    assert ["--resume" in words for words in again] == [True, False]  # of one that wrote nothing there is nothing
+
+
+def test_finished_runs_must_be_of_this_recipe(maskmatch, recipe_file, tmp_path, launcher):
+    given = ("sweep", recipe_file, "optim.lr=1,2", "--out", tmp_path / "out", "--launcher", shlex.join(launcher))
+    assert maskmatch(*given)[0] == 0
+    more = (*given, "--resume", "auto")
+    for key, part in (("run.seed=1", "another run.seed"), ("optim.weight_decay=0.5", "another optim")):
+        code, _, err = maskmatch(*more, key)
+        assert (code, part in err) == (2, True)
+    before = len(started(tmp_path))
+    code, shown, _ = maskmatch(*more, "run.log_every=2")
+    assert (code, len(started(tmp_path)) - before) == (0, 0)
+    assert "best: optim.lr=2" in shown
+    assert maskmatch(*more, "run.steps=5")[0] == 0  # longer than they were
+    assert len(started(tmp_path)) - before == 2
+
+
+def test_a_run_that_stops_ends_the_sweep(maskmatch, recipe_file, tmp_path, launcher):
+    out = tmp_path / "out"
+    given = ("sweep", recipe_file, "optim.lr=5,2", "--out", out, "--launcher", shlex.join(launcher))
+    code, shown, err = maskmatch(*given)
+    assert code == 75
+    assert "the sweep ends in optim.lr=5; go on with: maskmatch sweep" in err
+    assert err.rstrip().endswith("--resume auto")
+    rows = [line.split() for line in shown.splitlines() if line.strip().startswith("optim.lr=")]
+    assert {row[0]: row[-1] for row in rows} == {"optim.lr=5": "stopped", "optim.lr=2": "waiting"}
+    assert maskmatch(*given, "--resume", "auto")[0] == 0
+    assert [words[-2:] == ["--resume", "auto"] for words in started(tmp_path)] == [False, True, False]
+
+
+def test_a_full_disk_keeps_the_report_away_and_the_sweep_going(recipe_file, small_disk, capfd):
+    disk = small_disk(kib=256)
+    trials = sweep.plan(recipe_file, ["optim.lr=1,2"], disk.path / "out")
+    write_run(trials[0].folder.path, method=SUPERVISED)
+    disk.fill()
+    assert sweep._report(trials, disk.path / "out") is None
+    assert "no report: " in capfd.readouterr().out
+    disk.free()
+    assert sweep._report(trials, disk.path / "out") == disk.path / "out" / "report.html"
+
+
+COUNTS = """
+import pathlib, signal, sys, time
+arrived = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: arrived.append(number))
+ready = pathlib.Path(sys.argv[1])
+ready.touch()
+while not arrived:
+    time.sleep(0.01)
+time.sleep(1.5)  # in which another would come
+ready.write_text(str(len(arrived)))
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_goes_to_the_run_once(recipe_file, tmp_path, number):
+    """Also when the whole group of processes gets it, as at Ctrl-C."""
+    ready = tmp_path / "ready"
+    launcher = shlex.join([sys.executable, "-c", COUNTS, str(ready)])
+    command = [sys.executable, "-m", "maskmatch_scale", "sweep", str(recipe_file), "optim.lr=1,2"]
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    with subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out"), "--launcher", launcher],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=clean,
+    ) as process:  # fmt: skip
+        until = time.monotonic() + 120
+        while not ready.exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        _, err = process.communicate()
+    assert process.returncode == 75, err
+    assert ready.read_text() == "1"
+    assert f"got {number.name}; the sweep ends in optim.lr=1; go on with:" in err
+
+
+@pytest.mark.slow
+def test_real_runs_stopped_and_continued(make_recipe, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    steps = {"dir": "x", "steps": 60, "log_every": 1}
+    recipe.write_text(make_recipe(engine={"precision": "fp32", "threads": 1, "micro_batch": 2}, run=steps).to_yaml())
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "maskmatch_scale", "sweep", str(recipe), "optim.lr=1e-4,1e30", "--out", str(out)]
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    run = out / "optim.lr=1e-4"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=clean) as process:
+        until = time.monotonic() + 240
+        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate()
+    assert process.returncode == 75, err
+    (stopped,) = (run / "checkpoints").glob("step-*")
+    assert 3 <= int(stopped.name.removeprefix("step-")) < 60
+    assert not (out / "optim.lr=1e30").exists()
+
+    done = subprocess.run(
+        [*command, "--resume", "auto", "run.steps=64"], capture_output=True, text=True, check=False, env=clean
+    )
+    assert done.returncode == 1, done.stderr
+    assert "best: optim.lr=1e-4, mIoU 0." in done.stdout
+    assert "failed: loss not finite" in done.stdout
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 65))
