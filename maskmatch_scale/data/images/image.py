@@ -16,6 +16,7 @@ from maskmatch_scale.data.images.opening import (
     BIT_DEPTH,
     JPEG,
     MAX_PIXELS,
+    MOST_WHOLE_PIXELS,
     PNG,
     bad,
     check_size,
@@ -91,6 +92,36 @@ def decode_planes(
     planes = _turned(pixels, orientation).transpose(2, 0, 1)
     # Torch takes no arrays with negative strides. NumPy's copy takes half the time of torch's on one thread.
     return np.ascontiguousarray(planes) if contiguous or orientation != 1 else planes
+
+
+def decode_any(data: bytes | Path, name: str, *, exif_orientation: bool) -> NDArray[np.uint8]:
+    """The RGB planes of an image of any format, to predict it: as training would see it if it were written as a shard.
+
+    Args:
+        data: the file: its bytes or its path.
+        name: of it, for the message.
+        exif_orientation: whether to turn it as its EXIF data says; only JPEG, PNG and WebP.
+
+    Returns:
+        uint8 (3, H, W), channels interleaved in memory; at most 500 million pixels.
+
+    Raises:
+        BadSample: ``not_an_image`` or ``too_large``.
+    """
+    try:
+        return decode_planes(
+            data,
+            name,
+            max_pixels=MOST_WHOLE_PIXELS,
+            exif_orientation=exif_orientation,
+            contiguous=False,
+            any_format=True,
+        )
+    except BadSample as error:
+        if error.reason != "too_large":
+            raise
+        what = f"more than {MOST_WHOLE_PIXELS} pixels; write it as a TIFF, which `maskmatch predict` reads in parts"
+        raise bad("too_large", name, what) from None
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:

@@ -1,9 +1,9 @@
 """Opening image files with Pillow: which formats, how many pixels, and how faults are reported.
 
 A file is given by its bytes, or by its path where it is so large that its bytes should not be in memory beside its
-pixels. There are two ways to open. What lies in a shard may come from anybody, so `open_stored` uses only Pillow's classes for
-the three formats of shards; these classes do not apply Pillow's own limit of size, except that for WebP. A data set
-that is written as shards may hold any format, so `open_any` tries all of Pillow's classes.
+pixels. There are two ways to open. What lies in a shard may come from anybody, so `open_stored` uses only Pillow's
+classes for the three formats of shards; these classes do not apply Pillow's own limit of size, except that for WebP. A
+data set that is written as shards may hold any format, so `open_any` tries all of Pillow's classes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from maskmatch_scale.data.faults import BadSample
 
 MAX_PIXELS = 100_000_000
 """Default upper limit of pixels of an image or label map."""
+MOST_WHOLE_PIXELS = 500_000_000
+"""Upper limit of pixels of an image that is predicted and cannot be read in parts: 1.5 GB of RGB."""
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 """How files of these formats begin."""
