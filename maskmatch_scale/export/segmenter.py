@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from maskmatch_scale.data.images.image import MODES, decode_any
+from maskmatch_scale.data.images.image import MODES, decode_large
 from maskmatch_scale.evaluation.inference import WholeImage, inference_with
 from maskmatch_scale.export.description import Description
 from maskmatch_scale.models import Segmenter
@@ -87,7 +87,7 @@ class ExportedSegmenter(Segmenter):
 def _planes(image: str | Path | Image.Image | NDArray[np.uint8], *, exif_orientation: bool) -> NDArray[np.uint8]:
     """RGB planes, uint8 (3, H, W)."""
     if isinstance(image, str | Path):
-        return decode_any(Path(image), str(image), exif_orientation=exif_orientation)
+        return decode_large(Path(image), str(image), exif_orientation=exif_orientation)
     if isinstance(image, Image.Image):
         if image.mode not in MODES or image.mode.startswith("I;16"):
             raise ValueError(f"image: Pillow's mode {image.mode}; convert it to 8 bits a channel")

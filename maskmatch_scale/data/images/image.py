@@ -37,7 +37,8 @@ thousands of empty scans in a small file would take minutes to decode."""
 _START_OF_SCAN = b"\xff\xda"
 _LOST_PIXELS = ("Corrupt JPEG data", "Premature end")
 """Complaints of libjpeg-turbo that mean lost pixels; others are harmless."""
-_TWELVE_BITS = 1 << 12
+TWELVE_BITS = 1 << 12
+"""From here on a value of 16 bits is not of 12-bit data."""
 _ORIENTATION = 0x0112
 """Number of the EXIF tag."""
 _BITS_PER_SAMPLE = 258
@@ -94,13 +95,16 @@ def decode_planes(
     return np.ascontiguousarray(planes) if contiguous or orientation != 1 else planes
 
 
-def decode_any(data: bytes | Path, name: str, *, exif_orientation: bool) -> NDArray[np.uint8]:
-    """The RGB planes of an image of any format, to predict it: as training would see it if it were written as a shard.
+def decode_large(
+    data: bytes | Path, name: str, *, exif_orientation: bool, any_format: bool = True
+) -> NDArray[np.uint8]:
+    """The RGB planes of an image that is predicted: as training would see it if it were written to a shard.
 
     Args:
         data: the file: its bytes or its path.
         name: of it, for the message.
         exif_orientation: whether to turn it as its EXIF data says; only JPEG, PNG and WebP.
+        any_format: see :func:`decode_planes`.
 
     Returns:
         uint8 (3, H, W), channels interleaved in memory; at most 500 million pixels.
@@ -115,7 +119,7 @@ def decode_any(data: bytes | Path, name: str, *, exif_orientation: bool) -> NDAr
             max_pixels=MOST_WHOLE_PIXELS,
             exif_orientation=exif_orientation,
             contiguous=False,
-            any_format=True,
+            any_format=any_format,
         )
     except BadSample as error:
         if error.reason != "too_large":
@@ -162,19 +166,20 @@ def eight_bits(image: Image.Image, data: bytes | Path, name: str) -> Image.Image
     """
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
-        _refuse_dark(int(values.max(initial=0)), name)
+        refuse_dark(int(values.max(initial=0)), name)
         return Image.fromarray((values >> 8).astype(np.uint8))
     start = start_of(data)
     is_png = start.startswith(PNG)
     tiff_bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, ())
     if (is_png and start[BIT_DEPTH] == 16) or 16 in (tiff_bits if isinstance(tiff_bits, tuple) else (tiff_bits,)):
         upper = max((int(band.max(initial=0)) for _, band in _rgb_bands(image)), default=0)
-        _refuse_dark(256 * upper if upper or not is_png else _largest_lower_byte(data), name)
+        refuse_dark(256 * upper if upper or not is_png else _largest_lower_byte(data), name)
     return image
 
 
-def _refuse_dark(largest: int, name: str) -> None:
-    if 0 < largest < _TWELVE_BITS:
+def refuse_dark(largest: int, name: str) -> None:
+    """Raise :class:`BadSample` if ``largest``, the largest value of an image of 16 bits, has 12 bits."""
+    if 0 < largest < TWELVE_BITS:
         raise bad(
             "not_an_image",
             name,
