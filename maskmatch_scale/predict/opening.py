@@ -115,7 +115,7 @@ def _recipe_around(evaluation: EvaluationRecipe, source: str, overrides: Sequenc
     content = {
         "data": {"root": "none"},
         "model": {"backbone": "none"},
-        "run": {"dir": "none"},
+        "run": {"dir": "none", "steps": 1},
         "evaluation": evaluation.model_dump(mode="json"),
     }
     return parse_recipe(content, source, overrides)
