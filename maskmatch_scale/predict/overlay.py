@@ -10,12 +10,13 @@ from PIL import Image
 
 from maskmatch_scale.data.images.encode import encode_image
 from maskmatch_scale.data.tools.overlay import overlaid, percent
-from maskmatch_scale.data.tools.sheet import LegendRow, legend_picture
+from maskmatch_scale.data.tools.sheet import PAPER, LegendRow, legend_picture
 from maskmatch_scale.predict.reading import OpenImage
 from maskmatch_scale.predict.rows import NO_DATA, Rows
 
 _NARROWEST_PX = 480
 """Of the picture, so that a legend has room."""
+_GAP_PX = 10
 _MOST_LEGEND = 60
 _QUALITY = 90
 
@@ -59,9 +60,10 @@ class Overlay:
         pixels: NDArray[np.uint8] = np.asarray(self._image.shrunk(*self._size))
         picture = overlaid(pixels, self._shown, self._palette, NO_DATA, max(self._size))
         legend = legend_picture(self._legend(), max(picture.width, _NARROWEST_PX))
-        whole = Image.new("RGB", (legend.width, picture.height + legend.height), "white")
+        below = picture.height + _GAP_PX
+        whole = Image.new("RGB", (legend.width, below + legend.height), PAPER)
         whole.paste(picture, (0, 0))
-        whole.paste(legend, (0, picture.height))
+        whole.paste(legend, (0, below))
         return encode_image(whole, "JPEG", quality=_QUALITY)
 
     def _legend(self) -> list[LegendRow]:

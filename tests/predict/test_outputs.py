@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from maskmatch_scale.evaluation.inference import Inference, WholeImage
+from maskmatch_scale.data.faults import BadSample
+from maskmatch_scale.evaluation.inference import Inference
 from maskmatch_scale.evaluation.windows import Block
 from maskmatch_scale.export import load_export
 from maskmatch_scale.predict.outputs import Outputs, Wanted
@@ -116,11 +117,14 @@ def test_an_overlay_is_shrunk_and_has_a_legend_below(files, predicted):
 def test_a_failure_within_an_image_leaves_nothing_of_it(tmp_path, photo):
     image = DecodedImage(torch.from_numpy(photo(1)).permute(2, 0, 1))
     outputs = Outputs(tmp_path, Wanted(probabilities=True), CLASSES, PALETTE, 3, 100)
-    blocks = [Block(slice(0, 50), slice(0, 128), torch.full((3, 50, 128), 1 / 3))]
-    with pytest.raises(ZeroDivisionError), outputs.writing("photo", image) as write:
-        for rows in rows_of(blocks, image, probabilities=True):
-            write(rows)
-        1 / 0  # noqa: B018
+    block = Block(slice(0, 50), slice(0, 128), torch.full((3, 50, 128), 1 / 3))
+
+    def half() -> None:
+        with outputs.writing("photo", image) as write:
+            for rows in rows_of([block], image, probabilities=True):
+                write(rows)
+            raise BadSample("not_an_image", "the rest cannot be read")
+
+    with pytest.raises(BadSample):
+        half()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-

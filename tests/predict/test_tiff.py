@@ -170,7 +170,7 @@ def test_a_truncated_tiff_among_good_images_is_listed(export, tmp_path, photos, 
     assert code == 1
     assert "cut.tif: not a readable TIFF" in err
     assert len(list((tmp_path / "out").glob("ids/**/*.png"))) == 4
-    assert not [name for name in (tmp_path / "out").rglob("*cut*")]
+    assert not list((tmp_path / "out").rglob("*cut*"))
 
 
 def test_without_rasterio_one_line_names_the_extra(export, tmp_path, photos, photo, maskmatch, monkeypatch):
@@ -186,3 +186,19 @@ def test_without_rasterio_one_line_names_the_extra(export, tmp_path, photos, pho
     assert "pip install 'maskmatch_scale[coco]'" in err
     # Without TIFFs and polygons neither is needed.
     assert maskmatch("predict", export, photos / "a.png", "--out", tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize("kib", [40, 120, 400, 700])
+def test_a_full_disk_is_one_line_and_leaves_no_half_map(export, tmp_path, photo, small_disk, maskmatch, kib):
+    """Of files that GDAL writes: it does not raise every error of the disk."""
+    noise = np.random.default_rng(0).integers(0, 256, (3, 1200, 1100), np.uint8)
+    path = write(tmp_path / "x.tif", noise)
+    disk = small_disk(kib=kib)
+    code, _, err = maskmatch("predict", export, path, "--out", disk.path / "out", "--no-overlay")
+    assert code == 2
+    assert "no room is left on this disk" in err
+    assert "Traceback" not in err
+    assert not list(disk.path.rglob(".*"))
+    for left in disk.path.rglob("*.tif"):  # what is there is whole
+        with rasterio.open(left) as file:
+            assert file.read(1).shape == (1200, 1100)
