@@ -15,6 +15,7 @@ _IGNORED, _IGNORED_STRIPE = (205, 205, 205), (120, 120, 120)
 _STRIPE_PX = 6
 _STRENGTH = 0.75
 """Share of a class's colour in the overlay; the rest is the image in grey."""
+_BAND_ROWS = 256
 _MOST_LEGEND = 60
 
 
@@ -46,10 +47,13 @@ def overlaid(
     """
     colours = np.full((256, 3), _IGNORED, np.float32)
     colours[: len(palette)] = palette
-    grey = image.mean(axis=2, dtype=np.float32)[..., None]
-    share = np.where(label == ignore_index, 1, np.float32(_STRENGTH))[..., None]
-    over = share * colours[label] + (1 - share) * grey
-    picture = np.array(thumbnail(Image.fromarray(over.astype(np.uint8)), longest))
+    over = np.empty(image.shape, np.uint8)
+    for top in range(0, len(image), _BAND_ROWS):  # in bands, because these are 12 bytes a pixel, several times
+        rows = slice(top, top + _BAND_ROWS)
+        grey = image[rows].mean(axis=2, dtype=np.float32)[..., None]
+        share = np.where(label[rows] == ignore_index, 1, np.float32(_STRENGTH))[..., None]
+        over[rows] = share * colours[label[rows]] + (1 - share) * grey
+    picture = np.array(thumbnail(Image.fromarray(over), longest))
     ignored = np.array(thumbnail(Image.fromarray((label == ignore_index).astype(np.uint8) * 255), longest)) > 127
     picture[ignored & _stripes(*ignored.shape)] = _IGNORED_STRIPE
     return Image.fromarray(picture)
