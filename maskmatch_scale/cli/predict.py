@@ -103,4 +103,5 @@ def predict(
             file=sys.stderr,
             flush=True,
         )
+    if done.say_by_exit_code:
         raise typer.Exit(_IMAGES_FAILED)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from maskmatch_scale.data.faults import BadSample, DataError
+from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.precision import autocast
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.evaluation.inference import Inference, inference_with
-from maskmatch_scale.files import append_lines
 from maskmatch_scale.predict.device import DTYPES, FittingBatches, choose_device, choose_precision
+from maskmatch_scale.predict.failures import Failures
 from maskmatch_scale.predict.inputs import ImageFile, deal, find_inputs
 from maskmatch_scale.predict.label_maps import refuse_label_maps
 from maskmatch_scale.predict.naming import output_names
@@ -30,8 +27,6 @@ from maskmatch_scale.predict.rows import Rows, rows_of
 from maskmatch_scale.predict.settings import claim
 from maskmatch_scale.predict.tiff import has_rasterio
 from maskmatch_scale.progress import Advance, progress_of
-
-FAILED = "failed.jsonl"
 
 
 @dataclass(frozen=True)
@@ -62,6 +57,8 @@ class Done:
     failed: int
     failures: Path
     """File that lists them."""
+    say_by_exit_code: bool
+    """Whether this process has to end with an error because of them, or of those of other ranks."""
 
 
 def predict(
@@ -91,6 +88,8 @@ def predict(
         raise UserError(f"--weights {options.weights}: it must be ema or student")
     for kind in options.wanted.polygons:
         {"coco": need_coco, "geojson": need_geojson}[kind]()
+    failures = Failures(out, place)
+    failures.begin()
     opened = open_model(model, options.weights, overrides)
     inference = inference_with(opened.segmenter, opened.evaluation, opened.crop_px, device)
     inputs = find_inputs(words, out, opened.data)
@@ -105,7 +104,7 @@ def predict(
 
     settings = _settings(opened, inference, precision, options)
     since_ns = claim(out, settings, overwrite=options.overwrite, first_rank=place.rank == 0)
-    failures = _Failures(out, place)
+    failures.forget_earlier()
     outputs = Outputs(
         out, options.wanted, opened.classes, opened.palette, opened.segmenter.num_classes, options.overlay_px
     )
@@ -124,7 +123,7 @@ def predict(
                     advance(task.share)
                 else:
                     job.predict(task, advance)
-    return Done(job.predicted, job.skipped, failures.count, failures.path)
+    return Done(job.predicted, job.skipped, failures.count, failures.path, failures.say_by_exit_code())
 
 
 def _settings(model: Model, inference: Inference, precision: str, options: Options) -> dict[str, Any]:
@@ -151,27 +150,6 @@ def _settings(model: Model, inference: Inference, precision: str, options: Optio
     }
 
 
-class _Failures:
-    """Says and lists the images that cannot be predicted; each rank has a list of its own."""
-
-    def __init__(self, out: Path, place: Place) -> None:
-        stem, _, ending = FAILED.partition(".")
-        self.path = out / (FAILED if place.world_size == 1 else f"{stem}-rank-{place.rank}.{ending}")
-        self.count = 0
-        # Those of an earlier start are tried again.
-        for old in out.glob(f"{stem}*.{ending}") if place.world_size == 1 else (self.path,):
-            old.unlink(missing_ok=True)
-
-    def add(self, where: str, fault: DataError) -> None:
-        """One more."""
-        self.count += 1
-        reason = " ".join(str(fault).split())
-        with suppress(OSError):  # a terminal that was closed
-            sys.stderr.write(f"maskmatch: skipped: {reason}\n")
-            sys.stderr.flush()
-        append_lines(self.path, [json.dumps({"image": where, "reason": reason}, ensure_ascii=False)])
-
-
 class _Job:
     """Predicts one image after the other."""
 
@@ -180,7 +158,7 @@ class _Job:
         inference: Inference,
         segmenter: FittingBatches,
         outputs: Outputs,
-        failures: _Failures,
+        failures: Failures,
         dtype: torch.dtype | None,
     ) -> None:
         self._inference, self._segmenter, self._outputs = inference, segmenter, outputs

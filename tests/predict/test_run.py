@@ -173,6 +173,19 @@ WITHOUT = "import sys; sys.modules |= {'deepspeed': None, 'accelerate': None}; "
 MAIN = "from maskmatch_scale.cli.main import main; sys.argv[0] = 'maskmatch'; main()"
 
 
+def test_help_has_an_example_and_imports_no_large_library():
+    check = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT + check + MAIN, "predict", "--help"],
+        env=without_ranks() | {"COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Example: maskmatch predict runs/mine photos" in done.stdout
+    assert done.stderr == "False\n"
+
+
 def test_an_export_needs_neither_deepspeed_nor_accelerate_and_ranks_share_a_folder(export, photos, tmp_path):
     """Two processes as a launcher starts them, in an environment where the two libraries cannot be imported."""
     out = tmp_path / "out"
@@ -192,6 +205,8 @@ def test_an_export_needs_neither_deepspeed_nor_accelerate_and_ranks_share_a_fold
     said = [process.communicate(timeout=300)[1] for process in ranks]
     assert sorted(process.returncode for process in ranks) == [0, 1], said
     assert all("5/5 images" in text for text in said), said
+    assert sum("1 of 5 images could not be predicted" in text for text in said) == 1
+    assert not list(out.glob(".*"))
     assert len(list(out.glob("ids/**/*.png"))) == len(list(out.glob("overlay/**/*.jpg"))) == 9
     (failed,) = out.glob("failed*.jsonl")
     assert failed.name in ("failed-rank-0.jsonl", "failed-rank-1.jsonl")
