@@ -202,3 +202,21 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_map(export, tmp_path, photo,
     for left in disk.path.rglob("*.tif"):  # what is there is whole
         with rasterio.open(left) as file:
             assert file.read(1).shape == (1200, 1100)
+
+
+@pytest.mark.parametrize("kib", range(240, 301, 12))
+def test_a_map_that_the_disk_has_no_room_for_is_never_taken_for_written(small_disk, kib):
+    """From 260 to 296 KiB GDAL raises nothing, neither in writing nor in closing."""
+    values = np.random.default_rng(0).integers(0, 3, (1200, 1100), np.uint8)
+    path = small_disk(kib=kib).path / "x.tif"
+
+    def whole() -> None:
+        with writing.write_tiff(path, values.shape, {}) as file:
+            file.add(values)
+
+    if kib >= 300:
+        whole()
+    else:
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            whole()
+        assert caught.value.filename == str(path)

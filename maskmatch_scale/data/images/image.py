@@ -43,7 +43,7 @@ _ORIENTATION = 0x0112
 """Number of the EXIF tag."""
 _BITS_PER_SAMPLE = 258
 """Number of the TIFF tag."""
-_BAND_PIXELS = 1 << 24
+_BAND_PIXELS = 1 << 22
 """Larger images are converted in bands of rows, because Pillow's conversions and NumPy's copies are whole images."""
 MODES = (
     *("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "La", "RGBa"),
