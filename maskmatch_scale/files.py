@@ -93,13 +93,36 @@ def write_whole(path: Path, content: bytes | str, mode: int = 0o666) -> None:
     Raises:
         OSError: it cannot be written, with ``path``. The file is as it was before.
     """
+    with (
+        file_whole(path) as beside,
+        open(beside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file,
+    ):
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def file_whole(path: Path) -> Generator[Path, None, None]:
+    """Make a file that is there complete or not at all.
+
+    Args:
+        path: the file; it is replaced if it exists. Its folder must exist.
+
+    Yields:
+        A hidden path beside it, for the body to write a file to. At the end that is flushed to the disk and renamed. If
+        the body fails it is removed, and ``path`` is as it was before.
+
+    Raises:
+        OSError: it cannot be written, with ``path``.
+    """
     beside = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.new")
     with writing(path):
         try:
-            with open(beside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
+            yield beside
+            descriptor = os.open(beside, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
             beside.replace(path)
         except BaseException:
             with suppress(OSError):  # a disk that is read-only now

@@ -26,8 +26,8 @@ same, but nothing if the task takes less than ten seconds. last bar: the bar as 
 class Advance(Protocol):
     """Counts steps that are done."""
 
-    def __call__(self, steps: int = 1) -> None:
-        """``steps`` more steps are done."""
+    def __call__(self, steps: float = 1) -> None:
+        """``steps`` more steps are done; parts of one count too, so that the time left is known within a long one."""
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def progress_of(
         yield _Lines(task or unit, total, unit, end_of_quick_tasks=elsewhere == "lines")
 
 
-def _nothing(steps: int = 1) -> None:
+def _nothing(steps: float = 1) -> None:
     pass
 
 
@@ -150,19 +150,20 @@ class _Lines:
     """A line every few seconds, and one when all steps are done."""
 
     def __init__(self, task: str, total: int, unit: str, *, end_of_quick_tasks: bool) -> None:
-        self._task, self._total, self._unit, self._done = task, total, unit, 0
+        self._task, self._total, self._unit, self._done = task, total, unit, 0.0
         self._say_the_end = end_of_quick_tasks
         self._began = self._said = time.monotonic()
 
-    def __call__(self, steps: int = 1) -> None:
-        self._done += steps
+    def __call__(self, steps: float = 1) -> None:
+        self._done = round(self._done + steps, 9)  # a sum of parts must reach the total
         now = time.monotonic()
         if now - self._said >= _SECONDS_BETWEEN_LINES or (self._done == self._total and self._say_the_end):
             self._said = now
             self._say_the_end = True
             rate = self._done / max(now - self._began, 1e-9)
             left = (self._total - self._done) / rate
+            done = f"{self._done:.0f}" if self._done.is_integer() else f"{self._done:.2f}"
             sys.stderr.write(
-                f"{self._task}: {self._done}/{self._total} {self._unit}, {rate:.1f} a second, {left:.0f} s left\n"
+                f"{self._task}: {done}/{self._total} {self._unit}, {rate:.1f} a second, {left:.0f} s left\n"
             )
             sys.stderr.flush()

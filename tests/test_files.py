@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from maskmatch_scale.errors import UserError
-from maskmatch_scale.files import append_lines, disk_fault, folder_whole, write_whole, writing
+from maskmatch_scale.files import append_lines, disk_fault, file_whole, folder_whole, write_whole, writing
 
 
 @pytest.mark.parametrize("content", ["größer", b"\x00\xff"])
@@ -173,3 +173,26 @@ def test_a_folder_is_there_complete_or_not_at_all(tmp_path, small_disk):
         write()
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(disk.path / "out"))
     assert list(disk.path.iterdir()) == []  # its room is free again
+
+
+def test_a_file_that_a_library_writes_is_there_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_text("before")
+    with file_whole(path) as beside:
+        beside.write_text("half")
+        assert path.read_text() == "before"
+        beside.write_text("whole")
+    assert path.read_text() == "whole"
+
+    def half() -> None:
+        with file_whole(path) as beside:
+            beside.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
+    assert path.read_text() == "whole"
+    with pytest.raises(FileNotFoundError) as caught, file_whole(path):
+        pass  # the library has written nothing
+    assert caught.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == [path]

@@ -49,3 +49,15 @@ def test_a_terminal_gets_a_bar(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert "5/5" in reported(capsys, elsewhere)
     assert reported(capsys, elsewhere, wanted=False) == ""
+
+
+def test_parts_of_a_step_count(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    with progress_of("pages", 2, unit="samples") as advance:
+        for _ in range(10):
+            advance(0.1)
+        advance(0.25)
+        advance(0.75)
+    lines = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
+    assert lines[0] == "0.10/2"
+    assert lines[-3:] == ["1/2", "1.25/2", "2/2"]

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from maskmatch_scale import __version__
-from maskmatch_scale.cli import machine, runs
+from maskmatch_scale.cli import machine, predict, runs
 from maskmatch_scale.cli.shards import shards_app
 from maskmatch_scale.errors import (
     RESUMABLE,
@@ -45,6 +45,7 @@ app = typer.Typer(
     epilog="Example: maskmatch train configs/quickstart-segformer.yaml run.steps=20",
 )
 app.add_typer(runs.app)
+app.add_typer(predict.app)
 app.add_typer(machine.app)
 app.add_typer(shards_app, name="shards")
 
@@ -55,7 +56,7 @@ def maskmatch(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Semi-supervised segmentation with MaskMatch: write shards, train, evaluate, report, export."""
+    """Semi-supervised segmentation with MaskMatch: write shards, train, evaluate, predict, report, export."""
 
 
 MISTAKE = 2

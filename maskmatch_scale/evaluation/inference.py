@@ -1,7 +1,7 @@
 """Prediction of images of any size, whole or in overlapping windows, at one or several scales, mirrored or not.
 
-Training's evaluations, `maskmatch evaluate` and its pictures use it. It knows no data set: an image is whatever can be
-read in parts, so that neither the image nor its probabilities have to be in memory whole.
+Training's evaluations, `maskmatch evaluate`, its pictures and `maskmatch predict` use it. It knows no data set: an
+image is whatever can be read in parts, so that neither the image nor its probabilities have to be in memory whole.
 
 Decision: docs/decisions/0051-one-way-of-inference.md.
 """
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from maskmatch_scale.errors import UserError
 from maskmatch_scale.evaluation.windows import Blend, Block, window_starts
+from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.resample import resized, upsampling_rows
 from maskmatch_scale.recipe import EvaluationRecipe
 
@@ -169,6 +171,57 @@ class Inference:
             if self.recipe.flip:
                 found.append(segmenter(images.flip(3)).flip(3))
         return found
+
+
+def window_of(recipe: EvaluationRecipe, crop_px: tuple[int, int], segmenter: Segmenter) -> tuple[int, int]:
+    """Height and width of the windows of a segmenter.
+
+    Args:
+        recipe: section of the recipe.
+        crop_px: `data.crop_px`.
+        segmenter: that is run on them.
+
+    Raises:
+        UserError: the segmenter does not take images of this size, or not at the smallest scale; says what it takes.
+    """
+    size_px = recipe.window_px or crop_px
+    try:
+        segmenter.check_size(*size_px)
+    except ValueError as error:
+        raise UserError(f"evaluation.window_px={list(size_px)}: {error}") from None
+    scale, unit = min(recipe.scales), segmenter.unit_px
+    if recipe.mode == "sliding" and min(size_px) * scale < unit:
+        raise UserError(
+            f"evaluation.scales={list(recipe.scales)} with windows of {size_px[0]}×{size_px[1]} px: at scale "
+            f"{scale:g} they are smaller than a unit of {unit} px; leave it out, or set evaluation.window_px"
+        )
+    return size_px
+
+
+def inference_with(
+    segmenter: Segmenter, recipe: EvaluationRecipe, crop_px: tuple[int, int], device: torch.device
+) -> Inference:
+    """How a segmenter is run on images.
+
+    Args:
+        segmenter: whose sizes, colours and type of weights are taken.
+        recipe: section of the recipe.
+        crop_px: `data.crop_px`.
+        device: that the segmenter is on.
+
+    Raises:
+        UserError: as :func:`window_of`.
+    """
+    return Inference(
+        recipe,
+        window_of(recipe, crop_px, segmenter),
+        segmenter.patch_px,
+        segmenter.unit_px,
+        segmenter.mean,
+        segmenter.std,
+        device,
+        next(segmenter.parameters()).dtype,
+    )
 
 
 def described(recipe: EvaluationRecipe, crop_px: tuple[int, int]) -> str:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.models.weights import SEGMENTER_FILE
+from maskmatch_scale.recipe import EvaluationRecipe
 
 
 class Description(BaseModel):
@@ -40,12 +41,21 @@ class Description(BaseModel):
     """Of RGB in 0–1: subtract it from images."""
     std: tuple[float, float, float]
     """Of RGB in 0–1: then divide images by it."""
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    """How images are predicted: the run's section of this name, without `pictures`. An export that was written before
+    this key existed is used with the defaults, which are windows of `image_size`."""
+    exif_orientation: bool = False
+    """Whether images are turned as their EXIF orientation says before they are predicted: `data.exif_orientation`."""
     weights: str
     """`ema` or `student`."""
     step: int
     """Number of optimizer steps that were taken."""
     versions: dict[str, str]
     """Versions of the packages with which it was written."""
+
+    def to_json(self) -> str:
+        """The contents of the file."""
+        return self.model_dump_json(indent=1, exclude={"evaluation": {"pictures"}})
 
 
 def read_description(folder: Path) -> Description:

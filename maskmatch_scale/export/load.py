@@ -10,18 +10,20 @@ from pathlib import Path
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.description import read_description
 from maskmatch_scale.export.kinds import kind_of
-from maskmatch_scale.models import Segmenter, build_segmenter
+from maskmatch_scale.export.segmenter import ExportedSegmenter
+from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.models.weights import read_export
 
 
-def load_export(folder: str | Path) -> Segmenter:
+def load_export(folder: str | Path) -> ExportedSegmenter:
     """Build an exported segmenter, without context decoder, and load its weights.
 
     Args:
         folder: a folder that `maskmatch export` wrote.
 
     Returns:
-        The segmenter in eval mode, float32, on the CPU. Its logits equal those of the run's segmenter.
+        The segmenter in eval mode, float32, on the CPU. Its logits equal those of the run's segmenter. Its method
+        `predict` takes images of any size.
 
     Raises:
         UserError: the folder is not an export, or its tensors do not fit its `segmenter.json`.
@@ -41,5 +43,4 @@ def load_export(folder: str | Path) -> Segmenter:
         segmenter.load_state_dict(read_export(folder))
     except (ValueError, RuntimeError) as error:  # RuntimeError: tensors of other names or shapes
         raise UserError(f"{folder}: not a complete export: {error}") from error
-    segmenter.mean, segmenter.std = description.mean, description.std
-    return segmenter.eval()
+    return ExportedSegmenter(segmenter, description).eval()

@@ -87,7 +87,7 @@ def _export(where: Path, checkpoint: Checkpoint, out: Path, weights: str) -> str
         else:
             kind.write_backbone(exported, writing / "backbone")
             save_tensors(part_of(tensors, "head"), writing / "head.safetensors")
-        write_whole(writing / SEGMENTER_FILE, description.model_dump_json(indent=1))
+        write_whole(writing / SEGMENTER_FILE, description.to_json())
         card = model_card(target.name, run, recipe, data, description, segmenter, checkpoint.state)
         write_whole(writing / "README.md", card)
     return kind.whole_call(out) if whole else f'maskmatch_scale.export.load_export("{out}")'
@@ -118,6 +118,8 @@ def _describe(recipe: Recipe, data: RunData, segmenter: Segmenter, weights: str,
         ignore_index=data.ignore_index,
         mean=segmenter.mean,
         std=segmenter.std,
+        evaluation=recipe.evaluation,
+        exif_orientation=recipe.data.exif_orientation,
         weights=weights,
         step=step,
         versions={"maskmatch_scale": __version__, "torch": str(torch.__version__)} | kind.versions(),

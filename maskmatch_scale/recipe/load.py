@@ -41,23 +41,37 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         config = OmegaConf.load(path)
         if not isinstance(config, DictConfig):
             raise RecipeError(f"recipe {path}: not a mapping of sections; see configs/ for examples")
-        for override in overrides:
-            key, equals, _ = override.partition("=")
-            if not equals or not key:
-                raise RecipeError(f"override {override!r}: write it as section.key=value")
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
-        content = OmegaConf.to_container(config, resolve=True)
+        content = OmegaConf.to_container(_merged(config, overrides), resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
         raise RecipeError(f"recipe {path}: {' '.join(str(error).split())}") from None
     return parse_recipe(content, source=str(path))
 
 
-def parse_recipe(content: object, source: str = "recipe") -> Recipe:
+def _merged(config: DictConfig, overrides: Iterable[str]) -> DictConfig:
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"override {override!r}: write it as section.key=value")
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
+    return config
+
+
+def parse_recipe(content: object, source: str = "recipe", overrides: Iterable[str] = ()) -> Recipe:
     """Check plain nested data as :func:`load_recipe` does. Messages begin with ``source``.
+
+    Args:
+        content: sections, as a recipe file has them.
+        source: where they are from.
+        overrides: as of :func:`load_recipe`.
 
     Raises:
         RecipeError: as :func:`load_recipe`.
     """
+    try:
+        if overrides:
+            content = OmegaConf.to_container(_merged(OmegaConf.create(content), overrides), resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise RecipeError(f"{source}: {' '.join(str(error).split())}") from None
     try:
         # As JSON, so that strict typing still takes a YAML list for a tuple.
         return Recipe.model_validate_json(json.dumps(content))

@@ -15,7 +15,7 @@ from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.engine.precision import autocast, autocast_dtype
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.evaluation.evaluate import evaluate_split
-from maskmatch_scale.evaluation.inference import Inference, described
+from maskmatch_scale.evaluation.inference import Inference, described, inference_with, window_of
 from maskmatch_scale.evaluation.locality import measure_locality
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.evaluation.save_pictures import save_masked_pictures, save_pictures
@@ -28,23 +28,12 @@ from maskmatch_scale.runs.model import load_model
 
 
 def window_px(recipe: Recipe, segmenter: Segmenter) -> tuple[int, int]:
-    """Height and width of the windows of a recipe.
+    """Height and width of the windows of a run.
 
     Raises:
-        UserError: the segmenter does not take images of this size, or not at the smallest scale; says what it takes.
+        UserError: as :func:`~maskmatch_scale.evaluation.inference.window_of`.
     """
-    size_px = recipe.evaluation.window_px or recipe.data.crop_px
-    try:
-        segmenter.check_size(*size_px)
-    except ValueError as error:
-        raise UserError(f"evaluation.window_px={list(size_px)}: {error}") from None
-    scale, unit = min(recipe.evaluation.scales), segmenter.unit_px
-    if recipe.evaluation.mode == "sliding" and min(size_px) * scale < unit:
-        raise UserError(
-            f"evaluation.scales={list(recipe.evaluation.scales)} with windows of {size_px[0]}×{size_px[1]} px: at "
-            f"scale {scale:g} they are smaller than a unit of {unit} px; leave it out, or set evaluation.window_px"
-        )
-    return size_px
+    return window_of(recipe.evaluation, recipe.data.crop_px, segmenter)
 
 
 def inference_of(recipe: Recipe, segmenter: Segmenter, device: torch.device) -> Inference:
@@ -53,16 +42,7 @@ def inference_of(recipe: Recipe, segmenter: Segmenter, device: torch.device) -> 
     Raises:
         UserError: as :func:`window_px`.
     """
-    return Inference(
-        recipe.evaluation,
-        window_px(recipe, segmenter),
-        segmenter.patch_px,
-        segmenter.unit_px,
-        segmenter.mean,
-        segmenter.std,
-        device,
-        next(segmenter.parameters()).dtype,
-    )
+    return inference_with(segmenter, recipe.evaluation, recipe.data.crop_px, device)
 
 
 def held_out_images(run: Path, split: str) -> int:

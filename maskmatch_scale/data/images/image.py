@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,12 +16,16 @@ from maskmatch_scale.data.images.opening import (
     BIT_DEPTH,
     JPEG,
     MAX_PIXELS,
+    MOST_WHOLE_PIXELS,
     PNG,
     bad,
     check_size,
+    is_stored,
+    open_any,
     open_stored,
     quiet,
     said,
+    start_of,
 )
 
 T = TypeVar("T")
@@ -32,17 +37,42 @@ thousands of empty scans in a small file would take minutes to decode."""
 _START_OF_SCAN = b"\xff\xda"
 _LOST_PIXELS = ("Corrupt JPEG data", "Premature end")
 """Complaints of libjpeg-turbo that mean lost pixels; others are harmless."""
-_TWELVE_BITS = 1 << 12
+TWELVE_BITS = 1 << 12
+"""From here on a value of 16 bits is not of 12-bit data."""
 _ORIENTATION = 0x0112
 """Number of the EXIF tag."""
 _BITS_PER_SAMPLE = 258
 """Number of the TIFF tag."""
+_BAND_PIXELS = 1 << 22
+"""Larger images are converted in bands of rows, because Pillow's conversions and NumPy's copies are whole images."""
+MODES = (
+    *("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "La", "RGBa"),
+    *("I;16", "I;16B", "I;16L"),
+)
+"""Pillow's modes that are converted to RGB without loss of more than alpha and of the lower 8 of 16 bits."""
 
 
 def decode_planes(
-    data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, exif_orientation: bool = False, contiguous: bool = True
+    data: bytes | Path,
+    name: str,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    exif_orientation: bool = False,
+    contiguous: bool = True,
+    any_format: bool = False,
 ) -> NDArray[np.uint8]:
     """The RGB planes of a JPEG, PNG or WebP: see :func:`maskmatch_scale.data.images.decode.decode_image`.
+
+    In memory are at most the pixels as Pillow holds them (4 bytes a pixel of RGB) and the planes (3 bytes), and of a
+    JPEG, or where ``data`` are bytes, the file.
+
+    Args:
+        data: the file: its bytes or its path.
+        name: of it, for the message.
+        max_pixels: more are refused.
+        exif_orientation: whether to turn it as its EXIF data says.
+        contiguous: whether the pixels are copied to one plane a channel.
+        any_format: whether other formats of Pillow are decoded too, as writers of shards do.
 
     Returns:
         uint8 (3, H, W), in memory that may be written to.
@@ -51,16 +81,51 @@ def decode_planes(
         BadSample: ``not_an_image`` or ``too_large``.
     """
     try:
-        pixels, orientation = _pixels(data, name, max_pixels, exif_orientation)
+        if isinstance(data, Path) and start_of(data).startswith(JPEG):
+            data = data.read_bytes()
+        pixels, orientation = _pixels(data, name, max_pixels, exif_orientation, any_format)
     except BadSample:
         raise
-    except Image.DecompressionBombError as error:  # WebP's class alone has Pillow's limit, 179 million pixels
+    except Image.DecompressionBombError as error:  # Pillow's limit, 179 million pixels; not of JPEG's and PNG's class
         raise bad("too_large", name, f"{said(error)}; shrink it") from None
     except Exception as error:  # decoders may raise any exception for damaged bytes
         raise bad("not_an_image", name, f"not a readable image ({said(error)}); replace it") from None
     planes = _turned(pixels, orientation).transpose(2, 0, 1)
     # Torch takes no arrays with negative strides. NumPy's copy takes half the time of torch's on one thread.
     return np.ascontiguousarray(planes) if contiguous or orientation != 1 else planes
+
+
+def decode_large(
+    data: bytes | Path, name: str, *, exif_orientation: bool, any_format: bool = True
+) -> NDArray[np.uint8]:
+    """The RGB planes of an image that is predicted: as training would see it if it were written to a shard.
+
+    Args:
+        data: the file: its bytes or its path.
+        name: of it, for the message.
+        exif_orientation: whether to turn it as its EXIF data says; only JPEG, PNG and WebP.
+        any_format: see :func:`decode_planes`.
+
+    Returns:
+        uint8 (3, H, W), channels interleaved in memory; at most 500 million pixels.
+
+    Raises:
+        BadSample: ``not_an_image`` or ``too_large``.
+    """
+    try:
+        return decode_planes(
+            data,
+            name,
+            max_pixels=MOST_WHOLE_PIXELS,
+            exif_orientation=exif_orientation,
+            contiguous=False,
+            any_format=any_format,
+        )
+    except BadSample as error:
+        if error.reason != "too_large":
+            raise
+        what = f"more than {MOST_WHOLE_PIXELS} pixels; write it as a TIFF, which `maskmatch predict` reads in parts"
+        raise bad("too_large", name, what) from None
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -85,7 +150,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return _by_turbojpeg(decode)
 
 
-def eight_bits(image: Image.Image, data: bytes, name: str) -> Image.Image:
+def eight_bits(image: Image.Image, data: bytes | Path, name: str) -> Image.Image:
     """A 16-bit grey image reduced to its upper 8 bits. Any other image as it is: Pillow has reduced colours to 8 bits.
 
     Cameras and scanners write 10 or 12 bits into 16 without scaling them. Their upper 8 bits are all but black, so such
@@ -93,7 +158,7 @@ def eight_bits(image: Image.Image, data: bytes, name: str) -> Image.Image:
 
     Args:
         image: whose pixels were read.
-        data: the file that it was read from.
+        data: the file that it was read from: its bytes or its path.
         name: of the file or sample, for the message.
 
     Raises:
@@ -101,18 +166,20 @@ def eight_bits(image: Image.Image, data: bytes, name: str) -> Image.Image:
     """
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
-        _refuse_dark(int(values.max(initial=0)), name)
+        refuse_dark(int(values.max(initial=0)), name)
         return Image.fromarray((values >> 8).astype(np.uint8))
-    is_png = data.startswith(PNG)
+    start = start_of(data)
+    is_png = start.startswith(PNG)
     tiff_bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, ())
-    if (is_png and data[BIT_DEPTH] == 16) or 16 in (tiff_bits if isinstance(tiff_bits, tuple) else (tiff_bits,)):
-        upper = int(np.asarray(image.convert("RGB")).max(initial=0))
-        _refuse_dark(256 * upper if upper or not is_png else _largest_lower_byte(data), name)
+    if (is_png and start[BIT_DEPTH] == 16) or 16 in (tiff_bits if isinstance(tiff_bits, tuple) else (tiff_bits,)):
+        upper = max((int(band.max(initial=0)) for _, band in _rgb_bands(image)), default=0)
+        refuse_dark(256 * upper if upper or not is_png else _largest_lower_byte(data), name)
     return image
 
 
-def _refuse_dark(largest: int, name: str) -> None:
-    if 0 < largest < _TWELVE_BITS:
+def refuse_dark(largest: int, name: str) -> None:
+    """Raise :class:`BadSample` if ``largest``, the largest value of an image of 16 bits, has 12 bits."""
+    if 0 < largest < TWELVE_BITS:
         raise bad(
             "not_an_image",
             name,
@@ -121,14 +188,23 @@ def _refuse_dark(largest: int, name: str) -> None:
         )
 
 
-def _largest_lower_byte(data: bytes) -> int:
+def _largest_lower_byte(data: bytes | Path) -> int:
     """The largest lower byte of a PNG of 16 bits a channel whose upper bytes are all 0; of grey with alpha 0."""
     image: Any = open_stored(data)
     if any(tile.args not in ("RGB;16B", "RGBA;16B") for tile in image.tile):
         return 0
     # Pillow keeps the first byte of a pair for rawmode …B, and the second for …L.
     image.tile = [tile._replace(args=tile.args.replace("16B", "16L")) for tile in image.tile]
-    return int(np.asarray(image.convert("RGB")).max(initial=0))
+    return max((int(band.max(initial=0)) for _, band in _rgb_bands(image)), default=0)
+
+
+def _rgb_bands(image: Image.Image) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """The first row and the pixels (h, W, 3) of bands of an image that was read or can be."""
+    image.load()
+    rows = max(1, _BAND_PIXELS // max(1, image.width))
+    for top in range(0, image.height, rows):
+        band = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
+        yield top, np.asarray(band.convert("RGB"))
 
 
 def orientation_alone(image: Image.Image) -> Image.Exif:
@@ -139,20 +215,27 @@ def orientation_alone(image: Image.Image) -> Image.Exif:
     return exif
 
 
-def _pixels(data: bytes, name: str, max_pixels: int, exif_orientation: bool) -> tuple[NDArray[np.uint8], int]:
+def _pixels(
+    data: bytes | Path, name: str, max_pixels: int, exif_orientation: bool, any_format: bool
+) -> tuple[NDArray[np.uint8], int]:
     """Pixels (H, W, 3) and EXIF orientation, 1 to 8."""
-    if data.startswith(JPEG) and (turbo := _turbojpeg(data, name, max_pixels)) is not None:
+    if isinstance(data, bytes) and data.startswith(JPEG) and (turbo := _turbojpeg(data, name, max_pixels)) is not None:
         return turbo, _orientation(data) if exif_orientation and b"Exif\0" in data else 1
     with quiet():
-        image = open_stored(data)
+        stored = is_stored(start_of(data)) or not any_format
+        image = open_stored(data) if stored else open_any(data)
         check_size(image.height, image.width, name, max_pixels)
-        if data.startswith(JPEG):
+        if isinstance(data, bytes) and data.startswith(JPEG):
             _check_scans(data, image.height, image.width, name)
+        if not stored and image.mode not in MODES:
+            raise bad("not_an_image", name, f"mode {image.mode}; convert it to 8 bits a channel")
         image.load()
-        pixels = np.array(
-            eight_bits(image, data, name).convert("RGB")
-        )  # a copy: torch wants memory that may be written to
-    return pixels, _orientation(data) if exif_orientation else 1
+        orientation = _orientation(data) if exif_orientation and stored else 1
+        image = eight_bits(image, data, name)
+        pixels = np.empty((image.height, image.width, 3), np.uint8)
+        for top, band in _rgb_bands(image):
+            pixels[top : top + len(band)] = band
+    return pixels, orientation
 
 
 def _turbojpeg(data: bytes, name: str, max_pixels: int) -> NDArray[np.uint8] | None:
@@ -195,7 +278,7 @@ def _check_scans(data: bytes, height: int, width: int, name: str) -> None:
         raise bad("not_an_image", name, f"a JPEG of {scans} scans, which takes too long to decode; save it anew")
 
 
-def _orientation(data: bytes) -> int:
+def _orientation(data: bytes | Path) -> int:
     try:
         with quiet():
             value = open_stored(data).getexif().get(_ORIENTATION, 1)

@@ -1,8 +1,9 @@
 """Opening image files with Pillow: which formats, how many pixels, and how faults are reported.
 
-There are two ways to open. What lies in a shard may come from anybody, so `open_stored` uses only Pillow's classes for
-the three formats of shards; these classes do not apply Pillow's own limit of size, except that for WebP. A data set
-that is written as shards may hold any format, so `open_any` tries all of Pillow's classes.
+A file is given by its bytes, or by its path where it is so large that its bytes should not be in memory beside its
+pixels. There are two ways to open. What lies in a shard may come from anybody, so `open_stored` uses only Pillow's
+classes for the three formats of shards; these classes do not apply Pillow's own limit of size, except that for WebP. A
+data set that is written as shards may hold any format, so `open_any` tries all of Pillow's classes.
 """
 
 from __future__ import annotations
@@ -11,46 +12,67 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from PIL import Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
+from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from maskmatch_scale.data.faults import BadSample
 
 MAX_PIXELS = 100_000_000
 """Default upper limit of pixels of an image or label map."""
+MOST_WHOLE_PIXELS = 500_000_000
+"""Upper limit of pixels of an image that is predicted and cannot be read in parts: 1.5 GB of RGB."""
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 """How files of these formats begin."""
 BIT_DEPTH = 24
 """The byte of a PNG that holds its bits a channel."""
 _RIFF = b"RIFF"
+_LONGEST_START = 64
+"""Bytes of a file from which its format is told."""
 
 
-def open_stored(data: bytes) -> Image.Image:
+def start_of(data: bytes | Path) -> bytes:
+    """The first bytes of a file, at least as many as its format is told from.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if isinstance(data, bytes):
+        return data
+    with data.open("rb") as file:
+        return file.read(_LONGEST_START)
+
+
+def is_stored(start: bytes) -> bool:
+    """Whether a file that begins like this is a JPEG, PNG or WebP."""
+    return start.startswith((JPEG, PNG)) or (start.startswith(_RIFF) and start[8:12] == b"WEBP")
+
+
+def open_stored(data: bytes | Path) -> Image.Image:
     """Pillow's image of a JPEG, PNG or WebP, told by its content. Its header is read, its pixels are not.
 
     Raises:
         ValueError: another format. Pillow's classes raise nearly any exception for damaged files.
     """
-    file = io.BytesIO(data)
+    start = start_of(data)
+    if not is_stored(start):
+        raise ValueError("neither JPEG nor PNG nor WebP")
     # The classes themselves: Image.open has limits of its own.
-    if data.startswith(PNG):
-        return PngImagePlugin.PngImageFile(file)
-    if data.startswith(_RIFF) and data[8:12] == b"WEBP":
-        return WebPImagePlugin.WebPImageFile(file)
-    if data.startswith(JPEG):
-        return JpegImagePlugin.JpegImageFile(file)
-    raise ValueError("neither JPEG nor PNG nor WebP")
+    kind: type[ImageFile.ImageFile] = WebPImagePlugin.WebPImageFile
+    if start.startswith((JPEG, PNG)):
+        kind = PngImagePlugin.PngImageFile if start.startswith(PNG) else JpegImagePlugin.JpegImageFile
+    return kind(io.BytesIO(data) if isinstance(data, bytes) else str(data))
 
 
-def open_any(data: bytes) -> Image.Image:
+def open_any(data: bytes | Path) -> Image.Image:
     """Pillow's image of a file of any format that Pillow reads. Its header is read, its pixels are not.
 
     Raises:
         UnidentifiedImageError: no such format. Pillow's classes raise nearly any exception for damaged files.
         DecompressionBombError: more than 179 million pixels, which is Pillow's own limit.
     """
-    return Image.open(io.BytesIO(data))
+    return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
 
 
 @contextmanager

@@ -104,7 +104,9 @@ class _Memory:
     def resize(self, size: int) -> None:
         """Refuse a file that is too large."""
         if size > _MOST_IN_MEMORY:
-            raise DataError(f"{shown(self._url)}: {size / 1e9:.3g} GB is too large for an index; is it a shard?")
+            raise DataError(
+                f"{shown(self._url)}: {size / 1e9:.3g} GB is too large to be read into memory; is it a shard?"
+            )
 
     def write(self, block: bytes, at: int) -> None:
         """Write ``block`` at byte ``at``, and drop what was behind."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -13,6 +15,7 @@ _IGNORED, _IGNORED_STRIPE = (205, 205, 205), (120, 120, 120)
 _STRIPE_PX = 6
 _STRENGTH = 0.75
 """Share of a class's colour in the overlay; the rest is the image in grey."""
+_BAND_ROWS = 256
 _MOST_LEGEND = 60
 
 
@@ -26,22 +29,32 @@ def thumbnail(image: Image.Image, longest: int) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
 
 
-def overlaid(image: NDArray[np.uint8], label: NDArray[np.uint8], index: ShardIndex, longest: int) -> Image.Image:
+def overlaid(
+    image: NDArray[np.uint8],
+    label: NDArray[np.uint8],
+    palette: Sequence[tuple[int, int, int]],
+    ignore_index: int,
+    longest: int,
+) -> Image.Image:
     """A label map in colours over its image in grey, as a thumbnail. Ignored pixels are striped.
 
     Args:
         image: uint8 (H, W, 3).
         label: uint8 (H, W).
-        index: has the palette.
+        palette: RGB by class.
+        ignore_index: value of pixels without a class.
         longest: side of the thumbnail, px.
     """
     colours = np.full((256, 3), _IGNORED, np.float32)
-    colours[: len(index.palette)] = index.palette
-    grey = image.mean(axis=2, dtype=np.float32)[..., None]
-    share = np.where(label == index.ignore_index, 1, np.float32(_STRENGTH))[..., None]
-    over = share * colours[label] + (1 - share) * grey
-    picture = np.array(thumbnail(Image.fromarray(over.astype(np.uint8)), longest))
-    ignored = np.array(thumbnail(Image.fromarray((label == index.ignore_index).astype(np.uint8) * 255), longest)) > 127
+    colours[: len(palette)] = palette
+    over = np.empty(image.shape, np.uint8)
+    for top in range(0, len(image), _BAND_ROWS):  # in bands, because these are 12 bytes a pixel, several times
+        rows = slice(top, top + _BAND_ROWS)
+        grey = image[rows].mean(axis=2, dtype=np.float32)[..., None]
+        share = np.where(label[rows] == ignore_index, 1, np.float32(_STRENGTH))[..., None]
+        over[rows] = share * colours[label[rows]] + (1 - share) * grey
+    picture = np.array(thumbnail(Image.fromarray(over), longest))
+    ignored = np.array(thumbnail(Image.fromarray((label == ignore_index).astype(np.uint8) * 255), longest)) > 127
     picture[ignored & _stripes(*ignored.shape)] = _IGNORED_STRIPE
     return Image.fromarray(picture)
 

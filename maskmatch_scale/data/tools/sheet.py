@@ -78,19 +78,7 @@ class ContactSheet:
 
     def legend(self, rows: Sequence[LegendRow]) -> None:
         """Classes in columns."""
-        name_font, share_font = load_font(16), load_font(14)
-        widest = max(name_font.getlength(name) + share_font.getlength(share) for _, name, share in rows)
-        columns = max(1, int((_WIDTH - 2 * _MARGIN) // (widest + 84)))
-        lines = -(-len(rows) // columns)
-        columns = -(-len(rows) // lines)
-        step = min((_WIDTH - 2 * _MARGIN) / columns, widest + 120)
-        picture, draw = self._row(lines * 30 + 6)
-        for number, (swatch, name, share) in enumerate(rows):
-            left, top = int(_MARGIN + number // lines * step), number % lines * 30
-            picture.paste(swatch, (left, top + 4))
-            draw.rectangle((left, top + 4, left + swatch.width - 1, top + 3 + swatch.height), outline=_FAINT)
-            draw.text((left + 38, top + 19), name, _INK, name_font, anchor="ls")
-            draw.text((left + 48 + name_font.getlength(name), top + 19), share, _FAINT, share_font, anchor="ls")
+        self._rows.append(legend_picture(rows, _WIDTH))
 
     def section(self, name: str, about: str) -> None:
         """Heading of a stream."""
@@ -117,6 +105,32 @@ class ContactSheet:
             row, draw = self._row(tallest + 64)
             for number, card in enumerate(line):
                 _draw_card(row, draw, card, _MARGIN + number * (cell + _GAP), cell, tallest, widest)
+
+
+def legend_picture(rows: Sequence[LegendRow], width: int) -> Image.Image:
+    """Classes in columns, as a picture.
+
+    Args:
+        rows: at least one.
+        width: of the picture, px. Names that do not fit it are cut.
+    """
+    name_font, share_font = load_font(16), load_font(14)
+    usable = width - 2 * _MARGIN
+    named = [(swatch, fitting(name, name_font, usable - 120), share) for swatch, name, share in rows]
+    widest = max(name_font.getlength(name) + share_font.getlength(share) for _, name, share in named)
+    columns = max(1, int(usable // (widest + 84)))
+    lines = -(-len(rows) // columns)
+    columns = -(-len(rows) // lines)
+    step = min(usable / columns, widest + 120)
+    picture = Image.new("RGB", (width, lines * 30 + 6), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for number, (swatch, name, share) in enumerate(named):
+        left, top = int(_MARGIN + number // lines * step), number % lines * 30
+        picture.paste(swatch, (left, top + 4))
+        draw.rectangle((left, top + 4, left + swatch.width - 1, top + 3 + swatch.height), outline=_FAINT)
+        draw.text((left + 38, top + 19), name, _INK, name_font, anchor="ls")
+        draw.text((left + 48 + name_font.getlength(name), top + 19), share, _FAINT, share_font, anchor="ls")
+    return picture
 
 
 def _lines(cards: Sequence[Card], columns: int) -> Iterator[Sequence[Card]]:

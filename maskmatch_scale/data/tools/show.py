@@ -117,7 +117,7 @@ def _card(
                 encoded_label, name, num_classes=len(index.classes), ignore_index=index.ignore_index, size=size
             ).numpy()
             pixels += np.bincount(label.ravel(), minlength=256)
-            pictures.append(overlaid(image, label, index, longest))
+            pictures.append(overlaid(image, label, index.palette, index.ignore_index, longest))
     except (DataError, OSError) as error:
         return Card(key, file_name, (), str(error).removeprefix(f"{file_name}: sample {key!r}: "))
     return Card(key, f"{size[1]} × {size[0]} px", tuple(pictures))

@@ -39,7 +39,7 @@ def test_one_stream_or_all(shapes, tmp_path):
 def test_colours_are_those_of_the_index_and_ignored_pixels_are_striped(shapes):
     index = ShardIndex.load(shapes)
     label = np.repeat(np.array([0, 1, 2, 255], np.uint8), 100).reshape(1, 400).repeat(400, 0)
-    over = np.array(overlaid(np.full((400, 400, 3), 100, np.uint8), label, index, 400))
+    over = np.array(overlaid(np.full((400, 400, 3), 100, np.uint8), label, index.palette, index.ignore_index, 400))
     for value, colour in enumerate(index.palette):
         assert np.abs(over[200, 50 + 100 * value] - (0.75 * np.array(colour) + 25)).max() <= 1
     striped = {tuple(pixel) for pixel in over[:, 310:390].reshape(-1, 3).tolist()}

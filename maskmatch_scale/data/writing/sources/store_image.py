@@ -8,7 +8,7 @@ from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.encode import encode_image
-from maskmatch_scale.data.images.image import eight_bits, jpeg_size, orientation_alone
+from maskmatch_scale.data.images.image import MODES, eight_bits, jpeg_size, orientation_alone
 from maskmatch_scale.data.images.opening import MAX_PIXELS, file_faults, open_any
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -18,8 +18,6 @@ _JPEG_QUALITY = 95
 _MAX_WEBP_PX = 16383
 _KEPT = {"JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "PNG": "png"}
 _WEBP = {"lossless": True, "method": 1, "quality": 20}  # of 2 MP in 0.3 s; slower settings save 1 %
-_16_BIT = ("I;16", "I;16B", "I;16L")
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "La", "RGBa", *_16_BIT)
 
 
 class Stored(NamedTuple):
@@ -67,7 +65,7 @@ def store_image(data: bytes, name: str, *, labelled: bool, max_side: int | None 
 
 def _store(image: Image.Image, data: bytes, name: str, labelled: bool, max_side: int | None) -> Stored:
     size = image.size
-    if image.mode not in _MODES:
+    if image.mode not in MODES:
         raise BadSample("not_an_image", f"{name}: mode {image.mode}; convert it to 8 bits a channel")
     exif = orientation_alone(image)
     image_format, image = image.format, eight_bits(image, data, name)

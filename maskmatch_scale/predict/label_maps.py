@@ -1,0 +1,67 @@
+"""Label maps among the inputs: they would be predicted as if they were photos, and nobody wants that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from maskmatch_scale.data.images.opening import open_stored, quiet
+from maskmatch_scale.errors import UserError
+from maskmatch_scale.predict.inputs import ImageFile, Input, suffix
+from maskmatch_scale.redact import is_remote
+
+_MOST_FOLDERS = 32
+_MOST_PIXELS = 50_000_000
+_IGNORED = 255
+
+
+def refuse_label_maps(inputs: Iterable[Input], palette: tuple[tuple[int, int, int], ...]) -> None:
+    """Refuse inputs if the first PNG of one of their folders looks like a label map.
+
+    That is a PNG of one channel whose values are all classes or 255, more than class 0 alone. Of a grey picture that
+    means that it is all but black; of one with a palette it must have the colours of the model, too.
+
+    Args:
+        inputs: all of them; the first 32 folders with PNGs are looked at.
+        palette: of the model, RGB, one colour a class.
+
+    Raises:
+        UserError: names the file.
+    """
+    firsts: dict[Path, Path] = {}
+    for each in inputs:
+        if len(firsts) == _MOST_FOLDERS:
+            break
+        if isinstance(each, ImageFile) and not is_remote(each.location) and suffix(each.location) == ".png":
+            firsts.setdefault(Path(each.location).parent, Path(each.location))
+    for path in firsts.values():
+        if _is_label_map(path, palette):
+            raise UserError(
+                f"{path}: this looks like a label map (one channel, and all its values are classes of the model); name "
+                "the folder of the images alone, or a pattern such as 'photos/*.jpg'"
+            )
+
+
+def _is_label_map(path: Path, palette: tuple[tuple[int, int, int], ...]) -> bool:
+    try:
+        with quiet(), open_stored(path) as image:
+            if image.mode not in ("L", "P") or image.width * image.height > _MOST_PIXELS:
+                return False
+            return _has_classes_alone(image, palette)
+    except Exception:  # a damaged file is said when it is its turn
+        return False
+
+
+def _has_classes_alone(image: Image.Image, palette: tuple[tuple[int, int, int], ...]) -> bool:
+    counts = np.bincount(np.asarray(image).ravel(), minlength=256)
+    classes = len(palette)
+    if counts[classes:_IGNORED].any() or not counts[1:classes].any():
+        return False
+    if image.mode == "L":
+        return True
+    stored = np.array(image.getpalette() or [], np.uint8).reshape(-1, 3)
+    used = np.flatnonzero(counts[:classes])
+    return len(stored) > used.max() and bool((stored[used] == np.array(palette, np.uint8)[used]).all())
