@@ -126,7 +126,7 @@ def progress_of(
             number = bar.add_task(f"{task}, {unit}" if task else unit, total=total)
             below_cell = NotebookBar(bar) if in_notebook() else None
 
-            def advance(steps: int = 1) -> None:
+            def advance(steps: float = 1) -> None:
                 bar.advance(number, steps)
                 if below_cell is not None:
                     below_cell.draw()
