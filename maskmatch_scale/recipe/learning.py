@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 from maskmatch_scale.recipe.bases import BASES
 from maskmatch_scale.recipe.section import Section
 from maskmatch_scale.recipe.tables import OneOf
-from maskmatch_scale.recipe.values import Positive, Probability, ScaleRange
+from maskmatch_scale.recipe.values import Frozen, Positive, Probability, ScaleRange
 
 
 class MaskRecipe(Section):
@@ -96,6 +96,12 @@ class OptimRecipe(Section):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """ViT only: each block's rate is this factor times the rate of the block after it (BEiT: 0.65 to 0.9). 1 = the same
     rate everywhere."""
+    # Decision: docs/decisions/0056-frozen-parts.md.
+    freeze: Frozen = None
+    """What of the backbone is not trained. backbone: all of it. A number N: of a ViT the first N blocks with all that
+    comes before them (patch and position embedding, class and register tokens); of a SegFormer the first N of its
+    stages, each with its patch embedding and norm. A frozen part has no gradients, optimizer state or backward pass,
+    and no dropout or stochastic depth (docs/fine_tuning.md). null = nothing is frozen."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW's weight decay."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)

@@ -94,6 +94,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     check_trackers(recipe)
     index = load_index(recipe.data.root, recipe.data, fresh=True)
     student = build_student(recipe, describe_data(recipe, index), deferred=recipe.engine.zero_stage == 3)
+    freeze(recipe, student)
     check_model(recipe, student)
     has_batchnorm = any(isinstance(module, _BatchNorm) for module in student.modules())
     precision, reason = choose_precision(recipe, batchnorm=has_batchnorm)
@@ -154,6 +155,19 @@ def check_trackers(recipe: Recipe) -> None:
                 f"record.trackers={list(recipe.record.trackers)}: {name} is not installed; "
                 f"pip install maskmatch-scale[{name}], or leave it out"
             )
+
+
+def freeze(recipe: Recipe, student: Segmenter) -> None:
+    """Freeze what `optim.freeze` names, before engine, optimizer and teacher are made.
+
+    Raises:
+        UserError: the backbone does not have so many layers; names the key and what fits.
+    """
+    if recipe.optim.freeze is not None:
+        try:
+            student.freeze(recipe.optim.freeze)
+        except ValueError as error:
+            raise UserError(f"optim.freeze={recipe.optim.freeze}: {error}") from None
 
 
 def check_model(recipe: Recipe, student: Segmenter) -> None:
