@@ -250,12 +250,13 @@ def _iou_table(records: list[dict[str, Any]]) -> Table:
 def _locality_rows(found: dict[str, Any]) -> dict[str, float | None]:
     """Figures of `measure_locality`, by the names of their rows."""
     labels = found["pseudo_labels"]
+    threshold = "τ of its class" if isinstance(labels["threshold"], dict) else f"{labels['threshold']:g}"
     return {
         "boundary IoU": found["boundary_iou"],
         **{f"mIoU within {px} px of a boundary": value for px, value in found["miou_near_boundary"].items()},
         "recall of small objects": found["small_object_recall"],
         **{f"mIoU, {float(share):.0%} of units visible": value for share, value in found["miou_visible"].items()},
         "pseudo-labels: calibration error": labels["expected_error"],
-        f"pseudo-labels: share with c ≥ {labels['threshold']:g}": labels["coverage"],
+        f"pseudo-labels: share with c ≥ {threshold}": labels["coverage"],
         "pseudo-labels: accuracy of these": labels["accuracy"],
     }

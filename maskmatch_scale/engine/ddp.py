@@ -20,7 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from torch import Tensor, nn
 
 from maskmatch_scale.checkpoints.pieces import Piece, StoredState
-from maskmatch_scale.engine.ema import ReplicatedTeacher
+from maskmatch_scale.engine.ema import ReplicatedTeacher, average_of
 from maskmatch_scale.engine.optim import adamw, parameter_groups
 from maskmatch_scale.engine.parts import (
     adamw_steps,
@@ -138,8 +138,7 @@ class DdpEngine:
 
     def averager(self, averages: Sequence[nn.Parameter]) -> Callable[[float], None]:
         """See `Engine`: every rank has all fp32 weights."""
-        parameters = list(self.student.parameters())
-        return lambda decay: torch._foreach_lerp_(list(averages), [p.detach() for p in parameters], 1 - decay)
+        return average_of(averages, list(self.student.parameters()))
 
     def pieces(self) -> Iterator[Piece]:
         """See `Engine`: every rank has everything, and gives its share."""

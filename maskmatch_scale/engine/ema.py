@@ -8,7 +8,7 @@ Decision: docs/decisions/0018-teacher-copied-before-averaged-after.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -54,8 +54,12 @@ class Teacher:
         yield from buffer_pieces("ema", self.module, self._recipe, self._runtime)
 
     def restore(self, stored: StoredState) -> None:
-        """See `StoredTeacher`."""
-        restore_parts("ema", self._held(), stored)
+        """See `StoredTeacher`. Of what was trained and is frozen now it takes the student's weights."""
+        names, held = set(stored.names()), list(self._held())
+        frozen = {name for name, parameter in self.student.named_parameters() if not parameter.requires_grad}
+        now_frozen = {name for name in frozen if f"exp_avg/{name}" in names}
+        restore_parts("ema", (part for part in held if part.name not in now_frozen), stored)
+        restore_parts("student", (part for part in held if part.name in now_frozen), stored)
         restore_buffers("ema", self.module, stored, self._recipe, self._runtime)
 
     def _held(self) -> Iterator[Part]:
@@ -96,6 +100,16 @@ class ReplicatedTeacher(Teacher):
 
     def _parts(self) -> Iterator[Part]:
         return whole_parts(self.module.named_parameters(), self._runtime.rank, self._runtime.world_size)
+
+
+def average_of(averages: Sequence[nn.Parameter], parameters: Sequence[nn.Parameter]) -> Callable[[float], None]:
+    """A function of the decay that averages fp32 weights which are whole on this rank.
+
+    Frozen weights are left out: their average is the copy that was made of them.
+    """
+    pairs = [pair for pair in zip(averages, parameters, strict=True) if pair[1].requires_grad]
+    own: list[Tensor] = [average for average, _ in pairs]
+    return lambda decay: torch._foreach_lerp_(own, [parameter.detach() for _, parameter in pairs], 1 - decay)
 
 
 @torch.no_grad()

@@ -122,6 +122,7 @@ class Engine(Protocol):
         """Make a function that moves whole averages towards the student's fp32 masters.
 
         The function takes the decay: average ← decay · average + (1 - decay) · master. All ranks call it together.
+        Averages of frozen parameters are left as they are.
 
         Args:
             averages: fp32, whole on every rank, one for each of the student's parameters in their order. The engine may

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from maskmatch_scale.checkpoints.pieces import Piece, StoredState
 from maskmatch_scale.engine.deepspeed_json import merged, over
-from maskmatch_scale.engine.ema import ReplicatedTeacher
+from maskmatch_scale.engine.ema import ReplicatedTeacher, average_of
 from maskmatch_scale.engine.masters import FlatAverage, FlatMasters
 from maskmatch_scale.engine.optim import adamw, parameter_groups
 from maskmatch_scale.engine.parts import (
@@ -209,7 +209,7 @@ class ZeroEngine:
         """See `Engine`. With 16-bit weights at stages 1 and 2 the masters are sharded, and are gathered in pieces."""
         engine, parameters = self.recipe.engine, list(self.student.parameters())
         if engine.precision not in ("bf16", "fp16"):
-            return lambda decay: torch._foreach_lerp_(list(averages), [p.detach() for p in parameters], 1 - decay)
+            return average_of(averages, parameters)
         pairs = [pair for pair in zip(averages, parameters, strict=True) if pair[1].requires_grad]
         flat = [FlatAverage(masters, pairs) for masters in FlatMasters.of(self._engine.optimizer)]
         assert sum(average.taken for average in flat) == len(pairs), "a parameter is in no group"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,13 +12,15 @@ class Reliability:
     """Pixels by their confidence: how many there are, and how many are right (Guo et al., arXiv 1706.04599).
 
     Args:
-        threshold: τ: pixels of at least this confidence are also counted by themselves.
+        threshold: τ: pixels of at least this confidence are also counted by themselves. One number, or one for each
+            class, of which that of the prediction counts.
         ignore_index: label value of pixels that do not count.
         bins: bins of equal width from 0 to 1.
     """
 
-    def __init__(self, threshold: float, ignore_index: int = 255, bins: int = 20) -> None:
-        self.threshold, self.ignore_index, self.bins = threshold, ignore_index, bins
+    def __init__(self, threshold: float | Sequence[float], ignore_index: int = 255, bins: int = 20) -> None:
+        self.threshold = torch.tensor(threshold, dtype=torch.float64)
+        self.ignore_index, self.bins = ignore_index, bins
         self.counts = torch.zeros(3, bins, dtype=torch.float64)
         """By bin: pixels, right ones, sum of confidences."""
         self.above = torch.zeros(2, dtype=torch.int64)
@@ -26,7 +30,8 @@ class Reliability:
         """Add pixels: confidence 0–1, predicted class and label, all of one shape."""
         known = target != self.ignore_index
         confidence, right = confidence[known], (pred[known].long() == target[known].long()).double()
-        sure = confidence >= self.threshold
+        threshold = self.threshold.to(confidence.dtype)
+        sure = confidence >= (threshold[pred[known].long()] if threshold.ndim else threshold)
         self.above += torch.stack([sure.sum(), (right.bool() & sure).sum()])
         confidence = confidence.double()
         edges = torch.linspace(0, 1, self.bins + 1, dtype=torch.float64)[1:-1]

@@ -22,6 +22,7 @@ from maskmatch_scale.evaluation.objects import SmallObjects
 from maskmatch_scale.models.segmenter import Segmenter
 from maskmatch_scale.models.units import sample_visible
 from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.recipe.by_class import thresholds_by_class
 from maskmatch_scale.seeds import generator
 
 NEAR_PX = (1, 3, 5, 10)
@@ -88,7 +89,7 @@ def measure_locality(
     boundary = BoundaryIou(classes, index.ignore_index)
     near = NearBoundary(classes, NEAR_PX, index.ignore_index)
     small = SmallObjects(classes, index.ignore_index)
-    labels = Reliability(method.threshold, index.ignore_index)
+    labels = Reliability(thresholds_by_class(method, index.classes, classes), index.ignore_index)
     masked: dict[float, tuple[Masked, ConfusionMatrix]] = {}
     if all(side % segmenter.unit_px == 0 for side in data.crop_px):
         for share in VISIBLE_SHARES:

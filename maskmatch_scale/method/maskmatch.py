@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,7 @@ class MaskMatch(nn.Module):
         seed: of the run.
         ignore_index: label value of pixels that do not count.
         class_weight: float (classes,) weights of the labelled loss, or None.
+        threshold: float64 (classes,): τ of each class, on the device of the labels; None: `recipe.threshold`.
         batchnorm_frozen: whether BatchNorm uses its running statistics, unchanged, in training too.
         neighbour: the rank beside this one, which CutMix asks for the partner of an odd image; None if there is none.
     """
@@ -92,6 +94,7 @@ class MaskMatch(nn.Module):
         ignore_index: int,
         class_weight: Tensor | None = None,
         *,
+        threshold: Tensor | None = None,
         batchnorm_frozen: bool = False,
         neighbour: Neighbour | None = None,
     ) -> None:
@@ -100,6 +103,10 @@ class MaskMatch(nn.Module):
         self.recipe = recipe
         self.seed = seed
         self.ignore_index = ignore_index
+        for_all = recipe.threshold
+        assert threshold is not None or isinstance(for_all, float), "τ by class needs the names of the classes"
+        # No buffer: an engine with 16-bit weights would round it.
+        self.threshold: Any = for_all if threshold is None else threshold
         self.batchnorm_frozen = batchnorm_frozen
         self.neighbour = neighbour
         self.base = build_base(recipe.base)
@@ -167,12 +174,15 @@ class MaskMatch(nn.Module):
 
     @torch.no_grad()
     def pseudo_label(self, step: Step, teacher: Callable[[Tensor], Tensor]) -> PseudoLabels | None:
-        """ŷ and 1[c ≥ τ] of the weak view; None if the step has no use for them."""
+        """ŷ and 1[c ≥ τ(ŷ)] of the weak view; None if the step has no use for them."""
         if step.unlabelled is None:
             return None
         images = self.normalise(step.unlabelled.weak.images)
         labels, confidence = multi_scale_pseudo_labels(teacher, images, self.recipe.scales)
-        pseudo = PseudoLabels(labels, confidence >= self.recipe.threshold)
+        threshold = self.threshold
+        if isinstance(threshold, Tensor):
+            threshold = threshold.to(confidence.dtype)[labels]
+        pseudo = PseudoLabels(labels, confidence >= threshold)
         for view in (*step.views, *([step.masked.view] if step.masked else [])):
             # Now and not in the forward pass: mixing may exchange with another rank, and an engine's forward must not.
             pseudo.mixed(view.cutmix)

@@ -10,13 +10,13 @@ Decision: docs/decisions/0031-capabilities-asked-of-the-family.md.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskmatch_scale.models.units import Grid
 
@@ -28,6 +28,9 @@ class Macs(NamedTuple):
     """Of the first layer. Its input is the image, which needs no gradient, so its backward pass is cheaper."""
     rest: int
     """Of all other layers."""
+    frozen: int = 0
+    """Of layers that are frozen, with everything below them: they have no backward pass. If there are any, `first` is
+    what reads their output without a norm of its own, since that output needs no gradient either."""
 
 
 class Encoder(ABC):
@@ -40,12 +43,24 @@ class Encoder(ABC):
         unit_px: side of a maskable unit, pixels.
         channels: C of every level, finest first.
         strides: pixels a token of every level.
+        frozen_layers: how many of the first `layers` are frozen (`Segmenter.freeze`), with everything below them.
     """
 
     model: Any
     unit_px: int
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    frozen_layers: int = 0
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """What `optim.freeze` counts, in the order in which they run; empty: their number cannot be chosen."""
+        return ()
+
+    @property
+    def after_layers(self) -> Sequence[nn.Module]:
+        """Modules of `model` that run after the last of `layers`. All others run before the first."""
+        return ()
 
     @property
     def patch_px(self) -> int:
@@ -195,6 +210,7 @@ class Family(ABC):
         accepted: its names as messages show them.
         default_head: the head that is built where none is asked for.
         export_kind: how `maskmatch export` writes it: a key of `export.kinds.KINDS`.
+        layer_title: what `optim.freeze` counts, in the plural.
         compiles_blocks: whether its encoders have `compile_blocks`.
         numbers_layers: whether its encoders have `layer_ids`.
     """
@@ -204,6 +220,7 @@ class Family(ABC):
     accepted: ClassVar[tuple[str, ...]]
     default_head: ClassVar[str]
     export_kind: ClassVar[str]
+    layer_title: ClassVar[str] = "layers"
     compiles_blocks: ClassVar[bool] = False
     numbers_layers: ClassVar[bool] = False
 

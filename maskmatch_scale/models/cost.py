@@ -34,10 +34,13 @@ def encoder_train_macs(segmenter: Segmenter, height_px: int, width_px: int, visi
     """Multiply–adds of one image's forward and backward pass through the backbone; arguments as for `encoder_macs`.
 
     For every product there are two of its size in backward, one for the gradient of each factor. Images need no
-    gradient, so the sum is 3 · forward − first layer. All parameters are trained, and nothing is recomputed.
+    gradient, so the sum is 3 · forward − first layer. What is frozen with everything below it has no backward pass. In
+    this sum nothing is recomputed.
     """
-    first, rest = _macs(segmenter, height_px, width_px, visible_units)
-    return 2 * first + 3 * rest
+    first, rest, frozen = _macs(segmenter, height_px, width_px, visible_units)
+    if segmenter.frozen == "backbone":
+        return first + rest + frozen
+    return 2 * first + 3 * rest + frozen
 
 
 def encoder_tokens(segmenter: Segmenter, height_px: int, width_px: int, visible_units: int | None = None) -> int:

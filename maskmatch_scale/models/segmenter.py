@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -17,6 +17,8 @@ from maskmatch_scale.models.families import only_these_compile, only_these_numbe
 from maskmatch_scale.models.units import Grid, check_visible, merge_units, visible_pixel_mask, zero_masked_pixels
 
 MaskMode = Literal["drop", "zero"]
+Frozen = int | Literal["backbone"]
+"""The first layers of a backbone, by their number, or all of it."""
 _MODES = ("drop", "zero")
 
 
@@ -44,10 +46,12 @@ class Segmenter(nn.Module):
         context: features for masked units, or None.
         start_notes: a line on each part of the weights it was built from that was not loaded or did not fit.
         deferred: makes the values of parameters that are on the meta device; None if there are none (the usual case).
+        frozen: what of the backbone is not trained; None: all of it is.
     """
 
     deferred: DeferredWeights | None = None
     start_notes: tuple[str, ...] = ()
+    frozen: Frozen | None = None
 
     def __init__(
         self,
@@ -69,6 +73,47 @@ class Segmenter(nn.Module):
         self.mean, self.std = mean, std
         self.family = family
         self.encoder = encoder  # not a module: it runs `backbone`, and deepcopy copies the two together
+        self._in_eval_mode: list[nn.Module] = []  # part of `backbone`, and copied with it
+
+    def freeze(self, frozen: Frozen) -> None:
+        """Train the backbone, or its first layers, no longer: no gradients, and always in eval mode.
+
+        Eval mode means no dropout and no stochastic depth there: as DINOv2's evaluations have it, features of a frozen
+        part depend on the image alone. With `frozen` layers everything below them is frozen too (a ViT's embeddings and
+        tokens), so autograd records nothing for it, and keeps no activations. Head and context decoder stay trained.
+
+        Decision: docs/decisions/0056-frozen-parts.md.
+
+        Args:
+            frozen: how many of `Encoder.layers`, or `backbone`, which includes what follows the last layer.
+
+        Raises:
+            ValueError: the backbone does not have so many layers; says how many it has.
+        """
+        layers, title = self.encoder.layers, self.family.layer_title
+        if frozen == "backbone":
+            trained: set[nn.Module] = set()
+        elif 1 <= frozen <= len(layers):
+            trained = {*layers[frozen:], *self.encoder.after_layers}
+            self.encoder.frozen_layers = frozen
+        else:
+            has = f"this {self.family.title} has {len(layers)} {title}" if layers else "its layers are not counted"
+            fits = f"a number from 1 to {len(layers)}, " if layers else ""
+            raise ValueError(f"{has}; use {fits}backbone or null")
+        self.frozen = frozen
+        still = {parameter for module in trained for parameter in module.parameters()}
+        for parameter in self.backbone.parameters():
+            if parameter not in still:
+                parameter.requires_grad_(False)
+        self._in_eval_mode = list(_largest_without(self.backbone, trained))
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Segmenter:
+        """As `nn.Module.train`, but what is frozen stays in eval mode."""
+        super().train(mode)
+        for module in self._in_eval_mode:
+            module.eval()
+        return self
 
     def compile_blocks(self) -> None:
         """torch.compile the backbone's blocks, in place; copy the segmenter before this call, not after it.
@@ -232,3 +277,14 @@ def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for norm in tracking:
             norm.track_running_stats = True
+
+
+def _largest_without(module: nn.Module, others: Collection[nn.Module]) -> Iterator[nn.Module]:
+    """The largest parts of a module in which none of the others is."""
+    if module in others:
+        return
+    if not any(part in others for part in module.modules()):
+        yield module
+        return
+    for child in module.children():
+        yield from _largest_without(child, others)

@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from maskmatch_scale.recipe.bases import BASES
+from maskmatch_scale.recipe.by_class import DEFAULT_THRESHOLD, check_thresholds, check_weights
 from maskmatch_scale.recipe.section import Section
 from maskmatch_scale.recipe.tables import OneOf
-from maskmatch_scale.recipe.values import Positive, Probability, ScaleRange
+from maskmatch_scale.recipe.values import Frozen, Positive, Probability, ScaleRange
 
 
 class MaskRecipe(Section):
@@ -64,8 +65,10 @@ class MethodRecipe(Section):
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 1.5)
     """Q: scales at which the teacher predicts an image; the mean of these predictions gives the pseudo-labels. [1.0]
     switches the ensemble off."""
-    threshold: Probability = 0.95
-    """τ: a pixel's pseudo-label counts where the teacher's confidence is at least this."""
+    # Decision: docs/decisions/0057-values-by-class-name.md.
+    threshold: Annotated[Probability | dict[str, float], BeforeValidator(check_thresholds)] = DEFAULT_THRESHOLD
+    """τ: a pixel's pseudo-label counts where the teacher's confidence is at least this. A mapping of class names gives
+    each pseudo-label the τ of its class; `default` is that of classes which are not named, 0.95 if left out."""
     unlabelled_weight: Annotated[float, Field(ge=0)] = 1.0
     """λ_u: weight of the base's unlabelled loss."""
     # Decision: docs/decisions/0009-burn-in-as-a-share.md.
@@ -77,9 +80,12 @@ class MethodRecipe(Section):
     ema_buffers: Literal["average", "copy"] = "average"
     """Floating-point buffers of the teacher (BatchNorm's running statistics). average: averaged like weights. copy:
     copied from the student."""
-    class_weights: Literal["none", "inverse_sqrt"] = "none"
+    class_weights: Annotated[Literal["none", "inverse_sqrt"] | dict[str, float], BeforeValidator(check_weights)] = (
+        "none"
+    )
     """Weights of the classes in the labelled loss. inverse_sqrt: (the class's share of the pixels of the drawn labelled
-    samples)^-1/2, scaled to mean 1 over pixels."""
+    samples)^-1/2, scaled to mean 1 over pixels. A mapping of class names: these weights, ≥ 0, and 1 for classes that
+    are not named. The loss is divided by the sum of the weights of its pixels, so only their ratios matter."""
     strong_view: StrongViewRecipe = StrongViewRecipe()
 
 
@@ -96,6 +102,12 @@ class OptimRecipe(Section):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """ViT only: each block's rate is this factor times the rate of the block after it (BEiT: 0.65 to 0.9). 1 = the same
     rate everywhere."""
+    # Decision: docs/decisions/0056-frozen-parts.md.
+    freeze: Frozen = None
+    """What of the backbone is not trained. backbone: all of it. A number N: of a ViT the first N blocks with all that
+    comes before them (patch and position embedding, class and register tokens); of a SegFormer the first N of its
+    stages, each with its patch embedding and norm. A frozen part has no gradients, optimizer state or backward pass,
+    and no dropout or stochastic depth (docs/fine_tuning.md). null = nothing is frozen."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW's weight decay."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)

@@ -113,7 +113,7 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         kinds = sorted(arguments, key=lambda kind: kind is NoneType)
         return " or ".join(describe(kind, metadata) for kind in kinds)
     if origin is Literal:
-        return "one of " + ", ".join(f"`{value}`" for value in arguments)
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(f"`{value}`" for value in arguments)
     if origin is tuple:
         return _list(arguments, metadata)
     if origin is dict or annotation is dict:

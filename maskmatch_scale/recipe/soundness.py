@@ -40,6 +40,11 @@ def unsound(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         run.keep_last == run.keep_every == run.keep_best == 0,
         "run.keep_last=0, run.keep_every=0 and run.keep_best=0: no checkpoint would be kept; set one of them",
     )
+    yield (
+        run.patience is not None and run.evaluate_every == 0,
+        f"run.patience={run.patience} with run.evaluate_every=0: nothing is evaluated before the last step; set "
+        "run.evaluate_every",
+    )
     engine, accelerate = recipe.engine, recipe.engine.library == "accelerate"
     yield (
         (recipe.data.outage_s or 0) > engine.collective_timeout_s / 2,

@@ -18,10 +18,17 @@ def _ascending(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
+def _frozen(value: object) -> object:
+    if value is None or value == "backbone" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("it must be null, backbone, or a number of layers from 1 on")
+
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 BadSamples = Literal["fail", "skip"]
 SidesPx = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(_pair)]
 StepRange = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], AfterValidator(_ascending)]
 StopSignal = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU"]
+Frozen = Annotated[Literal["backbone"] | Annotated[int, Field(ge=1)] | None, BeforeValidator(_frozen)]
 ScaleRange = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]

@@ -177,7 +177,9 @@ def _missing(run: _Run) -> list[str]:
     summary = run.summary
     held_out = [score for score in summary.scores if score.split != "dev"]
     gaps = []
-    if summary.steps_asked is None or summary.steps_done < summary.steps_asked:
+    if summary.ended_early is not None:
+        gaps.append(summary.ended_early)
+    elif summary.steps_asked is None or summary.steps_done < summary.steps_asked:
         gaps.append(f"training is at step {summary.steps_done} of {summary.steps_asked or 'an unknown number'}")
     elif not summary.finished:
         gaps.append("all steps are recorded, but not the end of the run (no summary.json)")

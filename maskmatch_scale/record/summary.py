@@ -43,7 +43,9 @@ class RunSummary:
     steps_done: int
     steps_asked: int | None
     finished: bool
-    """Whether all steps were taken and the run ended properly."""
+    """Whether all steps were taken, or the run ended early (`run.patience`), and it ended properly."""
+    ended_early: str | None
+    """Why not all steps were taken, in words; None: they were, or the run was stopped."""
     scores: tuple[Score, ...]
     """The newest evaluation of each split and weights; ``dev`` comes last."""
     images_per_s: float | None
@@ -102,6 +104,7 @@ def summarise_files(run: RunFiles) -> RunSummary:
     scales = settings.get("method.scales")
     steps_done = int(run.train.steps[-1]) if run.train.steps.size else 0
     steps_asked = _whole(settings.get("run.steps"))
+    early = _early_end(closing.get("ended_early"), steps_done)
     return RunSummary(
         path=run.path,
         name=run.path.resolve().name,
@@ -114,7 +117,9 @@ def summarise_files(run: RunFiles) -> RunSummary:
         seed=_whole(settings.get("run.seed")),
         steps_done=steps_done,
         steps_asked=steps_asked,
-        finished=run.closing is not None and steps_asked is not None and steps_done >= steps_asked,
+        finished=early is not None
+        or (run.closing is not None and steps_asked is not None and steps_done >= steps_asked),
+        ended_early=early,
         scores=run.scores,
         images_per_s=_median_rate(run, "images_per_s"),
         tokens_per_s=_median_rate(run, "tokens_per_s"),
@@ -124,6 +129,15 @@ def summarise_files(run: RunFiles) -> RunSummary:
         seconds=number(closing.get("seconds")),
         cpu_s=number(closing.get("cpu_s")),
     )
+
+
+def _early_end(found: object, steps_done: int) -> str | None:
+    """What `summary.json` says of an early end; None if there was none, or the run has gone on since."""
+    if not isinstance(found, dict) or found.get("step") != steps_done:
+        return None
+    best = number(found.get("best_miou"))
+    than = "" if best is None else f" than {best:.3f} at step {found.get('best_step')}"
+    return f"ended early at step {steps_done}: {found.get('evaluations')} evaluations without a better dev mIoU{than}"
 
 
 def in_order(runs: Sequence[RunSummary]) -> list[RunSummary]:

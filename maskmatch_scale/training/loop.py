@@ -116,6 +116,8 @@ def _take_steps(run: Run, watch: Watch) -> None:
         if run.stopping:  # in an evaluation that the last start left out
             raise TrainingStopped(f"{run.stopping.reason}; stopped before the first step", run.stopping.exit_code)
         for step in range(run.start, steps):
+            if step >= run.end:  # which an evaluation may have brought nearer
+                break
             watch.step = step + 1
             with _stopped_by_disks(run, f"step {step + 1}"):
                 _take_one(run, step, loader)
@@ -144,7 +146,7 @@ def _take_one(run: Run, step: int, loader: Iterator[Batch]) -> None:
         run.agreement.exchange()
     for callback in run.callbacks:
         callback.between_steps(done)
-    if is_last:
+    if done == run.end:
         run.agreement.settle()  # what these have asked for, which else the next step would read
     if run.stopping:
         _stop(run, done)

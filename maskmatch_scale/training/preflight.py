@@ -35,6 +35,7 @@ from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.families import check_capabilities
 from maskmatch_scale.models.units import visible_count
 from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.recipe.by_class import thresholds_by_class, weights_by_class
 from maskmatch_scale.recipe.trackers import TRACKERS
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.redact import shown
@@ -94,6 +95,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     check_trackers(recipe)
     index = load_index(recipe.data.root, recipe.data, fresh=True)
     student = build_student(recipe, describe_data(recipe, index), deferred=recipe.engine.zero_stage == 3)
+    freeze(recipe, student)
     check_model(recipe, student)
     has_batchnorm = any(isinstance(module, _BatchNorm) for module in student.modules())
     precision, reason = choose_precision(recipe, batchnorm=has_batchnorm)
@@ -101,11 +103,12 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     check_settings(recipe, place.world_size)
     recipe, batches = _open_batches(recipe, student, place, index)
     check_profile(recipe)
-    check_keeping(recipe, index)
+    check_scored(recipe, index)
     if "dev" in index.streams:  # opening the stream now finds a missing shard before the first evaluation does
         ShardStream(recipe.data.root, "dev", recipe.data, index=index)
     used = {"labelled": batches.labelled_samples, "unlabelled": batches.unlabelled_samples}
     data = describe_data(recipe, index, used)
+    check_class_names(recipe, data)
     head = recipe.model.head or student.family.default_head
     model = model_facts(recipe, head, student.num_classes, data.classes)
     checked = Checked(recipe, reason, data, batches, student, place, model, None)
@@ -156,6 +159,19 @@ def check_trackers(recipe: Recipe) -> None:
             )
 
 
+def freeze(recipe: Recipe, student: Segmenter) -> None:
+    """Freeze what `optim.freeze` names, before engine, optimizer and teacher are made.
+
+    Raises:
+        UserError: the backbone does not have so many layers; names the key and what fits.
+    """
+    if recipe.optim.freeze is not None:
+        try:
+            student.freeze(recipe.optim.freeze)
+        except ValueError as error:
+            raise UserError(f"optim.freeze={recipe.optim.freeze}: {error}") from None
+
+
 def check_model(recipe: Recipe, student: Segmenter) -> None:
     """Refuse crops and windows that this model cannot take.
 
@@ -171,18 +187,36 @@ def check_model(recipe: Recipe, student: Segmenter) -> None:
     window_px(recipe, student)
 
 
-def check_keeping(recipe: Recipe, index: ShardIndex) -> None:
-    """Refuse to keep the best checkpoints alone if nothing can say which they are.
+def check_scored(recipe: Recipe, index: ShardIndex) -> None:
+    """Refuse what goes by the scores on `dev` if there is no `dev`: the best checkpoints alone, and an early end.
 
     Raises:
         UserError: names the keys.
     """
     run, dev = recipe.run, index.streams.get("dev")
-    if run.keep_last == run.keep_every == 0 and not (dev is not None and dev.labelled):
+    if dev is not None and dev.labelled:
+        return
+    has_none = f"{shown(recipe.data.root)} has no labelled split `dev`, which says"
+    if run.keep_last == run.keep_every == 0:
         raise UserError(
-            f"run.keep_best={run.keep_best} with run.keep_last=0 and run.keep_every=0: {shown(recipe.data.root)} has "
-            "no labelled split `dev`, which says which checkpoints are the best; set run.keep_last"
+            f"run.keep_best={run.keep_best} with run.keep_last=0 and run.keep_every=0: {has_none} which checkpoints "
+            "are the best; set run.keep_last"
         )
+    if run.patience is not None:
+        raise UserError(f"run.patience={run.patience}: {has_none} when a run ends early; leave it out")
+
+
+def check_class_names(recipe: Recipe, data: RunData) -> None:
+    """Refuse names of classes that the data do not have.
+
+    Raises:
+        UserError: names the key, and the nearest class.
+    """
+    try:
+        for values in (weights_by_class, thresholds_by_class):
+            values(recipe.method, data.classes, len(data.classes))
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def check_profile(recipe: Recipe) -> None:
@@ -269,7 +303,7 @@ def count_class_pixels(runtime: Runtime, recipe: Recipe, batches: TrainingBatche
     Raises:
         BadSample: a label map cannot be used.
     """
-    if recipe.data.rare_class_crops or recipe.method.class_weights != "none":
+    if recipe.data.rare_class_crops or recipe.method.class_weights == "inverse_sqrt":
         # Loader processes read the counts, so they come back to the host.
         batches.count_class_pixels(lambda counts: runtime.sum_over_ranks(counts.to(runtime.device)).cpu())
 

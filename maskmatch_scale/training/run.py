@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from maskmatch_scale.checkpoints.finding import Checkpoint
 from maskmatch_scale.checkpoints.fit import changes
 from maskmatch_scale.checkpoints.keeping import Keep, Keeper
@@ -26,6 +29,7 @@ from maskmatch_scale.method.work import Work, step_work
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.batchnorm import synchronise_batchnorm
 from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.recipe.by_class import thresholds_by_class, weights_by_class
 from maskmatch_scale.record.metrics import MetricsLog
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.runs.data import RunData
@@ -72,6 +76,8 @@ class Run:
     """What this rank wants, and what all ranks have agreed on."""
     save_s: float = 0.0
     """The longest that a checkpoint has taken on this rank in this start, from its beginning until it was complete."""
+    end: int = 0
+    """The step after which the run ends: `run.steps`, or an earlier one (:meth:`end_early`)."""
     callbacks: list[Callback] = field(default_factory=list)
     """In the order in which they are called."""
 
@@ -98,6 +104,14 @@ class Run:
         """
         # Nothing is logged here: a disk that hangs would keep the thread of the signals from a second Ctrl-C.
         self.agreement.ask(Stop(reason, exit_code))
+
+    def end_early(self, done: int) -> None:
+        """Let the run end after the step that was just taken, as after its last one; all ranks call it together.
+
+        Args:
+            done: number of steps that are taken.
+        """
+        self.end = done
 
     @property
     def stopping(self) -> Stop | None:
@@ -149,15 +163,17 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
     if recipe.engine.compile:
         student.compile_blocks()
         average.compile_blocks()
-    weights = None
-    if recipe.method.class_weights != "none":
-        weights = class_weights(batches.class_pixels()).to(runtime.device)
+    weights = _class_weights(checked)
+    thresholds = thresholds_by_class(recipe.method, checked.data.classes, student.num_classes)
     maskmatch = MaskMatch(
         student,
         recipe.method,
         recipe.run.seed,
         checked.data.ignore_index,
-        weights,
+        None if weights is None else weights.to(runtime.device),
+        threshold=torch.tensor(thresholds, dtype=torch.float64, device=runtime.device)
+        if isinstance(thresholds, tuple)
+        else None,
         batchnorm_frozen=recipe.model.batchnorm == "frozen",
         neighbour=Neighbour(runtime.rank % 2 == 0, runtime.of_neighbour) if runtime.world_size > 1 else None,
     )
@@ -189,6 +205,7 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
         writer=writer,
         keeper=keeper,
         agreement=Agreement(runtime),
+        end=recipe.run.steps,
     )
     return run
 
@@ -232,6 +249,15 @@ def _open_checkpoints(checked: Checked, runtime: Runtime) -> tuple[Keeper | None
         agreed=lambda error: runtime.text_of(0, error),
     )
     return keeper, writer
+
+
+def _class_weights(checked: Checked) -> Tensor | None:
+    """float32 (classes,) weights of the labelled loss; None if all classes weigh the same."""
+    method, classes = checked.recipe.method, checked.student.num_classes
+    if method.class_weights == "none":
+        return None
+    named = weights_by_class(method, checked.data.classes, classes)
+    return class_weights(checked.batches.class_pixels()) if named is None else torch.tensor(named)
 
 
 def _work(recipe: Recipe, student: Segmenter, batches: TrainingBatches) -> tuple[Work, Work]:

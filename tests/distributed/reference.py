@@ -47,6 +47,8 @@ def train_plainly(recipe, world_size: int) -> Outcome:
     # One process shows what each rank shows, in the order of the ranks.
     data = recipe.data.model_copy(update={"lanes": world_size})
     student = build_student(recipe, ShardIndex.load(recipe.data.root))
+    if recipe.optim.freeze is not None:
+        student.freeze(recipe.optim.freeze)
     stream = TrainingBatches(
         recipe.model_copy(update={"engine": global_engine, "data": data}),
         3,

@@ -22,6 +22,8 @@ CONFIGURATIONS = {
     "vit": {"model": VIT},
     # In burn-in the context decoder has no gradients, on either micro-batch.
     "vit-accumulation": {"model": VIT, "method": BURN_IN, "engine": {"accumulation": 2}},
+    # DDP waits for the gradients of what is trained alone.
+    "vit-freeze": {"model": VIT, "optim": {"freeze": 1}},
     # Collectives of BatchNorm within a backward that sends gradients.
     "segformer-synchronised": {"model": {"batchnorm": "synchronised"}, "method": BURN_IN},
 }
@@ -33,7 +35,7 @@ def recipe_of(make_recipe, name, folder):
     sections = {key: dict(value) for key, value in CONFIGURATIONS[name].items()}
     engine = {"micro_batch": 2} | ACCELERATE | sections.pop("engine", {})
     run = {"dir": str(folder / name), "steps": STEPS, "checkpoint_every": 3}
-    optim = {"lr": 1e-3, "clip_norm": 0.5, "warmup_steps": 2}
+    optim = {"lr": 1e-3, "clip_norm": 0.5, "warmup_steps": 2} | sections.pop("optim", {})
     # Two lanes: the one process of the reference reads what two ranks read, in their order.
     return make_recipe(engine=engine, run=run, optim=optim, data={"lanes": 2}, **sections)
 

@@ -73,6 +73,9 @@ def _matrix():
         "segformer",
         {"engine": {"zero_stage": 2}, "method": {"ema_buffers": "copy"}},
     )
+    for family, stage, freeze in (("vit", 1, 1), ("vit", 3, 1), ("vit", 3, "backbone"), ("segformer", 3, 2)):
+        name = f"{family}-{stage}-freeze-{freeze}"
+        found[name] = family, {"engine": {"zero_stage": stage}, "optim": {"freeze": freeze}}
     found["segformer-3-frozen"] = "segformer", {"engine": {"zero_stage": 3}, "model": {"batchnorm": "frozen"}}
     return found
 
@@ -93,9 +96,12 @@ WITHOUT = {
 def _comes_later(name):
     """Whether a run is left to `make test-all`: of each family, stage and precision one accumulation is run always."""
     family, stage, *rest = name.split("-")
-    return rest[-1] == "21"[(int(stage) + (family == "vit")) % 2] and name not in WITHOUT.values()
+    if "freeze" in rest or name in WITHOUT.values():
+        return False
+    return rest[-1] == "21"[(int(stage) + (family == "vit")) % 2]
 
 
+FROZEN = [name for name in MATRIX if "-freeze-" in name]
 LATER = [name for name in MATRIX if _comes_later(name)]
 ALWAYS = [name for name in MATRIX if name not in LATER]
 
@@ -216,6 +222,25 @@ def check_run(folder, recipes, name):
     assert [r["grad_norm"] for r in steps] == pytest.approx(reference.grad_norms, rel=tolerance)
     evaluated = [(r["step"], r["weights"]) for r in records(folder / name, "eval")]
     assert evaluated == [(2, "ema"), (4, "ema"), (6, "ema"), (6, "student")]
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_what_is_frozen_stays_bit_for_bit(runs, name):
+    folder, recipes = runs
+    start, own = reference_of(recipes[name]).start, found_state(folder / name, "student")
+    same = {key for key, value in start.items() if own[key].equal(value)}
+    teacher = found_state(folder / name, "ema")
+    assert same == {key for key, value in start.items() if teacher[key].equal(value)}
+    assert same
+    assert all(key.startswith("backbone.") for key in same if not key.endswith("proj.bias"))
+    first = {"vit": "backbone.patch_embed.proj.weight", "segformer": "backbone.stages.0.patch_embeddings.proj.weight"}
+    assert first[name.partition("-")[0]] in same
+
+
+def test_frozen_parts_train_alike_at_every_stage(runs):
+    folder, _ = runs
+    losses = [[r["loss"] for r in records(folder / f"vit-{stage}-freeze-1")] for stage in (1, 3)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in MATRIX if name.endswith("no-memory")])

@@ -52,6 +52,11 @@ def two_ranks(request, tmp_path_factory, shapes):
     for name in RESUMED:
         again = recipe_of(make, name, folder / "continued").model_dump(mode="json")
         jobs.append({"recipe": again, "resume": str(folder / name / "checkpoints" / "step-00000003")})
+    # So small a rate leaves every score what the first one was.
+    run = {"dir": str(folder / "early-end"), "steps": 9, "evaluate_every": 1, "patience": 2}
+    early = make(model=VIT, engine={"micro_batch": 1, "zero_stage": 3}, optim={"lr": 1e-12}, run=run)
+    first, again = ({"recipe": early.model_dump(mode="json"), "resume": resume} for resume in (None, "auto"))
+    jobs = [first, *jobs, again]  # rank 0 ends a run after rank 1, which must not find it alive
     done = launch(jobs, folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
@@ -84,6 +89,17 @@ def test_two_ranks_equal_one(two_ranks, make_recipe, tmp_path, name):
 def test_two_ranks_continue_exactly(two_ranks, name):
     whole, continued = records(two_ranks / name), records(two_ranks / "continued" / name)
     assert [r["loss"] for r in continued] == [r["loss"] for r in whole][3:]
+
+
+def test_two_ranks_end_early_together_and_stay_ended(two_ranks):
+    run = two_ranks / "early-end"
+    assert [r["step"] for r in records(run)] == [1, 2, 3]
+    evaluated = [(r["step"], r["weights"]) for r in records(run, "eval")]
+    assert evaluated == [(1, "ema"), (2, "ema"), (3, "ema"), (3, "student")]
+    assert [(r["step"], r["best_step"]) for r in records(run, "early_end")] == [(3, 1)]
+    for rank in range(2):
+        log = (run / "log" / f"rank-{rank}.txt").read_text()
+        assert log.count("step 3: the run ends early, after 2 evaluations") == 2  # of both starts
 
 
 def test_a_mistake_is_one_message_and_exit_code_2(make_recipe, tmp_path):

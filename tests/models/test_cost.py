@@ -1,6 +1,7 @@
 """Multiply–adds by formula: equal to what torch dispatches in the library's own forward, and to sums by hand."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -54,18 +55,24 @@ def test_whole_images_cost_what_the_librarys_own_forward_dispatches(backbone: st
     assert encoder_macs(segmenter, height, width) == counter.get_total_flops() / 2
 
 
+@pytest.mark.parametrize("frozen", [None, 1, 3, "backbone"])
 @pytest.mark.parametrize("backbone", ["transformers/segformer-b0", "timm/vit_small_patch16_224"])
-def test_a_training_pass_costs_what_it_dispatches(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_pass_costs_what_it_dispatches(backbone: str, frozen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
     from benchmarks.harness import count_gmacs  # with torch's count of grouped convolutions set right
 
     segmenter = on_meta(backbone)
+    whole = encoder_macs(segmenter, 128, 160)
+    if frozen is not None:
+        segmenter.freeze(frozen)
     images = torch.zeros(1, 3, 128, 160, device="meta")
 
     def train() -> None:
-        levels = segmenter.encode(images)
-        torch.autograd.backward(levels, [torch.zeros_like(level) for level in levels])
+        levels = [level for level in segmenter.encode(images) if level.requires_grad]
+        if levels:
+            torch.autograd.backward(levels, [torch.zeros_like(level) for level in levels])
 
+    assert encoder_macs(segmenter, 128, 160) == whole
     assert encoder_train_macs(segmenter, 128, 160) == pytest.approx(count_gmacs(train) * 1e9, rel=1e-12)
 
 

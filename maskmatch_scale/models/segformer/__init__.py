@@ -24,6 +24,7 @@ class SegformerFamily(Family):
     accepted = ("transformers/segformer-b0 … -b5", "transformers/<folder with a config.json>")
     default_head = "segformer"
     export_kind = "transformers_segformer"
+    layer_title = "stages"
     compiles_blocks = True
 
     def build(self, wanted: Wanted) -> Backbone:

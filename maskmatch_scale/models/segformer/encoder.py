@@ -15,7 +15,7 @@ Paper: Xie et al., SegFormer, NeurIPS 2021, arXiv 2105.15203. Modules and names:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,7 @@ class SegformerEncoder(Encoder):
     strides: tuple[int, ...]
     checkpointing: bool = False
     unit_block: Callable[..., Tensor] = field(default_factory=lambda: _block)
+    frozen_layers: int = 0
 
     @classmethod
     def build(cls, config: Any) -> SegformerEncoder:
@@ -66,6 +67,11 @@ class SegformerEncoder(Encoder):
                 module.__class__ = UnitMixMLP
                 module.fc1.__class__ = TableLinear
         return cls(model, check_geometry(config), tuple(config.hidden_sizes), strides)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The stages, each with its patch embedding and its norm; there is nothing else."""
+        return list(self.model.stages)
 
     def checkpoint_blocks(self) -> None:
         """Keep only the inputs of blocks for backward, which runs every block again."""
@@ -148,12 +154,13 @@ class SegformerEncoder(Encoder):
         computes them too. Attention takes 2 · tokens · cells · C. Spatial reduction, keys and values are computed for
         each cell of the attention, which is a unit.
         """
-        embeddings, blocks = [], 0
+        embeddings, blocks = [], []
         for stage, stride in zip(self.model.stages, self.strides):
             embed = stage.patch_embeddings.proj
             height, width = _convolved(height, embed), _convolved(width, embed)
             tokens = height * width if visible_units is None else visible_units * (self.unit_px // stride) ** 2
             embeddings.append(tokens * embed.weight.numel())
+            macs = 0
             for block in stage.blocks:
                 attention, mlp = block.attention, block.mlp
                 cells = tokens
@@ -161,14 +168,18 @@ class SegformerEncoder(Encoder):
                     reduction = attention.sequence_reduction.sequence_reduction
                     whole = _convolved(height, reduction) * _convolved(width, reduction)
                     cells = whole if visible_units is None else visible_units
-                    blocks += cells * reduction.weight.numel()
+                    macs += cells * reduction.weight.numel()
                 # A depthwise weight has one input channel. So its size, too, is the number of products a token takes.
                 for layer in (attention.q_proj, attention.o_proj, mlp.fc1, mlp.dwconv.dwconv, mlp.fc2):
-                    blocks += tokens * layer.weight.numel()
+                    macs += tokens * layer.weight.numel()
                 for layer in (attention.k_proj, attention.v_proj):
-                    blocks += cells * layer.weight.numel()
-                blocks += 2 * tokens * cells * attention.num_attention_heads * attention.head_dim
-        return Macs(embeddings[0], sum(embeddings[1:]) + blocks)
+                    macs += cells * layer.weight.numel()
+                macs += 2 * tokens * cells * attention.num_attention_heads * attention.head_dim
+            blocks.append(macs)
+        count = self.frozen_layers
+        frozen = sum(embeddings[:count]) + sum(blocks[:count])
+        first = embeddings[count : count + 1]
+        return Macs(sum(first), sum(embeddings[count + 1 :]) + sum(blocks[count:]), frozen)
 
 
 def _margins(conv: nn.Conv2d) -> tuple[int, int]:

@@ -16,6 +16,7 @@ class VitFamily(Family):
     accepted = ("timm/<model name>",)
     default_head = "linear"
     export_kind = "timm_vit"
+    layer_title = "blocks"
     compiles_blocks = True
     numbers_layers = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,7 @@ class VitEncoder(Encoder):
     strides: tuple[int, ...]
     taps: tuple[Tap, ...] = ()
     recomputes: bool = True
+    frozen_layers: int = 0
 
     @classmethod
     def build(cls, model: Any, unit_px: int | None, levels: int = 1) -> VitEncoder:
@@ -70,6 +72,17 @@ class VitEncoder(Encoder):
             model.blocks[-(-depth * level // levels) - 1].register_forward_hook(tap)
         mark_cheap_outputs(model.blocks)
         return cls(model, unit_px, (int(model.embed_dim),) * levels, (patch,) * levels, taps)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The blocks. Patch and position embedding, class and register tokens come before the first."""
+        return list(self.model.blocks)
+
+    @property
+    def after_layers(self) -> Sequence[nn.Module]:
+        """The final norm, by either of timm's names, and what a call does after it."""
+        names = ("norm", "fc_norm", "head_drop", "head")
+        return [module for name in names if (module := getattr(self.model, name, None)) is not None]
 
     @property
     def patch_px(self) -> int:
@@ -136,13 +149,12 @@ class VitEncoder(Encoder):
         if visible_units is not None:
             patches = visible_units * (self.unit_px // patch) ** 2
         tokens = patches + self.prefix_tokens
-        rest = 0
-        for module in self.model.blocks.modules():
-            if isinstance(module, nn.Linear):  # projections, gates and every kind of MLP: applied to each token
-                rest += tokens * module.weight.numel()
-            elif hasattr(module, "num_heads"):
-                rest += 2 * tokens**2 * module.num_heads * module.head_dim
-        return Macs(patches * self.model.patch_embed.proj.weight.numel(), rest)
+        first = patches * self.model.patch_embed.proj.weight.numel()
+        blocks = [_block_macs(block, tokens) for block in self.model.blocks]
+        if self.frozen_layers:  # the next block's norm wants a gradient of what it gives to the first product
+            frozen, rest = blocks[: self.frozen_layers], blocks[self.frozen_layers :]
+            return Macs(0, sum(rest), first + sum(frozen))
+        return Macs(first, sum(blocks))
 
     def full(self, images: Tensor) -> list[Tensor]:
         """Encode whole images (B, 3, H, W): (B, C, H / patch, W / patch) a level, in channels-last memory."""
@@ -176,3 +188,13 @@ class VitEncoder(Encoder):
             for tap in self.taps:
                 tap.open, tap.tokens = False, None
         return [tokens[:, self.model.num_prefix_tokens :] for tokens in (*levels, last)]
+
+
+def _block_macs(block: Any, tokens: int) -> int:
+    macs = 0
+    for module in block.modules():
+        if isinstance(module, nn.Linear):  # projections, gates and every kind of MLP: applied to each token
+            macs += tokens * module.weight.numel()
+        elif hasattr(module, "num_heads"):
+            macs += 2 * tokens**2 * module.num_heads * module.head_dim
+    return macs

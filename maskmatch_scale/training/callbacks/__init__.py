@@ -10,6 +10,7 @@ Decision: docs/decisions/0033-callbacks-watch-the-run.md.
 from maskmatch_scale.training.callbacks.base import Callback, Record
 from maskmatch_scale.training.callbacks.checkpoints import Checkpoints
 from maskmatch_scale.training.callbacks.closing import Closing
+from maskmatch_scale.training.callbacks.early_end import EarlyEnd
 from maskmatch_scale.training.callbacks.evaluation import Evaluation
 from maskmatch_scale.training.callbacks.fetching import Fetching
 from maskmatch_scale.training.callbacks.gpu_memory import GpuMemory
@@ -36,6 +37,7 @@ CALLBACKS: tuple[type[Callback], ...] = (
     Progress,
     TimeLimit,
     Skips,
+    EarlyEnd,
     Checkpoints,  # before Evaluation, which may take long
     Evaluation,
     Profile,

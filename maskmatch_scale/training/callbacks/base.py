@@ -9,7 +9,8 @@
         evaluated               a record of an evaluation has been written
       stopping                  all ranks know that the run stops after this step (`run.stopping`)
     ended                       after the last step, also after an error
-    finished                    all steps have been taken, and the loader processes have ended
+    finished                    all steps have been taken, or the run has ended early (`run.end`), and the loader
+                                processes have ended
 
 Each method is called for all callbacks in the order of the list in `callbacks/__init__.py`, before the next method is
 called. Callbacks do not know each other; they share the :class:`~maskmatch_scale.training.run.Run`. All ranks call the
@@ -76,7 +77,7 @@ class Callback:
         """No more steps will be taken, be it after the last step or after an error."""
 
     def finished(self) -> None:
-        """All steps have been taken."""
+        """All steps have been taken, or the run has ended early."""
 
     def state(self) -> dict[str, Any]:
         """JSON values for a checkpoint's `state.json`, the same on all ranks.
@@ -91,4 +92,4 @@ class Callback:
 
     def is_due(self, done: int, every: int) -> bool:
         """Whether ``done`` is the last step, or a multiple of ``every`` (0: only the last step)."""
-        return done == self.run.recipe.run.steps or bool(every and done % every == 0)
+        return done == self.run.end or bool(every and done % every == 0)

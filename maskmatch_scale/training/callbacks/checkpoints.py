@@ -88,6 +88,8 @@ class Checkpoints(Callback):
         Raises:
             TrainingStopped: it cannot be written.
         """
+        if self._begun < self.run.end:  # an evaluation has ended the run, after checkpoints of this step were begun
+            self._save(self.run.end)
         self._finish()
         if self.run.keeper is not None:
             self.run.keeper.tidy(self._begun)  # the last evaluation came after its checkpoint was begun

@@ -36,6 +36,6 @@ class Closing(Callback):
             lost = run.metrics.file
             if lost is not None and lost.fault is not None:
                 raise TrainingStopped(
-                    f"all {run.recipe.run.steps} steps are taken, but {lost.waiting} records are lost: {lost.fault}",
+                    f"all {run.end} steps are taken, but {lost.waiting} records are lost: {lost.fault}",
                     on_all_ranks=False,
                 )

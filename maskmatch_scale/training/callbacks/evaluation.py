@@ -48,12 +48,15 @@ class Evaluation(Callback):
             self._evaluate(done, self._weights(done))
 
     def _weights(self, done: int) -> Sequence[str]:
-        return ("ema", "student") if done == self.run.recipe.run.steps else ("ema",)
+        return ("ema", "student") if done == self.run.end else ("ema",)
 
     def _evaluate(self, done: int, weights: Sequence[str]) -> None:
+        end = self.run.end
         for kind in weights:
             if not self.run.stopping:
                 self._evaluate_one(done, kind)
+        if self.run.end != end:  # the score has ended the run
+            self._evaluate(done, [kind for kind in self._weights(done) if kind not in weights])
 
     def _evaluate_one(self, done: int, weights: str) -> None:
         """Evaluate, unless a rank wants to stop: then all ranks break off, and know why."""

@@ -30,11 +30,13 @@ class Opening(Callback):
     def _lines(self) -> list[str]:
         run, recipe, engine = self.run, self.run.recipe, self.run.recipe.engine
         place = run.runtime.place
-        parameters = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in run.student.parameters())
+        sizes = [(math.prod(getattr(p, "ds_shape", p.shape)), p.requires_grad) for p in run.student.parameters()]
+        parameters, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+        of_them = f" ({trained / 1e6:.2f} M of them trained)" if trained < parameters else ""
         lines = [
             f"maskmatch_scale {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
             f"rank {place.rank} of {place.world_size} on {run.runtime.device}, {run.runtime.threads} CPU threads",
-            f"{recipe.model.backbone}: {parameters / 1e6:.2f} M parameters, {run.engine.name}, "
+            f"{recipe.model.backbone}: {parameters / 1e6:.2f} M parameters{of_them}, {run.engine.name}, "
             f"{engine.precision} ({run.precision_reason})",
             f"{run.batches.labelled_samples} labelled samples, {run.batches.unlabelled_samples} unlabelled, from step "
             f"{run.start}",
