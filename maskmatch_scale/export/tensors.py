@@ -32,4 +32,7 @@ def renamed(
 def save_tensors(state: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file. transformers can load it too, because the metadata say `format: pt`."""
     with writing(path):
+        path.touch()
+        usual = path.stat().st_mode  # by the umask; safetensors lets the owner alone read what it writes
         save_file(state, path, metadata={"format": "pt"})
+        path.chmod(usual)
