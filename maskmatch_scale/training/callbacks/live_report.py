@@ -25,7 +25,8 @@ _ENDING_S = 5.0
 class LiveReport(Callback):
     """Has rank 0 start a process that writes the report, at most one at a time, every `record.report_every_s`.
 
-    Charts are drawn in Python for seconds, which in a thread would keep the steps from being launched.
+    Charts are drawn in Python for seconds, which in a thread would keep the steps from being launched. The page says
+    how long the pause is: for the first report of a start `record.report_every_s`, then by what the last one took.
     """
 
     def __init__(self, run: Run) -> None:
@@ -55,7 +56,7 @@ class LiveReport(Callback):
                 self._process.communicate(timeout=_ENDING_S)
 
     def _start(self) -> subprocess.Popen[str] | None:
-        command = [sys.executable, "-m", "maskmatch_scale.record.live", str(self.run.folder.path), str(self._every_s)]
+        command = [sys.executable, "-m", "maskmatch_scale.record.live", str(self.run.folder.path), f"{self._pause_s:.0f}"]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         try:
             return subprocess.Popen(

@@ -93,6 +93,13 @@ def test_a_process_that_does_not_start_or_prints_something_else_ends_nothing(scr
     assert why in log
 
 
+def test_the_page_is_told_the_pause_that_follows_from_what_the_last_one_took(make_recipe, interpreter, tmp_path):
+    interpreter.write_text(f'#!/bin/sh\nfor last; do :; done\necho "$last" >> {tmp_path}/told\necho 2.0\n')
+    interpreter.chmod(0o755)
+    train(make_recipe(run=SETTINGS, engine=FP32, record={"report_every_s": 1}), callbacks=[Due])
+    assert (tmp_path / "told").read_text().split() == ["1", "60", "60"]  # a thirtieth of a core, after steps 2, 3, 4
+
+
 def test_none_if_not_asked_for(make_recipe, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("started a process")
