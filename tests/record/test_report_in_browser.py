@@ -195,7 +195,9 @@ def test_the_page_of_a_live_run_loads_itself_again_as_the_reader_left_it(window,
 
 
 def test_a_browser_that_keeps_nothing_still_loads_the_page_of_a_live_run_again(window, runs_folder):
-    forbid = "Object.defineProperty(window, 'sessionStorage', {get() { throw new DOMException('no', 'SecurityError'); }})"
+    forbid = (
+        "Object.defineProperty(window, 'sessionStorage', {get() { throw new DOMException('no', 'SecurityError'); }})"
+    )
     script = window.call("Page.addScriptToEvaluateOnNewDocument", source=forbid)["identifier"]
     window.problems.clear()
     run = runs_folder / "maskmatch"

@@ -58,7 +58,7 @@ class Sender:
         self._thread = threading.Thread(target=self._run, args=(connect, opened), name=f"tracker-{name}", daemon=True)
 
     def start(self) -> None:
-        """Start the thread, if it was not; a tracker for which the system has no thread is one that cannot be opened."""
+        """Start the thread, if it was not. If the system has none left, the tracker cannot be opened."""
         if self._thread.ident is None and self._most:
             try:
                 self._thread.start()

@@ -56,13 +56,8 @@ class LiveReport(Callback):
                 self._process.communicate(timeout=_ENDING_S)
 
     def _start(self) -> subprocess.Popen[str] | None:
-        command = [
-            sys.executable,
-            "-m",
-            "maskmatch_scale.record.live",
-            str(self.run.folder.path),
-            f"{self._pause_s:.0f}",
-        ]
+        arguments = [str(self.run.folder.path), f"{self._pause_s:.0f}"]
+        command = [sys.executable, "-m", "maskmatch_scale.record.live", *arguments]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         try:
             return subprocess.Popen(
