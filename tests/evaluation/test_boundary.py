@@ -66,7 +66,7 @@ def test_what_is_ignored_in_the_label_counts_nowhere():
 
 
 def test_a_prediction_of_the_class_that_labels_ignore_counts_where_the_label_is_known():
-    """Class 0 is ignored in labels. A square of 6 px of class 1 in a ground of class 2; the prediction lacks its row."""
+    """Class 0 is ignored in labels. A square of 6 px of class 1 in class 2; the prediction lacks its row."""
     label, pred = torch.full((12, 12), 2), torch.full((12, 12), 2)
     label[3:9, 3:9], pred[3:9, 3:9] = 1, 1
     pred[5] = 0
