@@ -114,15 +114,19 @@ def downloaded(folder: Path) -> None:
 
 
 def pictures(folder: Path) -> None:
-    """To predict: `photos`, `scans`, a list, single files, and `ortho.tif` with a georeference."""
-    import rasterio
-    from rasterio.transform import from_origin
-
+    """To predict: `photos`, `scans`, a list, single files."""
     files = ("photos/1.jpg", "photos/more/2.jpg", "scans/new/3.png", "a.jpg", "photo.jpg", "x.jpg")
     for number, name in enumerate(files):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw_shapes(number)[0]).save(folder / name)
     (folder / "list.txt").write_text("# a list\nphotos/1.jpg\n")
+
+
+def orthophoto(folder: Path) -> None:
+    """`ortho.tif`, 96 × 128 px with a georeference."""
+    import rasterio
+    from rasterio.transform import from_origin
+
     place = {"crs": "EPSG:32632", "transform": from_origin(500_000, 5_000_000, 0.5, 0.5), "driver": "GTiff"}
     with rasterio.open(folder / "ortho.tif", "w", count=3, width=128, height=96, dtype="uint8", **place) as file:
         file.write(np.moveaxis(draw_shapes(9)[0], 2, 0))
@@ -145,5 +149,5 @@ def _write(folder: Path, name: str, images: int, masks: int, change: Callable[[n
 
 
 PREPARED = {make.__name__: make for make in (
-    photos, shards, recipe, binary, soft, scene, mine, trained, exported, vit, downloaded, pictures,
+    photos, shards, recipe, binary, soft, scene, mine, trained, exported, vit, downloaded, pictures, orthophoto,
 )}  # fmt: skip
