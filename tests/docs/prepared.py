@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from maskmatch_scale.data.writing import write_shards
 from maskmatch_scale.data.writing.sources.image_folder import image_folder
 from maskmatch_scale.data.writing.sources.options import Options
-from tests.conftest import TINY_SEGFORMER, draw_shapes
+from maskmatch_scale.export.write import export_run
+from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.train import train
+from tests.conftest import TINY_SEGFORMER, ShapesSource, draw_shapes, recipe_maker
+
+_COUNTS = {"labelled": 4, "unlabelled": 8, "dev": 2, "val": 2}
 
 
 def photos(folder: Path) -> None:
@@ -58,7 +64,7 @@ def soft(folder: Path) -> None:
 
 def scene(folder: Path) -> None:
     """`scenes` and `labels`: GeoTIFFs of 200 × 300 px, a part of which has no data; a second scene without labels."""
-    rasterio = pytest.importorskip("rasterio")
+    import rasterio
     from rasterio.transform import from_origin
 
     draw = np.random.default_rng(0)
@@ -75,6 +81,63 @@ def scene(folder: Path) -> None:
         file.write(draw.integers(0, 3, (1, 200, 300), dtype=np.uint8))
 
 
+def mine(folder: Path) -> None:
+    """`data/mine`, three classes; `configs/mine.yaml` of it and a tiny SegFormer, for a run `runs/mine`."""
+    write_shards(ShapesSource(_COUNTS), folder / "data" / "mine", workers=1, progress=False)
+    (folder / "configs").mkdir(exist_ok=True)
+    (folder / "configs" / "mine.yaml").write_text(_mine(folder).to_yaml())
+
+
+def trained(folder: Path) -> None:
+    """What `mine` makes, and the run."""
+    mine(folder)
+    train(_mine(folder))
+
+
+def exported(folder: Path) -> None:
+    """`exports/mine`, of `trained`."""
+    export_run(folder / "runs" / "mine", folder / "exports" / "mine")
+
+
+def vit(folder: Path) -> None:
+    """`recipe.yaml` of `data/mine` and a tiny ViT, for a run `runs/vit`."""
+    mine(folder)
+    recipe = _mine(folder, model={"backbone": "timm/test_vit2"}, run={"dir": "runs/vit", "steps": 3, "log_every": 1})
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+
+
+def downloaded(folder: Path) -> None:
+    """`weights/segformer-b2-ade`, a tiny SegFormer of transformers with 150 classes; `tiny`, its configuration."""
+    model = SegformerForSemanticSegmentation(SegformerConfig(**TINY_SEGFORMER, num_labels=150))
+    model.save_pretrained(folder / "weights" / "segformer-b2-ade")
+    model.config.save_pretrained(folder / "tiny")
+
+
+def pictures(folder: Path) -> None:
+    """To predict: `photos`, `scans`, a list, single files."""
+    files = ("photos/1.jpg", "photos/more/2.jpg", "scans/new/3.png", "a.jpg", "photo.jpg", "x.jpg")
+    for number, name in enumerate(files):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw_shapes(number)[0]).save(folder / name)
+    (folder / "list.txt").write_text("# a list\nphotos/1.jpg\n")
+
+
+def orthophoto(folder: Path) -> None:
+    """`ortho.tif`, 96 × 128 px with a georeference."""
+    import rasterio
+    from rasterio.transform import from_origin
+
+    place = {"crs": "EPSG:32632", "transform": from_origin(500_000, 5_000_000, 0.5, 0.5), "driver": "GTiff"}
+    with rasterio.open(folder / "ortho.tif", "w", count=3, width=128, height=96, dtype="uint8", **place) as file:
+        file.write(np.moveaxis(draw_shapes(9)[0], 2, 0))
+
+
+def _mine(folder: Path, **sections: Mapping[str, Any]) -> Recipe:
+    engine = {"library": "accelerate", "zero_stage": 0, "micro_batch": 2, "threads": 1}
+    run = {"dir": str(folder / "runs" / "mine"), "steps": 1}
+    return recipe_maker(folder / "data" / "mine", folder)(**({"engine": engine, "run": run} | sections))
+
+
 def _write(folder: Path, name: str, images: int, masks: int, change: Callable[[np.ndarray], np.ndarray]) -> None:
     for part in ("images", "masks"):
         (folder / name / part).mkdir(parents=True)
@@ -85,4 +148,6 @@ def _write(folder: Path, name: str, images: int, masks: int, change: Callable[[n
             Image.fromarray(change(label)).save(folder / name / "masks" / f"{number:02d}.png")
 
 
-PREPARED = {make.__name__: make for make in (photos, shards, recipe, binary, soft, scene)}
+PREPARED = {make.__name__: make for make in (
+    photos, shards, recipe, binary, soft, scene, mine, trained, exported, vit, downloaded, pictures, orthophoto,
+)}  # fmt: skip
