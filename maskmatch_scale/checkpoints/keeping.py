@@ -118,6 +118,7 @@ class Keeper:
             return
         named = best_of({step: self._scores[step] for step in {*best, *complete}}, len(self._scores))
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)  # an evaluation may come before the first checkpoint
             text = "".join(f"{folder_name(step)} {self._scores[step]!r}\n" for step in named)
             write_whole(self._folder / BEST, text)
         except OSError as error:

@@ -61,6 +61,13 @@ def test_the_best_is_kept_and_named(tmp_path):
     assert steps_in(tmp_path).keys() == {2, 6}
 
 
+def test_the_best_is_named_before_there_is_a_checkpoint(tmp_path, caplog):
+    folder = tmp_path / "checkpoints"
+    Keeper(folder, Keep(1, 0, 1), 0).scored(1, 0.25)
+    assert (folder / "best").read_text() == "step-00000001 0.25\n"
+    assert caplog.records == []
+
+
 def test_scores_after_the_step_that_a_run_continues_from_do_not_count(tmp_path):
     run_of(tmp_path, Keep(3, 0, 1), {1: 0.2, 2: 0.3, 3: 0.9})
     keeper = Keeper(tmp_path, Keep(3, 0, 1), 2)

@@ -123,7 +123,7 @@ method: {threshold: {default: 0.9, pole: 0.8}}
 
 def test_keys_of_a_recipe_are_read(tmp_path: Path):
     run_blocks(read_blocks(KEYS), tmp_path)
-    with pytest.raises(UserError, match=r"line 3: method\.treshold"):
+    with pytest.raises(UserError, match=r"line 3: unknown key method\.treshold"):
         run_blocks(read_blocks(KEYS.replace("threshold", "treshold")), tmp_path)
     with pytest.raises(YAMLError, match="duplicate key model"):
         run_blocks(read_blocks(KEYS.replace("method:", "model: {head: dpt}\nmethod:")), tmp_path)
