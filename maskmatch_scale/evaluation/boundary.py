@@ -11,19 +11,18 @@ from torch.nn import functional as F
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 
 
-def near_contour(classes: Tensor, distance_px: int, ignore_index: int = 255, *, border: bool = False) -> Tensor:
+def near_contour(classes: Tensor, distance_px: int, known: Tensor, *, border: bool = False) -> Tensor:
     """Pixels with a pixel of another class at most ``distance_px`` rows and columns away.
 
     Args:
-        classes: integer (H, W). Ignored pixels are near nothing, and are no other class.
+        classes: integer (H, W).
         distance_px: at least 1.
-        ignore_index: value of ignored pixels.
+        known: bool (H, W). Other pixels are near nothing, and are no other class.
         border: whether the outside of the image is another class.
 
     Returns:
         Bool (H, W).
     """
-    known = classes != ignore_index
     values = classes.float()
     highest = _largest_around(values.masked_fill(~known, -torch.inf), distance_px)
     lowest = -_largest_around((-values).masked_fill(~known, -torch.inf), distance_px)
@@ -64,9 +63,9 @@ class BoundaryIou:
         """Add an image: predicted classes and labels, integer (H, W)."""
         pred, target = pred.long(), target.long()
         distance = max(1, round(self.share * math.hypot(*target.shape)))
-        pred = torch.where(target == self.ignore_index, self.ignore_index, pred)
-        theirs = near_contour(target, distance, self.ignore_index, border=True)
-        ours = near_contour(pred, distance, self.ignore_index, border=True)
+        known = target != self.ignore_index
+        theirs = near_contour(target, distance, known, border=True)
+        ours = near_contour(pred, distance, known, border=True)
         for row, values in enumerate((target[theirs & ours & (pred == target)], target[theirs], pred[ours])):
             self.counts[row] += torch.bincount(values, minlength=self.num_classes)
 
@@ -93,5 +92,5 @@ class NearBoundary:
     def update(self, pred: Tensor, target: Tensor) -> None:
         """Add an image: predicted classes and labels, integer (H, W)."""
         for distance, matrix in self.matrices.items():
-            near = near_contour(target, distance, self.ignore_index)
+            near = near_contour(target, distance, target != self.ignore_index)
             matrix.update(pred[near], target[near])

@@ -6,8 +6,10 @@ pseudo-labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +21,7 @@ from maskmatch_scale.evaluation.calibration import Reliability
 from maskmatch_scale.evaluation.inference import Inference
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.evaluation.objects import SmallObjects
+from maskmatch_scale.evaluation.windows import window_starts
 from maskmatch_scale.models.segmenter import Segmenter
 from maskmatch_scale.models.units import sample_visible
 from maskmatch_scale.recipe import Recipe
@@ -29,6 +32,10 @@ NEAR_PX = (1, 3, 5, 10)
 """Distances from a boundary."""
 VISIBLE_SHARES = (0.1, 0.3, 0.5, 0.7, 1.0)
 """Shares of the units that are visible."""
+
+
+Part = tuple[slice, slice]
+"""Rows and columns."""
 
 
 class Masked:
@@ -78,14 +85,15 @@ def measure_locality(
         `miou_near_boundary`, by distance in px;
         `small_object_recall` (mean over classes that have any), `small_objects` (their number);
         `miou_visible`, by share of visible units in windows of the training crop; not if these are not whole units;
-        `pseudo_labels`: those of the scales `method.scales` in windows of the training crop: `expected_error`,
-        `coverage` and `accuracy` of those at the threshold, and a `table` by confidence.
+        `pseudo_labels`: those of the scales `method.scales`, of each window of the training crop by itself, as the
+        teacher makes them; where windows overlap, those of the first one: `expected_error`, `coverage` and `accuracy`
+        of those at the threshold, and a `table` by confidence.
     """
     data, method, classes = recipe.data, recipe.method, segmenter.num_classes
     index = load_index(data.root, data)
     crop = recipe.evaluation.model_copy(update={"mode": "sliding", "scales": (1.0,), "flip": False})
     on_crops = replace(inference, recipe=crop, window_px=data.crop_px)
-    as_teacher = replace(on_crops, recipe=crop.model_copy(update={"scales": method.scales, "overlap": 0.0}))
+    as_teacher = replace(on_crops, recipe=crop.model_copy(update={"scales": method.scales}))
     boundary = BoundaryIou(classes, index.ignore_index)
     near = NearBoundary(classes, NEAR_PX, index.ignore_index)
     small = SmallObjects(classes, index.ignore_index)
@@ -95,15 +103,17 @@ def measure_locality(
         for share in VISIBLE_SHARES:
             seeing = Masked(segmenter, share, method.mask.mode, recipe.run.seed)
             masked[share] = seeing, ConfusionMatrix(classes, index.ignore_index)
-    for sample in evaluation_samples(data, split, workers=data.workers):
-        predicted = inference.predict(segmenter, sample.image)
-        for measure in (boundary, near, small):
-            measure.update(predicted, sample.label)
-        for seeing, matrix in masked.values():
-            matrix.update(on_crops.predict(seeing, sample.image), sample.label)
-        pseudo, confidence = as_teacher.predict_confidently(segmenter, sample.image)
-        labels.update(confidence, pseudo, sample.label)
-        progress()
+    with closing(evaluation_samples(data, split, workers=data.workers)) as samples:
+        for sample in samples:
+            predicted = inference.predict(segmenter, sample.image)
+            for measure in (boundary, near, small):
+                measure.update(predicted, sample.label)
+            for seeing, matrix in masked.values():
+                matrix.update(on_crops.predict(seeing, sample.image), sample.label)
+            for window, own in _crops(sample.label.shape, data.crop_px):
+                pseudo, confidence = as_teacher.predict_confidently(segmenter, sample.image[:, window[0], window[1]])
+                labels.update(confidence[own], pseudo[own], sample.label[window][own])
+            progress()
     pixels, right = labels.above.tolist()
     return {
         "boundary_iou": _mean(boundary.iou()),
@@ -120,6 +130,19 @@ def measure_locality(
             "table": labels.table(),
         },
     }
+
+
+def _crops(size_px: Sequence[int], crop_px: tuple[int, int]) -> Iterator[tuple[Part, Part]]:
+    """Windows that cover an image, and within each the part that no window before it covers: each pixel is in one."""
+    rows, columns = (_sides(side, crop) for side, crop in zip(size_px, crop_px, strict=True))
+    for (high, own_rows), (wide, own_columns) in product(rows, columns):
+        yield (high, wide), (own_rows, own_columns)
+
+
+def _sides(side: int, crop: int) -> list[tuple[slice, slice]]:
+    starts = window_starts(side, crop, 0.0)
+    ends = [0, *(start + crop for start in starts)]
+    return [(slice(start, start + crop), slice(end - start, None)) for start, end in zip(starts, ends)]
 
 
 def _mean(values: Tensor) -> float | None:

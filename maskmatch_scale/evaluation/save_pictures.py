@@ -33,18 +33,16 @@ def save_pictures(
     """Write image, label map and the prediction of each model, for ``count`` samples spread over a split.
 
     Args:
-        folder: `RUN/pictures/<split>`; each sample gets a folder in it.
+        folder: an empty one that becomes `RUN/pictures/<split>`; each sample gets a folder in it.
         data: section of the recipe, which says where the split is.
         split: stream name.
-        count: number of samples; 0: nothing is written.
+        count: number of samples, at least 1.
         models: `ema` and `student` segmenters, in eval mode.
         inference: how the models are run on images.
 
     Returns:
         The folders of the samples.
     """
-    if not count:
-        return []
     index = load_index(data.root, data)
     palette = flat_palette(index.palette)
     samples = index.stream(split).samples

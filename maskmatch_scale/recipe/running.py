@@ -29,7 +29,8 @@ class EvaluationRecipe(Section):
     flip: bool = False
     """Whether mirror images (left to right) are predicted too, and averaged with the rest."""
     pictures: Annotated[int, Field(ge=0)] = 4
-    """Held-out samples whose predictions are kept for the report; 0 = none."""
+    """Held-out samples whose predictions are kept for the report, in place of those of an earlier evaluation of the
+    split; 0 = none."""
 
 
 class RunRecipe(Section):

@@ -19,15 +19,15 @@ def main(arguments: Sequence[str]) -> int:
     """Write the report, and print the CPU seconds that it took.
 
     Args:
-        arguments: run directory, and about how often this is called, in seconds.
+        arguments: run directory, and after how many seconds this is called again, a whole number.
 
     Returns:
         The exit code.
     """
-    run, every_s = arguments
+    run, pause_s = arguments
     os.nice(10)  # the loader processes need the cores more
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no half-written file is left
-    write_report([Path(run)], live_s=int(every_s))
+    write_report([Path(run)], live_s=int(pause_s))
     sys.stdout.write(f"{time.process_time():.3f}\n")
     return 0
 

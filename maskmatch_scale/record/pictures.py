@@ -116,7 +116,10 @@ def held_out_pictures(runs: Sequence[PictureRun]) -> tuple[SplitPictures, ...]:
 
 
 def _folders(path: Path) -> list[Path]:
-    return [entry for entry in path.iterdir() if entry.is_dir()] if path.is_dir() else []
+    """Folders in one; not the hidden one of an evaluation that goes on or was killed."""
+    if not path.is_dir():
+        return []
+    return [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def _sample(runs: Sequence[PictureRun], split: str, name: str) -> Sample:

@@ -82,7 +82,11 @@ if (live_s) {
   const key = `maskmatch ${location.pathname}`;
   const controls = () => [...document.querySelectorAll("input, select")];
   const [reload, age] = [document.querySelector("#reload"), document.querySelector("#age")];
-  const kept = JSON.parse(sessionStorage.getItem(key) ?? "null");
+  const recall = () => {
+    try { return JSON.parse(sessionStorage.getItem(key) ?? "null"); } catch { return null; } // the reader forbids it
+  };
+  const keep = (state) => { try { sessionStorage.setItem(key, JSON.stringify(state)); } catch { } };
+  const kept = recall();
   if (kept) {
     document.querySelectorAll("details").forEach((details, number) => { details.open = kept.open[number] ?? details.open; });
     if (kept.set.length === controls().length) controls().forEach((control, number) => {
@@ -92,11 +96,11 @@ if (live_s) {
     });
     scrollTo(0, kept.y);
   }
-  addEventListener("pagehide", () => sessionStorage.setItem(key, JSON.stringify({
+  addEventListener("pagehide", () => keep({
     y: scrollY,
     open: [...document.querySelectorAll("details")].map((details) => details.open),
     set: controls().map((control) => control.type === "checkbox" ? control.checked : control.value),
-  })));
+  }));
   let touched = 0;
   for (const kind of ["pointerdown", "keydown", "input"]) addEventListener(kind, () => { touched = Date.now(); });
   const loaded = Date.now();

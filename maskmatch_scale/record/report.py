@@ -196,7 +196,7 @@ def _missing(run: _Run) -> list[str]:
     skipped = number((run.files.closing or {}).get("images_skipped"))
     if skipped:
         gaps.append(f"{skipped:.0f} bad samples were skipped (the folder skipped/ lists them)")
-    if not RunFolder(run.files.path).all_pictures.is_dir():
+    if not any(RunFolder(run.files.path).all_pictures.glob("[!.]*")):
         gaps.append("no pictures of held-out samples (maskmatch evaluate writes them)")
     return gaps
 

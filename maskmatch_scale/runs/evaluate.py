@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,14 +13,14 @@ import torch
 
 from maskmatch_scale.checkpoints.finding import opened
 from maskmatch_scale.data.shards.reading import load_index
-from maskmatch_scale.engine.precision import autocast, autocast_dtype
+from maskmatch_scale.engine.precision import autocast, autocast_dtype, uses_tf32
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.evaluation.evaluate import evaluate_split
 from maskmatch_scale.evaluation.inference import Inference, described, inference_with, window_of
 from maskmatch_scale.evaluation.locality import measure_locality
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.evaluation.save_pictures import save_masked_pictures, save_pictures
-from maskmatch_scale.files import write_whole
+from maskmatch_scale.files import folder_whole, write_whole
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.record.run_folder import RunFolder
@@ -66,7 +67,8 @@ def evaluate_run(
 ) -> list[dict[str, Any]]:
     """Evaluate a run's newest checkpoint, and keep figures in `RUN/evaluation` and pictures in `RUN/pictures`.
 
-    The arithmetic is that of the run's own evaluations: fp32 weights, multiplied in the precision of its recipe.
+    The arithmetic is that of the run's own evaluations: fp32 weights, multiplied in the precision of its recipe, on a
+    GPU in TF32 for `fp32`; this setting is of the whole process.
 
     Args:
         run: run directory.
@@ -90,6 +92,8 @@ def evaluate_run(
         if not override.startswith("evaluation."):
             raise UserError(f"{override}: only keys of `evaluation` can be changed for an evaluation")
     recipe = recipe_of(run, overrides)  # a path that is no run is named as such
+    if uses_tf32(device, recipe.engine.precision):
+        torch.set_float32_matmul_precision("high")
     with opened(run) as checkpoint:  # until both models are loaded: evaluating the first may take long
         index = load_index(recipe.data.root, recipe.data)
         for kind in weights:
@@ -120,17 +124,28 @@ def evaluate_run(
             write_whole(folder.evaluation(split, kind), json.dumps(record, indent=1))
             records.append(record)
     with autocast(device, autocast_dtype(recipe)):
-        samples = save_pictures(
-            folder.pictures(split), recipe.data, split, recipe.evaluation.pictures, dict(models), inference
-        )
+        _keep_pictures(folder, split, recipe, models, inference)
+    return records
+
+
+def _keep_pictures(
+    folder: RunFolder, split: str, recipe: Recipe, models: dict[str, Segmenter], inference: Inference
+) -> None:
+    """Write the pictures of a split in place of those of earlier evaluations: samples, weights or modes were others."""
+    kept = folder.pictures(split)
+    if not recipe.evaluation.pictures:
+        shutil.rmtree(kept, ignore_errors=True)
+        return
+    with folder_whole(kept) as written:
+        samples = save_pictures(written, recipe.data, split, recipe.evaluation.pictures, dict(models), inference)
         if recipe.method.mask.keep is not None:
-            # The student was trained on masked views, together with its context decoder.
             save_masked_pictures(
                 samples,
-                models.get("student", segmenter),
+                # The student was trained on masked views, together with its context decoder.
+                models.get("student") or next(iter(models.values())),
                 recipe.method.mask,
                 recipe.run.seed,
                 recipe.data.crop_px,
                 inference,
             )
-    return records
+        shutil.rmtree(kept, ignore_errors=True)

@@ -152,7 +152,8 @@ def check_trackers(recipe: Recipe) -> None:
         UserError: names the key, and the command that installs the library.
     """
     for name in recipe.record.trackers:
-        if find_spec(TRACKERS[name].library) is None:
+        spec = find_spec(TRACKERS[name].library)
+        if spec is None or spec.origin is None:  # without an origin: a mere folder of this name, as W&B makes here
             raise UserError(
                 f"record.trackers={list(recipe.record.trackers)}: {name} is not installed; "
                 f"pip install maskmatch-scale[{name}], or leave it out"

@@ -7,6 +7,7 @@ from maskmatch_scale.evaluation.boundary import BoundaryIou, NearBoundary, near_
 
 SQUARE = torch.zeros(12, 12, dtype=torch.uint8)
 SQUARE[3:9, 3:9] = 1
+ALL = torch.ones(12, 12, dtype=torch.bool)
 
 
 def eroded(mask, times):
@@ -27,13 +28,13 @@ def test_contours_are_those_of_the_authors_erosion(size, distance, seed):
     expected = torch.zeros(size, dtype=torch.bool)
     for value in range(3):
         expected |= (classes == value) & ~eroded(classes == value, distance)
-    assert near_contour(classes, distance, border=True).equal(expected)
+    assert near_contour(classes, distance, classes < 3, border=True).equal(expected)
 
 
 def test_ignored_pixels_make_no_contour():
     classes = SQUARE.clone()
     classes[:, 6:] = 255
-    near = near_contour(classes, 1)
+    near = near_contour(classes, 1, classes != 255)
     assert not near[:, 6:].any()
     assert near[5].tolist() == [False, False, True, True, *[False] * 8]
 
@@ -43,7 +44,7 @@ def test_boundary_iou_by_hand():
     shifted = SQUARE.roll(1, 1)
     metric = BoundaryIou(2, share=0.01)  # less than a pixel: 1
     metric.update(shifted, SQUARE)
-    ring = near_contour(SQUARE, 1, border=True) & (SQUARE == 1)
+    ring = near_contour(SQUARE, 1, ALL, border=True) & (SQUARE == 1)
     assert int(ring.sum()) == 20
     common = int((ring & ring.roll(1, 1)).sum())
     assert metric.counts[:, 1].tolist() == [common, 20, 20]
@@ -62,6 +63,20 @@ def test_what_is_ignored_in_the_label_counts_nowhere():
     metric = BoundaryIou(2)
     metric.update(wrong, label)
     assert metric.iou().tolist() == [1, 1]
+
+
+def test_a_prediction_of_the_class_that_labels_ignore_counts_where_the_label_is_known():
+    """Class 0 is ignored in labels. A square of 6 px of class 1 in class 2; the prediction lacks its row."""
+    label, pred = torch.full((12, 12), 2), torch.full((12, 12), 2)
+    label[3:9, 3:9], pred[3:9, 3:9] = 1, 1
+    pred[5] = 0
+    label[11] = 0
+    metric = BoundaryIou(3, ignore_index=0, share=0.01)
+    metric.update(pred, label)
+    common, _, predicted = metric.counts
+    assert predicted[0] == 12  # the whole row is a contour
+    # Of the square's ring of 20 px all but the two of that row. In the prediction rows 4 and 6 are contours too.
+    assert (common[1], predicted[1]) == (18, 18 + 8)
 
 
 def test_near_a_boundary_by_hand():

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from maskmatch_scale.data.batches.held_out import evaluation_samples
 from maskmatch_scale.data.shards.index import ShardIndex
+from maskmatch_scale.evaluation.calibration import Reliability
 from maskmatch_scale.evaluation.evaluate import evaluate_split
 from maskmatch_scale.evaluation.locality import NEAR_PX, VISIBLE_SHARES, Masked, measure_locality
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
+from maskmatch_scale.method.pseudo_labels import multi_scale_pseudo_labels
 from maskmatch_scale.runs.evaluate import inference_of
 from maskmatch_scale.runs.model import build_student
 
@@ -37,6 +40,39 @@ def test_the_same_numbers_twice_and_all_units_are_the_whole_image(make_recipe, s
     surer = make_recipe(method={"scales": [1.0], "threshold": middle})
     assert 0 < measure_locality(segmenter, surer, "val", how)["pseudo_labels"]["coverage"] < 1
     assert found["small_objects"] > 0
+
+
+def test_pseudo_labels_are_those_of_single_crops_and_each_pixel_counts_once(make_recipe, segmenter):
+    """Crops of 96 px in images of 96 × 128 px overlap: the second one counts from where the first ends."""
+    recipe = make_recipe(data={"crop_px": 96}, method={"scales": [0.5, 1.0]})
+    how = inference_of(recipe, segmenter, torch.device("cpu"))
+    expected = Reliability(recipe.method.threshold)
+    for sample in evaluation_samples(recipe.data, "val"):
+        for left, own in ((0, slice(0, 96)), (32, slice(64, 96))):
+            image = how.normalise(sample.image[:, :, left : left + 96])[None]
+            pseudo, confidence = multi_scale_pseudo_labels(segmenter, image, recipe.method.scales)
+            label = sample.label[:, left : left + 96]
+            expected.update(confidence[0, :, own], pseudo[0, :, own], label[:, own])
+    found = measure_locality(segmenter, recipe, "val", how)["pseudo_labels"]
+    assert found["expected_error"] == pytest.approx(expected.expected_error(), abs=1e-7)
+    assert [row["pixels"] for row in found["table"]] == [row["pixels"] for row in expected.table()]
+
+
+def test_the_samples_are_closed_after_an_error(make_recipe, segmenter, monkeypatch):
+    closed = []
+
+    def samples(*_, **__):
+        try:
+            while True:
+                yield None  # is no sample
+        finally:
+            closed.append(True)
+
+    monkeypatch.setattr("maskmatch_scale.evaluation.locality.evaluation_samples", samples)
+    recipe = make_recipe()
+    with pytest.raises(AttributeError) as error:
+        measure_locality(segmenter, recipe, "val", inference_of(recipe, segmenter, torch.device("cpu")))
+    assert closed == [True], error  # the error holds the frames, and by them the generator
 
 
 def test_crops_that_are_not_whole_units_have_no_masked_figures(make_recipe, segmenter):

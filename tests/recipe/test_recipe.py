@@ -41,6 +41,7 @@ def test_what_is_written_is_read_again(path, tmp_path):
         ("run.steps=2.5", ["run.steps=2.5"]),
         ("run.steps=true", ["run.steps=true"]),
         ("method.scales=[a]", ["method.scales"]),
+        ("evaluation.scales=[.inf]", ["evaluation.scales", "finite"]),
         ("method.mask.mode=paint", ["method.mask.mode", "drop", "zero"]),
         ("method.base=fixmach", ['method.base="fixmach"', "Input should be 'supervised' or 'fixmatch'"]),
         ("method.base=3", ["method.base=3", "'fixmatch'"]),

@@ -225,6 +225,14 @@ def test_students_prediction_stands_in_and_says_so(runs_folder):
     assert "FixMatch, student" in report(runs_folder / "fixmatch").text
 
 
+def test_pictures_of_an_evaluation_that_was_killed_are_left_out(runs_folder):
+    pictures = runs_folder / "fixmatch" / "pictures"
+    (pictures / "val").rename(pictures / ".val.writing")
+    page = report(runs_folder / "fixmatch").text
+    assert ".val.writing" not in page
+    assert "no pictures of held-out samples" in page
+
+
 def test_half_written_picture_is_left_out(runs_folder):
     path = runs_folder / "fixmatch/pictures/val/0000-bach-bwv66.6/prediction-ema.png"
     path.write_bytes(path.read_bytes()[:-30])

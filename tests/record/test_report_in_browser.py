@@ -192,3 +192,17 @@ def test_the_page_of_a_live_run_loads_itself_again_as_the_reader_left_it(window,
     write_report([run])  # the run has ended
     window.until("document.readyState === 'complete' && document.querySelector('#live') === null")
     assert window.problems == []
+
+
+def test_a_browser_that_keeps_nothing_still_loads_the_page_of_a_live_run_again(window, runs_folder):
+    forbid = (
+        "Object.defineProperty(window, 'sessionStorage', {get() { throw new DOMException('no', 'SecurityError'); }})"
+    )
+    script = window.call("Page.addScriptToEvaluateOnNewDocument", source=forbid)["identifier"]
+    window.problems.clear()
+    run = runs_folder / "maskmatch"
+    window.open(write_report([run], live_s=1), *PHONE)
+    write_report([run])
+    window.until("document.readyState === 'complete' && document.querySelector('#live') === null")
+    window.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+    assert window.problems == []

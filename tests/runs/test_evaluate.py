@@ -12,9 +12,46 @@ from maskmatch_scale.runs.evaluate import evaluate_run, inference_of
 from maskmatch_scale.runs.model import build_student
 from maskmatch_scale.train import train
 from maskmatch_scale.training.preflight import check_model
-from tests.conftest import TINY_VIT
+from tests.conftest import TINY_VIT, recipe_maker
 
 VIT = {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT}
+
+
+@pytest.fixture(scope="module")
+def trained(shapes, tmp_path_factory):
+    """A run of one step."""
+    make = recipe_maker(shapes, tmp_path_factory.mktemp("trained"))
+    return train(make(run={"steps": 1, "evaluate_every": 0}, engine={"precision": "fp32"}))
+
+
+def pictures_of(run):
+    return {str(path.relative_to(run / "pictures")) for path in (run / "pictures").rglob("*")}
+
+
+def test_pictures_are_those_of_the_last_evaluation(trained):
+    evaluate_run(trained, "val", ("ema",), overrides=["evaluation.pictures=3"])
+    before = pictures_of(trained)
+    evaluate_run(trained, "val", ("student",), overrides=["evaluation.pictures=2"])
+    after = pictures_of(trained)
+    assert len(before & after) < len(before)
+    assert len([name for name in after if name.endswith("image.png")]) == 2
+    assert not [name for name in after if "prediction-ema" in name or ".writing" in name]
+    evaluate_run(trained, "val", ("ema",), overrides=["evaluation.pictures=0"])
+    assert pictures_of(trained) == set()
+
+
+def test_fp32_is_multiplied_in_tf32_where_the_run_did(trained, monkeypatch):
+    """Without a GPU the setting can be seen, but changes nothing."""
+    monkeypatch.setattr("maskmatch_scale.runs.evaluate.uses_tf32", lambda device, precision: precision == "fp32")
+    seen = []
+    try:
+        evaluate_run(
+            trained, "val", ("ema",), lambda: seen.append(torch.get_float32_matmul_precision()),
+            ["evaluation.pictures=0"],
+        )  # fmt: skip
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {"high"}
 
 
 def test_windows_are_the_training_crop_or_have_a_size_of_their_own(make_recipe):

@@ -47,11 +47,9 @@ class Mlflow:
         return created
 
     def send(self, step: int, figures: Mapping[str, float]) -> None:
-        """Keep the figures until there are enough for a request."""
+        """Keep the figures for a request of many."""
         now_ms = round(1000 * time.time())
         self._waiting += [Metric(name, value, now_ms, step) for name, value in figures.items()]
-        if len(self._waiting) >= MOST_METRICS:
-            self.flush()
 
     def flush(self) -> None:
         """Send what is kept. If that fails, it is lost."""

@@ -43,10 +43,16 @@ class Tracker(Protocol):
     """The name or id by which the tracker finds this run again."""
 
     def send(self, step: int, figures: Mapping[str, float]) -> None:
-        """Send the figures of one record, by their names (:func:`figures_of`)."""
+        """Send, or keep until :meth:`flush`, the figures of one record, by their names (:func:`figures_of`).
+
+        If it raises, this record is lost, and none of those before.
+        """
 
     def flush(self) -> None:
-        """There is nothing more to send for now."""
+        """Send what is kept; if it raises, all records since the last call are lost.
+
+        It is called where nothing waits, and at the latest after `sending.MOST_UNFLUSHED` records.
+        """
 
     def close(self, outcome: Outcome) -> None:
         """No more will be sent."""

@@ -16,6 +16,8 @@ from maskmatch_scale.redact import redacted
 
 MOST_WAITING = 10_000
 """Records that wait in memory for a slow tracker, about 1 kB each. Further ones are dropped."""
+MOST_UNFLUSHED = 50
+"""Records that a tracker is sent between two calls of its `flush`, where records always wait."""
 
 _NO_ANSWER = "it did not answer"
 
@@ -25,7 +27,8 @@ log = logging.getLogger("maskmatch_scale")
 class Sender:
     """Opens a tracker, sends it what it is given, and closes it, all in a daemon thread.
 
-    Whatever the tracker raises, and however long it takes, does not reach the caller.
+    Whatever the tracker raises, and however long it takes, does not reach the caller. Records that come before
+    :meth:`start` wait.
 
     Args:
         name: of the tracker.
@@ -50,13 +53,22 @@ class Sender:
         self._news: list[str] = []
         self.lost = 0
         """Number of records that were dropped, or that the tracker did not take."""
+        self._unflushed = 0
+        """Number of records that were sent since the last flush, with the one that is being sent."""
         self._thread = threading.Thread(target=self._run, args=(connect, opened), name=f"tracker-{name}", daemon=True)
-        self._thread.start()
+
+    def start(self) -> None:
+        """Start the thread, if it was not. If the system has none left, the tracker cannot be opened."""
+        if self._thread.ident is None and self._most:
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                self._give_up(error)
 
     def put(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Leave records to the thread, and drop those that do not fit in the queue."""
         with self._changed:
-            room = max(0, self._most - len(self._waiting)) if self._thread.is_alive() else 0
+            room = max(0, self._most - len(self._waiting))
             self._waiting.extend(records[:room])
             if len(records) > room:
                 self._lose(len(records) - room, "it takes records more slowly than they come")
@@ -76,10 +88,11 @@ class Sender:
 
     def join(self, timeout_s: float) -> None:
         """Wait for the thread to end after :meth:`end`, and give it up if that takes longer."""
-        self._thread.join(timeout_s)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
         with self._changed:
             if self._thread.is_alive():
-                self.lost += len(self._waiting)
+                self.lost += len(self._waiting) + self._unflushed
                 self._waiting.clear()
                 self._news.append(f"tracker {self._name}: given up, it could not be closed in time")
             if self.lost:
@@ -92,11 +105,7 @@ class Sender:
             tracker = connect()
             opened(tracker.known_as)
         except BaseException as error:  # a library may even raise SystemExit
-            with self._changed:
-                self._lose(len(self._waiting), _explained(error))
-                self._waiting.clear()
-                self._most = 0
-            log.warning("tracker %s could not be opened", self._name, exc_info=error)
+            self._give_up(error)
             return
         while (outcome := self._send_waiting(tracker)) is None:
             pass
@@ -106,19 +115,33 @@ class Sender:
             with self._changed:
                 self._news.append(f"tracker {self._name}: could not be closed: {_explained(error)}")
 
+    def _give_up(self, error: BaseException) -> None:
+        with self._changed:
+            self._lose(len(self._waiting), _explained(error))
+            self._waiting.clear()
+            self._most = 0
+        log.warning("tracker %s could not be opened", self._name, exc_info=error)
+
     def _send_waiting(self, tracker: Tracker) -> Outcome | None:
         """Send what waits, then wait for more; the outcome when the run has ended and nothing waits."""
         with self._changed:
-            record = self._waiting.popleft() if self._waiting else None
+            is_due = not self._waiting or self._unflushed >= MOST_UNFLUSHED
+            record = None if is_due else self._waiting.popleft()
+            self._unflushed += record is not None
+        fault = ""
         try:
             if record is None:
                 tracker.flush()
             elif figures := figures_of(record):
                 tracker.send(int(record["step"]), figures)
         except BaseException as error:
-            with self._changed:
-                self._lose(record is not None, _explained(error))
+            fault = _explained(error)
         with self._changed:
+            tried = self._unflushed if record is None else 1
+            if fault:
+                self._lose(tried, fault)
+            if fault or record is None:
+                self._unflushed -= tried
             if record is None and not self._waiting:
                 if self._outcome is None:
                     self._changed.wait()

@@ -25,7 +25,8 @@ _ENDING_S = 5.0
 class LiveReport(Callback):
     """Has rank 0 start a process that writes the report, at most one at a time, every `record.report_every_s`.
 
-    Charts are drawn in Python for seconds, which in a thread would keep the steps from being launched.
+    Charts are drawn in Python for seconds, which in a thread would keep the steps from being launched. The page says
+    how long the pause is: for the first report of a start `record.report_every_s`, then by what the last one took.
     """
 
     def __init__(self, run: Run) -> None:
@@ -54,22 +55,36 @@ class LiveReport(Callback):
             with suppress(subprocess.TimeoutExpired):  # it hangs on a network disk, as the run then may too
                 self._process.communicate(timeout=_ENDING_S)
 
-    def _start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "maskmatch_scale.record.live", str(self.run.folder.path), str(self._every_s)]
+    def _start(self) -> subprocess.Popen[str] | None:
+        arguments = [str(self.run.folder.path), f"{self._pause_s:.0f}"]
+        command = [sys.executable, "-m", "maskmatch_scale.record.live", *arguments]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+        try:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env=environment,
+            )
+        except OSError as error:  # no memory or no process number is left, or the interpreter was removed
+            self._warn(str(error))
+            return None
 
     def _collect(self, process: subprocess.Popen[str]) -> None:
         printed, errors = process.communicate()
-        if process.returncode == 0:
+        if process.returncode:
+            self._warn(errors.strip().rpartition("\n")[2])
+            return
+        try:
             self._pause_s = max(self._every_s, float(printed) / SHARE)
-        elif not self._failed:  # on a full disk, for example; the run does not end for it
+        except ValueError:
+            self._warn(f"its process printed {printed[:200]!r} instead of its CPU time")
+
+    def _warn(self, why: str) -> None:
+        """Say once that reports cannot be written, on a full disk, for example. The run does not end for it."""
+        if not self._failed:
             self._failed = True
-            log.warning("the report on the run so far could not be written: %s", errors.strip().rpartition("\n")[2])
+            log.warning("the report on the run so far could not be written: %s", why)

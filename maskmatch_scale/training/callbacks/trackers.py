@@ -12,6 +12,7 @@ import threading
 import time
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 
 from maskmatch_scale.errors import TrainingStopped
 from maskmatch_scale.files import write_whole
@@ -37,31 +38,35 @@ class Trackers(Callback):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
+        self._handled = sys.exc_info()[1]
+        """An error that the caller of the run handles meanwhile, by which :meth:`ended` is not to be misled."""
         self._senders: list[Sender] = []
         self._names: dict[str, str] = {}
         self._naming = threading.Lock()
-
-    def started(self) -> None:
-        """Open the trackers, each in its thread; nothing here waits for them."""
-        run = self.run
         if run.runtime.rank != 0 or not run.recipe.record.trackers:
             return
-        if run.folder.trackers.is_file():
-            self._names = json.loads(run.folder.trackers.read_text(encoding="utf-8"))
+        self._names = _names_in(run.folder.trackers)
         recipe = redacted_values(run.recipe.model_dump(mode="json"))
         for name in run.recipe.record.trackers:
             tracked = TrackedRun(run.folder.path, run.recipe.record.project, recipe, run.start, self._names.get(name))
             self._senders.append(Sender(name, partial(_open, name, tracked), partial(self._note, name)))
+        # Now, because other callbacks write records when they are started.
         run.metrics.readers += [sender.put for sender in self._senders]
 
     def between_steps(self, done: int) -> None:
-        """Show what came up."""
+        """Open the trackers after the first step, each in its thread, and show what came up; nothing here waits.
+
+        By now the loader processes are there. One that is forked while a thread imports a library would wait for ever
+        when it imports the same.
+        """
+        for sender in self._senders:
+            sender.start()
         self._say()
 
     def ended(self) -> None:
         """Close the trackers if an error is on its way: :meth:`finished` will not be called then."""
         error = sys.exc_info()[1]
-        if error is not None:
+        if error is not None and error is not self._handled:
             self._close("stopped" if isinstance(error, TrainingStopped) else "failed")
 
     def finished(self) -> None:
@@ -70,6 +75,7 @@ class Trackers(Callback):
 
     def _close(self, outcome: Outcome) -> None:
         for sender in self._senders:
+            sender.start()  # of a run that ended in its first step
             sender.end(outcome)
         deadline = time.monotonic() + CLOSING_S
         for sender in self._senders:
@@ -89,6 +95,20 @@ class Trackers(Callback):
                 write_whole(self.run.folder.trackers, json.dumps(self._names, indent=1))
             except OSError as error:  # a start that continues the run then begins another one there
                 log.warning("%s cannot be written: %s", self.run.folder.trackers, error)
+
+
+def _names_in(path: Path) -> dict[str, str]:
+    """What `trackers.json` holds; nothing if it is not there or damaged: then the trackers begin another run."""
+    if not path.exists():
+        return {}
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError("not an object of names")
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s); the trackers begin a new run each", path, error)
+        return {}
+    return names
 
 
 def _open(name: str, run: TrackedRun) -> Tracker:

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from maskmatch_scale.record.trackers.protocol import figures_of
-from maskmatch_scale.record.trackers.sending import Sender
+from maskmatch_scale.record.trackers.sending import MOST_UNFLUSHED, Sender
 
 
 class Kept:
@@ -36,6 +36,12 @@ def record(step):
     return {"step": step, "kind": "train", "loss": 1.0}
 
 
+def started(*arguments, **options):
+    sender = Sender(*arguments, **options)
+    sender.start()
+    return sender
+
+
 def ended(sender, outcome="finished", timeout_s=10.0):
     sender.end(outcome)
     sender.join(timeout_s)
@@ -44,7 +50,7 @@ def ended(sender, outcome="finished", timeout_s=10.0):
 
 def test_records_arrive_in_order_in_another_thread():
     made, names = [], []
-    sender = Sender("kept", lambda: made.append(Kept()) or made[0], names.append)
+    sender = started("kept", lambda: made.append(Kept()) or made[0], names.append)
     sender.put([record(1), record(2)])
     sender.put([record(3)])
     assert ended(sender, "stopped") == []
@@ -58,7 +64,7 @@ def test_records_arrive_in_order_in_another_thread():
 def test_a_slow_tracker_loses_what_does_not_fit_and_says_so_once():
     gate = threading.Event()
     made = []
-    sender = Sender("slow", lambda: made.append(Kept(gate)) or made[0], most_waiting=3)
+    sender = started("slow", lambda: made.append(Kept(gate)) or made[0], most_waiting=3)
     for step in range(1, 11):
         sender.put([record(step)])  # returns although nothing is taken
     (line,) = sender.news()
@@ -74,10 +80,13 @@ def test_a_slow_tracker_loses_what_does_not_fit_and_says_so_once():
 
 def test_one_that_hangs_is_given_up():
     gate = threading.Event()
-    sender = Sender("hung", lambda: Kept(gate))
+    sender = started("hung", lambda: Kept(gate))
     sender.put([record(1), record(2), record(3)])
     lines = ended(sender, timeout_s=0.2)
-    assert lines[0] == "tracker hung: given up, it could not be closed in time"
+    assert lines == [
+        "tracker hung: given up, it could not be closed in time",
+        "tracker hung: 3 records did not reach it (it did not answer)",  # with the one in hand
+    ]
     gate.set()
 
 
@@ -86,7 +95,7 @@ def test_one_that_cannot_be_opened(error):
     def connect():
         raise error
 
-    sender = Sender("gone", connect)
+    sender = started("gone", connect)
     sender._thread.join(10)
     sender.put([record(1)])
     sender.put([record(2)])
@@ -99,12 +108,52 @@ def test_one_that_cannot_be_opened(error):
 
 def test_records_after_one_that_failed_arrive():
     made = []
-    sender = Sender("shaky", lambda: made.append(Kept(bad={2})) or made[0])
+    sender = started("shaky", lambda: made.append(Kept(bad={2})) or made[0])
     sender.put([record(1), record(2), record(3)])
     lines = ended(sender)
     assert [step for step, _ in made[0].sent] == [1, 3]
     assert "1 records did not reach it" in lines[-1]
     assert "hunter2" not in "".join(lines)
+
+
+class Keeping(Kept):
+    """A tracker that keeps records until it is flushed; the flushes in ``failing`` raise, and what it kept is gone."""
+
+    def __init__(self, failing):
+        super().__init__()
+        self.failing, self.most_kept, self.arrived = failing, 0, []
+
+    def flush(self):
+        kept, self.sent = self.sent, []
+        self.most_kept = max(self.most_kept, len(kept))
+        if kept:
+            self.flushes += 1
+            if self.flushes in self.failing:
+                raise ConnectionError("server gone")
+            self.arrived += kept
+
+
+def test_what_a_failed_flush_lost_is_counted():
+    made = []
+    sender = Sender("keeping", lambda: made.append(Keeping(failing={2})) or made[0])
+    sender.put([record(step) for step in range(1, MOST_UNFLUSHED + 4)])  # before the thread, so as one batch
+    sender.start()
+    lines = ended(sender)
+    assert made[0].most_kept == MOST_UNFLUSHED
+    assert len(made[0].arrived) == MOST_UNFLUSHED
+    assert lines[-1] == "tracker keeping: 3 records did not reach it (ConnectionError: server gone)"
+
+
+def test_one_for_which_the_system_has_no_thread(monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    sender = Sender("late", Kept)
+    sender.put([record(1)])
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    sender.start()
+    sender.put([record(2)])
+    assert "late: 2 records did not reach it (RuntimeError: can't start new thread)" in ended(sender)[-1]
 
 
 def test_names_of_figures():

@@ -2,18 +2,24 @@
 
 import json
 import os
+import re
 import socket
 import sqlite3
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from maskmatch_scale.errors import TrainingStopped, UserError
+from maskmatch_scale.recipe.trackers import TRACKERS
 from maskmatch_scale.record.trackers.protocol import figures_of
 from maskmatch_scale.train import train
 from maskmatch_scale.training.callbacks import Callback
+from maskmatch_scale.training.callbacks.trackers import Trackers, _names_in
 from tests.data.faulty_server import FaultyServer
 
 FP32 = {"precision": "fp32", "library": "accelerate", "zero_stage": 0}
@@ -27,15 +33,15 @@ def _patient(monkeypatch):
 
 
 class StopAfterTwo(Callback):
-    """Stops the first start after step 3, of which the checkpoint is that of the stop."""
+    """Stops the first start after step 2, before its evaluation; the second start makes up for that."""
 
-    def between_steps(self, done):
+    def after_step(self, done, figures):
         if done == 2:
             self.run.ask_to_stop("that is enough")
 
 
 def settings(tracker, **run):
-    steps = {"steps": 5, "log_every": 1, "evaluate_every": 0, "checkpoint_every": 2}
+    steps = {"steps": 5, "log_every": 1, "evaluate_every": 2, "checkpoint_every": 2}
     return {"engine": FP32, "record": {"trackers": [tracker], "project": "shapes"}, "run": steps | run}
 
 
@@ -189,9 +195,111 @@ def test_one_that_is_not_installed_is_refused_before_anything_is_written(tracker
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_that_breaks_does_not_end_the_run(make_recipe, monkeypatch):
+def test_a_folder_of_the_name_of_a_library_is_not_the_library(make_recipe, monkeypatch, tmp_path):
+    """W&B makes such a folder, from which Python makes an empty package."""
+    monkeypatch.setitem(TRACKERS, "wandb", replace(TRACKERS["wandb"], library="folder_of_a_tracker"))
+    (tmp_path / "folder_of_a_tracker").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="wandb is not installed"):
+        train(make_recipe(**settings("wandb")))
+
+
+class Stub:
+    """A tracker that keeps what it is given. ``gate`` holds back what is sent; flushes raise if ``fails``."""
+
+    known_as = "stub"
+
+    def __init__(self, run, gate=None, *, fails=False):
+        self.run, self.gate, self.fails = run, gate, fails
+        self.outcome = None
+
+    def send(self, step, figures):
+        if self.gate is not None:
+            self.gate.wait()
+
+    def flush(self):
+        if self.fails:
+            raise ConnectionError("server gone")
+
+    def close(self, outcome):
+        self.outcome = outcome
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """As if the libraries of all trackers were installed."""
+    monkeypatch.setattr("maskmatch_scale.training.preflight.find_spec", lambda _: SimpleNamespace(origin="here"))
+
+
+@pytest.fixture
+def stubs(installed, monkeypatch):
+    """Opens a stub in place of every tracker; a function that sets how they are made, with a list of them."""
+    made, options = [], {}
+
+    def open_stub(name, run):
+        made.append(Stub(run, **options))
+        return made[-1]
+
+    monkeypatch.setattr("maskmatch_scale.training.callbacks.trackers._open", open_stub)
+    return made, options
+
+
+def lost_of(folder):
+    """How many records the log says did not reach a tracker, and how many there are."""
+    log = (folder / "log" / "rank-0.txt").read_text()
+    (count,) = re.findall(r"tracker wandb: (\d+) records did not reach it", log)
+    return int(count), len((folder / "metrics.jsonl").read_text().splitlines())
+
+
+def test_one_that_hangs_is_given_up_and_lacks_all(make_recipe, stubs, monkeypatch):
+    monkeypatch.setattr("maskmatch_scale.training.callbacks.trackers.CLOSING_S", 0.5)
+    gate = stubs[1]["gate"] = threading.Event()
+    folder = train(make_recipe(**settings("wandb")))
+    assert "tracker wandb: given up" in (folder / "log" / "rank-0.txt").read_text()
+    lost, records = lost_of(folder)
+    assert lost == records > 5
+    gate.set()
+
+
+def test_one_that_fails_when_it_flushes_lacks_all(make_recipe, stubs):
+    stubs[1]["fails"] = True
+    lost, records = lost_of(train(make_recipe(**settings("wandb"))))
+    assert lost == records > 5
+
+
+def test_the_error_that_a_caller_handles_is_not_the_runs(make_recipe, stubs):
+    recipe = make_recipe(**settings("wandb"))
+    try:
+        train(recipe, callbacks=[StopAfterTwo])
+    except TrainingStopped:
+        train(recipe, "auto")
+    assert [stub.outcome for stub in stubs[0]] == ["stopped", "finished"]
+
+
+def test_opened_when_the_loader_processes_are_there(make_recipe, stubs):
+    class Watcher(Callback):
+        def after_step(self, done, figures):
+            (tracker,) = (c for c in self.run.callbacks if isinstance(c, Trackers))
+            threads.append(tracker._senders[0]._thread.ident is not None)
+
+    threads = []
+    train(make_recipe(**settings("wandb", steps=2)), callbacks=[Watcher])
+    assert threads == [False, True]
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"wandb": 3}', b'{"wandb": "a', b"\xff"])
+def test_damaged_names_are_warned_of_and_begun_anew(content, tmp_path, caplog):
+    path = tmp_path / "trackers.json"
+    assert _names_in(path) == {}
+    assert not caplog.records
+    path.write_bytes(content)
+    assert _names_in(path) == {}
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{path} cannot be read")
+
+
+def test_one_that_breaks_does_not_end_the_run(make_recipe, installed, monkeypatch):
     """The module of a broken installation raises when it is imported."""
-    monkeypatch.setattr("maskmatch_scale.training.preflight.find_spec", lambda _: object())
     monkeypatch.setitem(sys.modules, "maskmatch_scale.record.trackers.wandb", None)
     folder = train(make_recipe(**settings("wandb")))
     log = (folder / "log" / "rank-0.txt").read_text()
@@ -200,25 +308,11 @@ def test_one_that_breaks_does_not_end_the_run(make_recipe, monkeypatch):
     assert (folder / "summary.json").is_file()
 
 
-def test_a_password_in_an_address_reaches_no_tracker(make_recipe, monkeypatch, shapes, tmp_path):
-    given = []
-
-    class Kept:
-        known_as = "kept"
-
-        def __init__(self, run):
-            given.append(run)
-
-        def send(self, step, figures):
-            pass
-
-        flush = close = lambda self, *_: None
-
-    monkeypatch.setattr("maskmatch_scale.training.preflight.find_spec", lambda _: object())
-    monkeypatch.setattr("maskmatch_scale.training.callbacks.trackers._open", lambda name, run: Kept(run))
+def test_a_password_in_an_address_reaches_no_tracker(make_recipe, stubs, shapes, tmp_path):
     with FaultyServer(shapes, {}) as server:
         address = server.url.replace("://", f"://me:{SECRET}@")
         data = {"root": address, "cache_dir": str(tmp_path / "cache")}
         train(make_recipe(data=data, **settings("wandb", steps=1)))
-    assert given[0].recipe["data"]["root"] == server.url
-    assert SECRET not in repr(given[0])
+    (stub,) = stubs[0]
+    assert stub.run.recipe["data"]["root"] == server.url
+    assert SECRET not in repr(stub.run)
