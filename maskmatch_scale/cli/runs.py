@@ -87,7 +87,7 @@ def sweep(
         command = shlex.split(launcher)
     except ValueError as error:
         raise UserError(f"--launcher {launcher!r}: {error}") from None
-    from maskmatch_scale import sweep as sweeping
+    from maskmatch_scale.sweep import run as sweeping
 
     found = sweeping.run(recipe, overrides, out, resume=resume == "auto", launcher=command)
     console = Console()

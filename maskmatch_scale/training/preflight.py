@@ -219,7 +219,7 @@ def check_class_names(recipe: Recipe, data: RunData) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     if weights is not None and not any(weights):
-        raise UserError("method.class_weights: all classes have the weight 0, so no label counts; give one of them more")
+        raise UserError("method.class_weights: all classes have the weight 0, so no label would count; raise one")
 
 
 def check_profile(recipe: Recipe) -> None:
