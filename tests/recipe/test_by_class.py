@@ -72,3 +72,9 @@ def test_a_labelled_loss_without_any_weight_is_refused(make_recipe, tmp_path):
     with pytest.raises(UserError, match=r"method\.class_weights: all classes have the weight 0"):
         train(make_recipe(method={"class_weights": weights}))
     assert not (tmp_path / "run").exists()
+
+
+def test_data_whose_classes_have_no_names(make_recipe):
+    method = make_recipe(method={"class_weights": {"disc": 4}}).method
+    with pytest.raises(ValueError, match=r"the data have no class 'disc'; \(0 classes: \)"):
+        weights_by_class(method, (), 3)
