@@ -29,7 +29,8 @@ for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, _: arrived.append(number))
 ready = pathlib.Path(sys.argv[1])
 ready.touch()
-while not arrived:
+began = time.monotonic()
+while not arrived and time.monotonic() - began < 120:  # a test that fails leaves it behind
     time.sleep(0.01)
 time.sleep(1.5)  # in which another would come
 ready.write_text(str(len(arrived)))
@@ -51,7 +52,7 @@ def swept_with_signal(recipe_file, tmp_path, ready, launcher, send):
             assert time.monotonic() < until
             time.sleep(0.05)
         send(process.pid)
-        _, err = process.communicate()
+        _, err = process.communicate(timeout=150)
     return process.returncode, err
 
 
