@@ -61,7 +61,8 @@ def in_notebook() -> bool:
     """Whether this process is the kernel of a notebook, whose output is no terminal but can be replaced."""
     ipython = sys.modules.get("IPython")
     shell: Any = ipython.get_ipython() if ipython is not None else None
-    return type(shell).__name__ == "ZMQInteractiveShell"
+    # Colab's shell, and others, are subclasses of it.
+    return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__)
 
 
 class NotebookBar:

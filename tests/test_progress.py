@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from maskmatch_scale import progress
-from maskmatch_scale.progress import Elsewhere, progress_of
+from maskmatch_scale.progress import Elsewhere, in_notebook, progress_of
 
 
 def reported(capsys: pytest.CaptureFixture[str], elsewhere: Elsewhere = "lines", **options: bool) -> str:
@@ -61,3 +62,21 @@ def test_parts_of_a_step_count(capsys: pytest.CaptureFixture[str], monkeypatch: 
     lines = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
     assert lines[0] == "0.10/2"
     assert lines[-3:] == ["1/2", "1.25/2", "2/2"]
+
+
+@pytest.mark.parametrize(
+    ("names", "is_one"),
+    [
+        (("ZMQInteractiveShell",), True),
+        (("ZMQInteractiveShell", "Shell"), True),  # as Colab has it
+        (("TerminalInteractiveShell", "Shell"), False),
+    ],
+)
+def test_a_notebook_is_known_by_its_shell_and_those_above_it(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], is_one: bool
+) -> None:
+    kind: type = object
+    for name in names:
+        kind = type(name, (kind,), {})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=kind))
+    assert in_notebook() is is_one

@@ -87,7 +87,7 @@ def sweep(
         command = shlex.split(launcher)
     except ValueError as error:
         raise UserError(f"--launcher {launcher!r}: {error}") from None
-    from maskmatch_scale import sweep as sweeping
+    from maskmatch_scale.sweep import run as sweeping
 
     found = sweeping.run(recipe, overrides, out, resume=resume == "auto", launcher=command)
     console = Console()
@@ -105,7 +105,12 @@ def sweep(
 
 @app.command(epilog="Example: maskmatch evaluate runs/quickstart/segformer-maskmatch --split val evaluation.mode=whole")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT", help="Run directory, or one of its checkpoints, such as RUN/checkpoints/best."
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Keys of `evaluation` to change, for example evaluation.mode=whole."),
@@ -122,7 +127,7 @@ def evaluate(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Evaluate a run's newest checkpoint, and keep figures and pictures for the report."""
+    """Evaluate a run's newest checkpoint, or one that is named, and keep figures and pictures for the report."""
     kinds = ("ema", "student") if weights == "both" else (weights,)
     if not set(kinds) <= {"ema", "student"}:
         raise UserError(f"--weights {weights}: it must be ema, student or both")

@@ -25,7 +25,6 @@ from maskmatch_scale.evaluation.windows import window_starts
 from maskmatch_scale.models.segmenter import Segmenter
 from maskmatch_scale.models.units import sample_visible
 from maskmatch_scale.recipe import Recipe
-from maskmatch_scale.recipe.by_class import thresholds_by_class
 from maskmatch_scale.seeds import generator
 
 NEAR_PX = (1, 3, 5, 10)
@@ -68,15 +67,17 @@ def measure_locality(
     recipe: Recipe,
     split: str,
     inference: Inference,
+    thresholds: float | tuple[float, ...],
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Measure a segmenter on a labelled split, in one process.
 
     Args:
         segmenter: in eval mode, on the device of ``inference``.
-        recipe: of the run: data, training crop, mode of the masks, scales and threshold of the pseudo-labels, seed.
+        recipe: of the run: data, training crop, mode of the masks, scales of the pseudo-labels, seed.
         split: stream name.
         inference: how images are predicted for the scores.
+        thresholds: of pseudo-labels: τ of all classes, or of each class of the segmenter.
         progress: called after every image.
 
     Returns:
@@ -97,7 +98,7 @@ def measure_locality(
     boundary = BoundaryIou(classes, index.ignore_index)
     near = NearBoundary(classes, NEAR_PX, index.ignore_index)
     small = SmallObjects(classes, index.ignore_index)
-    labels = Reliability(thresholds_by_class(method, index.classes, classes), index.ignore_index)
+    labels = Reliability(thresholds, index.ignore_index)
     masked: dict[float, tuple[Masked, ConfusionMatrix]] = {}
     if all(side % segmenter.unit_px == 0 for side in data.crop_px):
         for share in VISIBLE_SHARES:

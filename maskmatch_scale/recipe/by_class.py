@@ -89,8 +89,9 @@ def _by_class(
     for name in named:
         if name not in classes:
             near = difflib.get_close_matches(name, classes, 1, 0.0)
+            meant = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(
-                f"{key}: the data have no class {name!r}; did you mean {near[0]!r}? "
+                f"{key}: the data have no class {name!r}; {meant}"
                 f"({len(classes)} classes: {', '.join(classes[:20])}{', …' if len(classes) > 20 else ''})"
             )
     return tuple(named.get(name, others) for name in [*classes, *[""] * (count - len(classes))])

@@ -67,7 +67,7 @@ class RunRecipe(Section):
     patience: Annotated[int, Field(ge=1)] | None = None
     """Number of evaluations in a row on `dev` without a better mIoU of the teacher after which the run ends early, as
     after its last step: with a checkpoint, the last evaluations and exit code 0. The learning rate still falls as for
-    `run.steps`. null = the run takes all its steps (docs/fine_tuning.md)."""
+    `run.steps`. Needs `run.keep_best`. null = the run takes all its steps (docs/fine_tuning.md)."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between lines of progress; metrics stay on the device until then."""
     max_hours: Annotated[float, Field(ge=0, le=100_000)] = 0.0

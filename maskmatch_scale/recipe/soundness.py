@@ -45,6 +45,11 @@ def unsound(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         f"run.patience={run.patience} with run.evaluate_every=0: nothing is evaluated before the last step; set "
         "run.evaluate_every",
     )
+    yield (
+        run.patience is not None and run.keep_best == 0,
+        f"run.patience={run.patience} with run.keep_best=0: when the run has ended early, its best checkpoint is not "
+        "there any more; set run.keep_best to 1 or more",
+    )
     engine, accelerate = recipe.engine, recipe.engine.library == "accelerate"
     yield (
         (recipe.data.outage_s or 0) > engine.collective_timeout_s / 2,

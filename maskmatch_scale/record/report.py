@@ -219,8 +219,8 @@ def _group(place: int, backbone: str, runs: Sequence[_Run]) -> _Group:
 
 
 def _swept(place: int, runs: Sequence[_Run]) -> tuple[tuple[str, Markup, tuple[Points, ...]], ...]:
-    """Charts of the teacher's mIoU on ``dev`` by settings. Runs that have not finished do not compare."""
-    scores = [run.summary.score("dev", "ema") if run.summary.finished else None for run in runs]
+    """Charts of the teacher's last mIoU on ``dev`` in training. Runs that have not finished do not compare."""
+    scores = [run.summary.in_training("ema") if run.summary.finished else None for run in runs]
     known = [(run.files.settings, score.miou if score else None) for run, score in zip(runs, scores)]
     charts = []
     for count, setting in enumerate(swept(known)):

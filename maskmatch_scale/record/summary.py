@@ -48,6 +48,8 @@ class RunSummary:
     """Why not all steps were taken, in words; None: they were, or the run was stopped."""
     scores: tuple[Score, ...]
     """The newest evaluation of each split and weights; ``dev`` comes last."""
+    progress: tuple[Score, ...]
+    """Evaluations during training, steps ascending."""
     images_per_s: float | None
     """Median over steps, without the first :data:`START_UP_STEPS` and the cheaper steps of the burn-in."""
     tokens_per_s: float | None
@@ -76,6 +78,14 @@ class RunSummary:
     def score(self, split: str, weights: str) -> Score | None:
         """The newest evaluation of these weights on this split; None if there is none."""
         return next((score for score in self.scores if (score.split, score.weights) == (split, weights)), None)
+
+    def in_training(self, weights: str) -> Score | None:
+        """The last evaluation of these weights on ``dev`` by the run itself; None if there is none.
+
+        A later one by `maskmatch evaluate` may predict in another way, which would not compare with other runs.
+        """
+        own = (score for score in reversed(self.progress) if (score.split, score.weights) == ("dev", weights))
+        return next(own, None)
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,7 @@ def summarise_files(run: RunFiles) -> RunSummary:
         or (run.closing is not None and steps_asked is not None and steps_done >= steps_asked),
         ended_early=early,
         scores=run.scores,
+        progress=run.progress,
         images_per_s=_median_rate(run, "images_per_s"),
         tokens_per_s=_median_rate(run, "tokens_per_s"),
         mfu=_median_rate(run, "mfu"),

@@ -1,4 +1,4 @@
-"""Evaluating the newest checkpoint of a run on a held-out split. Figures and pictures are kept in the run directory."""
+"""Evaluating a checkpoint of a run on a held-out split. Figures and pictures are kept in the run directory."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from maskmatch_scale.evaluation.save_pictures import save_masked_pictures, save_
 from maskmatch_scale.files import folder_whole, write_whole
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.recipe.by_class import thresholds_by_class
 from maskmatch_scale.record.run_folder import RunFolder
-from maskmatch_scale.runs.data import recipe_of
+from maskmatch_scale.runs.data import read_run_data, recipe_of, run_of
 from maskmatch_scale.runs.model import load_model
 
 
@@ -46,18 +47,23 @@ def inference_of(recipe: Recipe, segmenter: Segmenter, device: torch.device) -> 
     return inference_with(segmenter, recipe.evaluation, recipe.data.crop_px, device)
 
 
-def held_out_images(run: Path, split: str) -> int:
+def held_out_images(where: Path, split: str) -> int:
     """Number of images in a split of a run's data.
 
     Raises:
-        UserError: `run` is not a run directory, or its data have no such split.
+        UserError: `where` is no run directory or checkpoint in one, or its data have no such split.
     """
-    data = recipe_of(run).data
+    data = recipe_of(_run(where)).data
     return load_index(data.root, data).stream(split).samples
 
 
+def _run(where: Path) -> Path:
+    """The run directory that a path is or belongs to; the path itself if there is none, for a message that names it."""
+    return run_of(where) or run_of(where.resolve()) or where
+
+
 def evaluate_run(
-    run: Path,
+    where: Path,
     split: str,
     weights: tuple[str, ...],
     progress: Callable[[], None] = lambda: None,
@@ -65,13 +71,16 @@ def evaluate_run(
     *,
     locality: bool = False,
 ) -> list[dict[str, Any]]:
-    """Evaluate a run's newest checkpoint, and keep figures in `RUN/evaluation` and pictures in `RUN/pictures`.
+    """Evaluate a checkpoint of a run, and keep figures in `RUN/evaluation` and pictures in `RUN/pictures`.
+
+    Those of the last call are kept, of whatever checkpoint; the figures say its step.
 
     The arithmetic is that of the run's own evaluations: fp32 weights, multiplied in the precision of its recipe, on a
     GPU in TF32 for `fp32`; this setting is of the whole process.
 
     Args:
-        run: run directory.
+        where: run directory, whose newest checkpoint is taken; or one of its checkpoints, such as
+            `RUN/checkpoints/best`.
         split: stream name.
         weights: `ema`, `student` or both.
         progress: called after every image; with ``locality`` twice for each.
@@ -83,18 +92,20 @@ def evaluate_run(
         `miou`, `pixel_accuracy`, `iou` (by class; None for a class that does not occur), `images`, `seconds`.
 
     Raises:
-        UserError: `run` has no checkpoint, its data have no such split, or an override is wrong.
+        UserError: there is no such checkpoint, the data have no such split, or an override is wrong.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = _run(where)
     folder = RunFolder(run)
     records, models = [], {}
     for override in overrides:
         if not override.startswith("evaluation."):
             raise UserError(f"{override}: only keys of `evaluation` can be changed for an evaluation")
     recipe = recipe_of(run, overrides)  # a path that is no run is named as such
+    thresholds = _thresholds(run, recipe) if locality else 0.0
     if uses_tf32(device, recipe.engine.precision):
         torch.set_float32_matmul_precision("high")
-    with opened(run) as checkpoint:  # until both models are loaded: evaluating the first may take long
+    with opened(where) as checkpoint:  # until both models are loaded: evaluating the first may take long
         index = load_index(recipe.data.root, recipe.data)
         for kind in weights:
             began = time.monotonic()
@@ -105,7 +116,7 @@ def evaluate_run(
             with autocast(device, autocast_dtype(recipe)):
                 images = evaluate_split(segmenter, recipe.data, split, inference, matrix, progress=progress)
                 if locality:
-                    found = measure_locality(segmenter, recipe, split, inference, progress)
+                    found = measure_locality(segmenter, recipe, split, inference, thresholds, progress)
             iou = zip(index.classes, matrix.iou().tolist(), strict=False)
             record = {
                 "split": split,
@@ -126,6 +137,19 @@ def evaluate_run(
     with autocast(device, autocast_dtype(recipe)):
         _keep_pictures(folder, split, recipe, models, inference)
     return records
+
+
+def _thresholds(run: Path, recipe: Recipe) -> float | tuple[float, ...]:
+    """τ for all classes, or one for each of those that the run was trained on: an index may name none.
+
+    Raises:
+        UserError: a class in `method.threshold` is unknown.
+    """
+    classes = read_run_data(run).classes
+    try:
+        return thresholds_by_class(recipe.method, classes, recipe.model.num_classes or len(classes))
+    except ValueError as error:
+        raise UserError(f"{RunFolder(run).recipe}: {error}") from None
 
 
 def _keep_pictures(

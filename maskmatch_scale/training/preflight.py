@@ -208,16 +208,18 @@ def check_scored(recipe: Recipe, index: ShardIndex) -> None:
 
 
 def check_class_names(recipe: Recipe, data: RunData) -> None:
-    """Refuse names of classes that the data do not have.
+    """Refuse names of classes that the data do not have, and weights that leave nothing of the labelled loss.
 
     Raises:
         UserError: names the key, and the nearest class.
     """
     try:
-        for values in (weights_by_class, thresholds_by_class):
-            values(recipe.method, data.classes, len(data.classes))
+        weights = weights_by_class(recipe.method, data.classes, len(data.classes))
+        thresholds_by_class(recipe.method, data.classes, len(data.classes))
     except ValueError as error:
         raise UserError(str(error)) from None
+    if weights is not None and not any(weights):
+        raise UserError("method.class_weights: all classes have the weight 0, so no label would count; raise one")
 
 
 def check_profile(recipe: Recipe) -> None:

@@ -71,7 +71,7 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
     local = torch.stack([maskmatch.denominators(micro) for micro in prepared]).sum(0)
     pixels = runtime.sum_over_ranks(local)
     # The engine averages gradients over ranks; the losses are means over the pixels of all of them.
-    scale = runtime.world_size / pixels.clamp(min=1)
+    scale = runtime.world_size / _divisors(pixels)
     sums = torch.zeros(5 + len(REASONS), dtype=torch.float64, device=runtime.device)
     if figures.skipped:  # rarely: the copy from the host waits
         sums[5:] = _count_reasons(figures.skipped).to(runtime.device)
@@ -109,6 +109,13 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
     return figures
 
 
+def _divisors(pixels: Tensor) -> Tensor:
+    """By what sums of losses are divided: 1 where nothing was counted. That of the labelled loss is a sum of weights of
+    classes, and may be below 1.
+    """
+    return torch.where(pixels > 0, pixels, 1.0)
+
+
 def _count_reasons(skipped: Sequence[Skip]) -> Tensor:
     """How many samples were skipped for each of `REASONS`: float64 (reasons,), on the CPU."""
     counts = torch.zeros(len(REASONS), dtype=torch.float64)
@@ -130,7 +137,7 @@ def _fill(figures: StepFigures, run: Run, step: int, micro: Step, sums: Tensor, 
         pixels: float64 (3,), over all ranks: the divisors of the three losses.
     """
     recipe = run.recipe
-    losses = sums[:3] / pixels.clamp(min=1)
+    losses = sums[:3] / _divisors(pixels)
     unlabelled = micro.unlabelled is not None
     there = (run.batches.labelled is not None, bool(micro.views), micro.masked is not None)
     known, on_device = figures.known, figures.on_device

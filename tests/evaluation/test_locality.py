@@ -21,10 +21,10 @@ def segmenter(make_recipe):
 
 
 def test_the_same_numbers_twice_and_all_units_are_the_whole_image(make_recipe, segmenter):
-    recipe = make_recipe(method={"scales": [1.0], "threshold": 0.0})
+    recipe = make_recipe(method={"scales": [1.0]})
     how, rounds = inference_of(recipe, segmenter, torch.device("cpu")), []
-    found = measure_locality(segmenter, recipe, "val", how, lambda: rounds.append(1))
-    assert found == measure_locality(segmenter, recipe, "val", how)
+    found = measure_locality(segmenter, recipe, "val", how, 0.0, lambda: rounds.append(1))
+    assert found == measure_locality(segmenter, recipe, "val", how, 0.0)
     assert len(rounds) == 5
     matrix = ConfusionMatrix(3, 255)
     evaluate_split(segmenter, recipe.data, "val", how, matrix)
@@ -37,8 +37,7 @@ def test_the_same_numbers_twice_and_all_units_are_the_whole_image(make_recipe, s
     assert sum(row["pixels"] for row in labels["table"]) == int(matrix.counts.sum())
     assert labels["coverage"] == 1
     middle = sum(row["pixels"] * row["confidence"] for row in labels["table"]) / int(matrix.counts.sum())
-    surer = make_recipe(method={"scales": [1.0], "threshold": middle})
-    assert 0 < measure_locality(segmenter, surer, "val", how)["pseudo_labels"]["coverage"] < 1
+    assert 0 < measure_locality(segmenter, recipe, "val", how, middle)["pseudo_labels"]["coverage"] < 1
     assert found["small_objects"] > 0
 
 
@@ -53,7 +52,7 @@ def test_pseudo_labels_are_those_of_single_crops_and_each_pixel_counts_once(make
             pseudo, confidence = multi_scale_pseudo_labels(segmenter, image, recipe.method.scales)
             label = sample.label[:, left : left + 96]
             expected.update(confidence[0, :, own], pseudo[0, :, own], label[:, own])
-    found = measure_locality(segmenter, recipe, "val", how)["pseudo_labels"]
+    found = measure_locality(segmenter, recipe, "val", how, recipe.method.threshold)["pseudo_labels"]
     assert found["expected_error"] == pytest.approx(expected.expected_error(), abs=1e-7)
     assert [row["pixels"] for row in found["table"]] == [row["pixels"] for row in expected.table()]
 
@@ -71,13 +70,13 @@ def test_the_samples_are_closed_after_an_error(make_recipe, segmenter, monkeypat
     monkeypatch.setattr("maskmatch_scale.evaluation.locality.evaluation_samples", samples)
     recipe = make_recipe()
     with pytest.raises(AttributeError) as error:
-        measure_locality(segmenter, recipe, "val", inference_of(recipe, segmenter, torch.device("cpu")))
+        measure_locality(segmenter, recipe, "val", inference_of(recipe, segmenter, torch.device("cpu")), 0.95)
     assert closed == [True], error  # the error holds the frames, and by them the generator
 
 
 def test_crops_that_are_not_whole_units_have_no_masked_figures(make_recipe, segmenter):
     recipe = make_recipe(data={"crop_px": 72}, method={"mask": {"keep": None}})
-    found = measure_locality(segmenter, recipe, "val", inference_of(recipe, segmenter, torch.device("cpu")))
+    found = measure_locality(segmenter, recipe, "val", inference_of(recipe, segmenter, torch.device("cpu")), 0.95)
     assert found["miou_visible"] == {}
 
 

@@ -65,3 +65,16 @@ def test_unknown_classes_are_refused_before_anything_is_written(make_recipe, tmp
         f"method.{key}: the data have no class 'disk'; did you mean 'disc'? (3 classes: ground, square, disc)"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_labelled_loss_without_any_weight_is_refused(make_recipe, tmp_path):
+    weights = dict.fromkeys(CLASSES, 0)
+    with pytest.raises(UserError, match=r"method\.class_weights: all classes have the weight 0"):
+        train(make_recipe(method={"class_weights": weights}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_whose_classes_have_no_names(make_recipe):
+    method = make_recipe(method={"class_weights": {"disc": 4}}).method
+    with pytest.raises(ValueError, match=r"the data have no class 'disc'; \(0 classes: \)"):
+        weights_by_class(method, (), 3)

@@ -23,6 +23,7 @@ def write_run(
     steps_asked: int = 40,
     burn_in: int = 10,
     scores: Mapping[tuple[str, str], float | None] | None = None,
+    at_end: float | None = None,
     pictures: Sequence[str] = (),
     closed: bool = True,
 ) -> Path:
@@ -37,6 +38,7 @@ def write_run(
         steps_asked: ``run.steps``.
         burn_in: steps with the labelled loss alone, at ten times the speed.
         scores: mIoU by (split, weights), as ``maskmatch evaluate`` writes them.
+        at_end: the teacher's mIoU on ``dev`` after the last step, as the run itself writes it.
         pictures: splits with pictures of two samples each.
         closed: whether ``summary.json`` is there.
     """
@@ -48,7 +50,10 @@ def write_run(
         "run": {"dir": str(path), "steps": steps_asked, "seed": seed},
     }
     (path / "recipe.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(recipe)))
-    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in metrics(steps, burn_in)))
+    records = metrics(steps, burn_in)
+    if at_end is not None:
+        records.append({"kind": "eval", "step": steps, "split": "dev", "weights": "ema", "miou": at_end})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     for (split, weights), miou in (scores or {}).items():
         evaluation = {
             "split": split,

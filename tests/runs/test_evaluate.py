@@ -1,5 +1,6 @@
 """Evaluating a run that goes on meanwhile, and how its recipe says that held-out images are predicted."""
 
+import json
 import shutil
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from maskmatch_scale.checkpoints.keeping import Keep, Keeper
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.errors import UserError
+from maskmatch_scale.evaluation.miou import ConfusionMatrix
+from maskmatch_scale.record.report import write_report
 from maskmatch_scale.runs.evaluate import evaluate_run, inference_of
 from maskmatch_scale.runs.model import build_student
 from maskmatch_scale.train import train
@@ -52,6 +55,46 @@ def test_fp32_is_multiplied_in_tf32_where_the_run_did(trained, monkeypatch):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert set(seen) == {"high"}
+
+
+def test_one_checkpoint_of_a_run_may_be_named(make_recipe, monkeypatch, maskmatch):
+    scores = iter((0.5, 0.4, 0.3))
+    with monkeypatch.context() as patched:
+        patched.setattr(ConfusionMatrix, "miou", lambda matrix: next(scores))
+        run = train(make_recipe(run={"steps": 2, "evaluate_every": 1, "keep_last": 1}, engine={"precision": "fp32"}))
+    folder, (newest,) = run / "checkpoints", evaluate_run(run, "val", ("ema",), overrides=["evaluation.pictures=0"])
+    assert newest["step"] == 2
+    for where in (folder / "best", folder / "step-00000001"):
+        code, out, _ = maskmatch("evaluate", where, "evaluation.pictures=0", "--weights", "ema", "--json")
+        (record,) = json.loads(out.splitlines()[-1])  # after what training has shown
+        assert (code, record["step"]) == (0, 1)
+        assert json.loads((run / "evaluation" / "val-ema.json").read_text()) == record
+    monkeypatch.chdir(folder)
+    assert maskmatch("evaluate", "best", "evaluation.pictures=0", "--weights", "ema")[0] == 0
+    assert "val (ema) was evaluated at step 1" in write_report([run]).read_text()
+    code, _, err = maskmatch("evaluate", folder.parent.parent, "--weights", "ema")
+    assert (code, "not a run directory" in err) == (2, True)
+
+
+def test_thresholds_by_class_go_by_the_names_of_the_run(make_recipe, shapes, tmp_path):
+    """The index of the data may name no classes, or others by now."""
+    root = shutil.copytree(shapes, tmp_path / "shapes")
+    run = train(
+        make_recipe(
+            data={"root": str(root)},
+            method={"threshold": {"default": 0.0, "disc": 0.5}},
+            run={"steps": 1, "evaluate_every": 0},
+            engine={"precision": "fp32"},
+        )
+    )
+    index = json.loads((root / "index.json").read_text())
+    (root / "index.json").write_text(json.dumps(index | {"classes": ["a", "b", "c"]}))
+    (record,) = evaluate_run(run, "val", ("ema",), overrides=["evaluation.pictures=0"], locality=True)
+    assert record["locality"]["pseudo_labels"]["threshold"] == {"default": 0.0, "disc": 0.5}
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("disc: 0.5", "disk: 0.5"))
+    with pytest.raises(UserError, match=r"recipe\.yaml: method\.threshold: the data have no class 'disk'"):
+        evaluate_run(run, "val", ("ema",), locality=True)
 
 
 def test_windows_are_the_training_crop_or_have_a_size_of_their_own(make_recipe):

@@ -6,10 +6,12 @@ Decision: docs/decisions/0058-early-stopping.md.
 from __future__ import annotations
 
 import math
+import shlex
 from typing import Any
 
 import torch
 
+from maskmatch_scale.checkpoints.layout import BEST
 from maskmatch_scale.record.run_files import read_run
 from maskmatch_scale.training.callbacks.base import Callback, Record
 from maskmatch_scale.training.run import Run
@@ -37,11 +39,11 @@ class EarlyEnd(Callback):
             for score in read_run(run.folder.path).progress:
                 if score.step is not None and score.step <= run.start and _counts(score.split, score.weights):
                     self._take(score.step, score.miou)
-            if self._best_step:
-                known += torch.tensor([self._best, self._best_step, self._without_better], device=known.device)
+            found = [self._best, self._best_step, self._without_better]
+            known += torch.tensor(found, dtype=known.dtype, device=known.device)
+        # A best of -inf too: ranks that do not count the same would not end after the same step.
         best, best_step, without = run.runtime.sum_over_ranks(known).tolist()
-        if best_step:
-            self._best, self._best_step, self._without_better = best, int(best_step), int(without)
+        self._best, self._best_step, self._without_better = best, int(best_step), int(without)
         if self._is_due(run.start):
             run.end_early(run.start)  # as it did before
             run.say(self._line(run.start))
@@ -72,10 +74,15 @@ class EarlyEnd(Callback):
         return patience is not None and self._without_better >= patience and done < self.run.recipe.run.steps
 
     def _line(self, done: int) -> str:
-        return (
-            f"step {done}: the run ends early, after {self._without_better} evaluations without a better dev mIoU than "
-            f"{self._best:.4f} at step {self._best_step} (run.patience={self._patience})"
+        best = self.run.folder.checkpoints / BEST
+        than = (
+            f" than {self._best:.4f} at step {self._best_step} (run.patience={self._patience}); to measure that: "
+            f"maskmatch evaluate {shlex.quote(str(best))}"
+            if self._best_step
+            else f", nor any that is a number (run.patience={self._patience})"
         )
+        after = f"after {self._without_better} evaluations without a better dev mIoU"
+        return f"step {done}: the run ends early, {after}{than}"
 
     def _found(self, step: int) -> dict[str, Any]:
         best = self._best if math.isfinite(self._best) else None

@@ -2,18 +2,23 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.recipe import RecipeError
 from maskmatch_scale.record.report import write_report
+from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.record.summary import summarise
 from maskmatch_scale.train import train
 from maskmatch_scale.training.callbacks import Callback
+from maskmatch_scale.training.callbacks.early_end import EarlyEnd
 from maskmatch_scale.training.callbacks.evaluation import Evaluation
 from tests.conftest import TINY_VIT
+from tests.record.conftest import SUPERVISED, write_run
 
 MODEL = {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT}
 
@@ -55,7 +60,8 @@ def test_it_ends_as_after_the_last_step(make_recipe, tmp_path, monkeypatch, caps
     assert (run / "checkpoints" / "latest").read_text() == "step-00000005"
     assert (run / "checkpoints" / "best").read_text().startswith("step-00000002 0.5")
     line = "step 5: the run ends early, after 3 evaluations without a better dev mIoU than 0.5000 at step 2"
-    assert line in capsys.readouterr().out
+    (shown,) = (shown for shown in capsys.readouterr().out.splitlines() if line in shown)
+    assert shown.endswith(f"maskmatch evaluate {run}/checkpoints/best")
     summary = summarise(run)
     assert summary.finished
     assert summary.ended_early == "ended early at step 5: 3 evaluations without a better dev mIoU than 0.500 at step 2"
@@ -104,6 +110,39 @@ def test_a_run_that_continues_counts_on(make_recipe, tmp_path, monkeypatch, at):
     assert summarise(more).ended_early is None
 
 
+def rank_of(number, of, folder, sent):
+    """A run as `EarlyEnd` sees it, which continues from step 2 on one of several ranks."""
+
+    def sum_over_ranks(own):
+        sent.append(own)
+        return own if number == 0 else own + sent[0]
+
+    runtime = SimpleNamespace(rank=number, world_size=of, device=torch.device("cpu"), sum_over_ranks=sum_over_ranks)
+    ends, said = [], []
+    return SimpleNamespace(
+        recipe=SimpleNamespace(run=SimpleNamespace(patience=3, steps=8)),
+        runtime=runtime, start=2, folder=RunFolder(folder), ends=ends, end_early=ends.append, said=said,
+        say=said.append, metrics=SimpleNamespace(write=lambda record: None),
+    )  # fmt: skip
+
+
+def test_ranks_count_alike_when_no_score_so_far_was_a_number(tmp_path):
+    run = write_run(tmp_path / "run", method=SUPERVISED, steps=2)
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in (1, 2):
+            record = {"kind": "eval", "step": step, "split": "dev", "weights": "ema", "miou": float("nan")}
+            file.write(json.dumps(record) + "\n")
+    sent = []
+    ranks = [rank_of(number, 2, run, sent) for number in range(2)]
+    for rank in ranks:
+        callback = EarlyEnd(rank)
+        callback.started()
+        assert rank.ends == []
+        callback.evaluated({"step": 3, "split": "dev", "weights": "ema", "miou": float("nan")})
+        assert rank.ends == [3]
+        assert rank.said[0].startswith("step 3: the run ends early, after 3 evaluations without a better dev mIoU, nor")
+
+
 def test_an_evaluation_that_a_stop_left_out_ends_the_run_too(make_recipe, tmp_path, monkeypatch):
     scored(monkeypatch, VALUES)
     run = train(recipe_of(make_recipe, tmp_path / "run", patience=3))
@@ -122,6 +161,8 @@ def _is_eval_of(record, step):
 
 
 def test_it_needs_evaluations(make_recipe, tmp_path, shapes):
+    with pytest.raises(RecipeError, match=r"run\.patience=2 with run\.keep_best=0: .* set run\.keep_best"):
+        recipe_of(make_recipe, tmp_path / "run", patience=2, keep_best=0)
     with pytest.raises(RecipeError, match=r"run\.patience=2 with run\.evaluate_every=0: .* set run\.evaluate_every"):
         recipe_of(make_recipe, tmp_path / "run", patience=2, evaluate_every=0)
     root = shutil.copytree(shapes, tmp_path / "shapes")

@@ -11,18 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from maskmatch_scale import sweep
-from maskmatch_scale.recipe import load_recipe
+from maskmatch_scale.record.run_folder import RunFolder
+from maskmatch_scale.runs.lock import FolderLock
+from maskmatch_scale.sweep import run as sweep
+from maskmatch_scale.sweep.plan import plan
 from tests.record.conftest import SUPERVISED, write_run
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def recipe_file(make_recipe, tmp_path):
-    file = tmp_path / "recipe.yaml"
-    file.write_text(make_recipe(engine={"precision": "fp32"}).to_yaml())
-    return file
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -48,9 +43,9 @@ if lr == 4:
     Path(os.environ["MASKMATCH_EXIT_CODE_FILE"]).write_text("2")
     sys.exit(1)
 shutil.rmtree(run, ignore_errors=True)
-scores = {{("dev", "ema"): {{1: 0.4, 2: 0.6}}.get(lr, 0.5)}} if lr != 3 else None
+score = {{1: 0.4, 2: 0.6}}.get(lr, 0.5) if lr != 3 else None
 stops = lr == 5 and not resume
-write_run(run, method=SUPERVISED, steps=3, steps_asked=3, scores=scores, closed=lr != 3 and not stops)
+write_run(run, method=SUPERVISED, steps=3, steps_asked=3, at_end=score, closed=lr != 3 and not stops)
 (run / "recipe.yaml").write_text(recipe.to_yaml())
 if lr == 3:
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -65,25 +60,6 @@ def started(tmp_path):
     return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def test_all_combinations_with_names_that_fit_a_file_system(recipe_file, tmp_path):
-    overrides = ["optim.lr=1e-5,1e-4", "run.steps=7", "method.scales=[1.0],[0.5, 1.0]", "method.mask.keep=null,0.5"]
-    trials = sweep.plan(recipe_file, overrides, tmp_path / "out")
-    assert [trial.name for trial in trials][:3] == [
-        "optim.lr=1e-5,method.scales=1.0,method.mask.keep=null",
-        "optim.lr=1e-5,method.scales=1.0,method.mask.keep=0.5",
-        "optim.lr=1e-5,method.scales=0.5-1.0,method.mask.keep=null",
-    ]
-    assert len({trial.name for trial in trials}) == 8
-    last = trials[-1].recipe
-    assert (last.optim.lr, last.method.scales, last.method.mask.keep, last.run.steps) == (1e-4, (0.5, 1.0), 0.5, 7)
-    assert trials[-1].folder.path == tmp_path / "out" / trials[-1].name
-    assert load_recipe(recipe_file, trials[-1].overrides) == last
-    names = ",".join(f"exp{number}/" + "x" * 200 for number in range(2))
-    long = sweep.plan(recipe_file, [f"record.project={names}"], tmp_path / "out")
-    assert len({trial.name for trial in long}) == 2
-    assert all(len(trial.name) < 200 and "/" not in trial.name for trial in long)
-
-
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
@@ -94,6 +70,8 @@ def test_all_combinations_with_names_that_fit_a_file_system(recipe_file, tmp_pat
         (["optim.lr=1e-5,fast"], 'optim.lr="fast"'),
         (["optim.lr=1e-5,1e-4", "optim.wd=1"], "unknown key optim.wd=1"),
         (["optim.lr=1e-5,1e-4", "more"], "'more': write it as section.key=value"),
+        (["method.mask.keep=0.5,"], "method.mask.keep=0.5,: there is no value on one side of a comma; for none, write"),
+        (["method.mask.keep=0.3,0.5", "method.mask={weight: 2}"], "method.mask.keep is part of method.mask, so one"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_written(maskmatch, recipe_file, tmp_path, overrides, part):
@@ -119,16 +97,6 @@ def test_other_mistakes(maskmatch, recipe_file, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_launchers_get_the_command_as_a_module():
-    own = [sys.executable, "-m", "maskmatch_scale", "train"]
-    module = ["maskmatch_scale", "train"]
-    assert sweep._command([]) == own
-    assert sweep._command(["deepspeed", "--num_gpus", "2"]) == ["deepspeed", "--num_gpus", "2", "--module", *module]
-    assert sweep._command(["bin/torchrun", "--standalone"]) == ["bin/torchrun", "--standalone", "-m", *module]
-    assert sweep._command(["launch/deepspeed.sh"]) == ["launch/deepspeed.sh"]
-    assert sweep._command(["srun", *own]) == ["srun", *own]
-
-
 def test_runs_that_fail_are_listed_and_the_rest_goes_on(maskmatch, recipe_file, tmp_path, launcher):
     out = tmp_path / "out"
     given = ("sweep", recipe_file, "optim.lr=3,1,4,2", "--out", out, "--launcher", shlex.join(launcher))
@@ -152,8 +120,8 @@ def test_runs_that_fail_are_listed_and_the_rest_goes_on(maskmatch, recipe_file, 
     assert shown.startswith(f"sweep: 4 runs in {out}, 2 of them finished\n")
     again = started(tmp_path)[len(first) :]
     assert [words[-1 if "--resume" not in words else -3] for words in again] == [
-        f"run.dir={out}/optim.lr=3",
-        f"run.dir={out}/optim.lr=4",
+        f'run.dir="{out}/optim.lr=3"',
+        f'run.dir="{out}/optim.lr=4"',
     ]
     assert ["--resume" in words for words in again] == [True, False]  # of one that wrote nothing there is nothing
 
@@ -162,15 +130,67 @@ def test_finished_runs_must_be_of_this_recipe(maskmatch, recipe_file, tmp_path, 
     given = ("sweep", recipe_file, "optim.lr=1,2", "--out", tmp_path / "out", "--launcher", shlex.join(launcher))
     assert maskmatch(*given)[0] == 0
     more = (*given, "--resume", "auto")
-    for key, part in (("run.seed=1", "another run.seed"), ("optim.weight_decay=0.5", "another optim")):
+    for key, part in (
+        ("run.seed=1", "another run.seed"),
+        ("optim.weight_decay=0.5", "another optim"),
+        ("data.crop_px=96", "another data.crop_px"),
+        ("data.labelled_count=2", "another data.labelled_count"),
+        ("engine.micro_batch=3", "another engine.micro_batch"),
+        ("engine.accumulation=2", "another engine.accumulation"),
+    ):
         code, _, err = maskmatch(*more, key)
         assert (code, part in err) == (2, True)
     before = len(started(tmp_path))
-    code, shown, _ = maskmatch(*more, "run.log_every=2")
+    code, shown, _ = maskmatch(*more, "run.log_every=2", "data.workers=1", "data.cache_gb=3")
     assert (code, len(started(tmp_path)) - before) == (0, 0)
     assert "best: optim.lr=2" in shown
     assert maskmatch(*more, "run.steps=5")[0] == 0  # longer than they were
     assert len(started(tmp_path)) - before == 2
+
+
+def test_a_run_that_ended_early_is_finished_unless_its_patience_has_grown(maskmatch, recipe_file, tmp_path, launcher):
+    early = ("run.steps=9", "run.evaluate_every=1", "run.patience=2")
+    given = ("sweep", recipe_file, "optim.lr=1,2", "--out", tmp_path / "out", "--launcher", shlex.join(launcher))
+    assert maskmatch(*given, *early)[0] == 0
+    for value in (1, 2):
+        summary = tmp_path / "out" / f"optim.lr={value}" / "summary.json"
+        found = {"step": 3, "best_step": 1, "best_miou": 0.5, "evaluations": 2}
+        summary.write_text(json.dumps(json.loads(summary.read_text()) | {"ended_early": found}))
+    before = len(started(tmp_path))
+    code, shown, _ = maskmatch(*given, *early, "--resume", "auto")
+    assert (code, len(started(tmp_path)) - before) == (0, 0)
+    assert "2 of them finished" in shown
+    assert maskmatch(*given, *early[:2], "run.patience=3", "--resume", "auto")[0] == 0
+    assert len(started(tmp_path)) - before == 2
+
+
+def test_runs_compare_by_their_own_evaluations(maskmatch, recipe_file, tmp_path, launcher):
+    """`maskmatch evaluate --split dev evaluation.flip=true` gives a better score, of the same step."""
+    out = tmp_path / "out"
+    given = ("sweep", recipe_file, "optim.lr=1,2,6", "--out", out, "--launcher", shlex.join(launcher))
+    assert maskmatch(*given)[0] == 0
+    chart = (out / "report.html").read_text().partition("mIoU on dev by optim.lr")[2]
+    flipped = {"split": "dev", "weights": "ema", "step": 3, "miou": 0.9, "inference": "with mirror images"}
+    (out / "optim.lr=1" / "evaluation").mkdir(exist_ok=True)
+    (out / "optim.lr=1" / "evaluation" / "dev-ema.json").write_text(json.dumps(flipped))
+    code, shown, _ = maskmatch(*given, "--resume", "auto")
+    assert code == 0
+    assert "best: optim.lr=2, mIoU 0.6000" in shown
+    again = (out / "report.html").read_text().partition("mIoU on dev by optim.lr")[2]
+    assert again.partition("</svg>")[0] == chart.partition("</svg>")[0] != ""
+
+
+def test_a_live_run_in_the_folder_ends_the_sweep(maskmatch, recipe_file, tmp_path, launcher):
+    out = tmp_path / "out"
+    given = ("sweep", recipe_file, "optim.lr=1,2", "--out", out, "--launcher", shlex.join(launcher))
+    lock = FolderLock(RunFolder(out / "optim.lr=2"))
+    try:
+        code, _, err = maskmatch(*given)
+    finally:
+        lock.release()
+    assert (code, err.count("\n")) == (2, 1)
+    assert "optim.lr=2: another run writes there (process" in err
+    assert len(started(tmp_path)) == 1
 
 
 def test_a_run_that_stops_ends_the_sweep(maskmatch, recipe_file, tmp_path, launcher):
@@ -188,51 +208,13 @@ def test_a_run_that_stops_ends_the_sweep(maskmatch, recipe_file, tmp_path, launc
 
 def test_a_full_disk_keeps_the_report_away_and_the_sweep_going(recipe_file, small_disk, capfd):
     disk = small_disk(kib=256)
-    trials = sweep.plan(recipe_file, ["optim.lr=1,2"], disk.path / "out")
+    trials = plan(recipe_file, ["optim.lr=1,2"], disk.path / "out")
     write_run(trials[0].folder.path, method=SUPERVISED)
     disk.fill()
     assert sweep._report(trials, disk.path / "out") is None
     assert "no report: " in capfd.readouterr().out
     disk.free()
     assert sweep._report(trials, disk.path / "out") == disk.path / "out" / "report.html"
-
-
-COUNTS = """
-import pathlib, signal, sys, time
-arrived = []
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, _: arrived.append(number))
-ready = pathlib.Path(sys.argv[1])
-ready.touch()
-while not arrived:
-    time.sleep(0.01)
-time.sleep(1.5)  # in which another would come
-ready.write_text(str(len(arrived)))
-sys.exit(75)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_goes_to_the_run_once(recipe_file, tmp_path, number):
-    """Also when the whole group of processes gets it, as at Ctrl-C."""
-    ready = tmp_path / "ready"
-    launcher = shlex.join([sys.executable, "-c", COUNTS, str(ready)])
-    command = [sys.executable, "-m", "maskmatch_scale", "sweep", str(recipe_file), "optim.lr=1,2"]
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
-    with subprocess.Popen(
-        [*command, "--out", str(tmp_path / "out"), "--launcher", launcher],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=clean,
-    ) as process:  # fmt: skip
-        until = time.monotonic() + 120
-        while not ready.exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        os.killpg(process.pid, number)
-        _, err = process.communicate()
-    assert process.returncode == 75, err
-    assert ready.read_text() == "1"
-    assert f"got {number.name}; the sweep ends in optim.lr=1; go on with:" in err
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Trains a recipe once for each combination of values: `maskmatch sweep`."""
