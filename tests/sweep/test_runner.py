@@ -45,6 +45,8 @@ def swept_with_signal(recipe_file, tmp_path, ready, launcher, send):
     with subprocess.Popen(
         [*command, "--out", str(tmp_path / "out"), "--launcher", launcher],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=clean,
+        # As a shell without a terminal starts something in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     ) as process:  # fmt: skip
         until = time.monotonic() + 120
         while not ready.exists():
