@@ -13,6 +13,7 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -114,7 +115,8 @@ def file_whole(path: Path) -> Generator[Path, None, None]:
     Raises:
         OSError: it cannot be written, with ``path``.
     """
-    beside = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.new")
+    # Random, because processes in containers may have the same number.
+    beside = path.with_name(f".{path.name.lstrip('.')}.{secrets.token_hex(4)}.new")
     with writing(path):
         try:
             yield beside

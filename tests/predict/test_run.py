@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -143,6 +144,57 @@ def test_samples_of_shards_are_predicted(run, photos, tmp_path, maskmatch):
     assert "some.tar: third" in err
     assert np.array_equal(ids_of(tmp_path / "out", "some/first"), expected(run, photos / "a.png"))
     assert ids_of(tmp_path / "out", "some/deep/second").shape == (70, 150)
+
+
+def test_what_is_lost_of_a_shard_is_said(export, photos, tmp_path, maskmatch):
+    shard = shard_of(photos, tmp_path / "some.tar")
+    content = shard.read_bytes()
+    second = content.index(b"deep/second.jpg")
+    shard.write_bytes(content[:second] + b"\xff" * 512 + content[second + 512 :])
+    code, _, err = maskmatch("predict", export, shard, "--out", tmp_path / "out")
+    assert code == 1
+    (failed,) = (tmp_path / "out" / "failed.jsonl").read_text().splitlines()
+    assert f"some.tar: the header at byte {second} is damaged, and what follows is lost" in failed
+    assert (tmp_path / "out" / "ids" / "some" / "first.png").is_file()
+
+
+def test_a_second_sample_of_a_key_is_a_failure(export, photos, tmp_path, maskmatch):
+    with tarfile.open(tmp_path / "twice.tar", "w") as tar:
+        for name in ("a", "b", "a"):
+            tar.add(photos / "a.png", f"{name}.png")
+    for options in ((), (), ("--overwrite",)):
+        code, _, err = maskmatch("predict", export, tmp_path / "twice.tar", "--out", tmp_path / "out", *options)
+        assert code == 1
+        assert "an earlier sample of this key has 'png' too" in (tmp_path / "out" / "failed.jsonl").read_text()
+        assert {path.name for path in (tmp_path / "out" / "ids" / "twice").iterdir()} == {"a.png", "b.png"}
+
+
+def test_a_shard_with_fewer_samples_than_its_index_says_is_a_failure(export, shapes, tmp_path, maskmatch):
+    folder = Path(shutil.copytree(shapes, tmp_path / "data"))
+    index = json.loads((folder / "index.json").read_text())
+    entry = index["streams"]["dev"]["shards"][0]
+    with tarfile.open(folder / entry["file"], "w") as tar:
+        tar.add(folder / "index.json", "notes")  # a member of no sample
+    code, _, err = maskmatch("predict", export, folder, "--out", tmp_path / "out", "--no-overlay", "--no-confidence")
+    assert code == 1
+    assert f"samples where the index says {entry['samples']}" in err
+
+
+def test_a_checkpoint_is_named_from_its_own_folder(run, photos, tmp_path, maskmatch, monkeypatch):
+    monkeypatch.chdir(run / "checkpoints")
+    (name,) = Path().glob("step-*")
+    code, _, err = maskmatch("predict", name, photos / "a.png", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert np.array_equal(ids_of(tmp_path / "out", "a"), expected(run, photos / "a.png"))
+
+
+def test_a_rank_beside_the_first_of_its_machine_says_why_it_fails(export, photos, small_disk, maskmatch, monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = maskmatch("predict", export, photos, "--out", small_disk(kib=24).path / "out")
+    assert code == 2
+    assert "maskmatch: error: rank 1: " in err
+    assert "no room is left on this disk" in err
 
 
 def test_a_shard_folder_is_predicted_whole(export, shapes, tmp_path, maskmatch):
