@@ -132,6 +132,16 @@ def file_whole(path: Path) -> Generator[Path, None, None]:
             raise
 
 
+def name_of_unfinished(name: str) -> str | None:
+    """The name that a file of :func:`file_whole` was to have, without dots that it began with; None for another file.
+
+    Args:
+        name: of a file in a folder, such as `.a.png.0f3a27b1.new`, which a process that was killed leaves.
+    """
+    match = re.fullmatch(r"\.(.+)\.[0-9a-f]+\.new", name)
+    return match[1] if match else None
+
+
 def append_lines(path: Path, lines: Sequence[str], mode: int = 0o666) -> None:
     """Append lines to a file that one process writes: all of them or, if that fails, none.
 

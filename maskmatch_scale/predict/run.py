@@ -22,6 +22,7 @@ from maskmatch_scale.predict.label_maps import refuse_label_maps
 from maskmatch_scale.predict.naming import output_names
 from maskmatch_scale.predict.opening import Model, open_model
 from maskmatch_scale.predict.outputs import Outputs, Wanted
+from maskmatch_scale.predict.overlay import MOST_OVERLAY_PX
 from maskmatch_scale.predict.polygons import need_coco, need_geojson
 from maskmatch_scale.predict.reading import OpenImage, Reader, Task
 from maskmatch_scale.predict.rows import Rows, rows_of
@@ -87,6 +88,8 @@ def predict(
     precision = choose_precision(options.precision, device)
     if options.weights not in (None, "ema", "student"):
         raise UserError(f"--weights {options.weights}: it must be ema or student")
+    if options.overlay_px > MOST_OVERLAY_PX:
+        raise UserError(f"--overlay-px {options.overlay_px}: at most {MOST_OVERLAY_PX}; JPEG holds no larger pictures")
     for kind in options.wanted.polygons:
         {"coco": need_coco, "geojson": need_geojson}[kind]()
     failures = Failures(out, place)
@@ -127,6 +130,8 @@ def predict(
                     job.skipped += 1
                     advance(task.share)
                 else:
+                    if options.overwrite and (task.fault is None or task.fault.reason != "duplicate_key"):
+                        outputs.remove(task.name)
                     job.predict(task, advance)
     return Done(job.predicted, job.skipped, failures.count, failures.path, failures.say_by_exit_code())
 
