@@ -65,8 +65,8 @@ class ExportedSegmenter(Segmenter):
             evaluation: windows, scales and mirror images; None: those of the run (`Description.evaluation`).
 
         Raises:
-            BadSample: a file that is no image, or too large: more than 500 million pixels of JPEG or PNG, or 179 million
-                of other formats.
+            BadSample: a file that is no image, or has more pixels than 500 million of JPEG or PNG, or 179 million of
+                other formats.
             ValueError: another kind of array or Pillow image.
             UserError: the segmenter does not take the windows or scales of ``evaluation``.
         """
