@@ -79,16 +79,11 @@ class Outputs:
             name: of its outputs.
             tiff: whether it is a TIFF, whose maps are TIFFs too.
         """
-        wanted = {
-            "ids": True,
-            "confidence": self.wanted.confidence,
-            "overlay": self.wanted.overlay,
-            "probabilities": self.wanted.probabilities,
-            **dict.fromkeys(self.wanted.polygons, True),
+        wanted = {"ids": True} | {
+            kind: getattr(self.wanted, kind) for kind in ("confidence", "overlay", "probabilities")
         }
-        return {
-            kind: self.folder / kind / f"{name}.{_ENDINGS[kind][-1 if tiff else 0]}" for kind in wanted if wanted[kind]
-        }
+        kinds = [*(kind for kind in wanted if wanted[kind]), *self.wanted.polygons]
+        return {kind: self.folder / kind / f"{name}.{_ENDINGS[kind][-1 if tiff else 0]}" for kind in kinds}
 
     def remove(self, name: str) -> None:
         """Remove all files of an image, also of kinds that are not wanted now, and what a killed process left of them.
