@@ -74,11 +74,12 @@ def find_inputs(words: Sequence[str], out: Path, data: DataRecipe) -> list[Input
         UserError: a word matches nothing, there is no image at all, or ``out`` is an input itself.
     """
     found: dict[Input, None] = {}
+    real_out = _real(out)
     for word in words:
         for location in expand(word):
-            if location != word and not _is_meant(location, word, out):
+            if location != word and not _is_meant(location, word, real_out):
                 continue
-            if not is_remote(location) and Path(location).resolve() == out.resolve():
+            if not is_remote(location) and _real(location) == real_out:
                 raise UserError(f"--out {out}: it is an input itself; name another folder for the predictions")
             found.update(dict.fromkeys(_inputs_of(location, out, data)))
     if not found:
@@ -97,8 +98,8 @@ def _is_meant(location: str, pattern: str, out: Path) -> bool:
     ending = suffix(location)
     if ending in (_LIST, _INDEX) and glob.has_magic(pattern) and suffix(pattern) != ending:
         return False
-    real = Path(location).resolve()
-    return out.resolve() not in (real, *real.parents)
+    real = _real(location)
+    return out not in (real, *real.parents)
 
 
 def _inputs_of(location: str, out: Path, data: DataRecipe) -> Iterator[Input]:
@@ -148,7 +149,11 @@ def _absolute(location: str) -> str:
         return location
     parts = Path(location).parts
     behind = max((number for number, part in enumerate(parts, start=1) if part == ".."), default=0)
-    return str(Path(*parts[:behind]).resolve().joinpath(*parts[behind:]))
+    return str(_real(Path(*parts[:behind])).joinpath(*parts[behind:]))
+
+
+def _real(path: str | Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises for a link to itself
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,11 @@ def test_parts_of_paths_behind_links_are_where_the_link_leads(photos, tmp_path):
     assert found([link], tmp_path / "out") == [str(link)]
 
 
+def test_a_link_to_itself_is_no_reason_to_end(photos, tmp_path):
+    (photos / "loop.jpg").symlink_to("loop.jpg")
+    assert found([photos / "*.jpg"], tmp_path / "out") == [str(photos / "b.jpg"), str(photos / "loop.jpg")]
+
+
 @pytest.mark.parametrize("name", ["a{1,2}.jpg", "x{.jpg", "b\\c.jpg", "d[1].jpg"])
 def test_a_file_that_exists_is_no_pattern(photos, tmp_path, name):
     shutil.copy(photos / "b.jpg", photos / name)
