@@ -133,7 +133,7 @@ def predict(
                     if options.overwrite and (task.fault is None or task.fault.reason != "duplicate_key"):
                         outputs.remove(task.name)
                     job.predict(task, advance)
-    return Done(job.predicted, job.skipped, failures.count, failures.path, failures.say_by_exit_code())
+        return Done(job.predicted, job.skipped, failures.count, failures.path, failures.say_by_exit_code())
 
 
 def _settings(model: Model, inference: Inference, precision: str, options: Options) -> dict[str, Any]:
