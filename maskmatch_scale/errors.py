@@ -4,6 +4,11 @@ Their messages never hold a password or token of an address (`redact.py`): also 
 skipped samples, logs and files for other processes.
 """
 
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
 from maskmatch_scale.redact import redacted
 
 
@@ -68,6 +73,24 @@ class StartInterrupted(BaseException):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"got {name} before the first step; nothing was trained in this start")
+
+
+@contextmanager
+def of_this_rank() -> Generator[None, None, None]:
+    """Mark errors of the body as found by this rank alone, so that it prints them, whichever rank it is.
+
+    Only ranks of a process group are known to the command line as such. Those of `maskmatch predict` have none.
+    """
+    try:
+        yield
+    except Exception as error:
+        error.of_this_rank = True  # type: ignore[attr-defined]
+        raise
+
+
+def is_of_this_rank(error: Exception) -> bool:
+    """Whether :func:`of_this_rank` has marked an error."""
+    return getattr(error, "of_this_rank", False)
 
 
 def is_of_lost_rank(error: BaseException) -> bool:

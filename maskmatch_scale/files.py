@@ -13,6 +13,7 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -114,7 +115,8 @@ def file_whole(path: Path) -> Generator[Path, None, None]:
     Raises:
         OSError: it cannot be written, with ``path``.
     """
-    beside = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.new")
+    # Random, because processes in containers may have the same number.
+    beside = path.with_name(f".{path.name.lstrip('.')}.{secrets.token_hex(4)}.new")
     with writing(path):
         try:
             yield beside
@@ -128,6 +130,16 @@ def file_whole(path: Path) -> Generator[Path, None, None]:
             with suppress(OSError):  # a disk that is read-only now
                 beside.unlink(missing_ok=True)
             raise
+
+
+def name_of_unfinished(name: str) -> str | None:
+    """The name that a file of :func:`file_whole` was to have, without dots that it began with; None for another file.
+
+    Args:
+        name: of a file in a folder, such as `.a.png.0f3a27b1.new`, which a process that was killed leaves.
+    """
+    match = re.fullmatch(r"\.(.+)\.[0-9a-f]+\.new", name)
+    return match[1] if match else None
 
 
 def append_lines(path: Path, lines: Sequence[str], mode: int = 0o666) -> None:

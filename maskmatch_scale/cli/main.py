@@ -24,6 +24,7 @@ from maskmatch_scale.errors import (
     TrainingStopped,
     UserError,
     is_of_lost_rank,
+    is_of_this_rank,
 )
 from maskmatch_scale.files import disk_fault
 from maskmatch_scale.progress import drop_output
@@ -76,7 +77,8 @@ def main() -> None:
         _run_app()
     except UserError as error:
         # Before a run starts, every rank finds the same mistake. Later a single rank may read a bad sample.
-        _fail(str(error), MISTAKE, from_any_rank=_run_has_started() and not error.on_all_ranks)
+        alone = is_of_this_rank(error) or _run_has_started()
+        _fail(str(error), MISTAKE, from_any_rank=alone and not error.on_all_ranks)
     except (CommandFailed, TrainingStopped, StartInterrupted) as error:
         resumable = error.exit_code == RESUMABLE
         message = f"{error}; go on with: {_again(sys.argv)}" if resumable else str(error)
@@ -84,7 +86,7 @@ def main() -> None:
         _fail(message, error.exit_code, from_any_rank=not error.on_all_ranks, kind=kind)
     except Exception as error:
         if fault := disk_fault(_naming_output(error)):
-            _fail(fault, MISTAKE, from_any_rank=_run_has_started())
+            _fail(fault, MISTAKE, from_any_rank=is_of_this_rank(error) or _run_has_started())
         # Tracebacks of many ranks would be mixed up. Each is in the log of its rank, if that was open already.
         log = getattr(error, "logged_in", None) if _has_other_ranks() else None
         if log is None:

@@ -29,7 +29,8 @@ def predict(
         typer.Argument(
             metavar="INPUT…",
             help="Images, folders, patterns, lists (.txt, a path a line), shards (.tar, or a folder with an "
-            "index.json), URLs of any of these; and keys of `evaluation` to change, for example evaluation.mode=whole.",
+            "index.json), URLs of images, of shards and of an index.json; and keys of `evaluation` to change, for "
+            "example evaluation.mode=whole.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the predictions.")],

@@ -12,6 +12,11 @@ from maskmatch_scale.errors import CommandFailed, UserError
 
 _HIDDEN = [".*", "*/.*"]
 """What another command is writing at present, such as ONNX graphs that are not checked yet."""
+_OURS = [
+    *("segmenter.json", "config.json", "preprocessor_config.json", "model.safetensors", "head.safetensors"),
+    *("backbone/*", "onnx.json", "model.onnx", "model.onnx.data", "model-batch.onnx", "model-batch.onnx.data"),
+]
+"""All that exports may have. What of it an earlier push has left in a repository belongs to another model."""
 _TIMEOUT, _TOO_MANY = 408, 429
 """Answers of 400 to 499 that are no mistake of the user's."""
 
@@ -42,7 +47,8 @@ def check_push(repo_id: str) -> None:
 def push(folder: Path, repo_id: str, *, private: bool) -> str:
     """Make a repository, unless it exists, and put an export there as one commit.
 
-    The token is that of `hf auth login` or HF_TOKEN. HF_ENDPOINT names another hub.
+    Files that other exports have, and this one has not, are removed from the repository; files of others stay. The
+    token is that of `hf auth login` or HF_TOKEN. HF_ENDPOINT names another hub.
 
     Args:
         folder: an export. It stays as it is, whatever happens.
@@ -66,7 +72,13 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
         api = HfApi()
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         message = "Export of maskmatch_scale"
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message, ignore_patterns=_HIDDEN)
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            commit_message=message,
+            ignore_patterns=_HIDDEN,
+            delete_patterns=_OURS,
+        )
     except HfHubHTTPError as error:
         status = error.response.status_code
         line = f"--push {repo_id}: the hub answers {status}{_said(error)}"

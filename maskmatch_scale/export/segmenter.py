@@ -59,12 +59,14 @@ class ExportedSegmenter(Segmenter):
 
         Args:
             image: path of a file, a Pillow image, or RGB as uint8 (H, W, 3). Files and Pillow images are turned as
-                their EXIF orientation says if that was done in training (`Description.exif_orientation`).
+                their EXIF orientation says if that was done in training (`Description.exif_orientation`), files of
+                TIFF never.
             probabilities: whether to give the probabilities of all classes, too: 4 bytes a class and pixel.
             evaluation: windows, scales and mirror images; None: those of the run (`Description.evaluation`).
 
         Raises:
-            BadSample: a file that is no image, or larger than 500 million pixels.
+            BadSample: a file that is no image, or has more pixels than 500 million of JPEG or PNG, or 179 million of
+                other formats.
             ValueError: another kind of array or Pillow image.
             UserError: the segmenter does not take the windows or scales of ``evaluation``.
         """

@@ -17,6 +17,7 @@ from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.files import append_lines
 
+_ALONE = "failed.jsonl"
 _OF_RANK = re.compile(r"failed-rank-(\d+)\.jsonl")
 
 
@@ -36,7 +37,7 @@ class Failures:
         """How many there are."""
 
     def _list_of(self, rank: int) -> Path:
-        return self._out / ("failed.jsonl" if self._place.world_size == 1 else f"failed-rank-{rank}.jsonl")
+        return self._out / (_ALONE if self._place.world_size == 1 else f"failed-rank-{rank}.jsonl")
 
     def _finished(self, rank: int) -> Path:
         return self._out / f".finished-rank-{rank}-of-{self._place.world_size}"
@@ -52,7 +53,11 @@ class Failures:
         if self._place.rank == 0:
             for path in self._out.glob("failed*.jsonl"):
                 match = _OF_RANK.fullmatch(path.name)
-                if match is None or self._place.world_size == 1 or int(match[1]) >= self._place.world_size:
+                if match is not None:
+                    old = self._place.world_size == 1 or int(match[1]) >= self._place.world_size
+                else:
+                    old = path.name == _ALONE
+                if old:
                     path.unlink(missing_ok=True)
 
     def add(self, where: str, fault: DataError) -> None:
@@ -62,7 +67,7 @@ class Failures:
         with suppress(OSError):  # a terminal that was closed
             sys.stderr.write(f"maskmatch: skipped: {reason}\n")
             sys.stderr.flush()
-        append_lines(self.path, [json.dumps({"image": where, "reason": reason}, ensure_ascii=False)])
+        append_lines(self.path, [json.dumps({"image": where, "reason": reason})])  # ASCII: names may be no UTF-8
 
     def say_by_exit_code(self) -> bool:
         """Whether this process has to end with an error: some image failed, and no other rank is at work any more."""

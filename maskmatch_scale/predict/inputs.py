@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from maskmatch_scale.data.remote.address import expand, join
 from maskmatch_scale.data.shards.index import INDEX_NAME
@@ -14,6 +14,7 @@ from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.data.writing.sources.listing import files_below
 from maskmatch_scale.data.writing.sources.store_image import EXTENSIONS
 from maskmatch_scale.errors import UserError
+from maskmatch_scale.predict.naming import parts_of_address
 from maskmatch_scale.recipe import DataRecipe
 from maskmatch_scale.redact import PIPE, is_remote, shown
 
@@ -54,7 +55,7 @@ Input = ImageFile | Shard
 
 def suffix(location: str) -> str:
     """The ending of the name of a file, in lower case, with its dot; of an address without its query."""
-    path = urlsplit(location).path if is_remote(location) else location
+    path = parts_of_address(location)[1] if is_remote(location) else location
     return os.path.splitext(path)[1].lower()  # noqa: PTH122 - the path of an address is none of this machine
 
 
@@ -65,16 +66,20 @@ def find_inputs(words: Sequence[str], out: Path, data: DataRecipe) -> list[Input
         words: paths and addresses, patterns of them (`*`, `?`, `[…]`, `{a,b}`, `{000..127}`), folders with whatever
             lies below them, shard folders with all their shards, and lists: `.txt` files with a path or an address a
             line.
-        out: folder that predictions are written to; nothing in it is an input.
+        out: folder that predictions are written to. What folders and patterns stand for has nothing of it, so that the
+            same command can be started again.
         data: how indexes on other machines are fetched.
 
     Raises:
         UserError: a word matches nothing, there is no image at all, or ``out`` is an input itself.
     """
     found: dict[Input, None] = {}
+    real_out = _real(out)
     for word in words:
         for location in expand(word):
-            if not is_remote(location) and Path(location).resolve() == out.resolve():
+            if location != word and not _is_meant(location, word, real_out):
+                continue
+            if not is_remote(location) and _real(location) == real_out:
                 raise UserError(f"--out {out}: it is an input itself; name another folder for the predictions")
             found.update(dict.fromkeys(_inputs_of(location, out, data)))
     if not found:
@@ -82,6 +87,19 @@ def find_inputs(words: Sequence[str], out: Path, data: DataRecipe) -> list[Input
             f"{', '.join(map(shown, words))}: no image; files {', '.join(EXTENSIONS)} and shards {_SHARD} are read"
         )
     return list(found)
+
+
+def _is_meant(location: str, pattern: str, out: Path) -> bool:
+    """Whether what a pattern has matched is an input: nothing in ``out``, and no list or index that it matched only
+    because they lie beside images, such as labels of other programs.
+    """
+    if is_remote(location):
+        return True
+    ending = suffix(location)
+    if ending in (_LIST, _INDEX) and glob.has_magic(pattern) and suffix(pattern) != ending:
+        return False
+    real = _real(location)
+    return out not in (real, *real.parents)
 
 
 def _inputs_of(location: str, out: Path, data: DataRecipe) -> Iterator[Input]:
@@ -116,7 +134,7 @@ def _shards_of(root: str, data: DataRecipe) -> Iterator[Shard]:
 def _listed(file: Path) -> Iterator[Input]:
     """What a list names: a path, relative to the folder of the list, or an address a line; `#` begins a comment."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()  # some editors begin files with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: this list cannot be read ({error}); write a path or an address a line") from None
     for line in map(str.strip, lines):
@@ -126,7 +144,16 @@ def _listed(file: Path) -> Iterator[Input]:
 
 
 def _absolute(location: str) -> str:
-    return location if is_remote(location) else os.path.abspath(location)  # noqa: PTH100 - links stay as they are
+    """An address as it is, or an absolute path without `..`: links stay as they are, except those before a `..`."""
+    if is_remote(location):
+        return location
+    parts = Path(location).parts
+    behind = max((number for number, part in enumerate(parts, start=1) if part == ".."), default=0)
+    return str(_real(Path(*parts[:behind])).joinpath(*parts[behind:]))
+
+
+def _real(path: str | Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises for a link to itself
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,16 @@ from maskmatch_scale.redact import is_remote
 _MOST_FOLDERS = 32
 _MOST_PIXELS = 50_000_000
 _IGNORED = 255
+_DARK = 32
+"""Grey levels below are all but black."""
 
 
 def refuse_label_maps(inputs: Iterable[Input], palette: tuple[tuple[int, int, int], ...]) -> None:
     """Refuse inputs if the first PNG of one of their folders looks like a label map.
 
-    That is a PNG of one channel whose values are all classes or 255, more than class 0 alone. Of a grey picture that
-    means that it is all but black; of one with a palette it must have the colours of the model, too.
+    That is a PNG of one channel whose values are all classes or 255, more than class 0 alone. One with a palette must
+    have the colours of the model, too. In a grey one no class may be above 31: it looks all but black, and a dark photo
+    of a model with many classes is no label map.
 
     Args:
         inputs: all of them; the first 32 folders with PNGs are looked at.
@@ -61,7 +64,7 @@ def _has_classes_alone(image: Image.Image, palette: tuple[tuple[int, int, int], 
     if counts[classes:_IGNORED].any() or not counts[1:classes].any():
         return False
     if image.mode == "L":
-        return True
+        return not counts[_DARK:_IGNORED].any()
     stored = np.array(image.getpalette() or [], np.uint8).reshape(-1, 3)
     used = np.flatnonzero(counts[:classes])
     return len(stored) > used.max() and bool((stored[used] == np.array(palette, np.uint8)[used]).all())

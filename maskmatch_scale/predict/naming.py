@@ -45,6 +45,15 @@ def output_names(locations: Sequence[str]) -> list[str]:
     return _numbered(chosen)
 
 
+def parts_of_address(address: str) -> tuple[str, str]:
+    """Host and path, without port, user and query; also of what is no address, which is said when it is fetched."""
+    try:
+        split = urlsplit(address)
+        return split.hostname or "", split.path
+    except ValueError:
+        return "", address.partition("://")[2]
+
+
 def safe(name: str) -> str:
     """The name of a file or folder without what a path must not have: `.` and `..`, `/`, and unprintable characters.
 
@@ -70,8 +79,8 @@ def _parts(location: str) -> list[str]:
         return ["pipe", hashlib.sha256(location.encode()).hexdigest()[:12]]
     if not is_remote(location):
         return location.split("/")
-    split = urlsplit(location)
-    return [split.hostname or "", *filter(None, unquote(split.path).split("/"))]
+    host, path = parts_of_address(location)
+    return [host, *filter(None, unquote(path).split("/"))]
 
 
 def _numbered(names: list[str]) -> list[str]:

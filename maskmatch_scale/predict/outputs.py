@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal, Protocol
 
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from maskmatch_scale.evaluation.save_pictures import flat_palette, save_map
-from maskmatch_scale.files import file_whole, write_whole
+from maskmatch_scale.files import file_whole, name_of_unfinished, write_whole
 from maskmatch_scale.predict.overlay import Overlay
 from maskmatch_scale.predict.polygons import coco_annotations, geojson_features
 from maskmatch_scale.predict.reading import OpenImage
@@ -23,6 +23,15 @@ from maskmatch_scale.predict.tiff import TiffImage
 from maskmatch_scale.predict.write_tiff import write_tiff
 
 Polygons = Literal["coco", "geojson"]
+_ENDINGS = {
+    "ids": ("png", "tif"),
+    "confidence": ("png", "tif"),
+    "overlay": ("jpg",),
+    "probabilities": ("npz",),
+    "coco": ("json",),
+    "geojson": ("geojson",),
+}
+"""By kind: of most images, and of TIFFs."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class Outputs:
     palette: tuple[tuple[int, int, int], ...]
     num_classes: int
     overlay_px: int
+    _left: dict[Path, dict[str, list[Path]]] = field(default_factory=dict, repr=False, compare=False)
 
     def paths(self, name: str, *, tiff: bool) -> dict[str, Path]:
         """The files of an image by their kind.
@@ -69,16 +79,35 @@ class Outputs:
             name: of its outputs.
             tiff: whether it is a TIFF, whose maps are TIFFs too.
         """
-        map_ending = "tif" if tiff else "png"
-        endings = {"ids": map_ending}
-        if self.wanted.confidence:
-            endings["confidence"] = map_ending
-        if self.wanted.overlay:
-            endings["overlay"] = "jpg"
-        if self.wanted.probabilities:
-            endings["probabilities"] = "npz"
-        endings |= {kind: {"coco": "json", "geojson": "geojson"}[kind] for kind in self.wanted.polygons}
-        return {kind: self.folder / kind / f"{name}.{ending}" for kind, ending in endings.items()}
+        wanted = {"ids": True} | {
+            kind: getattr(self.wanted, kind) for kind in ("confidence", "overlay", "probabilities")
+        }
+        kinds = [*(kind for kind in wanted if wanted[kind]), *self.wanted.polygons]
+        return {kind: self.folder / kind / f"{name}.{_ENDINGS[kind][-1 if tiff else 0]}" for kind in kinds}
+
+    def remove(self, name: str) -> None:
+        """Remove all files of an image, also of kinds that are not wanted now, and what a killed process left of them.
+
+        Raises:
+            OSError: a file cannot be removed.
+        """
+        for kind, endings in _ENDINGS.items():
+            for ending in endings:
+                path = self.folder / kind / f"{name}.{ending}"
+                with suppress(NotADirectoryError):
+                    path.unlink(missing_ok=True)
+                for left in self._left_in(path.parent).get(path.name.lstrip("."), ()):
+                    left.unlink(missing_ok=True)
+
+    def _left_in(self, folder: Path) -> dict[str, list[Path]]:
+        """Files of killed processes in a folder, by the name that each was to have. Each folder is listed once."""
+        if folder not in self._left:
+            found = self._left[folder] = {}
+            with suppress(FileNotFoundError, NotADirectoryError):
+                for path in folder.iterdir():
+                    if name := name_of_unfinished(path.name):
+                        found.setdefault(name, []).append(path)
+        return self._left[folder]
 
     def finished(self, name: str, *, tiff: bool, since_ns: int) -> bool:
         """Whether all files of an image are there and were not written before a time."""

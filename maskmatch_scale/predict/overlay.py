@@ -14,6 +14,8 @@ from maskmatch_scale.data.tools.sheet import PAPER, LegendRow, legend_picture
 from maskmatch_scale.predict.reading import OpenImage
 from maskmatch_scale.predict.rows import NO_DATA, Rows
 
+MOST_OVERLAY_PX = 60_000
+"""Longest side that an overlay may have: JPEG holds 65,500 px, and below the picture is the legend."""
 _NARROWEST_PX = 480
 """Of the picture, so that a legend has room."""
 _GAP_PX = 10

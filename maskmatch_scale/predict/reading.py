@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ class Task:
     """Reads it. Raises BadSample, then or when parts of it are read."""
     share: float = 1.0
     """How much of a step of progress it is."""
+    fault: BadSample | None = None
+    """Why it cannot be predicted, if that is known before it is opened; `open` raises it."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,14 @@ class Reader:
                         sample,
                         partial(self._sample, table, file, place, sample),
                         1.0 if known else 1 / len(places),
+                        table.fault(place),
                     )
+                if share.first == 0 and (lost := _lost(table, shard)):
+                    yield _failing(name, where, lost, share=0.0)
         except OSError as error:
-            yield Task(name, where, partial(_Fails, BadSample("shard_unreadable", f"{where}: {error.strerror}")))
+            yield _failing(name, where, BadSample("shard_unreadable", f"{where}: {error.strerror}"))
         except BadSample as fault:
-            yield Task(name, where, partial(_Fails, fault))
+            yield _failing(name, where, fault)
 
     def _opened(self, shard: Shard) -> BinaryIO:
         if is_remote(shard.location):
@@ -154,8 +160,8 @@ class Reader:
                 raise
             except DataError as error:
                 raise BadSample("unreachable", str(error)) from None
-        elif not Path(location).is_file():  # opening a named pipe would wait for ever
-            raise bad("no_image", location, "no such file")
+        else:
+            _check_file(location)
         if is_tiff:
             with open_tiff(data, shown(location)) as image:
                 yield image
@@ -166,6 +172,32 @@ class Reader:
     def _decoded(self, data: bytes | Path, where: str, *, any_format: bool) -> DecodedImage:
         planes = decode_large(data, where, exif_orientation=self.exif_orientation, any_format=any_format)
         return DecodedImage(torch.from_numpy(planes))
+
+
+def _check_file(location: str) -> None:
+    """Raise :class:`BadSample` for what is no file. Opening a named pipe would wait for ever."""
+    try:
+        if stat.S_ISREG(Path(location).stat().st_mode):
+            return
+        what = "not a file"
+    except FileNotFoundError:
+        what = "no such file"
+    except (OSError, ValueError) as error:  # no permission, a name that is too long, one with a null character
+        what = getattr(error, "strerror", None) or str(error)
+    raise bad("no_image", location, what)
+
+
+def _lost(table: TarTable, shard: Shard) -> BadSample | None:
+    """Why samples of a shard may be missing from its table; None if none are."""
+    if shard.samples is not None and len(table) >= shard.samples:
+        return None
+    found = [] if shard.samples is None else [f"{len(table)} samples where the index says {shard.samples}"]
+    found += [f"{table.damage}, and what follows is lost"] if table.damage else []
+    return BadSample("truncated", f"{table.shard}: {': '.join(found)}; fetch or write it again") if found else None
+
+
+def _failing(name: str, where: str, fault: BadSample, share: float = 1.0) -> Task:
+    return Task(name, where, partial(_Fails, fault), share, fault)
 
 
 class _Fails(AbstractContextManager[OpenImage]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.precision import autocast
-from maskmatch_scale.errors import UserError
+from maskmatch_scale.errors import UserError, of_this_rank
 from maskmatch_scale.evaluation.inference import Inference, inference_with
 from maskmatch_scale.predict.device import DTYPES, FittingBatches, choose_device, choose_precision
 from maskmatch_scale.predict.failures import Failures
@@ -21,10 +22,11 @@ from maskmatch_scale.predict.label_maps import refuse_label_maps
 from maskmatch_scale.predict.naming import output_names
 from maskmatch_scale.predict.opening import Model, open_model
 from maskmatch_scale.predict.outputs import Outputs, Wanted
+from maskmatch_scale.predict.overlay import MOST_OVERLAY_PX
 from maskmatch_scale.predict.polygons import need_coco, need_geojson
 from maskmatch_scale.predict.reading import OpenImage, Reader, Task
 from maskmatch_scale.predict.rows import Rows, rows_of
-from maskmatch_scale.predict.settings import claim
+from maskmatch_scale.predict.settings import NAME, claim
 from maskmatch_scale.predict.tiff import has_rasterio
 from maskmatch_scale.progress import Advance, progress_of
 
@@ -86,6 +88,8 @@ def predict(
     precision = choose_precision(options.precision, device)
     if options.weights not in (None, "ema", "student"):
         raise UserError(f"--weights {options.weights}: it must be ema or student")
+    if options.overlay_px > MOST_OVERLAY_PX:
+        raise UserError(f"--overlay-px {options.overlay_px}: at most {MOST_OVERLAY_PX}; JPEG holds no larger pictures")
     for kind in options.wanted.polygons:
         {"coco": need_coco, "geojson": need_geojson}[kind]()
     failures = Failures(out, place)
@@ -104,33 +108,39 @@ def predict(
 
     settings = _settings(opened, inference, precision, options)
     since_ns = claim(out, settings, overwrite=options.overwrite, first_rank=place.rank == 0)
-    failures.forget_earlier()
-    outputs = Outputs(
-        out, options.wanted, opened.classes, opened.palette, opened.segmenter.num_classes, options.overlay_px
-    )
-    if place.world_size > 1 and device.type == "cpu":
-        torch.set_num_threads(max(1, torch.get_num_threads() // place.local_world_size))
-    batches = FittingBatches(opened.segmenter.to(device), options.batch, device)
-    inference = replace(inference, recipe=inference.recipe.model_copy(update={"window_batch": batches.batch}))
-    job = _Job(inference, batches, outputs, failures, DTYPES[precision])
-    title = "predict" if place.world_size == 1 else f"predict, rank {place.rank}"
-    with progress_of(title, total, unit="images") as advance:
+    with ExitStack() as stack:
+        stack.enter_context(of_this_rank())
+        failures.forget_earlier()
+        outputs = Outputs(
+            out, options.wanted, opened.classes, opened.palette, opened.segmenter.num_classes, options.overlay_px
+        )
+        if place.world_size > 1 and device.type == "cpu":
+            torch.set_num_threads(max(1, torch.get_num_threads() // place.local_world_size))
+        batches = FittingBatches(opened.segmenter.to(device), options.batch, device)
+        inference = replace(inference, recipe=inference.recipe.model_copy(update={"window_batch": batches.batch}))
+        job = _Job(inference, batches, outputs, failures, DTYPES[precision])
+        title = "predict" if place.world_size == 1 else f"predict, rank {place.rank}"
+        advance = stack.enter_context(progress_of(title, total, unit="images"))
         for share in shares:
             for task in reader.tasks(share, names[share.input]):
                 is_tiff = isinstance(share.input, ImageFile) and share.input.is_tiff
-                if not options.overwrite and outputs.finished(task.name, tiff=is_tiff, since_ns=since_ns):
+                # A second sample of the same key has the name, and so the files, of the first one.
+                skip = not options.overwrite and task.fault is None
+                if skip and outputs.finished(task.name, tiff=is_tiff, since_ns=since_ns):
                     job.skipped += 1
                     advance(task.share)
                 else:
+                    if options.overwrite and (task.fault is None or task.fault.reason != "duplicate_key"):
+                        outputs.remove(task.name)
                     job.predict(task, advance)
-    return Done(job.predicted, job.skipped, failures.count, failures.path, failures.say_by_exit_code())
+        return Done(job.predicted, job.skipped, failures.count, failures.path, failures.say_by_exit_code())
 
 
 def _settings(model: Model, inference: Inference, precision: str, options: Options) -> dict[str, Any]:
     """What predictions depend on, as the file of settings has it."""
     wanted, how = options.wanted, model.evaluation
     return {
-        "model": model.name,
+        NAME: model.name,
         "step": model.step,
         "weights": model.weights,
         "fingerprint": model.fingerprint(),

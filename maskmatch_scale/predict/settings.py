@@ -10,6 +10,8 @@ from maskmatch_scale.errors import UserError
 from maskmatch_scale.files import write_whole
 
 SETTINGS_FILE = "predict.json"
+NAME = "model"
+"""Key of the model's name, which is said and not compared: a run and its export are the same model."""
 
 
 def claim(out: Path, settings: dict[str, Any], *, overwrite: bool, first_rank: bool) -> int:
@@ -34,7 +36,8 @@ def claim(out: Path, settings: dict[str, Any], *, overwrite: bool, first_rank: b
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: it is a file; name a folder")
     content = json.dumps(settings, indent=1, ensure_ascii=False)
-    others = out.is_dir() and any(out.iterdir())  # before the file is looked for: see above
+    # Before the file is looked for: see above. Hidden files are those that other ranks are writing at present.
+    others = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
     if path.is_file() and not (overwrite and first_rank):
         if not overwrite:
             _compare(path, json.loads(content))
@@ -53,7 +56,7 @@ def _compare(path: Path, settings: dict[str, Any]) -> None:
     """Refuse other settings than those in a file; names the first that differs."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        different = [key for key in settings if before.get(key) != settings[key]]
+        different = [key for key in settings if key != NAME and before.get(key) != settings[key]]
     except (ValueError, AttributeError):
         raise UserError(f"{path}: it cannot be read; name another folder, or give --overwrite") from None
     if different:

@@ -66,7 +66,8 @@ class TiffImage:
     """An image of :mod:`maskmatch_scale.evaluation.inference` that is read from its file in parts.
 
     Of several channels those that are called red, green and blue are taken, or else the first three. One channel is
-    repeated, or looked up in its palette. Of 16 bits the upper 8 are taken, as from other formats.
+    repeated, or looked up in its palette. Of 16 bits the upper 8 are taken, as from other formats. It is not turned by
+    the tag `Orientation`, since its maps have its georeference.
 
     Args:
         dataset: rasterio's, open for reading.
@@ -84,7 +85,8 @@ class TiffImage:
             raise bad("not_an_image", name, what)
         self._bits = 16 if kinds == {"uint16"} else 8
         self._channels = _rgb_channels(dataset, name)
-        self._palette = _palette(dataset) if len(self._channels) == 1 else None
+        self._white_is_zero = dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
+        self._palette = _palette(dataset, self._white_is_zero) if len(self._channels) == 1 else None
         if self._bits == 16:
             self._refuse_dark()
 
@@ -144,14 +146,20 @@ class TiffImage:
         if self._palette is not None:
             return np.ascontiguousarray(self._palette[stored[0]].transpose(2, 0, 1))
         eight = (stored >> 8).astype(np.uint8) if self._bits == 16 else stored
+        eight = 255 - eight if self._white_is_zero else eight
         return np.repeat(eight, 3, axis=0) if len(eight) == 1 else eight
 
     def _refuse_dark(self) -> None:
-        """Refuse 12-bit data in 16 bits, as the decoder of other formats does; this reads the whole file once."""
+        """Refuse 12-bit data in 16 bits, as the decoder of other formats does; this reads the whole file once.
+
+        Pixels without data do not count: they are often 65535.
+        """
         height, width = self.size_px
         step, largest = max(1, _PIECE_PX // width), 0
         for top in range(0, height, step):
-            largest = max(largest, int(self._stored(slice(top, min(top + step, height)), slice(0, width)).max()))
+            rows = slice(top, min(top + step, height))
+            stored, valid = self._stored(rows, slice(0, width)), self.valid(rows)
+            largest = max(largest, int(stored.max(initial=0, where=True if valid is None else valid)))
             if largest >= TWELVE_BITS:
                 break
         refuse_dark(largest, self._name)
@@ -167,7 +175,7 @@ def _rgb_channels(dataset: Any, name: str) -> list[int]:
     return [1] if dataset.count < 3 else [1, 2, 3]
 
 
-def _palette(dataset: Any) -> NDArray[np.uint8] | None:
+def _palette(dataset: Any, white_is_zero: bool) -> NDArray[np.uint8] | None:
     """uint8 (256, 3), by stored value; None if the values are grey levels as they are."""
     colours = np.zeros((256, 3), np.uint8)
     if dataset.colorinterp[0].name == "palette":
@@ -178,6 +186,7 @@ def _palette(dataset: Any) -> NDArray[np.uint8] | None:
     if bits >= 8:
         return None
     levels = np.linspace(0, 255, 1 << bits).round().astype(np.uint8)
+    levels = levels[::-1] if white_is_zero else levels
     colours[: 1 << bits] = levels[:, None]
     return colours
 

@@ -61,7 +61,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Silence."""
 
     def do_GET(self) -> None:
-        self._answer(404, {"error": "Not found"})
+        if urlsplit(self.path).path.endswith("/tree/main"):
+            files = self.hub.files.items()
+            self._answer(200, [{"type": "file", "path": p, "size": len(f), "oid": "0" * 40} for p, f in files])
+        else:
+            self._answer(404, {"error": "Not found"})
 
     def do_PUT(self) -> None:
         content = self._body()
@@ -112,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 assert value["encoding"] == "base64"
                 self.hub.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                del self.hub.files[value["path"]]
             elif line["key"] == "lfsFile":
                 self.hub.files[value["path"]] = self.hub.large[value["oid"]]
 
@@ -125,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def _answer(self, status: int, content: dict[str, Any]) -> None:
+    def _answer(self, status: int, content: dict[str, Any] | list[dict[str, Any]]) -> None:
         data = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

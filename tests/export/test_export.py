@@ -152,6 +152,7 @@ def timm_models(out: Path, name: str) -> list[nn.Module]:
 def test_timm_loads_a_vit(runs, images, tmp_path, name):
     run, out = runs(name), tmp_path / "out"
     export_run(run, out)
+    assert len({file.stat().st_mode for file in out.rglob("*") if file.is_file()}) == 1
     _, segmenter, _ = open_run(run, "ema")
     with torch.no_grad():
         expected = segmenter.encode(images)[-1].flatten(2).transpose(1, 2)

@@ -52,6 +52,18 @@ def test_an_export_is_pushed_with_its_card(maskmatch, hub, run_dir, tmp_path):
         assert TOKEN not in printed + err
 
 
+def test_files_that_this_export_has_not_are_removed_from_the_repository(maskmatch, hub, run_dir, tmp_path):
+    out = tmp_path / "out"
+    kept = {"LICENSE": b"theirs", "pictures/model.onnx": b"theirs"}
+    with HubServer() as server:
+        hub(server.url)
+        server.files |= kept | {"model.onnx": b"old", "onnx.json": b"old", "backbone/config.json": b"old"}
+        code, _, err = maskmatch("export", run_dir, out, "--push", "someone/tiny")
+        assert code == 0, err
+        mine = {str(f.relative_to(out)): f.read_bytes() for f in out.rglob("*") if f.is_file()}
+        assert server.files == kept | mine
+
+
 def test_a_new_repository_is_public_if_that_is_asked_for(maskmatch, hub, run_dir, tmp_path):
     with HubServer() as server:
         hub(server.url)

@@ -43,6 +43,13 @@ def test_a_rank_that_died_leaves_the_exit_code_to_itself(tmp_path):
     assert [third.say_by_exit_code(), first.say_by_exit_code(), second.say_by_exit_code()] == [False, False, True]
 
 
+def test_other_files_of_such_names_stay(tmp_path):
+    (tmp_path / "failed-kept.jsonl").touch()
+    (tmp_path / "failed.jsonl").touch()
+    ranks(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["failed-kept.jsonl"]
+
+
 def test_lists_of_other_numbers_of_ranks_are_removed(tmp_path):
     for each in ranks(tmp_path, 3):
         each.add("x.png", BAD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,7 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from maskmatch_scale.errors import UserError
 from maskmatch_scale.export import load_export
+from maskmatch_scale.predict.inputs import ImageFile
+from maskmatch_scale.predict.label_maps import refuse_label_maps
 from maskmatch_scale.runs.evaluate import inference_of
 from maskmatch_scale.runs.model import open_run
 from tests.data.faulty_server import Fault, FaultyServer
@@ -91,6 +95,20 @@ def test_broken_files_are_said_and_listed_and_the_others_predicted(export, photo
     assert not (tmp_path / "out" / "failed.jsonl").exists()
 
 
+def test_odd_names_are_failures_or_predicted_and_end_nothing(export, photos, tmp_path, maskmatch):
+    not_utf8 = os.fsdecode(b"\xff")
+    (photos / f"{not_utf8}bad.png").write_bytes(b"no png")
+    shutil.copy(photos / "a.png", photos / f"{not_utf8}good.png")
+    (photos / "list.txt").write_text(f"{'x' * 300}.jpg\nhttps://[x/a.jpg\na.png/b.jpg\nsub\n")
+    code, _, err = maskmatch("predict", export, photos / "list.txt", photos, "--out", tmp_path / "out")
+    assert (code, "Traceback" in err) == (1, False), err
+    failed = [json.loads(line)["image"] for line in (tmp_path / "out" / "failed.jsonl").read_text().splitlines()]
+    ends = [f"{'x' * 300}.jpg", "https://[x/a.jpg", "a.png/b.jpg", "sub", f"{not_utf8}bad.png"]
+    assert len(failed) == 5
+    assert all(name.endswith(end) for name, end in zip(failed, ends, strict=True)), failed
+    assert len(list((tmp_path / "out" / "ids").rglob("*.png"))) == 5
+
+
 def test_finished_images_are_skipped_and_unfinished_ones_are_not(export, photos, tmp_path, maskmatch):
     out = tmp_path / "out"
     assert maskmatch("predict", export, photos, "--out", out)[0] == 0
@@ -126,6 +144,25 @@ def test_other_settings_in_one_folder_are_refused_unless_all_is_made_again(expor
         assert np.array_equal(ids_of(out, name), ids_of(fresh, name))
 
 
+def test_overwriting_leaves_nothing_of_another_model_for_an_image(export, photos, tmp_path, maskmatch):
+    out = tmp_path / "out"
+    for folder, name in (("geojson", "a.geojson"), ("ids", "a.tif"), ("ids/sub", ".a.png.0a1b2c3d.new")):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        (out / folder / name).touch()
+    (out / "ids" / "other.png").touch()
+    (photos / "b.jpg").write_bytes(b"no jpeg")
+    (out / "ids" / "b.png").touch()
+    assert maskmatch("predict", export, photos, "--out", out, "--overwrite", "--no-overlay", "--no-confidence")[0] == 1
+    assert sorted(map(str, (path.relative_to(out) for path in out.rglob("*") if path.is_file()))) == [
+        "failed.jsonl",
+        "ids/a.png",
+        "ids/other.png",
+        "ids/sub/a.png",
+        "ids/sub/c.png",
+        "predict.json",
+    ]
+
+
 def shard_of(photos: Path, path: Path) -> Path:
     with tarfile.open(path, "w") as tar:
         tar.add(photos / "a.png", "first.png")
@@ -143,6 +180,57 @@ def test_samples_of_shards_are_predicted(run, photos, tmp_path, maskmatch):
     assert "some.tar: third" in err
     assert np.array_equal(ids_of(tmp_path / "out", "some/first"), expected(run, photos / "a.png"))
     assert ids_of(tmp_path / "out", "some/deep/second").shape == (70, 150)
+
+
+def test_what_is_lost_of_a_shard_is_said(export, photos, tmp_path, maskmatch):
+    shard = shard_of(photos, tmp_path / "some.tar")
+    content = shard.read_bytes()
+    second = content.index(b"deep/second.jpg")
+    shard.write_bytes(content[:second] + b"\xff" * 512 + content[second + 512 :])
+    code = maskmatch("predict", export, shard, "--out", tmp_path / "out")[0]
+    assert code == 1
+    (failed,) = (tmp_path / "out" / "failed.jsonl").read_text().splitlines()
+    assert f"some.tar: the header at byte {second} is damaged, and what follows is lost" in failed
+    assert (tmp_path / "out" / "ids" / "some" / "first.png").is_file()
+
+
+def test_a_second_sample_of_a_key_is_a_failure(export, photos, tmp_path, maskmatch):
+    with tarfile.open(tmp_path / "twice.tar", "w") as tar:
+        for name in ("a", "b", "a"):
+            tar.add(photos / "a.png", f"{name}.png")
+    for options in ((), (), ("--overwrite",)):
+        code = maskmatch("predict", export, tmp_path / "twice.tar", "--out", tmp_path / "out", *options)[0]
+        assert code == 1
+        assert "an earlier sample of this key has 'png' too" in (tmp_path / "out" / "failed.jsonl").read_text()
+        assert {path.name for path in (tmp_path / "out" / "ids" / "twice").iterdir()} == {"a.png", "b.png"}
+
+
+def test_a_shard_with_fewer_samples_than_its_index_says_is_a_failure(export, shapes, tmp_path, maskmatch):
+    folder = Path(shutil.copytree(shapes, tmp_path / "data"))
+    index = json.loads((folder / "index.json").read_text())
+    entry = index["streams"]["dev"]["shards"][0]
+    with tarfile.open(folder / entry["file"], "w") as tar:
+        tar.add(folder / "index.json", "notes")  # a member of no sample
+    code, _, err = maskmatch("predict", export, folder, "--out", tmp_path / "out", "--no-overlay", "--no-confidence")
+    assert code == 1
+    assert f"samples where the index says {entry['samples']}" in err
+
+
+def test_a_checkpoint_is_named_from_its_own_folder(run, photos, tmp_path, maskmatch, monkeypatch):
+    monkeypatch.chdir(run / "checkpoints")
+    (name,) = Path().glob("step-*")
+    code, _, err = maskmatch("predict", name, photos / "a.png", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert np.array_equal(ids_of(tmp_path / "out", "a"), expected(run, photos / "a.png"))
+
+
+def test_a_rank_beside_the_first_of_its_machine_says_why_it_fails(export, photos, small_disk, maskmatch, monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = maskmatch("predict", export, photos, "--out", small_disk(kib=24).path / "out")
+    assert code == 2
+    assert "maskmatch: error: rank 1: " in err
+    assert "no room is left on this disk" in err
 
 
 def test_a_shard_folder_is_predicted_whole(export, shapes, tmp_path, maskmatch):
@@ -229,6 +317,7 @@ def test_an_export_needs_neither_deepspeed_nor_accelerate_and_ranks_share_a_fold
         ({"options": ["--weights", "best"]}, "--weights best"),
         ({"options": ["--weights", "student"]}, "has the weights ema alone"),
         ({"options": ["--polygons", "svg"]}, "--polygons svg"),
+        ({"options": ["--overlay-px", "70000"]}, "--overlay-px 70000: at most 60000"),
         ({"options": ["evaluation.scales=[0.1]"]}, "smaller than a unit"),
     ],
 )
@@ -264,6 +353,15 @@ def test_label_maps_are_refused(export, photos, tmp_path, maskmatch, kind):
     assert code == 2
     assert "labels/0.png: this looks like a label map" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_dark_photos_are_no_label_maps_of_many_classes(tmp_path):
+    palette = tuple((value, value, value) for value in range(150))
+    Image.fromarray(np.arange(100, dtype=np.uint8).reshape(10, 10)).save(tmp_path / "dark.png")
+    refuse_label_maps([ImageFile(str(tmp_path / "dark.png"))], palette)
+    Image.fromarray(np.arange(100, dtype=np.uint8).reshape(10, 10) % 32).save(tmp_path / "dark.png")
+    with pytest.raises(UserError, match="looks like a label map"):
+        refuse_label_maps([ImageFile(str(tmp_path / "dark.png"))], palette)
 
 
 def test_black_and_white_pictures_are_no_label_maps(export, tmp_path, maskmatch):

@@ -62,16 +62,53 @@ def saved(mode, image, path, **options):
         lambda pixels, path: write(path, pixels[:1]),
         lambda pixels, path: write(path, np.concatenate([pixels, pixels[:1]])),
         lambda pixels, path: write(path, (pixels[:1].astype(np.uint16) << 8) + 7),
+        lambda pixels, path: write(path, pixels[:1], photometric="MINISWHITE"),
+        lambda pixels, path: write(path, pixels[:1] >> 4, photometric="MINISWHITE", nbits=4),
+        lambda pixels, path: write(path, pixels[:1] >> 7, photometric="MINISWHITE", nbits=1),
+        lambda pixels, path: write(path, (pixels[:1].astype(np.uint16) << 8) + 7, photometric="MINISWHITE"),
+        lambda pixels, path: saved("RGB", pixels.transpose(1, 2, 0), path, tiffinfo={0x0112: 6}),
+        lambda pixels, path: saved("RGB", pixels.transpose(1, 2, 0), path, tiffinfo={0x0112: 7}),
         lambda pixels, path: saved("P", pixels.transpose(1, 2, 0), path),
         lambda pixels, path: saved("1", pixels.transpose(1, 2, 0), path),
         lambda pixels, path: saved("L", pixels.transpose(1, 2, 0), path, compression="tiff_lzw"),
         lambda pixels, path: saved("RGB", pixels.transpose(1, 2, 0), path, compression="tiff_adobe_deflate"),
     ],
-    ids=["grey", "alpha", "16 bits", "palette", "1 bit", "lzw", "deflate"],
+    ids=[
+        "grey",
+        "alpha",
+        "16 bits",
+        "white is 0",
+        "white is 0, 4 bits",
+        "white is 0, 1 bit",
+        "white is 0, 16 bits",
+        "on its side",
+        "on its side, mirrored",
+        "palette",
+        "1 bit",
+        "lzw",
+        "deflate",
+    ],
 )
 def test_the_pixels_are_those_of_the_packages_decoder(tmp_path, photo, make):
     path = make(photo(2).transpose(2, 0, 1), tmp_path / "x.tif")
     assert np.array_equal(read(path), decode_large(path, "x", exif_orientation=False))
+
+
+def test_white_may_be_zero(tmp_path, photo):
+    grey = photo(2).transpose(2, 0, 1)[:1]
+    for stored in (grey, grey.astype(np.uint16) << 8):
+        path = write(tmp_path / "x.tif", stored, photometric="MINISWHITE")
+        with open_tiff(path, "x") as image:
+            assert np.array_equal(image.read(slice(0, 96), slice(0, 128)).numpy()[:1], 255 - grey)
+            assert np.array_equal(np.array(image.shrunk(96, 128)).transpose(2, 0, 1)[:1], 255 - grey)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiffs_are_not_turned(tmp_path, photo, orientation):
+    pixels = photo(2)
+    path = saved("RGB", pixels, tmp_path / "x.tif", tiffinfo={0x0112: orientation})
+    for exif_orientation in (False, True):
+        assert np.array_equal(decode_large(path, "x", exif_orientation=exif_orientation), pixels.transpose(2, 0, 1))
 
 
 def test_channels_by_their_names(tmp_path, photo):
@@ -93,6 +130,14 @@ def test_channels_by_their_names(tmp_path, photo):
 def test_other_numbers_are_refused(tmp_path, bands, said):
     with pytest.raises(BadSample, match=said):
         read(write(tmp_path / "x.tif", bands))
+
+
+def test_pixels_without_data_are_no_reason_to_take_12_bits_for_16(tmp_path):
+    values = np.full((1, 40, 40), 900, np.uint16)
+    values[:, :5] = 65535
+    with pytest.raises(BadSample, match="12-bit data"):
+        read(write(tmp_path / "x.tif", values, nodata=65535))
+    read(write(tmp_path / "x.tif", values))
 
 
 def test_a_damaged_file_is_a_bad_sample(tmp_path, photo):

@@ -41,8 +41,12 @@ TWELVE_BITS = 1 << 12
 """From here on a value of 16 bits is not of 12-bit data."""
 _ORIENTATION = 0x0112
 """Number of the EXIF tag."""
-_BITS_PER_SAMPLE = 258
-"""Number of the TIFF tag."""
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+"""Numbers of TIFF tags."""
+_WHITE_IS_ZERO = 0
+"""A value of the latter."""
+_TURNED_BACK = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
+"""The orientation by which an image that was turned as another one says becomes what it was."""
 _BAND_PIXELS = 1 << 22
 """Larger images are converted in bands of rows, because Pillow's conversions and NumPy's copies are whole images."""
 MODES = (
@@ -100,6 +104,9 @@ def decode_large(
 ) -> NDArray[np.uint8]:
     """The RGB planes of an image that is predicted: as training would see it if it were written to a shard.
 
+    TIFFs are not turned, whatever their tag `Orientation` says: `maskmatch predict`, which reads them in parts, does
+    not turn them either.
+
     Args:
         data: the file: its bytes or its path.
         name: of it, for the message.
@@ -107,7 +114,8 @@ def decode_large(
         any_format: see :func:`decode_planes`.
 
     Returns:
-        uint8 (3, H, W), channels interleaved in memory; at most 500 million pixels.
+        uint8 (3, H, W), channels interleaved in memory; at most 500 million pixels of a JPEG or PNG, and 179 million
+        of other formats, which is Pillow's own limit.
 
     Raises:
         BadSample: ``not_an_image`` or ``too_large``.
@@ -124,7 +132,8 @@ def decode_large(
     except BadSample as error:
         if error.reason != "too_large":
             raise
-        what = f"more than {MOST_WHOLE_PIXELS} pixels; write it as a TIFF, which `maskmatch predict` reads in parts"
+        most = f"more than {MOST_WHOLE_PIXELS} pixels, or, if it is neither JPEG nor PNG, than Pillow's 179 million"
+        what = f"{most}; write it as a TIFF, which `maskmatch predict` reads in parts"
         raise bad("too_large", name, what) from None
 
 
@@ -167,13 +176,16 @@ def eight_bits(image: Image.Image, data: bytes | Path, name: str) -> Image.Image
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
         refuse_dark(int(values.max(initial=0)), name)
-        return Image.fromarray((values >> 8).astype(np.uint8))
+        upper = (values >> 8).astype(np.uint8)
+        # Pillow inverts 8 bits of a TIFF of this kind, but not 16.
+        white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+        return Image.fromarray(255 - upper if white_is_zero else upper)
     start = start_of(data)
     is_png = start.startswith(PNG)
     tiff_bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, ())
     if (is_png and start[BIT_DEPTH] == 16) or 16 in (tiff_bits if isinstance(tiff_bits, tuple) else (tiff_bits,)):
-        upper = max((int(band.max(initial=0)) for _, band in _rgb_bands(image)), default=0)
-        refuse_dark(256 * upper if upper or not is_png else _largest_lower_byte(data), name)
+        largest = max((int(band.max(initial=0)) for _, band in _rgb_bands(image)), default=0)
+        refuse_dark(256 * largest if largest or not is_png else _largest_lower_byte(data), name)
     return image
 
 
@@ -229,8 +241,9 @@ def _pixels(
             _check_scans(data, image.height, image.width, name)
         if not stored and image.mode not in MODES:
             raise bad("not_an_image", name, f"mode {image.mode}; convert it to 8 bits a channel")
+        turned = getattr(image, "tag_v2", {}).get(_ORIENTATION, 1)  # of a TIFF; Pillow removes the tag
         image.load()
-        orientation = _orientation(data) if exif_orientation and stored else 1
+        orientation = _orientation(data) if exif_orientation and stored else _TURNED_BACK.get(turned, 1)
         image = eight_bits(image, data, name)
         pixels = np.empty((image.height, image.width, 3), np.uint8)
         for top, band in _rgb_bands(image):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import math
+import os
 import posixpath
 import re
 from pathlib import Path
@@ -64,11 +65,13 @@ def expand(pattern: str) -> list[str]:
 
     Args:
         pattern: a path or an address. Both may have braces (``x-{000..127}.tar``, ``{a,b}.tar``); a path may also have
-            ``*``, ``?`` and ``[…]``.
+            ``*``, ``?`` and ``[…]``. A path that exists is taken as it is, whatever characters it has.
 
     Raises:
         DataError: nothing matches, a path does not exist, or an address has a ``*``.
     """
+    if not is_remote(pattern) and os.path.exists(pattern):  # noqa: PTH110 - Path's raises if a name is too long
+        return [pattern]
     numbers = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
     if math.prod(abs(int(last) - int(first)) + 1 for first, last in numbers) > _MOST_NAMES:
         raise DataError(f"{shown(pattern)}: stands for more than {_MOST_NAMES} files; is a number in braces too large?")

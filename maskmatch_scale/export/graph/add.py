@@ -24,7 +24,7 @@ import torch
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.errors import CommandFailed, UserError
-from maskmatch_scale.export.description import read_description
+from maskmatch_scale.evaluation.inference import window_of
 from maskmatch_scale.export.graph.check import Difference, compare
 from maskmatch_scale.export.graph.tiles import Tiles, given_tiles, held_out_tiles, noise_tiles
 from maskmatch_scale.export.graph.write import INPUT, LIBRARIES, OPSET, OUTPUT, require_libraries, write_graph
@@ -75,13 +75,19 @@ def plan_for_run(run: Path, size_px: tuple[int, int] | None, images: Sequence[Pa
 
 
 def plan_for_export(folder: Path, size_px: tuple[int, int] | None, images: Sequence[Path]) -> Plan:
-    """Size and tiles for an export: the crops that it was trained on, and noise, unless others are given.
+    """Size and tiles for an export: the window of its evaluations, and noise, unless others are given.
 
     Raises:
         UserError: as :func:`plan_for_run`.
     """
     require_libraries()
-    size_px = _checked(size_px, load_export(folder)) if size_px else read_description(folder).image_size
+    segmenter = load_export(folder)
+    description = segmenter.description
+    size_px = (
+        _checked(size_px, segmenter)
+        if size_px
+        else window_of(description.evaluation, description.image_size, segmenter)
+    )
     if images:
         return Plan(size_px, given_tiles(images, size_px))
     return Plan(size_px, noise_tiles(size_px, "an export has no data; name images with --onnx-images"))
@@ -138,7 +144,8 @@ def add_onnx(folder: Path, plan: Plan) -> list[str]:
     card = folder / "README.md"
     if card.is_file():
         write_whole(
-            card, with_section(card.read_text(), SECTION, _section(folder.name, facts, one), before="## Not known")
+            card,
+            with_section(card.read_text(), SECTION, _section(folder.resolve().name, facts, one), before="## Not known"),
         )
     return lines
 

@@ -66,6 +66,8 @@ class TimmVit(ExportKind):
         for key in _OF_PUBLISHED_WEIGHTS:
             model.pretrained_cfg.pop(key, None)
         save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
+        # safetensors lets the owner alone read what it writes.
+        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
     def backbone_in(self, folder: Path, description: Description) -> str:
         """The name, unchanged: timm builds it, and the options are in the description."""

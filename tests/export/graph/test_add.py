@@ -184,9 +184,19 @@ def test_an_export_is_added_to_where_it_is(maskmatch, export, tmp_path):
     assert session(export / "model.onnx").get_inputs()[0].shape == [1, 3, 32, 48]
     code, out, _ = maskmatch("export", export, "--onnx", "--onnx-images", pictures, "--onnx-images", pictures / "0.png")
     assert (code, "checked on 3 images given by --onnx-images" in out) == (0, True)
-    assert session(export / "model.onnx").get_inputs()[0].shape == [1, 3, 64, 64]  # the crop
+    assert session(export / "model.onnx").get_inputs()[0].shape == [1, 3, 64, 64]  # the crop, as evaluations take it
     assert (export / "README.md").read_text().count("## ONNX") == 1
     assert before == {file.name: file.read_bytes() for file in export.rglob("*.safetensors")}
+
+
+def test_a_graph_has_the_window_of_the_exports_evaluations_and_the_exports_name(export, monkeypatch):
+    described = json.loads((export / "segmenter.json").read_text())
+    described["evaluation"]["window_px"] = [32, 48]
+    (export / "segmenter.json").write_text(json.dumps(described))
+    assert add.plan_for_export(export, None, ()).size_px == (32, 48)
+    monkeypatch.chdir(export)
+    list(hand_on(Path(), None, onnx=True, onnx_size_px=(32, 32)))
+    assert f'InferenceSession("{export.name}/model.onnx")' in (export / "README.md").read_text()
 
 
 def test_without_the_runs_data_it_says_that_it_was_checked_on_noise(maskmatch, runs, tmp_path):
