@@ -16,7 +16,7 @@ class RecordRecipe(Section):
 
     trackers: tuple[Annotated[str, BeforeValidator(OneOf(TRACKERS))], ...] = ()
     """Trackers that rank 0 sends all records to: of tensorboard, wandb, mlflow, trackio (docs/trackers.md). Each needs
-    its library: pip install maskmatch-scale[NAME]."""
+    its library: pip install 'maskmatch_scale[NAME]'."""
     project: Annotated[str, Field(min_length=1)] = "maskmatch_scale"
     """The project (wandb, trackio) or experiment (mlflow) that the run belongs to. Its name there is that of
     `run.dir`."""

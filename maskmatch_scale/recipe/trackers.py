@@ -25,4 +25,4 @@ TRACKERS: dict[str, TrackerInfo] = {
     "mlflow": TrackerInfo("maskmatch_scale.record.trackers.mlflow:Mlflow", "mlflow"),
     "trackio": TrackerInfo("maskmatch_scale.record.trackers.trackio:Trackio", "trackio"),
 }
-"""By name; `pip install maskmatch-scale[NAME]` installs the library."""
+"""By name; `pip install 'maskmatch_scale[NAME]'` installs the library."""

@@ -156,7 +156,7 @@ def check_trackers(recipe: Recipe) -> None:
         if spec is None or spec.origin is None:  # without an origin: a mere folder of this name, as W&B makes here
             raise UserError(
                 f"record.trackers={list(recipe.record.trackers)}: {name} is not installed; "
-                f"pip install maskmatch-scale[{name}], or leave it out"
+                f"pip install 'maskmatch_scale[{name}]', or leave it out"
             )
 
 
