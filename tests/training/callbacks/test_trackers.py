@@ -189,7 +189,7 @@ def test_a_server_that_never_answers_does_not_keep_the_command(make_recipe, tmp_
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "mlflow", "trackio"])
 def test_one_that_is_not_installed_is_refused_before_anything_is_written(tracker, make_recipe, monkeypatch, tmp_path):
     monkeypatch.setattr("maskmatch_scale.training.preflight.find_spec", lambda _: None)
-    line = rf"record.trackers=\['{tracker}'\]: {tracker} is not installed; pip install maskmatch-scale\[{tracker}\]"
+    line = rf"record.trackers=\['{tracker}'\]: {tracker} is not installed; pip install 'maskmatch_scale\[{tracker}\]'"
     with pytest.raises(UserError, match=line):
         train(make_recipe(**settings(tracker)))
     assert list(tmp_path.iterdir()) == []
