@@ -169,6 +169,10 @@ class Session:
         """Steps that rank 0 has taken."""
         return sum(note["rank"] == 0 for note in self.notes("step"))
 
+    def step(self) -> int:
+        """The last step of the run that a rank has taken in it; 0 before its first one."""
+        return max((int(note["step"]) for note in self.notes("step")), default=0)
+
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> bool:
         """Wait until something is so; False if the session has ended first, or it takes too long."""
         deadline = time.monotonic() + timeout_s

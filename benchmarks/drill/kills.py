@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from benchmarks.drill.job import WITHOUT, Job, Session
@@ -24,6 +24,8 @@ launcher with them."""
 
 _ENDS_S = 60.0
 """Within this time the others must have ended."""
+_STEPS = 2 * SAVE_EVERY
+"""Of the run, for each kill."""
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Kill:
 
 def run(setting: Setting) -> Iterator[Row]:
     """Kill one job until `--kills` are reached, then let it finish."""
-    steps = -(-3 * setting.kills // SAVE_EVERY) * SAVE_EVERY
+    steps = _STEPS * setting.kills
     setting.reference(steps)
     job, draws = setting.job("kills", steps), setting.random("kills")
     began = time.monotonic()
@@ -51,7 +53,9 @@ def run(setting: Setting) -> Iterator[Row]:
     while len(kills) < setting.kills and not finished:
         kill = plan[len(kills)]
         session = job.start(kill.launcher)
-        finished = not _kill(setting, job, session, kill, draws)
+        # At the latest after this step, so that a fast run does not end before its last kill.
+        latest = steps - SAVE_EVERY * (setting.kills - len(kills))
+        finished = not _kill(setting, job, session, kill, draws, latest)
         if not finished:
             kills.append(kill)
         done = max((note["step"] for note in job.notes("step")), default=0)
@@ -84,10 +88,10 @@ def _plan(setting: Setting, draws: random.Random) -> list[Kill]:
     return [Kill(*kinds) for kinds in zip(columns(MOMENTS), columns(WHOM), columns(setting.launchers), strict=True)]
 
 
-def _kill(setting: Setting, job: Job, session: Session, kill: Kill, draws: random.Random) -> bool:
-    """Wait for the moment, and kill; False if the run ended first."""
+def _kill(setting: Setting, job: Job, session: Session, kill: Kill, draws: random.Random, latest: int) -> bool:
+    """Wait for the moment, or for the step ``latest``, and kill; False if the run ended first."""
     try:
-        there = _await(setting.server, job, session, kill.moment, draws)
+        there = _await(setting.server, job, session, kill.moment, draws, latest)
         if not session.running:
             if 0 in session.codes:
                 return False
@@ -111,31 +115,36 @@ def _kill(setting: Setting, job: Job, session: Session, kill: Kill, draws: rando
     return True
 
 
-def _await(server: FaultyServer, job: Job, session: Session, moment: str, draws: random.Random) -> bool:
-    """Wait for a moment; False if it did not come."""
+def _await(server: FaultyServer, job: Job, session: Session, moment: str, draws: random.Random, latest: int) -> bool:
+    """Wait for a moment; False if it did not come before the step ``latest``."""
+
+    def wait_for(condition: Callable[[], bool], timeout_s: float = 120.0) -> bool:
+        session.wait_for(lambda: condition() or session.step() >= latest, timeout_s)
+        return condition()
+
     if moment == "start":
         until = time.monotonic() + draws.uniform(0.0, 10.0)
-        return session.wait_for(lambda: time.monotonic() >= until)
+        return wait_for(lambda: time.monotonic() >= until)
     if moment == "fetch":
         shutil.rmtree(job.cache, ignore_errors=True)
         wait_s = 60.0
         if draws.random() < 0.5:
-            session.wait_for(lambda: session.steps() >= 1)
+            wait_for(lambda: session.steps() >= 1)
             wait_s = 3.0  # all that the next steps need may be there already
         # Part of each shard is sent, and then nothing more.
         server.set_faults({"index.json": [], "*": Fault(stall_after=2000)})
         before = len(server.requests)
-        return session.wait_for(lambda: any(r.sent >= 2000 for r in server.requests[before:]), wait_s)
+        return wait_for(lambda: any(r.sent >= 2000 for r in server.requests[before:]), wait_s)
     if moment == "evaluation":
-        there = session.wait_for(lambda: bool(session.notes("evaluates")))
+        there = wait_for(lambda: bool(session.notes("evaluates")))
         time.sleep(draws.uniform(0.0, 0.1))
         return there
     if moment == "save":
         wanted = draws.randint(1, 2)
-        session.wait_for(lambda: session.steps() >= SAVE_EVERY * wanted - 2)
-        return session.wait_for(lambda: any((job.run / "checkpoints").glob(".step-*.writing")), 20.0)
+        wait_for(lambda: session.steps() >= SAVE_EVERY * wanted - 2)
+        return wait_for(lambda: any((job.run / "checkpoints").glob(".step-*.writing")), 20.0)
     wanted = draws.randint(1, 2 * SAVE_EVERY)
-    there = session.wait_for(lambda: session.steps() >= wanted)
+    there = wait_for(lambda: session.steps() >= wanted)
     time.sleep(draws.uniform(0.0, 0.2))
     return there
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maskmatch_scale.predict.extras import needs
+from maskmatch_scale.extras import needs
 from maskmatch_scale.predict.rows import NO_DATA
 
 
@@ -19,7 +19,7 @@ def need_coco() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    return needs("pycocotools.mask", "coco", "--polygons coco")
+    return needs("pycocotools", "pycocotools.mask", "coco", "--polygons coco")
 
 
 def need_geojson() -> Any:
@@ -28,7 +28,7 @@ def need_geojson() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    return needs("rasterio.features", "geo", "--polygons geojson")
+    return needs("rasterio", "rasterio.features", "geo", "--polygons geojson")
 
 
 def coco_annotations(classes: NDArray[np.uint8], name: str, names: tuple[str, ...]) -> str:

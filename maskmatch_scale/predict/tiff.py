@@ -17,7 +17,7 @@ from torch import Tensor
 from maskmatch_scale.data.images.image import TWELVE_BITS, refuse_dark
 from maskmatch_scale.data.images.opening import bad, said
 from maskmatch_scale.errors import UserError
-from maskmatch_scale.predict.extras import needs
+from maskmatch_scale.extras import needs
 
 _CACHE_MB = 256
 """Of decoded tiles, which GDAL keeps while neighbouring windows are read."""
@@ -34,7 +34,7 @@ def has_rasterio(wanted_for: str) -> Any:
     Raises:
         UserError: it is not installed.
     """
-    return needs("rasterio", "geo", wanted_for)
+    return needs("rasterio", "rasterio", "geo", wanted_for)
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def run(
     left = [trial for trial in trials if states[trial.name] != "finished"]
     already = f", {len(trials) - len(left)} of them finished" if len(left) < len(trials) else ""
     show(f"sweep: {len(trials)} runs in {out}{already}")
-    stopped = None
+    stopped = report = None
     with Runner(left[0].recipe.run.stop_signals if left else ()) as runner:
         for number, trial in enumerate(left, 1):
             refuse_live_run(trial.folder)
@@ -125,12 +125,12 @@ def run(
             words += ["--resume", "auto"] if states[trial.name] == "stopped" else []
             code = runner.run([*train_command(launcher), *words])
             states[trial.name] = _state(trial, code, runner.arrived)
-            _report(trials, out)
+            report = _report(trials, out)
             if states[trial.name] == "stopped" or (runner.arrived and number < len(left)):
                 stopped = _reason(trial, runner.arrived)
                 break
     rows = [Row(trial, _summary(trial), states[trial.name]) for trial in trials]
-    return Sweep(tuple(sorted(rows, key=_rank)), _report(trials, out), stopped)
+    return Sweep(tuple(sorted(rows, key=_rank)), report if left else _report(trials, out), stopped)
 
 
 def table(found: Sweep) -> Table:

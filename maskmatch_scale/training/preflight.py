@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.precision import choose_precision
 from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.errors import UserError
+from maskmatch_scale.extras import require
 from maskmatch_scale.method.maskmatch import uses_unlabelled, view_draws
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.families import check_capabilities
@@ -152,12 +152,7 @@ def check_trackers(recipe: Recipe) -> None:
         UserError: names the key, and the command that installs the library.
     """
     for name in recipe.record.trackers:
-        spec = find_spec(TRACKERS[name].library)
-        if spec is None or spec.origin is None:  # without an origin: a mere folder of this name, as W&B makes here
-            raise UserError(
-                f"record.trackers={list(recipe.record.trackers)}: {name} is not installed; "
-                f"pip install 'maskmatch_scale[{name}]', or leave it out"
-            )
+        require([TRACKERS[name].library], name, f"record.trackers={list(recipe.record.trackers)}")
 
 
 def freeze(recipe: Recipe, student: Segmenter) -> None:

@@ -115,8 +115,7 @@ def test_a_short_drill(setting: Any) -> None:
     rows = [*kills.run(setting), *damage.run(setting)]
     assert [row.met for row in rows] == [True] * len(rows), rows
     whole = rows[3]
-    assert 1 <= whole.faults <= 3  # on a fast machine the job may end before the last kill
-    assert (whole.weights, whole.losses) == (0, 0)
+    assert (whole.faults, whole.weights, whole.losses) == (3, 0, 0)
     assert (whole.lost, whole.repeated, whole.moved_steps) == (0, 0, 0)
     # Of the same job, but its newest checkpoint says that the samples of a step were not taken yet.
     stopped = next(job for job in setting.jobs if job.folder.name == "damage")

@@ -27,9 +27,10 @@ from maskmatch_scale.errors import CommandFailed, UserError
 from maskmatch_scale.evaluation.inference import window_of
 from maskmatch_scale.export.graph.check import Difference, compare
 from maskmatch_scale.export.graph.tiles import Tiles, given_tiles, held_out_tiles, noise_tiles
-from maskmatch_scale.export.graph.write import INPUT, LIBRARIES, OPSET, OUTPUT, require_libraries, write_graph
+from maskmatch_scale.export.graph.write import INPUT, LIBRARIES, OPSET, OUTPUT, write_graph
 from maskmatch_scale.export.load import load_export
 from maskmatch_scale.export.markdown import string, with_section
+from maskmatch_scale.extras import require
 from maskmatch_scale.files import write_whole
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.runs.data import read_run_data, recipe_of
@@ -61,7 +62,7 @@ def plan_for_run(run: Path, size_px: tuple[int, int] | None, images: Sequence[Pa
     Raises:
         UserError: a library is missing, the model does not take this size, or an image cannot be read.
     """
-    require_libraries()
+    require(LIBRARIES, "onnx", "--onnx")
     recipe = recipe_of(run)
     with torch.device("meta"):
         segmenter = build_student(recipe, read_run_data(run), pretrained=False)
@@ -80,7 +81,7 @@ def plan_for_export(folder: Path, size_px: tuple[int, int] | None, images: Seque
     Raises:
         UserError: as :func:`plan_for_run`.
     """
-    require_libraries()
+    require(LIBRARIES, "onnx", "--onnx")
     segmenter = load_export(folder)
     description = segmenter.description
     size_px = (

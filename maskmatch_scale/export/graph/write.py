@@ -6,14 +6,13 @@ import logging
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from maskmatch_scale.errors import CommandFailed, UserError
+from maskmatch_scale.errors import CommandFailed
 from maskmatch_scale.files import writing
 from maskmatch_scale.models import Segmenter
 
@@ -25,17 +24,6 @@ OPSET = 18
 
 INLINE_BYTES = 1_500_000_000
 """Graphs with more weights have them in a file beside them: a file of protobuf holds 2 GB at most."""
-
-
-def require_libraries() -> None:
-    """Refuse to start without the libraries; none is imported.
-
-    Raises:
-        UserError: names those that are missing, and the command that installs them.
-    """
-    missing = [name for name in LIBRARIES if find_spec(name) is None]
-    if missing:
-        raise UserError(f"--onnx: {', '.join(missing)} not installed: pip install 'maskmatch_scale[onnx]'")
 
 
 class _WholeImages(nn.Module):

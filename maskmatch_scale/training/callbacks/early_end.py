@@ -35,8 +35,9 @@ class EarlyEnd(Callback):
         if self._patience is None:
             return
         known = torch.zeros(3, dtype=torch.float64, device=run.runtime.device)
-        if run.runtime.rank == 0 and run.start and run.folder.metrics.exists():
-            for score in read_run(run.folder.path).progress:
+        if run.runtime.rank == 0:
+            before = read_run(run.folder.path).progress if run.start and run.folder.metrics.exists() else ()
+            for score in before:
                 if score.step is not None and score.step <= run.start and _counts(score.split, score.weights):
                     self._take(score.step, score.miou)
             found = [self._best, self._best_step, self._without_better]

@@ -321,5 +321,5 @@ def test_a_missing_library_is_named_with_its_extra(maskmatch, monkeypatch, runs,
     monkeypatch.setitem(sys.modules, library, None)
     code, _, err = maskmatch("export", runs("vit"), tmp_path / "out", "--onnx")
     assert code == 2
-    assert err == f"maskmatch: error: --onnx: {library} not installed: pip install 'maskmatch_scale[onnx]'\n"
+    assert err == f"maskmatch: error: --onnx: {library} is not installed; pip install 'maskmatch_scale[onnx]'\n"
     assert not (tmp_path / "out").exists()

@@ -143,6 +143,19 @@ def test_ranks_count_alike_when_no_score_so_far_was_a_number(tmp_path):
         assert rank.said[0].startswith("step 3: the run ends early, after 3 evaluations without a better dev mIoU, nor")
 
 
+def test_the_first_score_of_a_run_is_better_than_none_even_if_it_is_0(tmp_path):
+    run = rank_of(0, 1, tmp_path, [])
+    run.start = 0
+    callback = EarlyEnd(run)
+    callback.started()
+    for step in (1, 2, 3):
+        callback.evaluated({"step": step, "split": "dev", "weights": "ema", "miou": 0.0})
+    assert run.ends == []  # two are no better than the first one
+    callback.evaluated({"step": 4, "split": "dev", "weights": "ema", "miou": 0.0})
+    assert run.ends == [4]
+    assert "than 0.0000 at step 1" in run.said[0]
+
+
 def test_an_evaluation_that_a_stop_left_out_ends_the_run_too(make_recipe, tmp_path, monkeypatch):
     scored(monkeypatch, VALUES)
     run = train(recipe_of(make_recipe, tmp_path / "run", patience=3))

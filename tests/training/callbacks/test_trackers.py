@@ -188,7 +188,7 @@ def test_a_server_that_never_answers_does_not_keep_the_command(make_recipe, tmp_
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "mlflow", "trackio"])
 def test_one_that_is_not_installed_is_refused_before_anything_is_written(tracker, make_recipe, monkeypatch, tmp_path):
-    monkeypatch.setattr("maskmatch_scale.training.preflight.find_spec", lambda _: None)
+    monkeypatch.setattr("maskmatch_scale.extras.find_spec", lambda _: None)
     line = rf"record.trackers=\['{tracker}'\]: {tracker} is not installed; pip install 'maskmatch_scale\[{tracker}\]'"
     with pytest.raises(UserError, match=line):
         train(make_recipe(**settings(tracker)))
@@ -200,7 +200,7 @@ def test_a_folder_of_the_name_of_a_library_is_not_the_library(make_recipe, monke
     monkeypatch.setitem(TRACKERS, "wandb", replace(TRACKERS["wandb"], library="folder_of_a_tracker"))
     (tmp_path / "folder_of_a_tracker").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UserError, match="wandb is not installed"):
+    with pytest.raises(UserError, match="folder_of_a_tracker is not installed"):
         train(make_recipe(**settings("wandb")))
 
 
@@ -228,7 +228,7 @@ class Stub:
 @pytest.fixture
 def installed(monkeypatch):
     """As if the libraries of all trackers were installed."""
-    monkeypatch.setattr("maskmatch_scale.training.preflight.find_spec", lambda _: SimpleNamespace(origin="here"))
+    monkeypatch.setattr("maskmatch_scale.extras.find_spec", lambda _: SimpleNamespace(origin="here"))
 
 
 @pytest.fixture
