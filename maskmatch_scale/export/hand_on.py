@@ -59,7 +59,7 @@ def hand_on(
     if onnx:
         from maskmatch_scale.export.graph import add  # its libraries are an extra
 
-        run = run_of(where.resolve())
+        run = run_of(where)
         if is_export:
             plan = add.plan_for_export(where, onnx_size_px, onnx_images)
         elif run is not None:  # if it is no run, `export_run` says so

@@ -67,7 +67,7 @@ def open_model(where: Path, weights: str | None = None, overrides: Sequence[str]
     """
     if (where / SEGMENTER_FILE).is_file():
         return _of_export(where, weights, overrides)
-    run = run_of(where) or run_of(where.resolve())  # the latter for a checkpoint that is named from its own folder
+    run = run_of(where)
     if run is None:
         raise UserError(
             f"{where}: neither a run nor an export; name a run directory, which has a recipe.yaml, or a folder that "

@@ -132,8 +132,12 @@ def _grey(value: int, of: int) -> tuple[int, int, int]:
 
 
 def run_of(path: Path) -> Path | None:
-    """The run directory of a path that names one or a checkpoint in one; None if it names neither."""
-    return next((folder for folder in (path, path.parent.parent) if RunFolder(folder).recipe.is_file()), None)
+    """The run directory of a path that names one or a checkpoint in one; None if it names neither.
+
+    A checkpoint may be named from within its run: `step-00000100`, or `.`.
+    """
+    folders = (path, path.parent.parent, path.resolve().parent.parent)
+    return next((folder for folder in folders if RunFolder(folder).recipe.is_file()), None)
 
 
 def recipe_of(run: Path, overrides: Sequence[str] = ()) -> Recipe:

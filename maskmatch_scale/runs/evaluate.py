@@ -59,7 +59,7 @@ def held_out_images(where: Path, split: str) -> int:
 
 def _run(where: Path) -> Path:
     """The run directory that a path is or belongs to; the path itself if there is none, for a message that names it."""
-    return run_of(where) or run_of(where.resolve()) or where
+    return run_of(where) or where
 
 
 def evaluate_run(
