@@ -1,4 +1,4 @@
-"""One launch of many jobs, followed with a line of progress, and what is checked of what they leave."""
+"""Launches of many jobs, followed with lines of progress, and what is checked of what they leave."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,10 @@ OF_A_LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
+LAUNCHES = 4
+"""Launches side by side on a GPU: runs as small as these wait for their host's Python, and do not fill a GPU."""
+
+
 class Launched:
     """Runs of all configurations on so many ranks.
 
@@ -50,10 +55,12 @@ class Launched:
         self.recipes = {name: recipe_of(make, name, folder, steps=steps) for name in names}
         for kind in ("continued", "watched"):
             (folder / kind).mkdir()
-        jobs = []
+        lists = [[] for _ in range(min(LAUNCHES, len(names)))] if on_gpu else [[]]
         # DeepSpeed changes its process for good: autocast sets a flag, and after ZeRO-3 later bf16 runs differ in the
         # last bits. So a run that continues another comes right after it, and autocast is last.
-        for name in sorted(names, key=lambda name: self.recipes[name].engine.precision == "autocast-bf16"):
+        ordered = sorted(names, key=lambda name: self.recipes[name].engine.precision == "autocast-bf16")
+        for number, name in enumerate(ordered):
+            jobs = lists[number % len(lists)]
             jobs.append(_job(name, self.recipes[name]))
             if name in RESUMED:
                 again = recipe_of(make, name, folder / "continued", steps=steps)
@@ -63,11 +70,15 @@ class Launched:
                 jobs.append(
                     _job(f"watched/{name}", recipe_of(make, name, folder / "watched", steps=6)) | {"watch": True}
                 )
-        self.ends = self._launch(jobs, limit_s)
+        self.ends, self.tail = {}, ""
+        with ThreadPoolExecutor(len(lists)) as pool:
+            for ends, tail in pool.map(lambda pair: self._launch(*pair, limit_s), enumerate(lists)):
+                self.ends |= ends
+                self.tail += tail
 
-    def _launch(self, jobs, limit_s):
-        """How each job ended, by name."""
-        file, results, log = (self.folder / name for name in ("jobs.json", "results.jsonl", "launch.log"))
+    def _launch(self, number, jobs, limit_s):
+        """How each job of one launch ended, by name, and the end of the launch's output."""
+        file, results, log = (self.folder / f"{number}-{name}" for name in ("jobs.json", "results.jsonl", "launch.log"))
         file.write_text(json.dumps(jobs))
         results.touch()
         script = Path(__file__).with_name("train_jobs.py")
@@ -92,8 +103,7 @@ class Launched:
             end = json.loads(line)
             if end["error"] or end["name"] not in found:
                 found[end["name"]] = end
-        self.tail = log.read_text()[-2000:]
-        return found
+        return found, log.read_text()[-2000:]
 
     def run(self, name):
         """The run directory of a job; fails if the job did."""
