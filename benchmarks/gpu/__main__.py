@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.gpu.cases import GPU_CASES, TOY_CASES
 from benchmarks.gpu.measure import Outcome, run_case
-from benchmarks.gpu.report import row, write_list
+from benchmarks.gpu.report import row, write_list, written_before
 from benchmarks.harness import check_out, describe_machine, say
 from maskmatch_scale.device_peaks import peak_tflops
 
@@ -28,8 +28,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.gpu",
         description="Runs masked_vs_full, train_step and engine_overhead on a GPU, most wanted first, until the time "
-        "is over. Each writes its own files as it goes; cases.md lists what was run and what was left out. On a CPU "
-        "the same commands run at toy sizes, which measures nothing and shows that they work.",
+        "is over. Each writes its own files as it goes; cases.md lists what was run and what was left out. A case that "
+        "an earlier call has written is not run again, unless --only names it; so a later call goes on where the time "
+        "of an earlier one was over. On a CPU the same commands run at toy sizes, which measures nothing and shows "
+        "that they work.",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FOLDER", help="results: NAME.json, .md and .png, and cases.md")
@@ -64,7 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budget_s = 60 * options.minutes
     peak = peak_tflops(device, torch.bfloat16)
     machine = describe_machine(device, SOURCES) | {"deepspeed": version("deepspeed"), "minutes": options.minutes}
-    rows: list[dict[str, Any]] = []
+    before, ends = written_before(out), list[str]()
+    rows: dict[str, dict[str, Any]] = dict(before)
+    if options.only is None:
+        cases = [case for case in cases if case.name not in before]
     for number, case in enumerate(cases, 1):
         estimate_s = case.estimate_s(peak)
         left_s = budget_s - (time.monotonic() - began)
@@ -82,11 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 say(f"{_clock(began)}: {name} has run for {spent_s:.0f} s")
 
             outcome = run_case(case, options.device, out / f"{case.name}.json", limit_s, minute)
-        rows.append(row(case, outcome, estimate_s))
-        write_list(out, machine, rows)
+        if outcome.status == "written" or case.name not in before:
+            rows[case.name] = row(case, outcome, estimate_s, machine)
+        ends.append(outcome.status)
+        write_list(out, machine, list(rows.values()))
         say(f"{_clock(began)}: {case.name}: {outcome.status}{f', {outcome.reason}' if outcome.reason else ''}")
-    ends = [entry["status"] for entry in rows]
-    say(", ".join(f"{ends.count(status)} {status}" for status in dict.fromkeys(ends)) + f"; {out / 'cases.md'}")
+    done = ", ".join(f"{ends.count(status)} {status}" for status in dict.fromkeys(ends)) or "all were written before"
+    say(f"{done}; {out / 'cases.md'}")
     return int("failed" in ends)
 
 

@@ -81,6 +81,31 @@ def test_what_there_is_no_time_for_is_listed(gpu, tmp_path, monkeypatch):
     assert "no time was left" in (tmp_path / "cases.md").read_text()
 
 
+def test_a_later_call_goes_on_where_the_time_of_an_earlier_one_was_over(gpu, tmp_path, monkeypatch):
+    command, ran = gpu("__main__"), []
+
+    def run_case(case, device, out, *more):
+        ran.append(case.name)
+        if len(ran) == 2:
+            return gpu("measure").Outcome("cut off", 2.0, "after 2 s")
+        out.write_text("{}")
+        return gpu("measure").Outcome("written", 2.0)
+
+    monkeypatch.setattr(command, "run_case", run_case)
+    call = ["--out", str(tmp_path), "--device", "cpu"]
+    assert command.main(call) == 0
+    names = [case.name for case in gpu("cases").TOY_CASES]
+    assert ran == names
+    first = json.loads((tmp_path / "cases.json").read_text())["rows"]
+    assert command.main(call) == 0
+    assert ran == [*names, names[1]]
+    rows = {row["case"]: row for row in json.loads((tmp_path / "cases.json").read_text())["rows"]}
+    assert {row["status"] for row in rows.values()} == {"written"}
+    assert rows[names[0]] == first[0]
+    assert command.main([*call, "--only", names[0]]) == 0  # named: again
+    assert ran[-1] == names[0]
+
+
 @pytest.mark.slow  # every benchmark imports its libraries anew, and one starts a launcher
 @pytest.mark.distributed
 def test_the_same_commands_on_a_cpu(gpu, tmp_path):
