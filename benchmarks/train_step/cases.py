@@ -18,6 +18,7 @@ from maskmatch_scale.method.maskmatch import MaskMatch, Step, view_draws
 from maskmatch_scale.method.work import Work, step_work
 from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.models.cost import encoder_macs, encoder_train_macs
+from maskmatch_scale.models.graphed import GraphedViews
 from maskmatch_scale.models.units import visible_count, zero_masked_pixels
 from maskmatch_scale.recipe import MaskRecipe, MethodRecipe
 
@@ -61,6 +62,7 @@ class Case:
         )
         self.step: Step = self.maskmatch.prepare(batch.to(self.device))
         self.scale = 1 / self.maskmatch.denominators(self.step).clamp(min=1)
+        self.views = GraphedViews(self.segmenter)
         self.optimizers = {
             module: torch.optim.AdamW(module.parameters(), lr=1e-5) for module in (self.segmenter, self.plain)
         }
@@ -100,6 +102,12 @@ class Case:
         """One step of this package."""
         self.all_views(self.pseudo_label())
         self.update(self.segmenter, self.teacher)
+
+    def graphed(self) -> None:
+        """The same step, each view's passes replayed as CUDA graphs (`engine.cuda_graphs`)."""
+        self.maskmatch.graphs = self.views
+        self.ours()
+        self.maskmatch.graphs = None
 
     # --- the straightforward step ------------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from benchmarks.harness import Run, peak_mb, say, time_interleaved
 from benchmarks.train_step.cases import Case
 
+GRAPHED = "ours, CUDA graphs"
+
 
 def measure(case: Case, repeats: int, peak: float | None = None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of the two steps, and rows of their parts.
@@ -61,6 +63,9 @@ def measure(case: Case, repeats: int, peak: float | None = None) -> tuple[list[d
         },
     }
     runs: dict[str, Run] = {"ours": case.ours, "straightforward": case.straightforward}
+    if case.device.type == "cuda" and case.segmenter.family.captured_whole:
+        runs[GRAPHED] = case.graphed
+    steps = list(runs)
     runs |= {f"{step}/{part}": run for step, of_step in parts.items() for part, run in of_step.items()}
     # Both steps once: AdamW makes its state in the first one.
     case.ours()
@@ -72,14 +77,17 @@ def measure(case: Case, repeats: int, peak: float | None = None) -> tuple[list[d
     ):
         held = [*module.parameters(), *teacher.parameters()]
         peaks[name] = peak_mb(runs[name], held, case.device)
+    if GRAPHED in runs:  # after the peaks, because graphs keep their memory
+        case.graphed()
     say(f"{case.backbone}: {len(runs)} variants × {repeats}")
     timings = time_interleaved(_with_gradients(runs, case), repeats, case.device)
     base = {name: getattr(case, name) for name in ("backbone", "image_size", "classes", "images", "precision")}
     limit = case.limit()
     rows = []
-    for name in ("ours", "straightforward"):
+    for name in steps:
+        is_ours = name != "straightforward"
         speedup = timings["straightforward"].minimum / timings[name].minimum
-        tflops = case.work(name).flops / timings[name].minimum / 1e12
+        tflops = case.work("ours" if is_ours else name).flops / timings[name].minimum / 1e12
         rows.append(
             {
                 **base,
@@ -88,9 +96,9 @@ def measure(case: Case, repeats: int, peak: float | None = None) -> tuple[list[d
                 "seconds_min": timings[name].minimum,
                 "seconds_median": timings[name].median,
                 "speedup": speedup,
-                "limit": limit if name == "ours" else 1.0,
-                "efficiency": speedup / limit if name == "ours" else 1.0,
-                "peak_mb": peaks[name],
+                "limit": limit if is_ours else 1.0,
+                "efficiency": speedup / limit if is_ours else 1.0,
+                "peak_mb": peaks.get(name),
                 "tflops": tflops,
                 "mfu": None if peak is None else tflops / peak,
                 "repeats": repeats,

@@ -27,13 +27,14 @@ def page(machine: Mapping[str, Any], rows: Sequence[dict[str, Any]], parts: Sequ
 def draw(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -> Figure:
     """Two stacked bars a backbone: where a step's seconds go."""
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))  # of one size and precision
-    figure = Figure(figsize=(9, 0.8 + 1.6 * len(backbones)), layout="constrained")
+    figure = Figure(figsize=(9, 0.8 + 1.8 * len(backbones)), layout="constrained")
     colours = {
         "teacher, three scales": "#0072b2", "labelled view": "#009e73",
         "strong view": "#56b4e9", "masked view": "#d55e00", "optimizer and EMA": "0.6",
     }  # fmt: skip
     for panel, backbone in zip(figure.subplots(len(backbones), 1, squeeze=False).flat, backbones):
-        for place, step in enumerate(("ours", "straightforward")):
+        steps = [row["step"] for row in rows if row["backbone"] == backbone]
+        for place, step in enumerate(steps):
             left = 0.0
             for part in parts:
                 if (part["backbone"], part["step"]) != (backbone, step) or part["part"].startswith("of it"):
@@ -41,9 +42,12 @@ def draw(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -> Fig
                 panel.barh(place, part["seconds_min"], left=left, color=colours[part["part"]], label=part["part"])
                 left += part["seconds_min"]
             row = next(r for r in rows if (r["backbone"], r["step"]) == (backbone, step))
+            if not left:  # its parts are not measured
+                left = row["seconds_min"]
+                panel.barh(place, left, color="0.85", label="whole step")
             panel.text(left, place, f"  {row['seconds_min']:.3g} s, {row['speedup']:.2f}×", va="center", fontsize=9)
         limit = next(r["limit"] for r in rows if r["backbone"] == backbone and r["step"] == "ours")
-        panel.set_yticks([0, 1], ["ours", "straightforward"])
+        panel.set_yticks(range(len(steps)), steps)
         panel.invert_yaxis()
         panel.margins(x=0.15)
         panel.set_title(

@@ -22,7 +22,8 @@ from maskmatch_scale.method.draws import Drawn, ViewDraws
 from maskmatch_scale.method.losses import cross_entropy_sum, denominator
 from maskmatch_scale.method.pseudo_labels import multi_scale_pseudo_labels
 from maskmatch_scale.method.views import Colours, Neighbour, Unlabelled, View
-from maskmatch_scale.models.segmenter import Segmenter
+from maskmatch_scale.models.graphed import GraphedViews
+from maskmatch_scale.models.segmenter import MaskMode, Segmenter
 from maskmatch_scale.models.units import visible_count, visible_pixel_mask
 from maskmatch_scale.recipe import MaskRecipe, MethodRecipe
 from maskmatch_scale.recipe.bases import has_unlabelled_loss
@@ -109,6 +110,8 @@ class MaskMatch(nn.Module):
         self.threshold: Any = for_all if threshold is None else threshold
         self.batchnorm_frozen = batchnorm_frozen
         self.neighbour = neighbour
+        self.graphs: GraphedViews | None = None
+        """Runs the student on views that are not perturbed in place of its own forward."""
         self.base = build_base(recipe.base)
         self.strong_views = strong_views_of(recipe)
         self.colours = Colours()
@@ -202,7 +205,7 @@ class MaskMatch(nn.Module):
             The loss to call backward on (scalar), and the part's sum over pixels, detached: float32 scalars.
         """
         if part == "loss_x":
-            logits = self.segmenter(self.normalise(step.labelled_images))
+            logits = self._logits(self.normalise(step.labelled_images))
             total = cross_entropy_sum(logits, step.labels, step.labelled_pixels, self.class_weight)
         else:
             assert pseudo is not None
@@ -222,15 +225,20 @@ class MaskMatch(nn.Module):
             return [torch.cat(parts) for parts in zip(*perturbed, strict=True)]
 
         images = self.normalise(torch.cat([view.images for view in step.views]))
-        logits = self.segmenter(images, perturb=perturb if self.base.perturbs_features else None)
+        logits = self.segmenter(images, perturb=perturb) if self.base.perturbs_features else self._logits(images)
         return self.base.loss_sum(logits.split(sizes), step.views, pseudo)
+
+    def _logits(self, images: Tensor, visible: Tensor | None = None, mode: MaskMode = "drop") -> Tensor:
+        """The student on normalised images, see `Segmenter.forward`."""
+        logits: Tensor = (self.graphs or self.segmenter)(images, visible, mode)
+        return logits
 
     def _masked_loss_sum(self, step: Step, pseudo: PseudoLabels) -> Tensor:
         """Σ over ω ∩ R of 1[c ≥ τ] CE(S(u_m, visible = V), ŷ)."""
         masked = step.masked
         assert masked is not None
         target = pseudo.mixed(masked.view.cutmix)
-        logits = self.segmenter(self.normalise(masked.view.images), masked.visible, self.recipe.mask.mode)
+        logits = self._logits(self.normalise(masked.view.images), masked.visible, self.recipe.mask.mode)
         return cross_entropy_sum(logits, target.labels, target.confident & masked.counted)
 
 

@@ -213,6 +213,7 @@ class Family(ABC):
         layer_title: what `optim.freeze` counts, in the plural.
         compiles_blocks: whether its encoders have `compile_blocks`.
         numbers_layers: whether its encoders have `layer_ids`.
+        captured_whole: whether a CUDA graph of a pass in training has all that the pass does; not so if the host draws.
     """
 
     prefix: ClassVar[str]
@@ -223,6 +224,7 @@ class Family(ABC):
     layer_title: ClassVar[str] = "layers"
     compiles_blocks: ClassVar[bool] = False
     numbers_layers: ClassVar[bool] = False
+    captured_whole: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, wanted: Wanted) -> Backbone:

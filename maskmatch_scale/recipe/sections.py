@@ -161,6 +161,10 @@ class EngineRecipe(Section):
     gradients, less memory, one more forward pass of the blocks."""
     compile: bool = False
     """Compile the backbone's blocks with torch.compile, those of student and teacher (ZeRO-0 to 2)."""
+    # Decision: docs/decisions/0063-views-as-cuda-graphs.md.
+    cuda_graphs: bool = False
+    """Record each view's forward and backward pass once as CUDA graphs and replay them, so that a step is not slowed by
+    launching its operations. For a ViT under `engine.library: accelerate` with `engine.accumulation` 1, on a GPU."""
     deepspeed_json: str | None = None
     """JSON file with further DeepSpeed settings: ZeRO++, buckets, communication. Settings that the recipe has too must
     agree with it."""

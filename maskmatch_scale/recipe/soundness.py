@@ -99,6 +99,22 @@ def unsound(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "switch one off",
     )
 
+    yield (
+        engine.cuda_graphs and not accelerate,
+        f"engine.cuda_graphs=true with engine.library={engine.library}: not tried with DeepSpeed's hooks; use "
+        "engine.library=accelerate and engine.zero_stage=0",
+    )
+    yield (
+        engine.cuda_graphs and engine.accumulation > 1,
+        f"engine.cuda_graphs=true with engine.accumulation={engine.accumulation}: a graph's gradients lie in memory "
+        "that the next micro-batch overwrites; use engine.accumulation=1",
+    )
+    yield (
+        engine.cuda_graphs and (engine.compile or engine.activation_checkpointing),
+        "engine.cuda_graphs=true with engine.compile or engine.activation_checkpointing: no test shows that they are "
+        "right together; switch one off",
+    )
+
 
 def _unsound_without_labels(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     none, method = recipe.data.labelled_count == 0, recipe.method

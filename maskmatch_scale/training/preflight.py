@@ -33,6 +33,7 @@ from maskmatch_scale.extras import require
 from maskmatch_scale.method.maskmatch import uses_unlabelled, view_draws
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.families import check_capabilities
+from maskmatch_scale.models.heads import SegformerHead
 from maskmatch_scale.models.units import visible_count
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.recipe.by_class import thresholds_by_class, weights_by_class
@@ -97,6 +98,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     student = build_student(recipe, describe_data(recipe, index), deferred=recipe.engine.zero_stage == 3)
     freeze(recipe, student)
     check_model(recipe, student)
+    check_graphs(recipe, student)
     has_batchnorm = any(isinstance(module, _BatchNorm) for module in student.modules())
     precision, reason = choose_precision(recipe, batchnorm=has_batchnorm)
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": precision})})
@@ -142,6 +144,23 @@ def check_backbone(recipe: Recipe) -> None:
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def check_graphs(recipe: Recipe, student: Segmenter) -> None:
+    """Refuse `engine.cuda_graphs` where there is no GPU, and for models that a graph would run wrongly.
+
+    Raises:
+        UserError: names the key and what to do.
+    """
+    if not recipe.engine.cuda_graphs:
+        return
+    wrong = None
+    if not torch.cuda.is_available():
+        wrong = "there is no GPU here"
+    elif not student.family.captured_whole or isinstance(student.head, SegformerHead):
+        wrong = "dropout of a SegFormer and of its head draws seeds on the host, which a graph would repeat"
+    if wrong:
+        raise UserError(f"engine.cuda_graphs=true: {wrong}; set engine.cuda_graphs=false")
 
 
 def check_trackers(recipe: Recipe) -> None:

@@ -28,6 +28,7 @@ from maskmatch_scale.method.views import Neighbour
 from maskmatch_scale.method.work import Work, step_work
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.batchnorm import synchronise_batchnorm
+from maskmatch_scale.models.graphed import GraphedViews
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.recipe.by_class import thresholds_by_class, weights_by_class
 from maskmatch_scale.record.metrics import MetricsLog
@@ -177,6 +178,8 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
         batchnorm_frozen=recipe.model.batchnorm == "frozen",
         neighbour=Neighbour(runtime.rank % 2 == 0, runtime.of_neighbour) if runtime.world_size > 1 else None,
     )
+    if recipe.engine.cuda_graphs:
+        maskmatch.graphs = GraphedViews(student)
     engine = build_engine(maskmatch, student, recipe, runtime)
     teacher = build_teacher(average, engine)
     resumed = _restore(checked.checkpoint, engine, teacher) if checked.checkpoint else {}

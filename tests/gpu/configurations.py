@@ -35,13 +35,15 @@ def configurations():
         found[f"{family}-1-fp32"] = family, {"zero_stage": 1, "precision": "fp32"}
         engine = {"library": "accelerate", "zero_stage": 0, "precision": "autocast-bf16"}
         found[f"{family}-accelerate"] = family, engine
+    found["vit-graphs"] = "vit", engine | {"cuda_graphs": True}
     return found
 
 
 CONFIGURATIONS = configurations()
 RESUMED = ("vit-1-bf16", "vit-3-bf16", "segformer-2-autocast-bf16")
-WATCHED = tuple(
-    f"{family}-{kind}" for family in FAMILIES for kind in ("accelerate", "1-autocast-bf16", "3-autocast-bf16")
+WATCHED = (
+    *(f"{family}-{kind}" for family in FAMILIES for kind in ("accelerate", "1-autocast-bf16", "3-autocast-bf16")),
+    "vit-graphs",
 )
 """In further runs of these every wait of the host within a step is an error (`waiting.py`)."""
 HANDED_ON = ("vit-1-bf16", "segformer-1-autocast-bf16")

@@ -4,6 +4,8 @@ import pytest
 
 from maskmatch_scale.recipe import RecipeError, load_recipe
 
+GRAPHS = ("engine.cuda_graphs=true", "engine.library=accelerate", "engine.zero_stage=0")
+
 
 @pytest.fixture
 def path(tmp_path):
@@ -78,6 +80,9 @@ ACCELERATE = "engine.library=accelerate"
         (["engine.zero_stage=2", "engine.offload_parameters=true"], ["engine.offload_parameters", "zero_stage=3"]),
         (["engine.zero_stage=3", "engine.compile=true"], ["engine.compile", "engine.zero_stage=2"]),
         (["engine.compile=true", "engine.activation_checkpointing=true"], ["engine.activation_checkpointing"]),
+        (["engine.cuda_graphs=true"], ["engine.library=accelerate"]),
+        ([*GRAPHS, "engine.accumulation=2"], ["engine.accumulation=1"]),
+        ([*GRAPHS, "engine.compile=true"], ["engine.compile"]),
     ],
 )
 def test_combinations_that_train_wrongly_are_refused(path, overrides, parts):

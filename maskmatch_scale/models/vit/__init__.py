@@ -19,6 +19,7 @@ class VitFamily(Family):
     layer_title = "blocks"
     compiles_blocks = True
     numbers_layers = True
+    captured_whole = True
 
     def build(self, wanted: Wanted) -> Backbone:
         """Let timm create the model, including its weights."""
