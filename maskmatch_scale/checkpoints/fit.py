@@ -69,8 +69,8 @@ def check_fit(checkpoint: Checkpoint, model: Mapping[str, Any], shapes: Mapping[
         name, more = wrong[0], f" (and {len(wrong) - 1} more tensors differ)" if len(wrong) > 1 else ""
         raise CheckpointError(
             f"{folder}: it has another model: {name} {_shape(stored.get(name))}, in this run {_shape(shapes.get(name))}"
-            f"{more}; compare model.backbone_options (img_size gives a position embedding its shape), model.unit_px "
-            f"and method.mask; {remedy}"
+            f"{more}; compare model.backbone_options (img_size gives a position embedding its shape), model.unit_px, "
+            f"method.mask and method.strong_view.keep; {remedy}"
         )
 
 

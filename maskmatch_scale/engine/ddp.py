@@ -170,11 +170,11 @@ def _leaves_unused(student: nn.Module, recipe: Recipe) -> bool:
     """Whether some step gives the context decoder no gradients, because nothing is masked in it."""
     if getattr(student, "context", None) is None:
         return False
-    if recipe.burn_in_steps > 0 or recipe.method.mask.keep is None:
+    if recipe.burn_in_steps > 0 or not recipe.method.dropped:
         return True
     assert isinstance(student, Segmenter)
-    rows, cols = student.unit_grid(*recipe.data.crop_px)
-    return visible_count((rows, cols), recipe.method.mask.keep) == rows * cols
+    rows, cols = grid = student.unit_grid(*recipe.data.crop_px)
+    return all(visible_count(grid, keep) == rows * cols for keep in recipe.method.dropped.values())
 
 
 def accelerator_of(runtime: Runtime, *, find_unused: bool = False) -> Accelerator:

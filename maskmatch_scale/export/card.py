@@ -123,6 +123,10 @@ def _training(method: str, recipe: Recipe, data: RunData, state: Mapping[str, An
     ]  # fmt: skip
     if mask.keep is not None:
         lines.append(f"- Masked view: {mask.keep:.0%} of the units visible, mode `{mask.mode}`.")
+    if recipe.method.base_keep is not None:
+        lines.append(
+            f"- Views of the base: {recipe.method.base_keep:.0%} of the units visible, the others not computed."
+        )
     return "\n".join(lines)
 
 

@@ -38,8 +38,10 @@ class ViewDraws:
         seed: of the run.
         strong_views: how many the base asks for.
         size_px: (h, w) of the images.
-        grid: (rows, cols) of units; None: no view is masked.
-        visible: units that stay visible in the masked view.
+        grid: (rows, cols) of units; None: no units are drawn.
+        visible: units that stay visible in the masked view; 0: there is none.
+        base_views: how many views of the base the student sees in part; 0: it sees them whole.
+        base_visible: units that stay visible in each of these.
     """
 
     recipe: StrongViewRecipe
@@ -48,11 +50,13 @@ class ViewDraws:
     size_px: tuple[int, int]
     grid: Grid | None
     visible: int
+    base_views: int = 0
+    base_visible: int = 0
 
     @property
     def width(self) -> int:
         """Numbers for each image."""
-        return self.strong_views * _A_VIEW + self.visible
+        return self.strong_views * _A_VIEW + self.visible + self.base_views * self.base_visible
 
     def __call__(self, positions: Sequence[int]) -> Tensor:
         """Draw for images.
@@ -69,11 +73,18 @@ class ViewDraws:
             for view in range(self.strong_views):
                 numbers += self._photometric(generator(self.seed, _purpose("strong view", view), position))
                 numbers += self._box(generator(self.seed, _purpose("cutmix", view), position))
-            row[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
-            if self.grid is not None:
-                drawn = sample_visible(1, self.grid, self.visible, generator(self.seed, "mask", position))
-                row[len(numbers) :] = drawn[0]
+            parts = [torch.tensor(numbers, dtype=torch.float64)]
+            if self.visible:
+                parts.append(self._units(self.visible, "mask", position))
+            for view in range(self.base_views):
+                parts.append(self._units(self.base_visible, _purpose("strong mask", view), position))
+            torch.cat(parts, out=row)
         return rows
+
+    def _units(self, visible: int, purpose: str, position: int) -> Tensor:
+        """Visible units of one image: float64 (visible,)."""
+        assert self.grid is not None
+        return sample_visible(1, self.grid, visible, generator(self.seed, purpose, position))[0].double()
 
     def _photometric(self, source: torch.Generator) -> list[float]:
         # Every number is drawn, also where it is not used, so that switching one operation off changes no draw of
@@ -114,7 +125,9 @@ class Drawn:
     rows: Tensor
     """float64 (U, width), as :class:`ViewDraws` made them."""
     strong_views: int
-    """Of the `ViewDraws`."""
+    """Of the `ViewDraws`, like the following."""
+    base_views: int = 0
+    base_visible: int = 0
 
     def photometric(self, view: int) -> dict[str, Tensor]:
         """Numbers of a strong view by the names in `PHOTOMETRIC`: float64 (U,) each."""
@@ -129,9 +142,19 @@ class Drawn:
     @property
     def visible(self) -> Tensor:
         """Visible units of the masked view: int64 (U, k), sorted."""
-        return self.rows[:, self.strong_views * _A_VIEW :].long()
+        return self.rows[:, self.strong_views * _A_VIEW : self._base_start].long()
+
+    @property
+    def visible_of_base(self) -> Tensor:
+        """Visible units of the base's views, one view after the other: int64 (base_views · U, base_visible), sorted."""
+        units = self.rows[:, self._base_start :].long()
+        return units.view(-1, self.base_views, self.base_visible).transpose(0, 1).flatten(0, 1)
+
+    @property
+    def _base_start(self) -> int:
+        return self.rows.shape[1] - self.base_views * self.base_visible
 
 
 def _purpose(what: str, view: int) -> str:
-    """What the numbers of a strong view are drawn for: each view has a purpose of its own."""
+    """What the numbers of a view are drawn for: each view has a purpose of its own."""
     return what if view == 0 else f"{what} {view}"

@@ -24,7 +24,7 @@ from maskmatch_scale.method.pseudo_labels import multi_scale_pseudo_labels
 from maskmatch_scale.method.views import Colours, Neighbour, Unlabelled, View
 from maskmatch_scale.models.graphed import GraphedViews
 from maskmatch_scale.models.segmenter import MaskMode, Segmenter
-from maskmatch_scale.models.units import visible_count, visible_pixel_mask
+from maskmatch_scale.models.units import stack_units, unstack_units, visible_count, visible_pixel_mask
 from maskmatch_scale.recipe import MaskRecipe, MethodRecipe
 from maskmatch_scale.recipe.bases import has_unlabelled_loss
 
@@ -56,16 +56,22 @@ class Step:
     unlabelled: Unlabelled | None
     """None during burn-in and in runs without a loss on unlabelled images."""
     views: tuple[View, ...]
+    """Of the base."""
+    visible: Tensor | None
+    """int64 (views · U, k): visible units of `views`, one view after the other; None: the student sees them whole."""
     masked: MaskedView | None
+    guessed: frozenset[str]
+    """Those of `PARTS` for which features of masked units are guessed by the context decoder."""
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The losses that are taken, one forward pass each. The last one reaches every parameter that any reaches.
 
-        (Only the masked view uses the context decoder.)
+        (Not all of them use the context decoder.)
         """
         there = (len(self.labelled_images) > 0, bool(self.views), self.masked is not None)
-        return tuple(part for part, is_there in zip(PARTS, there, strict=True) if is_there)
+        parts = (part for part, is_there in zip(PARTS, there, strict=True) if is_there)
+        return tuple(sorted(parts, key=lambda part: part in self.guessed))
 
 
 class MaskMatch(nn.Module):
@@ -138,22 +144,29 @@ class MaskMatch(nn.Module):
         """Draw every view of a micro-batch, on its device. Without unlabelled images (burn-in) there are no views."""
         unlabelled, masked = None, None
         views: tuple[View, ...] = ()
+        visible, guessed = None, frozenset[str]()
         if uses_unlabelled(self.recipe) and batch.unlabelled_positions:
             weak = View(batch.unlabelled_images / 255, batch.unlabelled_valid, None)
+            size_px = (weak.images.shape[-2], weak.images.shape[-1])
+            base_views, base_visible = _seen_in_part(self.segmenter, self.recipe, size_px)
             unlabelled = Unlabelled(
                 weak,
                 batch.unlabelled_positions,
-                Drawn(batch.draws, self.strong_views),
+                Drawn(batch.draws, self.strong_views, base_views, base_visible),
                 self.recipe.strong_view,
                 self.seed,
                 self.colours,
                 self.neighbour,
             )
             views = self.base.views(unlabelled)
+            if base_views:
+                visible = unlabelled.drawn.visible_of_base
+            guessed = _guessing_losses(self.segmenter, self.recipe, size_px)
             if self.recipe.mask.keep is not None:
                 masked = self._masked_view(unlabelled, self.recipe.mask)
         labels = batch.labels.long()
-        return Step(batch.labelled_images / 255, labels, labels != self.ignore_index, unlabelled, views, masked)
+        images, pixels = batch.labelled_images / 255, labels != self.ignore_index
+        return Step(images, labels, pixels, unlabelled, views, visible, masked, guessed)
 
     def _masked_view(self, unlabelled: Unlabelled, recipe: MaskRecipe) -> MaskedView:
         view = unlabelled.weak if recipe.view == "weak" else unlabelled.strong_view(0)
@@ -215,17 +228,22 @@ class MaskMatch(nn.Module):
 
     def _unlabelled_loss_sum(self, step: Step, pseudo: PseudoLabels) -> Tensor:
         """The base's loss. Its views run in one forward pass: they have one shape, and the loss may compare them."""
-        unlabelled = step.unlabelled
+        unlabelled, visible = step.unlabelled, step.visible
         assert unlabelled is not None
         sizes = [len(view.images) for view in step.views]
 
         def perturb(features: list[Tensor]) -> list[Tensor]:
-            views = zip(*(torch.split(level, sizes) for level in features), strict=True)
+            maps = features if visible is None else [stack_units(level) for level in features]
+            views = zip(*(torch.split(level, sizes) for level in maps), strict=True)
             perturbed = self.base.perturb([list(levels) for levels in views], unlabelled)
-            return [torch.cat(parts) for parts in zip(*perturbed, strict=True)]
+            maps = [torch.cat(parts) for parts in zip(*perturbed, strict=True)]
+            return maps if visible is None else [unstack_units(level) for level in maps]
 
         images = self.normalise(torch.cat([view.images for view in step.views]))
-        logits = self.segmenter(images, perturb=perturb) if self.base.perturbs_features else self._logits(images)
+        if self.base.perturbs_features:
+            logits: Tensor = self.segmenter(images, visible, perturb=perturb)
+        else:
+            logits = self._logits(images, visible)
         return self.base.loss_sum(logits.split(sizes), step.views, pseudo)
 
     def _logits(self, images: Tensor, visible: Tensor | None = None, mode: MaskMode = "drop") -> Tensor:
@@ -252,10 +270,26 @@ def view_draws(segmenter: Segmenter, recipe: MethodRecipe, seed: int, size_px: S
         size_px: (h, w) of the images.
     """
     height, width = size_px
-    keep = recipe.mask.keep
-    grid = segmenter.unit_grid(height, width) if keep is not None else None
+    keep, base = recipe.mask.keep, _seen_in_part(segmenter, recipe, size_px)
+    grid = segmenter.unit_grid(height, width) if keep is not None or base[0] else None
     visible = visible_count(grid, keep) if grid is not None and keep is not None else 0
-    return ViewDraws(recipe.strong_view, seed, strong_views_of(recipe), (height, width), grid, visible)
+    return ViewDraws(recipe.strong_view, seed, strong_views_of(recipe), (height, width), grid, visible, *base)
+
+
+def _seen_in_part(segmenter: Segmenter, recipe: MethodRecipe, size_px: Sequence[int]) -> tuple[int, int]:
+    """How many views of the base the student sees in part, and how many units of each; (0, 0): it sees them whole."""
+    if recipe.base_keep is None:
+        return 0, 0
+    base = base_class(recipe.base)
+    return base.strong_views + base.weak_views, visible_count(segmenter.unit_grid(*size_px), recipe.base_keep)
+
+
+def _guessing_losses(segmenter: Segmenter, recipe: MethodRecipe, size_px: Sequence[int]) -> frozenset[str]:
+    """Those of `PARTS` for which features of masked units are guessed: nothing else uses the context decoder."""
+    if not recipe.dropped:
+        return frozenset()
+    rows, cols = grid = segmenter.unit_grid(*size_px)
+    return frozenset(loss for loss, keep in recipe.dropped.items() if visible_count(grid, keep) < rows * cols)
 
 
 def strong_views_of(recipe: MethodRecipe) -> int:

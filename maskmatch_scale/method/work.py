@@ -37,7 +37,7 @@ def step_work(
 ) -> Work:
     """The work of one step: forward and backward of the student on all views, forward of the teacher at all scales.
 
-    A base counts as many views as it has strong ones. Nothing is counted for recomputing activations.
+    Nothing is counted for recomputing activations.
 
     Args:
         segmenter: the student, whole: shapes of its weights are read (on the meta device too).
@@ -49,12 +49,11 @@ def step_work(
     work = _trained(segmenter, size_px, labelled)
     if not unlabelled:
         return work
-    work += _trained(segmenter, size_px, base_class(recipe.base).strong_views * unlabelled)
+    base = base_class(recipe.base)
+    visible = {loss: visible_count(segmenter.unit_grid(*size_px), keep) for loss, keep in recipe.dropped.items()}
+    work += _trained(segmenter, size_px, (base.strong_views + base.weak_views) * unlabelled, visible.get("loss_u"))
     if recipe.mask.keep is not None:
-        visible = None
-        if recipe.mask.mode == "drop":
-            visible = visible_count(segmenter.unit_grid(*size_px), recipe.mask.keep)
-        work += _trained(segmenter, size_px, unlabelled, visible)
+        work += _trained(segmenter, size_px, unlabelled, visible.get("loss_m"))
     sizes = [resized_px(size_px, scale, segmenter.patch_px) for scale in recipe.scales]
     return work + Work(flops=2 * unlabelled * sum(encoder_macs(segmenter, *size) for size in sizes))
 

@@ -158,6 +158,17 @@ def merge_units(tokens: Tensor, visible: Tensor, others: Tensor | None, grid: Gr
     return tiles.reshape(batch, rows * r, cols * r, channels).permute(0, 3, 1, 2)
 
 
+def stack_units(tokens: Tensor) -> Tensor:
+    """Unit tokens (B, k, r, r, C) as maps (B, C, k · r, r): the units one below the other."""
+    return tokens.flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def unstack_units(maps: Tensor) -> Tensor:
+    """The inverse of `stack_units`: maps (B, C, k · r, r) to unit tokens (B, k, r, r, C)."""
+    batch, channels, _, r = maps.shape
+    return maps.permute(0, 2, 3, 1).reshape(batch, -1, r, r, channels)
+
+
 def unit_slots(visible: Tensor, grid: Grid, fill: int) -> Tensor:
     """Place of every unit in its image's row of `visible`: int64 (B, rows, cols), `fill` at masked units."""
     batch, k = visible.shape

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from maskmatch_scale.recipe.bases import BASES
+from maskmatch_scale.recipe.bases import BASES, has_unlabelled_loss
 from maskmatch_scale.recipe.by_class import DEFAULT_THRESHOLD, check_thresholds, check_weights
 from maskmatch_scale.recipe.section import Section
 from maskmatch_scale.recipe.tables import OneOf
@@ -54,6 +54,10 @@ class StrongViewRecipe(Section):
     """CutMix: share of images that get a box of their neighbour in the global batch."""
     cutmix_area: ScaleRange = (0.02, 0.4)
     """CutMix: range of the box's area, as a share of the image."""
+    keep: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of units that the student sees of each of the base's views. The others are not computed; the loss is taken
+    on all pixels all the same, with features of masked units from the context decoder. BatchNorm's running statistics
+    then come from labelled images alone. null = whole views. A masked view (`method.mask`) has units of its own."""
 
 
 class MethodRecipe(Section):
@@ -87,6 +91,17 @@ class MethodRecipe(Section):
     samples)^-1/2, scaled to mean 1 over pixels. A mapping of class names: these weights, ≥ 0, and 1 for classes that
     are not named. The loss is divided by the sum of the weights of its pixels, so only their ratios matter."""
     strong_view: StrongViewRecipe = StrongViewRecipe()
+
+    @property
+    def base_keep(self) -> float | None:
+        """`strong_view.keep`; None for a base that has no views."""
+        return self.strong_view.keep if has_unlabelled_loss(self.base) else None
+
+    @property
+    def dropped(self) -> dict[str, float]:
+        """Losses on views whose masked units are not computed, and the share of units that the student sees of them."""
+        keeps = {"loss_u": self.base_keep, "loss_m": self.mask.keep if self.mask.mode == "drop" else None}
+        return {loss: keep for loss, keep in keeps.items() if keep is not None}
 
 
 class OptimRecipe(Section):

@@ -57,7 +57,7 @@ def build_student(
             head=model.head,
             pretrained=start if pretrained else None,
             unit_px=model.unit_px,
-            context=recipe.method.mask.keep is not None and recipe.method.mask.mode == "drop",
+            context=bool(recipe.method.dropped),
             checkpoint_activations=recipe.engine.activation_checkpointing,
             backbone_options=model.backbone_options,
         )

@@ -194,8 +194,9 @@ def check_model(recipe: Recipe, student: Segmenter) -> None:
         UserError: names the key and the sizes that fit.
     """
     try:
-        if recipe.method.mask.keep is not None:
-            visible_count(student.unit_grid(*recipe.data.crop_px), recipe.method.mask.keep)
+        for keep in (recipe.method.mask.keep, recipe.method.base_keep):
+            if keep is not None:
+                visible_count(student.unit_grid(*recipe.data.crop_px), keep)
         student.check_size(*recipe.data.crop_px)
     except ValueError as error:
         raise UserError(f"data.crop_px={list(recipe.data.crop_px)}: {error}") from None

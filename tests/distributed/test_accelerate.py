@@ -22,6 +22,8 @@ CONFIGURATIONS = {
     "vit": {"model": VIT},
     # In burn-in the context decoder has no gradients, on either micro-batch.
     "vit-accumulation": {"model": VIT, "method": BURN_IN, "engine": {"accumulation": 2}},
+    # The context decoder is used by the base's view alone.
+    "vit-dropped": {"model": VIT, "method": {"mask": {"keep": None}, "strong_view": {"keep": 0.5}}},
     # DDP waits for the gradients of what is trained alone.
     "vit-freeze": {"model": VIT, "optim": {"freeze": 1}},
     # Collectives of BatchNorm within a backward that sends gradients.

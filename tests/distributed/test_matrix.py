@@ -76,6 +76,9 @@ def _matrix():
     for family, stage, freeze in (("vit", 1, 1), ("vit", 3, 1), ("vit", 3, "backbone"), ("segformer", 3, 2)):
         name = f"{family}-{stage}-freeze-{freeze}"
         found[name] = family, {"engine": {"zero_stage": stage}, "optim": {"freeze": freeze}}
+    # Only the base's view uses the context decoder, so it must come first.
+    dropped = {"mask": {"keep": 0.5, "mode": "zero"}, "strong_view": {"keep": 0.5}}
+    found["vit-3-dropped-strong-view"] = "vit", {"engine": {"zero_stage": 3}, "method": dropped}
     found["segformer-3-frozen"] = "segformer", {"engine": {"zero_stage": 3}, "model": {"batchnorm": "frozen"}}
     return found
 

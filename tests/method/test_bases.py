@@ -20,6 +20,7 @@ from maskmatch_scale.method.losses import cross_entropy_sum
 from maskmatch_scale.method.maskmatch import MaskMatch, uses_unlabelled, view_draws
 from maskmatch_scale.method.views import Colours, Unlabelled, View
 from maskmatch_scale.models import build_segmenter
+from maskmatch_scale.models.units import Grid, sample_visible
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.recipe.bases import BASES, BaseInfo
 from maskmatch_scale.record.summary import summarise
@@ -36,6 +37,9 @@ MODELS = {
 
 class Weak(Base):
     """The pseudo-label as the target of the weak view itself."""
+
+    strong_views = 0
+    weak_views = 1
 
     def views(self, unlabelled: Unlabelled) -> tuple[View, ...]:
         return (unlabelled.weak,)
@@ -75,6 +79,12 @@ def kept(level: Tensor, number: int, unlabelled: Unlabelled) -> Tensor:
     return (torch.stack(draws) > 0.5)[..., None, None].to(level) * 2
 
 
+def units_by_hand(grid: Grid, purpose: str, unlabelled: Unlabelled) -> Tensor:
+    """Half of four units: int64 (U, 2)."""
+    draws = [generator(unlabelled.seed, f"strong mask{purpose}", position) for position in unlabelled.positions]
+    return torch.cat([sample_visible(1, grid, 2, draw) for draw in draws])
+
+
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """`weak` and `feature_dropout` are names of bases."""
@@ -108,11 +118,15 @@ def test_a_new_base_gives_the_loss_that_it_says(make_recipe: Callable[..., Recip
     torch.testing.assert_close(sums[1], expected.detach().to(sums.dtype), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("keep", [None, 0.5])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_base_perturbs_features_of_the_views_it_names(
-    make_recipe: Callable[..., Recipe], registered: None, model: str
+    make_recipe: Callable[..., Recipe], registered: None, model: str, keep: float | None
 ):
-    recipe = make_recipe(method={"base": "feature_dropout", "scales": [1.0], "threshold": 0.3})
+    strong_view = {"keep": keep}
+    recipe = make_recipe(
+        method={"base": "feature_dropout", "scales": [1.0], "threshold": 0.3, "strong_view": strong_view}
+    )
     module = one_step(recipe, model)
     calls: list[int] = []
     module.segmenter.head.register_forward_pre_hook(lambda head, inputs: calls.append(len(inputs[0][0])))
@@ -128,13 +142,21 @@ def test_a_base_perturbs_features_of_the_views_it_names(
     s, unlabelled = module.segmenter, step.unlabelled
     images = [module.normalise(view.images) for view in step.views]
     labelled = s(module.normalise(step.labelled_images))
-    features = [level * kept(level, n, unlabelled) for n, level in enumerate(s.encode(images[1]))]
-    logits = [s(images[0]), s.decode(features, (64, 64))]
+    visible: Sequence[Tensor | None] = [None, None]
+    if keep is not None:
+        visible = [units_by_hand(s.unit_grid(64, 64), purpose, unlabelled) for purpose in ("", " 1")]
+    features = s.encode(images[1], visible[1])
+    if keep is None:
+        features = [level * kept(level, n, unlabelled) for n, level in enumerate(features)]
+    else:  # unit tokens (U, k, r, r, C)
+        channels = [kept(level[:, 0, 0].mT, n, unlabelled).view(2, 1, 1, 1, -1) for n, level in enumerate(features)]
+        features = [level * factor for level, factor in zip(features, channels, strict=True)]
+    logits = [s(images[0], visible[0]), s.decode(features, (64, 64), visible[1])]
     expected = module.base.loss_sum(logits, step.views, pseudo)
     torch.testing.assert_close(sums[1], expected.detach().to(sums.dtype), rtol=1e-9, atol=0)
     expected = cross_entropy_sum(labelled, step.labels, step.labelled_pixels)
     torch.testing.assert_close(sums[0], expected.detach().to(sums.dtype), rtol=1e-9, atol=0)
-    plain = module.base.loss_sum([logits[0], s(images[1])], step.views, pseudo)
+    plain = module.base.loss_sum([logits[0], s(images[1], visible[1])], step.views, pseudo)
     assert not plain.detach().to(sums.dtype).isclose(sums[1], rtol=1e-6)
 
 
@@ -156,5 +178,6 @@ def test_the_table_says_of_every_base_what_it_does(name: str):
     recipe = Recipe.model_fields["method"].default.strong_view
     draws = ViewDraws(recipe, 0, base.strong_views, (8, 8), None, 0)
     views = base.views(Unlabelled(weak, [0], Drawn(draws([0]), base.strong_views), recipe, 0, Colours()))
-    assert bool(views) == bool(base.strong_views) == BASES[name].unlabelled_loss
+    assert len(views) == base.strong_views + base.weak_views
+    assert bool(views) == BASES[name].unlabelled_loss
     assert base.perturbs_features == (type(base).perturb is not Base.perturb)

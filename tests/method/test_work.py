@@ -44,8 +44,10 @@ class Calls(Callback):
         {"mask": {"keep": 0.4, "mode": "zero"}},
         {"base": "supervised"},
         {"base": "supervised", "mask": {"keep": None}},
+        {"strong_view": {"keep": 0.75}},
+        {"strong_view": {"keep": 0.75}, "mask": {"keep": None}},
     ],
-    ids=["burn-in", "zero", "mask-alone", "supervised"],
+    ids=["burn-in", "zero", "mask-alone", "supervised", "dropped", "dropped-alone"],
 )
 def test_calls_of_a_run(make_recipe, monkeypatch, model, method):
     plain = Segmenter.encode

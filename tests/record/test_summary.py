@@ -73,6 +73,13 @@ def test_labels_tell_runs_of_one_method_apart(write_run, tmp_path):
     assert method_labels(runs) == ["MaskMatch (one scale, drop)", "MaskMatch (2 scales, zero)", "FixMatch"]
 
 
+def test_labels_tell_how_much_of_the_bases_views_is_seen(write_run, tmp_path):
+    strong = [{}, {"strong_view": {"keep": 0.5}}]
+    runs = [summarise(write_run(tmp_path / str(n), method=FIXMATCH | view)) for n, view in enumerate(strong)]
+    assert method_labels(runs) == ["FixMatch (whole views)", "FixMatch (views at keep 0.5)"]
+    assert method_labels(runs[1:]) == ["FixMatch"]
+
+
 def test_killed_and_resumed_run(write_run, tmp_path):
     """Half a line, on which the resumed run goes on; then steps again: the later records are the run's."""
     run = write_run(tmp_path / "run", method=FIXMATCH, steps=20, closed=False)

@@ -112,7 +112,7 @@ def one_step(recipe, family, head, arithmetic):
 def test_a_step_never_waits_for_the_device(make_recipe, family, head, precision):
     if family == "vit" and head == "segformer":
         pytest.skip("fuses levels of several resolutions, which a ViT has not")
-    strong = {"noise": 0.1, "hue": 0.2, "blur_probability": 0.5, "cutmix_probability": 0.5}
+    strong = {"noise": 0.1, "hue": 0.2, "blur_probability": 0.5, "cutmix_probability": 0.5, "keep": 0.5}
     recipe = make_recipe(
         method={"scales": [0.5, 1.0, 1.5], "mask": {"keep": 0.5}, "strong_view": strong}, engine={"micro_batch": 3}
     )

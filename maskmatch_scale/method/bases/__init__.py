@@ -46,6 +46,8 @@ class Base(ABC):
 
     strong_views: ClassVar[int] = 1
     """How many strong views :meth:`views` asks for: so many are drawn for every image."""
+    weak_views: ClassVar[int] = 0
+    """How many times :meth:`views` returns the weak view."""
     perturbs_features: ClassVar[bool] = False
     """Whether :meth:`perturb` is called."""
 
@@ -61,7 +63,9 @@ class Base(ABC):
         """Change the student's features of the views, between its backbone and its head.
 
         Args:
-            features: for each view, in the order of :meth:`views`, one (U, C, h', w') a level, finest first.
+            features: for each view, in the order of :meth:`views`, one (U, C, h', w') a level, finest first. Of views
+                that the student sees in part (`method.strong_view.keep`) the visible units one below the other,
+                (U, C, k · r, r) for k units of r × r tokens: other units in each view and image.
             unlabelled: its ``seed`` and ``positions`` are what random numbers should be drawn from (`seeds.generator`).
 
         Returns:
