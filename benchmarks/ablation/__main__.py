@@ -1,6 +1,6 @@
-"""Runs a grid of arms × draws of labels, and writes JSON, Markdown and a plot.
+r"""Runs a grid of arms × draws of labels, and writes JSON, Markdown and a plot.
 
-    python -m benchmarks.ablation --task camvid --data SHARDS --weights VIT_S.pt --arms supervised fixmatch maskmatch \\
+    python -m benchmarks.ablation --task camvid --data SHARDS --weights VIT_S.pt --arms supervised fixmatch maskmatch \
         --draws 0 1 2 3 4 --steps 1500 --jobs 2 --device cpu --work FOLDER --out benchmarks/results/ablation_camvid.json
 
 Each cell of the grid is a process with one thread. What has finished is kept in --work: the same command goes on after
@@ -22,7 +22,7 @@ from benchmarks.ablation.equal_cost import BURN_IN_ARM, cost_of, read_costs, run
 from benchmarks.ablation.job import EQUAL_COST, EQUAL_STEPS, Job, check_same, identity_of
 from benchmarks.ablation.pool import Cell, run_cells
 from benchmarks.ablation.report import write_report
-from benchmarks.ablation.tasks import TASKS, Setting, check_streams
+from benchmarks.ablation.tasks import TASKS, setting_of
 from benchmarks.harness import check_out, describe_machine, say
 from maskmatch_scale.errors import UserError
 
@@ -54,33 +54,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def setting_of(options: argparse.Namespace) -> Setting:
-    """The task with its options, checked.
+def check_numbers(options: argparse.Namespace) -> None:
+    """Refuse numbers that must be above 0 and are not.
 
     Raises:
-        ValueError: an option is wrong.
+        UserError: names the option.
     """
-    task = TASKS[options.task]
-    for name in ("steps", "jobs", "evaluate_every", "eval_images", "minutes", "labelled"):
-        value = getattr(options, name, None)
+    for name in ("steps", "jobs", "evaluate_every", "eval_images", "minutes"):
+        value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')}: {value}; it must be above 0")
-    if task.needs_weights and options.weights is None:
-        raise UserError(f"--weights: task {options.task} starts from pretrained weights; name their file")
-    if not task.needs_weights and options.weights is not None:
-        raise UserError(f"--weights: task {options.task} starts from scratch; leave it out")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: there is no GPU here; use --device cpu")
-    check_streams(options.task, options.data)
-    return Setting(
-        options.task,
-        options.data.resolve(),
-        options.weights.resolve() if options.weights else None,
-        options.labelled or task.labelled,
-        options.steps,
-        options.device,
-        tuple(options.settings),
-    )
 
 
 def plan(options: argparse.Namespace) -> list[Cell]:
@@ -89,7 +74,8 @@ def plan(options: argparse.Namespace) -> list[Cell]:
     Raises:
         ValueError: an option is wrong, or a cell was made by other sources or with another recipe. Nothing is written.
     """
-    arms, setting = arms_of(options.arms), setting_of(options)
+    check_numbers(options)
+    arms, setting = arms_of(options.arms), setting_of(options, options.steps, options.device)
     arms_of([options.reference])
     costs = read_costs(options.cost) if options.cost else None
     steps, every = options.steps, options.evaluate_every or max(1, options.steps // 10)

@@ -128,7 +128,7 @@ def by_arm(cells: Sequence[Row]) -> dict[str, list[Row]]:
 def summary_rows(cells: Sequence[Row]) -> list[Row]:
     """One row an arm and mark: means over draws, and each draw's mIoU."""
     found = []
-    splits = [split for split in cells[0]["results"][EQUAL_STEPS]["splits"]] if cells else []
+    splits = list(cells[0]["results"][EQUAL_STEPS]["splits"])
     for mark in MARKS:
         for arm, own in by_arm(cells).items():
             at = [cell for cell in own if mark in cell["results"]]

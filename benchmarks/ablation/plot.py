@@ -33,15 +33,19 @@ def draw(
         curves: from `curves_of`.
     """
     arms = by_arm(cells)
-    colours = {arm: colormaps["tab10" if len(arms) <= 10 else "tab20"](n % 20) for n, arm in enumerate(arms)}
+    colours = {
+        arm: colormaps["tab10" if len(arms) <= 10 else "tab20"](n % (10 if len(arms) <= 10 else 20))
+        for n, arm in enumerate(arms)
+    }
     height = max(2.2, 0.9 + 0.42 * len(arms))
     figure = Figure(figsize=(13, height + 5.2), layout="constrained")
     figure.suptitle(title)
     upper, lower = figure.subfigures(2, 1, height_ratios=[height, 4.6])
     scores, *against = upper.subplots(1, 3, sharey=True, width_ratios=[1.2, 1, 1])
-    _scores(scores, arms, colours)
+    both = any(MARKS[1] in cell["results"] for cell in cells)
+    _scores(scores, arms, colours, both=both)
     for panel, baseline in zip(against, BASELINES, strict=True):
-        _against(panel, list(arms), baseline, differences, colours)
+        _against(panel, list(arms), baseline, differences, colours, both=both)
     by_steps, by_cost = lower.subplots(1, 2, sharey=True)
     _curves(by_steps, arms, curves, colours, "step", "steps")
     if all(point["cost_cpu_s"] is not None for point in curves):
@@ -55,15 +59,17 @@ def draw(
     return figure
 
 
-def _rows(count: int, mark: str) -> list[float]:
-    """Heights of the arms in a panel, the first on top; the two marks a little apart."""
-    shift = 0.14 if mark == MARKS[0] else -0.14
+def _heights(count: int, mark: str, *, both: bool) -> list[float]:
+    """Heights of the arms in a panel, the first on top; the marks, if there are both, a little apart."""
+    shift = 0.14 * both * (1 if mark == MARKS[0] else -1)
     return [count - 1 - number + shift for number in range(count)]
 
 
-def _scores(panel: Axes, arms: Mapping[str, Sequence[dict[str, Any]]], colours: Mapping[str, Any]) -> None:
+def _scores(
+    panel: Axes, arms: Mapping[str, Sequence[dict[str, Any]]], colours: Mapping[str, Any], *, both: bool
+) -> None:
     for mark in MARKS:
-        for (arm, cells), y in zip(arms.items(), _rows(len(arms), mark), strict=True):
+        for (arm, cells), y in zip(arms.items(), _heights(len(arms), mark, both=both), strict=True):
             values = [value for cell in cells if (value := value_of(cell, mark)) is not None]
             if not values:
                 continue
@@ -73,7 +79,7 @@ def _scores(panel: Axes, arms: Mapping[str, Sequence[dict[str, Any]]], colours: 
     panel.set_yticks(range(len(arms)), [cells[0]["title"] for cells in reversed(arms.values())])
     panel.set_xlabel(f"mIoU on {MAIN_SPLIT}: draws, and their mean")
     panel.grid(axis="x", alpha=0.3)
-    panel.set_title("filled: equal steps; open: equal cost", fontsize=9)
+    panel.set_title("filled: equal steps; open: equal cost" if both else "equal steps", fontsize=9)
 
 
 def _against(
@@ -82,9 +88,11 @@ def _against(
     baseline: str,
     differences: Sequence[Mapping[str, Any]],
     colours: Mapping[str, Any],
+    *,
+    both: bool,
 ) -> None:
     for mark in MARKS:
-        for arm, y in zip(arms, _rows(len(arms), mark), strict=True):
+        for arm, y in zip(arms, _heights(len(arms), mark, both=both), strict=True):
             for row in differences:
                 if (row["arm"], row["minus"], row["at"]) != (arm, baseline, mark):
                     continue
@@ -95,6 +103,7 @@ def _against(
     panel.axvline(0, color="0.4", linewidth=0.8)
     panel.grid(axis="x", alpha=0.3)
     panel.set_xlabel(f"mIoU − {baseline}'s")
+    panel.locator_params(axis="x", nbins=5)
     panel.set_title("mean of paired differences, 95 % interval", fontsize=9)
 
 
@@ -112,6 +121,7 @@ def _curves(
         for point in curves:
             if point["arm"] == arm:
                 points.setdefault(point["step"], []).append(point)
+        # Only where all draws are: else the mean would jump.
         whole = [at for _, at in sorted(points.items()) if len(at) == len(arms[arm])]
         x = [mean(point[key] for point in at) for at in whole]
         panel.plot(

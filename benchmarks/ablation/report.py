@@ -66,8 +66,9 @@ def page(
     facts = " · ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine.items() if value is not None)
     lines = [f"# {title}", "", facts, ""]
     lines += [
-        "The teacher is scored, in windows of the training crop. Means over draws; pseudo-labels are checked on training",
-        "images that the draw left without labels. `s/step` is wall time with all jobs running, `cpu-s/step` the",
+        "The teacher is scored, in windows of the training crop. Means over draws. Pseudo-labels are checked on",
+        "training images that the draw left without labels: `coverage` is the share of pixels that count, `label",
+        "accuracy` that of right ones among them. `s/step` is wall time with all jobs running, `cpu-s/step` the",
         "measured cost of a step after the burn-in, `GMACs/step` its counted multiply–adds of the backbone.",
         "",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,3 +154,22 @@ def check_streams(task: str, data: Path) -> None:
             f"--data {data}: task {task} needs the streams {', '.join(dict.fromkeys(wanted))}, and there is no "
             f"{' or '.join(missing)} (there are: {', '.join(streams)})"
         )
+
+
+def setting_of(options: argparse.Namespace, steps: int, device: str) -> Setting:
+    """A task with the options `data`, `weights`, `labelled` and `settings`, checked.
+
+    Raises:
+        UserError: an option is wrong.
+    """
+    task = TASKS[options.task]
+    if options.labelled is not None and not options.labelled > 0:
+        raise UserError(f"--labelled: {options.labelled}; it must be above 0")
+    if task.needs_weights and options.weights is None:
+        raise UserError(f"--weights: task {options.task} starts from pretrained weights; name their file")
+    if not task.needs_weights and options.weights is not None:
+        raise UserError(f"--weights: task {options.task} starts from scratch; leave it out")
+    check_streams(options.task, options.data)
+    weights = options.weights.resolve() if options.weights else None
+    labelled = options.labelled or task.labelled
+    return Setting(options.task, options.data.resolve(), weights, labelled, steps, device, tuple(options.settings))
