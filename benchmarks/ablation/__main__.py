@@ -97,7 +97,7 @@ def plan(options: argparse.Namespace) -> list[Cell]:
             burn_in = setting.recipe(arm, draw, steps, folder).burn_in_steps
             if costs is not None:
                 cost = {"cpu_s": cost_of(costs, name), "burn_in_cpu_s": cost_of(costs, BURN_IN_ARM)}
-                marks[EQUAL_COST] = steps_for(budget, *cost.values(), burn_in)
+                marks[EQUAL_COST] = steps_for(budget, cost["cpu_s"], cost["burn_in_cpu_s"], burn_in)
             length = max(marks.values())
             recipe = setting.recipe(arm, draw, length, folder / "run", checkpoint_every=checkpoint_every)
             job = Job(

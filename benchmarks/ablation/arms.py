@@ -84,8 +84,8 @@ def _of_details() -> Iterator[tuple[str, Arm]]:
     yield "fixmatch_no_cutmix", Arm("FixMatch, no CutMix", no_cutmix, "views")
     for name, (word, key, values) in ON_BOTH.items():
         for value in values:
-            for base, title, keys in (("fixmatch", "FixMatch", FIXMATCH), ("maskmatch", "MaskMatch", MASKMATCH)):
-                yield f"{base}_{name}_{value:g}", Arm(f"{title}, {word} {value:g}", {**keys, key: value}, name)
+            for base, title, own in (("fixmatch", "FixMatch", FIXMATCH), ("maskmatch", "MaskMatch", MASKMATCH)):
+                yield f"{base}_{name}_{value:g}", Arm(f"{title}, {word} {value:g}", {**own, key: value}, name)
     every = {"method.base": SUPERVISED, **NO_MASK, **ONE_SCALE, "data.labelled_count": None}
     yield "all_labels", Arm("supervised, all labels", every, "bound")
 

@@ -66,7 +66,7 @@ def measure(setting: Setting, arms: dict[str, Arm], repeats: int, folder: Path) 
         runs[name], steps[name] = build(setting, arm, repeats + 1, folder / name)
         say(f"built: {name}")
     timings = time_interleaved(steps, repeats, torch.device("cpu"))
-    found = []
+    found: list[dict[str, Any]] = []
     for name, timing in timings.items():
         row = {"arm": name, "title": arms[name].title, "cpu_s": timing.median, "cpu_s_minimum": timing.minimum}
         found.append(row | {"gmacs": runs[name].work.flops / 2e9})

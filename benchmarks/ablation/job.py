@@ -70,7 +70,8 @@ class Job:
             source.pop("root")
         recipe["model"].pop("pretrained", None)
         facts = {name: value for name, value in asdict(self).items() if name not in {"machine", "title", "group"}}
-        return json.loads(json.dumps({**facts, "recipe": recipe})) | {"recipe": recipe}
+        as_json: dict[str, Any] = json.loads(json.dumps({**facts, "recipe": recipe}))  # lists for tuples
+        return as_json
 
     def write(self, folder: Path) -> None:
         """Write `job.json`."""

@@ -77,7 +77,7 @@ def score(run: Run, split: str, images: int | None, *, boundaries: bool) -> dict
             matrix.update(predicted, sample.label)
             if boundaries:
                 near.update(predicted.to(device), sample.label.to(device))
-    found = {"images": len(numbers), "miou": matrix.miou(), "pixel_accuracy": matrix.pixel_accuracy()}
+    found: dict[str, Any] = {"images": len(numbers), "miou": matrix.miou(), "pixel_accuracy": matrix.pixel_accuracy()}
     if boundaries:
         found["boundary_iou"] = float(near.iou().nanmean())
         found["iou"] = dict(zip(index.classes, map(_known, matrix.iou().tolist()), strict=False))

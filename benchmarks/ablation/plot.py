@@ -40,7 +40,7 @@ def draw(
     height = max(2.2, 0.9 + 0.42 * len(arms))
     figure = Figure(figsize=(13, height + 5.2), layout="constrained")
     figure.suptitle(title)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[height, 4.6])
+    upper, lower = figure.subfigures(2, 1, height_ratios=[height, 4.6], squeeze=False).flat
     scores, *against = upper.subplots(1, 3, sharey=True, width_ratios=[1.2, 1, 1])
     both = any(MARKS[1] in cell["results"] for cell in cells)
     _scores(scores, arms, colours, both=both)
@@ -76,7 +76,7 @@ def _scores(
             face = colours[arm] if FILLED[mark] else "none"
             panel.scatter(values, [y] * len(values), s=22, facecolors=face, edgecolors=[colours[arm]], alpha=0.8)
             panel.plot([mean(values)] * 2, [y - 0.13, y + 0.13], color="black", linewidth=1.6)
-    panel.set_yticks(range(len(arms)), [cells[0]["title"] for cells in reversed(arms.values())])
+    panel.set_yticks(range(len(arms)), [cells[0]["title"] for cells in reversed(list(arms.values()))])
     panel.set_xlabel(f"mIoU on {MAIN_SPLIT}: draws, and their mean")
     panel.grid(axis="x", alpha=0.3)
     panel.set_title("filled: equal steps; open: equal cost" if both else "equal steps", fontsize=9)
