@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 STEPS ?=
 SEED ?= 0
 KILLS ?= 50
+WORK ?= runs/ablation
 
-.PHONY: help install quickstart test test-all test-gpu lint bench bench-gpu drill clean
+.PHONY: help install quickstart test test-all test-gpu lint bench bench-gpu drill ablation clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +64,14 @@ bench-gpu: install ## masked_vs_full, train_step, engine_overhead on a GPU into 
 
 drill: install ## runs killed, stopped, moved, damaged and cut off, into benchmarks/results, over 40 minutes (KILLS=50, SEED=…)
 	$(BIN)/python -m benchmarks.drill --out benchmarks/results/drill.json --kills $(KILLS) --seed $(SEED)
+
+ABLATION = --task camvid --data $(DATA) --weights $(WEIGHTS) --arms $(ARMS)
+ARMS ?= supervised fixmatch maskmatch
+ablation: install ## arms × 5 draws on CamVid, hours, into benchmarks/results (DATA=shards WEIGHTS=vit_s.pt; ARMS, WORK)
+	test -f benchmarks/results/ablation_cost_camvid.json || \
+		$(BIN)/python -m benchmarks.ablation.cost $(ABLATION) --out benchmarks/results/ablation_cost_camvid.json
+	$(BIN)/python -m benchmarks.ablation $(ABLATION) --steps 1500 --jobs $$(nproc) --work $(WORK) \
+		--cost benchmarks/results/ablation_cost_camvid.json --out benchmarks/results/ablation_camvid.json
 
 clean: ## what the other targets made, but not runs and data
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

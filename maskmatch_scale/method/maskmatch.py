@@ -244,7 +244,7 @@ class MaskMatch(nn.Module):
             logits: Tensor = self.segmenter(images, visible, perturb=perturb)
         else:
             logits = self._logits(images, visible)
-        return self.base.loss_sum(logits.split(sizes), step.views, pseudo)
+        return self.base.loss_sum(torch.split(logits, sizes), step.views, pseudo)
 
     def _logits(self, images: Tensor, visible: Tensor | None = None, mode: MaskMode = "drop") -> Tensor:
         """The student on normalised images, see `Segmenter.forward`."""

@@ -1,0 +1,158 @@
+"""A cell of the grid (one arm, one draw of labels) as files: what it is to run, and what it found.
+
+WORK/<arm>/draw-<N>/job.json       what to run
+                    run/           run directory
+                    progress       steps taken and steps in all, as it goes
+                    log.txt        output of the process
+                    result.json    what it found; there when it has finished
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import ROOT
+from maskmatch_scale.errors import UserError
+from maskmatch_scale.files import sha256, write_whole
+from maskmatch_scale.recipe import Recipe, parse_recipe
+
+EQUAL_STEPS, EQUAL_COST, END = "equal steps", "equal cost", "end"
+"""The marks at which a run is evaluated on all splits."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a cell is to run."""
+
+    task: str
+    arm: str
+    title: str
+    """Of the arm."""
+    group: str
+    """Of the arm."""
+    draw: int
+    recipe: dict[str, Any]
+    marks: dict[str, int]
+    """Steps at which the teacher is evaluated on all splits, by name; the last one is the run's length."""
+    evaluate_every: int
+    """Steps between evaluations on `dev`."""
+    splits: tuple[str, ...]
+    """Evaluated at the marks, besides `dev`."""
+    eval_images: int | None
+    """Images of each split that are evaluated, evenly spaced; None: all."""
+    pseudo_images: int
+    """At most so many training images without labels of this draw, on which pseudo-labels are checked."""
+    cost: dict[str, float] | None
+    """`cpu_s`: CPU-seconds of a step after the burn-in; `burn_in_cpu_s`: of one in it; None: not measured."""
+    identity: dict[str, str]
+    """What must be the same in all cells of a work folder: hashes of sources, data and weights."""
+    machine: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Steps of the run."""
+        return max(self.marks.values())
+
+    def parsed(self) -> Recipe:
+        """The recipe."""
+        return parse_recipe(self.recipe, f"{self.arm}, draw {self.draw}")
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the figures: everything but paths, machine, loader processes and checkpoints."""
+        recipe = json.loads(json.dumps(self.recipe))
+        for section, key in (("run", "dir"), ("run", "checkpoint_every"), ("data", "root"), ("data", "workers")):
+            recipe[section].pop(key, None)
+        for source in recipe["data"].get("unlabelled", ()):
+            source.pop("root")
+        recipe["model"].pop("pretrained", None)
+        facts = {name: value for name, value in asdict(self).items() if name not in {"machine", "title", "group"}}
+        as_json: dict[str, Any] = json.loads(json.dumps({**facts, "recipe": recipe}))  # lists for tuples
+        return as_json
+
+    def write(self, folder: Path) -> None:
+        """Write `job.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "job.json", json.dumps(asdict(self), indent=1, ensure_ascii=False))
+
+
+def read_job(path: Path) -> Job:
+    """Read `job.json`.
+
+    Raises:
+        UserError: it cannot be read, or another version wrote it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Job(**{**content, "splits": tuple(content["splits"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: no job of this ablation ({error}); name another --work") from None
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """`result.json` of a cell; None if it has not finished."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def check_same(folder: Path, job: Job) -> None:
+    """Refuse a cell that was begun by other sources, or with another recipe, data, weights or lengths.
+
+    Raises:
+        UserError: names the first difference.
+    """
+    path = folder / "job.json"
+    if not path.is_file():
+        return
+    other = read_job(path)
+    for name, value in job.identity.items():
+        if other.identity.get(name) != value:
+            raise UserError(
+                f"--work: {folder} was made with other {name} ({other.identity.get(name)}, now {value}); name another "
+                "--work, or remove it"
+            )
+    if (difference := _difference(other.facts(), job.facts())) is not None:
+        key, before, now = difference
+        raise UserError(
+            f"--work: {folder} was made with another recipe: {key} {json.dumps(before)}, now {json.dumps(now)}; name "
+            "another --work, or remove it"
+        )
+
+
+def _difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first dotted key that differs, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in dict.fromkeys([*before, *now]):
+            found = _difference(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+            if found is not None:
+                return found
+        return None
+    return None if before == now else (key, before, now)
+
+
+def sources_hash() -> str:
+    """Of the content of all Python files of the package: a copied tree has no commit."""
+    package, digest = ROOT / "maskmatch_scale", hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def identity_of(data: Path, weights: Path | None) -> dict[str, str]:
+    """Hashes (the first 16 digits of sha256) of the sources, the index of the data and the weights.
+
+    Raises:
+        UserError: a file is not there.
+    """
+    found = {"sources": sources_hash(), "data": sha256(data / "index.json")}
+    if weights is not None:
+        if not weights.is_file():
+            raise UserError(f"--weights: {weights} is no file")
+        found["weights"] = sha256(weights)
+    return {name: digest[:16] for name, digest in found.items()}
