@@ -40,6 +40,7 @@ class ViewDraws:
         size_px: (h, w) of the images.
         grid: (rows, cols) of units; None: no view is masked.
         visible: units that stay visible in the masked view.
+        feature_seed: whether a seed is drawn for what the base does to features.
     """
 
     recipe: StrongViewRecipe
@@ -48,11 +49,12 @@ class ViewDraws:
     size_px: tuple[int, int]
     grid: Grid | None
     visible: int
+    feature_seed: bool = False
 
     @property
     def width(self) -> int:
         """Numbers for each image."""
-        return self.strong_views * _A_VIEW + self.visible
+        return self.strong_views * _A_VIEW + int(self.feature_seed) + self.visible
 
     def __call__(self, positions: Sequence[int]) -> Tensor:
         """Draw for images.
@@ -69,6 +71,8 @@ class ViewDraws:
             for view in range(self.strong_views):
                 numbers += self._photometric(generator(self.seed, _purpose("strong view", view), position))
                 numbers += self._box(generator(self.seed, _purpose("cutmix", view), position))
+            if self.feature_seed:
+                numbers.append(_draw_seed(generator(self.seed, "features", position)))
             row[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
             if self.grid is not None:
                 drawn = sample_visible(1, self.grid, self.visible, generator(self.seed, "mask", position))
@@ -90,9 +94,9 @@ class ViewDraws:
         blurred = uniform(source, 0, 1) < recipe.blur_probability
         sigma = uniform(source, *recipe.blur_sigma_px)
         noise = uniform(source, 0, recipe.noise)
-        noise_seed = int(torch.randint(2**31, (), generator=source))
+        noise_seed = _draw_seed(source)
         colours = [brightness, contrast, saturation, hue] if jittered else [1.0, 1.0, 1.0, 0.0]
-        return [*colours, float(grey), sigma if blurred else 0.0, noise, float(noise_seed)]
+        return [*colours, float(grey), sigma if blurred else 0.0, noise, noise_seed]
 
     def _box(self, source: torch.Generator) -> list[float]:
         recipe, (height, width) = self.recipe, self.size_px
@@ -115,6 +119,8 @@ class Drawn:
     """float64 (U, width), as :class:`ViewDraws` made them."""
     strong_views: int
     """Of the `ViewDraws`."""
+    feature_seed: bool = False
+    """Of the `ViewDraws`."""
 
     def photometric(self, view: int) -> dict[str, Tensor]:
         """Numbers of a strong view by the names in `PHOTOMETRIC`: float64 (U,) each."""
@@ -127,9 +133,20 @@ class Drawn:
         return self.rows[:, start : start + len(BOX)].long()
 
     @property
+    def feature_seeds(self) -> Tensor:
+        """Seeds of what a base does to features: int64 (U,), 0 to 2³¹ - 1."""
+        assert self.feature_seed, "the base does not say that it perturbs features"
+        return self.rows[:, self.strong_views * _A_VIEW].long()
+
+    @property
     def visible(self) -> Tensor:
         """Visible units of the masked view: int64 (U, k), sorted."""
-        return self.rows[:, self.strong_views * _A_VIEW :].long()
+        return self.rows[:, self.strong_views * _A_VIEW + int(self.feature_seed) :].long()
+
+
+def _draw_seed(source: torch.Generator) -> float:
+    """A seed for numbers that are made on the device (`views.hash32`): 0 to 2³¹ - 1, exact in float64."""
+    return float(torch.randint(2**31, (), generator=source))
 
 
 def _purpose(what: str, view: int) -> str:

@@ -20,7 +20,7 @@ from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.method.bases import PseudoLabels, base_class, build_base
 from maskmatch_scale.method.draws import Drawn, ViewDraws
 from maskmatch_scale.method.losses import cross_entropy_sum, denominator
-from maskmatch_scale.method.pseudo_labels import multi_scale_pseudo_labels
+from maskmatch_scale.method.pseudo_labels import multi_scale_probabilities
 from maskmatch_scale.method.views import Colours, Neighbour, Unlabelled, View
 from maskmatch_scale.models.segmenter import Segmenter
 from maskmatch_scale.models.units import visible_count, visible_pixel_mask
@@ -140,7 +140,7 @@ class MaskMatch(nn.Module):
             unlabelled = Unlabelled(
                 weak,
                 batch.unlabelled_positions,
-                Drawn(batch.draws, self.strong_views),
+                Drawn(batch.draws, self.strong_views, self.base.perturbs_features),
                 self.recipe.strong_view,
                 self.seed,
                 self.colours,
@@ -178,11 +178,13 @@ class MaskMatch(nn.Module):
         if step.unlabelled is None:
             return None
         images = self.normalise(step.unlabelled.weak.images)
-        labels, confidence = multi_scale_pseudo_labels(teacher, images, self.recipe.scales)
+        probabilities = multi_scale_probabilities(teacher, images, self.recipe.scales)
+        labels, confidence = probabilities.labels()
         threshold = self.threshold
         if isinstance(threshold, Tensor):
             threshold = threshold.to(confidence.dtype)[labels]
-        pseudo = PseudoLabels(labels, confidence >= threshold)
+        kept = probabilities if self.base.needs_probabilities else None
+        pseudo = PseudoLabels(labels, confidence >= threshold, kept)
         for view in (*step.views, *([step.masked.view] if step.masked else [])):
             # Now and not in the forward pass: mixing may exchange with another rank, and an engine's forward must not.
             pseudo.mixed(view.cutmix)
@@ -247,7 +249,10 @@ def view_draws(segmenter: Segmenter, recipe: MethodRecipe, seed: int, size_px: S
     keep = recipe.mask.keep
     grid = segmenter.unit_grid(height, width) if keep is not None else None
     visible = visible_count(grid, keep) if grid is not None and keep is not None else 0
-    return ViewDraws(recipe.strong_view, seed, strong_views_of(recipe), (height, width), grid, visible)
+    seed_of_features = base_class(recipe.base).perturbs_features
+    return ViewDraws(
+        recipe.strong_view, seed, strong_views_of(recipe), (height, width), grid, visible, seed_of_features
+    )
 
 
 def strong_views_of(recipe: MethodRecipe) -> int:

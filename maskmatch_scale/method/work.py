@@ -37,7 +37,7 @@ def step_work(
 ) -> Work:
     """The work of one step: forward and backward of the student on all views, forward of the teacher at all scales.
 
-    A base counts as many views as it has strong ones. Nothing is counted for recomputing activations.
+    Of a base all views are counted that the student is trained on. Nothing is counted for recomputing activations.
 
     Args:
         segmenter: the student, whole: shapes of its weights are read (on the meta device too).
@@ -49,7 +49,7 @@ def step_work(
     work = _trained(segmenter, size_px, labelled)
     if not unlabelled:
         return work
-    work += _trained(segmenter, size_px, base_class(recipe.base).strong_views * unlabelled)
+    work += _trained(segmenter, size_px, base_class(recipe.base).trained_views * unlabelled)
     if recipe.mask.keep is not None:
         visible = None
         if recipe.mask.mode == "drop":

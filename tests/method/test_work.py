@@ -44,8 +44,11 @@ class Calls(Callback):
         {"mask": {"keep": 0.4, "mode": "zero"}},
         {"base": "supervised"},
         {"base": "supervised", "mask": {"keep": None}},
+        {"base": "unimatch"},
+        {"base": "unimatch_v2"},
+        {"base": "mean_teacher", "mask": {"keep": None}},
     ],
-    ids=["burn-in", "zero", "mask-alone", "supervised"],
+    ids=["burn-in", "zero", "mask-alone", "supervised", "unimatch", "unimatch_v2", "mean_teacher"],
 )
 def test_calls_of_a_run(make_recipe, monkeypatch, model, method):
     plain = Segmenter.encode
