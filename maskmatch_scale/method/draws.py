@@ -42,6 +42,7 @@ class ViewDraws:
         visible: units that stay visible in the masked view; 0: there is none.
         base_views: how many views of the base the student sees in part; 0: it sees them whole.
         base_visible: units that stay visible in each of these.
+        feature_seed: whether a seed is drawn for what the base does to features.
     """
 
     recipe: StrongViewRecipe
@@ -52,11 +53,13 @@ class ViewDraws:
     visible: int
     base_views: int = 0
     base_visible: int = 0
+    feature_seed: bool = False
 
     @property
     def width(self) -> int:
         """Numbers for each image."""
-        return self.strong_views * _A_VIEW + self.visible + self.base_views * self.base_visible
+        fixed = self.strong_views * _A_VIEW + int(self.feature_seed)
+        return fixed + self.visible + self.base_views * self.base_visible
 
     def __call__(self, positions: Sequence[int]) -> Tensor:
         """Draw for images.
@@ -73,6 +76,8 @@ class ViewDraws:
             for view in range(self.strong_views):
                 numbers += self._photometric(generator(self.seed, _purpose("strong view", view), position))
                 numbers += self._box(generator(self.seed, _purpose("cutmix", view), position))
+            if self.feature_seed:
+                numbers.append(_draw_seed(generator(self.seed, "features", position)))
             parts = [torch.tensor(numbers, dtype=torch.float64)]
             if self.visible:
                 parts.append(self._units(self.visible, "mask", position))
@@ -101,9 +106,9 @@ class ViewDraws:
         blurred = uniform(source, 0, 1) < recipe.blur_probability
         sigma = uniform(source, *recipe.blur_sigma_px)
         noise = uniform(source, 0, recipe.noise)
-        noise_seed = int(torch.randint(2**31, (), generator=source))
+        noise_seed = _draw_seed(source)
         colours = [brightness, contrast, saturation, hue] if jittered else [1.0, 1.0, 1.0, 0.0]
-        return [*colours, float(grey), sigma if blurred else 0.0, noise, float(noise_seed)]
+        return [*colours, float(grey), sigma if blurred else 0.0, noise, noise_seed]
 
     def _box(self, source: torch.Generator) -> list[float]:
         recipe, (height, width) = self.recipe, self.size_px
@@ -128,6 +133,7 @@ class Drawn:
     """Of the `ViewDraws`, like the following."""
     base_views: int = 0
     base_visible: int = 0
+    feature_seed: bool = False
 
     def photometric(self, view: int) -> dict[str, Tensor]:
         """Numbers of a strong view by the names in `PHOTOMETRIC`: float64 (U,) each."""
@@ -140,9 +146,15 @@ class Drawn:
         return self.rows[:, start : start + len(BOX)].long()
 
     @property
+    def feature_seeds(self) -> Tensor:
+        """Seeds of what a base does to features: int64 (U,), 0 to 2³¹ - 1."""
+        assert self.feature_seed, "the base does not say that it perturbs features"
+        return self.rows[:, self.strong_views * _A_VIEW].long()
+
+    @property
     def visible(self) -> Tensor:
         """Visible units of the masked view: int64 (U, k), sorted."""
-        return self.rows[:, self.strong_views * _A_VIEW : self._base_start].long()
+        return self.rows[:, self.strong_views * _A_VIEW + int(self.feature_seed) : self._base_start].long()
 
     @property
     def visible_of_base(self) -> Tensor:
@@ -153,6 +165,11 @@ class Drawn:
     @property
     def _base_start(self) -> int:
         return self.rows.shape[1] - self.base_views * self.base_visible
+
+
+def _draw_seed(source: torch.Generator) -> float:
+    """A seed for numbers that are made on the device (`views.hash32`): 0 to 2³¹ - 1, exact in float64."""
+    return float(torch.randint(2**31, (), generator=source))
 
 
 def _purpose(what: str, view: int) -> str:

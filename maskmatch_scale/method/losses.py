@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from maskmatch_scale.method.pseudo_labels import Probabilities
 from maskmatch_scale.models.resample import upsampling_rows
 
 IGNORED = -100
@@ -91,3 +92,49 @@ def denominator(target: Tensor, pixels: Tensor, class_weight: Tensor | None = No
     if class_weight is None:
         return pixels.sum().double()
     return class_weight.double()[target.masked_fill(~pixels, 0)].mul(pixels).sum()
+
+
+def squared_error_sum(logits: Tensor, target: Probabilities, pixels: Tensor) -> Tensor:
+    """Σ over pixels of ‖softmax(up(logits)) - target‖², the square summed over classes.
+
+    In bands of rows and with the gradient computed at once, as `cross_entropy_sum`.
+
+    Args:
+        logits: float (B, classes, h, w), upsampled bilinearly (align_corners=False) to the target's size.
+        target: of the same images and classes.
+        pixels: bool (B, H, W): the pixels that count.
+
+    Returns:
+        Scalar, float32 (float64 for float64 logits). Differentiable once, in logits.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        total: Tensor = _SquaredErrorSum.apply(logits, target, pixels)
+    return total
+
+
+class _SquaredErrorSum(torch.autograd.Function):
+    """`squared_error_sum`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Probabilities, pixels: Tensor) -> Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        total = torch.zeros((), dtype=dtype, device=logits.device)
+        gradient = torch.zeros_like(logits, dtype=dtype) if ctx.needs_input_grad[0] else None
+        own = upsampling_rows(logits, *target.size_px, target.images_in_band)
+        for band, (rows, wanted) in zip(own, target.bands(), strict=True):
+            p = band.upsample(logits).softmax(1)
+            error = (p - wanted).mul_(pixels[:, None, rows])
+            total += error.square().sum()
+            if gradient is not None:
+                # Through the softmax: 2 p (error - Σ over classes of p · error)
+                error -= (p * error).sum(1, keepdim=True)
+                band.add_gradient(error.mul_(p).mul_(2), gradient)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * scale).to(ctx.dtype), None, None

@@ -20,7 +20,7 @@ from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.method.bases import PseudoLabels, base_class, build_base
 from maskmatch_scale.method.draws import Drawn, ViewDraws
 from maskmatch_scale.method.losses import cross_entropy_sum, denominator
-from maskmatch_scale.method.pseudo_labels import multi_scale_pseudo_labels
+from maskmatch_scale.method.pseudo_labels import multi_scale_probabilities
 from maskmatch_scale.method.views import Colours, Neighbour, Unlabelled, View
 from maskmatch_scale.models.graphed import GraphedViews
 from maskmatch_scale.models.segmenter import MaskMode, Segmenter
@@ -152,7 +152,7 @@ class MaskMatch(nn.Module):
             unlabelled = Unlabelled(
                 weak,
                 batch.unlabelled_positions,
-                Drawn(batch.draws, self.strong_views, base_views, base_visible),
+                Drawn(batch.draws, self.strong_views, base_views, base_visible, self.base.perturbs_features),
                 self.recipe.strong_view,
                 self.seed,
                 self.colours,
@@ -194,11 +194,13 @@ class MaskMatch(nn.Module):
         if step.unlabelled is None:
             return None
         images = self.normalise(step.unlabelled.weak.images)
-        labels, confidence = multi_scale_pseudo_labels(teacher, images, self.recipe.scales)
+        probabilities = multi_scale_probabilities(teacher, images, self.recipe.scales)
+        labels, confidence = probabilities.labels()
         threshold = self.threshold
         if isinstance(threshold, Tensor):
             threshold = threshold.to(confidence.dtype)[labels]
-        pseudo = PseudoLabels(labels, confidence >= threshold)
+        kept = probabilities if self.base.needs_probabilities else None
+        pseudo = PseudoLabels(labels, confidence >= threshold, kept)
         for view in (*step.views, *([step.masked.view] if step.masked else [])):
             # Now and not in the forward pass: mixing may exchange with another rank, and an engine's forward must not.
             pseudo.mixed(view.cutmix)
@@ -273,15 +275,16 @@ def view_draws(segmenter: Segmenter, recipe: MethodRecipe, seed: int, size_px: S
     keep, base = recipe.mask.keep, _seen_in_part(segmenter, recipe, size_px)
     grid = segmenter.unit_grid(height, width) if keep is not None or base[0] else None
     visible = visible_count(grid, keep) if grid is not None and keep is not None else 0
-    return ViewDraws(recipe.strong_view, seed, strong_views_of(recipe), (height, width), grid, visible, *base)
+    perturbs = base_class(recipe.base).perturbs_features
+    return ViewDraws(recipe.strong_view, seed, strong_views_of(recipe), (height, width), grid, visible, *base, perturbs)
 
 
 def _seen_in_part(segmenter: Segmenter, recipe: MethodRecipe, size_px: Sequence[int]) -> tuple[int, int]:
     """How many views of the base the student sees in part, and how many units of each; (0, 0): it sees them whole."""
     if recipe.base_keep is None:
         return 0, 0
-    base = base_class(recipe.base)
-    return base.strong_views + base.weak_views, visible_count(segmenter.unit_grid(*size_px), recipe.base_keep)
+    views = base_class(recipe.base).trained_views
+    return views, visible_count(segmenter.unit_grid(*size_px), recipe.base_keep)
 
 
 def _guessing_losses(segmenter: Segmenter, recipe: MethodRecipe, size_px: Sequence[int]) -> frozenset[str]:

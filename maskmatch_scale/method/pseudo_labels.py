@@ -5,40 +5,86 @@ Decision: docs/decisions/0016-bands-and-chunks.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from maskmatch_scale.method.views import CutMix
 from maskmatch_scale.models.resample import resized, upsampling_rows
 
 
+@dataclass(frozen=True)
+class Probabilities:
+    """p = mean over q of softmax(up(T(resize(u_w, q)))), of every pixel.
+
+    What is kept are the logits of each scale at their own resolution. The probabilities are made from them in bands of
+    rows, each time they are read: whole they would be classes × H × W float32 numbers an image.
+    """
+
+    logits: tuple[Tensor, ...]
+    """(U, classes, h, w) one a scale; with a `cutmix` U or U + 1 images, as `CutMix.with_partners` gives them."""
+    size_px: tuple[int, int]
+    """(H, W)."""
+    cutmix: CutMix | None = None
+    """How they are mixed; None: they are not."""
+
+    def mixed(self, cutmix: CutMix) -> Probabilities:
+        """The probabilities mixed like the images they belong to.
+
+        With a neighbour all ranks must call it together. Logits are exchanged, not probabilities.
+        """
+        assert self.cutmix is None
+        return Probabilities(tuple(cutmix.with_partners(own) for own in self.logits), self.size_px, cutmix)
+
+    @property
+    def images_in_band(self) -> int:
+        """The number of images by which rows are cut into bands: U or U + 1 (`upsampling_rows`)."""
+        return len(self.logits[0])
+
+    def bands(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows and p of each band: (U, classes, rows, W), at least float32. The caller switches autocast off."""
+        for bands in zip(*(upsampling_rows(own, *self.size_px) for own in self.logits), strict=True):
+            total = bands[0].upsample(self.logits[0]).softmax(1)
+            for band, own in zip(bands[1:], self.logits[1:], strict=True):
+                total += band.upsample(own).softmax(1)
+            total.div_(len(self.logits))
+            rows = bands[0].output
+            yield rows, total if self.cutmix is None else self.cutmix.mix(total, rows)
+
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """ŷ = argmax p, int64 (U, H, W), and c = max p, at least float32 (U, H, W), 0–1; of what is not mixed."""
+        assert self.cutmix is None
+        first = self.logits[0]
+        labels = torch.empty(len(first), *self.size_px, dtype=torch.int64, device=first.device)
+        confidence = torch.empty_like(labels, dtype=torch.promote_types(first.dtype, torch.float32))
+        with torch.autocast(first.device.type, enabled=False):
+            for rows, p in self.bands():
+                torch.max(p, dim=1, out=(confidence[:, rows], labels[:, rows]))
+        return labels, confidence
+
+
 @torch.no_grad()
-def multi_scale_pseudo_labels(
+def multi_scale_probabilities(
     segmenter: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """ŷ and c of the method: argmax and max of p = mean over q of softmax(up(T(resize(u_w, q)))).
+) -> Probabilities:
+    """The teacher's p of the weak view.
 
     Args:
         segmenter: the teacher, in the mode (train or eval) that the caller has put it in. Sides of resized images are
             rounded to multiples of its ``patch_px``, if it has one.
         images: float (B, 3, H, W), normalised, the weak view.
         scales: Q; a resized side is at least one patch.
-
-    Returns:
-        labels int64 (B, H, W), confidence float32 (B, H, W) in 0–1.
     """
-    batch, _, height, width = images.shape
     patch_px = int(getattr(segmenter, "patch_px", 1))
-    logits = [segmenter(resized(images, scale, patch_px)) for scale in scales]
-    labels = torch.empty(batch, height, width, dtype=torch.int64, device=images.device)
-    confidence = torch.empty_like(labels, dtype=torch.promote_types(logits[0].dtype, torch.float32))
-    # In bands of rows, so that of each scale only its logits are kept, at their own resolution.
-    with torch.autocast(images.device.type, enabled=False):
-        for bands in zip(*(upsampling_rows(own, height, width) for own in logits), strict=True):
-            total = bands[0].upsample(logits[0]).softmax(1)
-            for band, own in zip(bands[1:], logits[1:], strict=True):
-                total += band.upsample(own).softmax(1)
-            rows = bands[0].output
-            torch.max(total.div_(len(scales)), dim=1, out=(confidence[:, rows], labels[:, rows]))
-    return labels, confidence
+    logits = tuple(segmenter(resized(images, scale, patch_px)) for scale in scales)
+    return Probabilities(logits, (images.shape[2], images.shape[3]))
+
+
+@torch.no_grad()
+def multi_scale_pseudo_labels(
+    segmenter: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """ŷ, int64 (B, H, W), and c, float32 (B, H, W) in 0–1; arguments as of `multi_scale_probabilities`."""
+    return multi_scale_probabilities(segmenter, images, scales).labels()

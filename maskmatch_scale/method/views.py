@@ -129,13 +129,13 @@ def standard_normal(seeds: Tensor, size: tuple[int, int]) -> Tensor:
         float32 (U, h, w), mean 0, standard deviation 1.
     """
     counter = torch.arange(size[0] * size[1], device=seeds.device)
-    key = _hash32(seeds)[:, None]
-    radius, angle = (_hash32(key ^ _hash32(2 * counter + number)).double().add_(0.5) / 2**32 for number in (0, 1))
+    key = hash32(seeds)[:, None]
+    radius, angle = (hash32(key ^ hash32(2 * counter + number)).double().add_(0.5) / 2**32 for number in (0, 1))
     normal = radius.log().mul_(-2).sqrt_() * angle.mul_(2 * math.pi).cos_()
     return normal.float().view(len(seeds), *size)
 
 
-def _hash32(values: Tensor) -> Tensor:
+def hash32(values: Tensor) -> Tensor:
     """Hash of the lower 32 bits of int64 values, elementwise: int64, 0 to 2³² - 1."""
     x = values & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
@@ -170,11 +170,31 @@ class CutMix:
 
         With a neighbour all ranks must call it together.
         """
-        inside = self.inside[:, None] if maps.dim() == 4 else self.inside
-        others = maps
-        if self.neighbour is not None:
-            others = torch.cat([maps, self.neighbour.fetch(maps[0], maps[-1])[None]])
-        return torch.where(inside, others[self.partner], maps)
+        return self.mix(self.with_partners(maps))
+
+    def with_partners(self, maps: Tensor) -> Tensor:
+        """Maps (U, …) of any size and, if one image's partner is on the neighbouring rank, that image's: (U + 1, …).
+
+        With a neighbour all ranks must call it together.
+        """
+        if self.neighbour is None:
+            return maps
+        return torch.cat([maps, self.neighbour.fetch(maps[0], maps[-1])[None]])
+
+    def mix(self, maps: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Mix some rows of images or of per-pixel maps. Nothing is exchanged.
+
+        Args:
+            maps: (U or U + 1, C, rows, w) or (U or U + 1, rows, w), as `with_partners` gives them.
+            rows: which rows of the image they are.
+
+        Returns:
+            (U, C, rows, w) or (U, rows, w).
+        """
+        inside = self.inside[:, rows]
+        if maps.dim() == 4:
+            inside = inside[:, None]
+        return torch.where(inside, maps[self.partner], maps[: len(self.partner)])
 
 
 def cutmix_of(boxes: Tensor, size_px: tuple[int, int], neighbour: Neighbour | None = None) -> CutMix:

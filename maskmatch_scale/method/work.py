@@ -37,7 +37,7 @@ def step_work(
 ) -> Work:
     """The work of one step: forward and backward of the student on all views, forward of the teacher at all scales.
 
-    Nothing is counted for recomputing activations.
+    Of a base all views are counted that the student is trained on. Nothing is counted for recomputing activations.
 
     Args:
         segmenter: the student, whole: shapes of its weights are read (on the meta device too).
@@ -49,9 +49,9 @@ def step_work(
     work = _trained(segmenter, size_px, labelled)
     if not unlabelled:
         return work
-    base = base_class(recipe.base)
+    views = base_class(recipe.base).trained_views
     visible = {loss: visible_count(segmenter.unit_grid(*size_px), keep) for loss, keep in recipe.dropped.items()}
-    work += _trained(segmenter, size_px, (base.strong_views + base.weak_views) * unlabelled, visible.get("loss_u"))
+    work += _trained(segmenter, size_px, views * unlabelled, visible.get("loss_u"))
     if recipe.mask.keep is not None:
         work += _trained(segmenter, size_px, unlabelled, visible.get("loss_m"))
     sizes = [resized_px(size_px, scale, segmenter.patch_px) for scale in recipe.scales]

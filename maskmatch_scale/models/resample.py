@@ -110,13 +110,19 @@ class RowBand:
         into[:, :, self.source] += gradient if self.weight is None else self.weight.T @ gradient
 
 
-def upsampling_rows(maps: Tensor, height: int, width: int) -> list[RowBand]:
+def upsampling_rows(maps: Tensor, height: int, width: int, images: int | None = None) -> list[RowBand]:
     """Bands that upsample maps (B, C, h, w) to height × width, each as large as a chunk should be (`chunk_length`).
 
     Maps of the same B and C are cut into the same output rows, whatever their h and w.
+
+    Args:
+        maps: (B, C, h, w).
+        height: of the output, rows.
+        width: of the output.
+        images: cut as maps of so many images are; None: B.
     """
     batch, channels, own_height, _ = maps.shape
-    length = chunk_length(batch * channels * width, maps.device)
+    length = chunk_length((images or batch) * channels * width, maps.device)
     if own_height == height:
         parts = [slice(start, min(start + length, height)) for start in range(0, height, length)]
         return [RowBand(part, part, None, width) for part in parts]

@@ -30,7 +30,10 @@ SUPERVISED = "supervised"
 
 BASES: dict[str, BaseInfo] = {
     SUPERVISED: BaseInfo("supervised", "maskmatch_scale.method.bases.supervised:Supervised", unlabelled_loss=False),
+    "mean_teacher": BaseInfo("Mean Teacher", "maskmatch_scale.method.bases.mean_teacher:MeanTeacher"),
     "fixmatch": BaseInfo("FixMatch", "maskmatch_scale.method.bases.fixmatch:FixMatch", masked_title="MaskMatch"),
+    "unimatch": BaseInfo("UniMatch", "maskmatch_scale.method.bases.unimatch:UniMatch"),
+    "unimatch_v2": BaseInfo("UniMatch V2", "maskmatch_scale.method.bases.unimatch_v2:UniMatchV2"),
 }
 
 

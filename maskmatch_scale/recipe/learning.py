@@ -64,7 +64,7 @@ class MethodRecipe(Section):
     """MaskMatch: a weak-to-strong base, with masks and a multi-scale ensemble on top."""
 
     base: Annotated[str, BeforeValidator(OneOf(BASES))] = "fixmatch"
-    """Weak-to-strong base."""
+    """Weak-to-strong base: what is learnt on whole unlabelled images (docs/method.md#bases)."""
     mask: MaskRecipe = MaskRecipe()
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 1.5)
     """Q: scales at which the teacher predicts an image; the mean of these predictions gives the pseudo-labels. [1.0]

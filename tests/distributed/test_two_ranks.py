@@ -24,6 +24,14 @@ CONFIGURATIONS = {
         "engine": {"micro_batch": 1, "zero_stage": 3},
         "method": {"mask": {"view": "strong"}, "strong_view": {"cutmix_probability": 1.0}},
     },
+    "unimatch": {"method": {"base": "unimatch"}},
+    "unimatch-v2-zero-3": {"model": VIT, "engine": {"zero_stage": 3}, "method": {"base": "unimatch_v2"}},
+    # The teacher's logits are exchanged.
+    "mean-teacher-one-image": {
+        "model": VIT,
+        "engine": {"micro_batch": 1},
+        "method": {"base": "mean_teacher", "scales": [0.5, 1.0], "strong_view": {"cutmix_probability": 1.0}},
+    },
 }
 PER_RANK = {
     # These differ from one rank by design, but go on exactly.

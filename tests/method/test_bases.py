@@ -5,41 +5,32 @@ One of them asks for two strong views and perturbs the student's features of the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from maskmatch_scale.data.batches.batch import Batch
-from maskmatch_scale.data.batches.loading import load_batches
-from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.method.bases import Base, PseudoLabels, build_base
 from maskmatch_scale.method.draws import Drawn, ViewDraws
 from maskmatch_scale.method.losses import cross_entropy_sum
-from maskmatch_scale.method.maskmatch import MaskMatch, uses_unlabelled, view_draws
+from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.method.views import Colours, Unlabelled, View
-from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.models.units import Grid, sample_visible
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.recipe.bases import BASES, BaseInfo
 from maskmatch_scale.record.summary import summarise
 from maskmatch_scale.seeds import generator
 from maskmatch_scale.train import train
-from tests.conftest import TINY_SEGFORMER, TINY_VIT
-from tests.method.parts import all_parts
-
-MODELS = {
-    "segformer": {"backbone": "transformers/segformer-b0", "backbone_options": TINY_SEGFORMER},
-    "vit": {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT},
-}
+from tests.method.parts import MODELS, all_parts, first_batch, one_step
 
 
 class Weak(Base):
     """The pseudo-label as the target of the weak view itself."""
 
     strong_views = 0
-    weak_views = 1
+    trained_views = 1
 
     def views(self, unlabelled: Unlabelled) -> tuple[View, ...]:
         return (unlabelled.weak,)
@@ -51,7 +42,7 @@ class Weak(Base):
 class FeatureDropout(Base):
     """Two strong views; whole channels of the second one's features are dropped."""
 
-    strong_views = 2
+    strong_views = trained_views = 2
     perturbs_features = True
 
     def views(self, unlabelled: Unlabelled) -> tuple[View, ...]:
@@ -90,19 +81,6 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """`weak` and `feature_dropout` are names of bases."""
     monkeypatch.setitem(BASES, "weak", BaseInfo("Weak", f"{__name__}:Weak"))
     monkeypatch.setitem(BASES, "feature_dropout", BaseInfo("FeatureDropout", f"{__name__}:FeatureDropout"))
-
-
-def one_step(recipe: Recipe, model: str) -> MaskMatch:
-    torch.manual_seed(0)
-    segmenter = build_segmenter(num_classes=3, image_size=64, **MODELS[model]).double()
-    # BatchNorm frozen: a view's logits then do not depend on the other view of its base.
-    return MaskMatch(segmenter, recipe.method, recipe.run.seed, 255, batchnorm_frozen=True).double().train()
-
-
-def first_batch(recipe: Recipe, module: MaskMatch) -> Batch:
-    draw = view_draws(module.segmenter, recipe.method, recipe.run.seed, recipe.data.crop_px)
-    (batch,) = load_batches(TrainingBatches(recipe, 3, 0, 1, unlabelled=True, draw=draw), 0, 1)
-    return batch
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -171,13 +149,30 @@ def test_a_run_with_a_new_base_trains_and_is_reported(
     assert summarise(run).method == "feature_dropout + mask"
 
 
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [("mean_teacher", "Mean Teacher"), ("unimatch", "UniMatch"), ("unimatch_v2", "UniMatch V2")],
+)
+def test_mask_and_ensemble_go_with_any_base(make_recipe: Callable[..., Recipe], name: str, title: str):
+    method = {"base": name, "scales": [0.5, 1.0], "mask": {"view": "strong"}}
+    engine = {"precision": "fp32", "activation_checkpointing": True}
+    run = train(make_recipe(model=MODELS["vit"], method=method, engine=engine, run={"steps": 2, "evaluate_every": 0}))
+    assert summarise(run).method == f"{title} + mask"
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    steps = [step for step in map(json.loads, lines) if step["kind"] == "train"]
+    assert len(steps) == 2
+    assert all(step["loss_u"] > 0 and step["loss_m"] > 0 for step in steps)
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_the_table_says_of_every_base_what_it_does(name: str):
     base = build_base(name)
     weak = View(torch.zeros(1, 3, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool), None)
     recipe = Recipe.model_fields["method"].default.strong_view
     draws = ViewDraws(recipe, 0, base.strong_views, (8, 8), None, 0)
-    views = base.views(Unlabelled(weak, [0], Drawn(draws([0]), base.strong_views), recipe, 0, Colours()))
-    assert len(views) == base.strong_views + base.weak_views
+    unlabelled = Unlabelled(weak, [0], Drawn(draws([0]), base.strong_views), recipe, 0, Colours())
+    views = base.views(unlabelled)
+    assert len(views) == base.trained_views
     assert bool(views) == BASES[name].unlabelled_loss
+    assert sum(view is not weak for view in views) == base.strong_views
     assert base.perturbs_features == (type(base).perturb is not Base.perturb)

@@ -1,4 +1,4 @@
-"""Cross-entropy in bands against the plain formula, in value, gradient and memory."""
+"""Losses in bands against the plain formulas, in value, gradient and memory."""
 
 import pytest
 import torch
@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from maskmatch_scale.method.losses import IGNORED, cross_entropy_sum
+from maskmatch_scale.method.losses import IGNORED, cross_entropy_sum, squared_error_sum
+from maskmatch_scale.method.pseudo_labels import Probabilities
+from maskmatch_scale.method.views import Neighbour, cutmix_of
 
 
 def plain(logits, target, pixels, class_weight=None):
@@ -96,3 +98,59 @@ def test_memory_does_not_grow_with_classes_times_pixels():
     whole = 40 * 512 * 512 * 4
     assert peak_bytes(lambda: plain(logits, target, pixels).backward()) > 2 * whole
     assert peak_bytes(lambda: cross_entropy_sum(logits, target, pixels).backward()) < 0.35 * whole
+
+
+def probabilities_of(shape, size, scales=2, seed=1, dtype=torch.float64):
+    """Of several scales, and whole ones by the formula."""
+    draw = torch.Generator().manual_seed(seed)
+    batch, classes, height, width = shape
+    logits = tuple(
+        3 * torch.randn(batch, classes, height + scale, width + 2 * scale, dtype=dtype, generator=draw)
+        for scale in range(scales)
+    )
+    up = [F.interpolate(own, size=size, mode="bilinear", align_corners=False).softmax(1) for own in logits]
+    return Probabilities(logits, size), torch.stack(up).mean(0)
+
+
+@pytest.mark.parametrize("size", [(512, 40), (37, 301), (24, 24)])
+@pytest.mark.parametrize("neighbour", [False, True])
+def test_squared_error_equals_the_plain_formula(size, neighbour):
+    logits, _, pixels = problem(3, 5, (24, 24), size)
+    target, whole = probabilities_of((3, 5, 20, 30), size)
+    # Boxes of all three; with a neighbour the last image's partner is on another rank, without it is the first.
+    boxes = torch.tensor([[0, 0, 20, 24], [3, 3, 19, 17], [10, 0, size[0], 12]])
+    others, whole_others = probabilities_of((1, 5, 20, 30), size, seed=2)
+    fetched = iter(own[0] for own in others.logits)
+    partner = Neighbour(True, lambda first, last: next(fetched)) if neighbour else None
+    cutmix = cutmix_of(boxes, size, partner)
+    shown = [whole[1], whole[0], whole_others[0] if neighbour else whole[0]]
+    expected_target = torch.where(cutmix.inside[:, None], torch.stack(shown), whole)
+
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    loss = squared_error_sum(ours, target.mixed(cutmix), pixels)
+    student = F.interpolate(theirs, size=size, mode="bilinear", align_corners=False).softmax(1)
+    expected = ((student - expected_target) ** 2).sum(1)[pixels].sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    (0.3 * loss).backward()
+    (0.3 * expected).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_squared_error_under_autocast_is_float32():
+    logits = torch.randn(1, 4, 8, 8).bfloat16().requires_grad_()
+    target, _ = probabilities_of((1, 4, 8, 8), (32, 32), dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = squared_error_sum(logits, target, torch.ones(1, 32, 32, dtype=torch.bool))
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert logits.grad.dtype == torch.bfloat16
+
+
+def test_squared_error_keeps_no_whole_probabilities():
+    logits, _, pixels = problem(2, 40, (64, 64), (512, 512), dtype=torch.float32)
+    logits.requires_grad_()
+    small, _ = probabilities_of((2, 40, 64, 64), (64, 64), dtype=torch.float32)
+    target = Probabilities(small.logits, (512, 512))
+    cutmix = cutmix_of(torch.tensor([[0, 0, 300, 300], [9, 9, 400, 80]]), (512, 512))
+    whole = 2 * 40 * 512 * 512 * 4
+    assert peak_bytes(lambda: squared_error_sum(logits, target.mixed(cutmix), pixels).backward()) < 0.35 * whole

@@ -154,6 +154,17 @@ def test_strong_views_have_seeds_of_their_own_and_are_made_once():
     assert views[0].images.equal(mixed)
 
 
+def test_a_seed_for_features_changes_no_other_draw():
+    plain = ViewDraws(StrongViewRecipe(), 3, 2, (64, 64), (4, 4), 8)
+    more = ViewDraws(StrongViewRecipe(), 3, 2, (64, 64), (4, 4), 8, feature_seed=True)
+    assert more.width == plain.width + 1
+    without, own = Drawn(plain([4, 5]), 2), Drawn(more([4, 5]), 2, feature_seed=True)
+    assert own.visible.equal(without.visible)
+    assert own.boxes(1).equal(without.boxes(1))
+    assert own.feature_seeds.equal(Drawn(more([5, 4]), 2, feature_seed=True).feature_seeds.flip(0))
+    assert own.feature_seeds.unique().numel() == 2
+
+
 def test_noise_is_normal_and_depends_on_seed_and_place_alone():
     seeds = torch.tensor([0, 1, 2**31 - 1])
     noise = standard_normal(seeds, (256, 320))

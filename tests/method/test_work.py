@@ -46,8 +46,15 @@ class Calls(Callback):
         {"base": "supervised", "mask": {"keep": None}},
         {"strong_view": {"keep": 0.75}},
         {"strong_view": {"keep": 0.75}, "mask": {"keep": None}},
+        {"base": "unimatch"},
+        {"base": "unimatch", "strong_view": {"keep": 0.75}},
+        {"base": "unimatch_v2"},
+        {"base": "mean_teacher", "mask": {"keep": None}},
     ],
-    ids=["burn-in", "zero", "mask-alone", "supervised", "dropped", "dropped-alone"],
+    ids=[
+        *("burn-in", "zero", "mask-alone", "supervised", "dropped", "dropped-alone"),
+        *("unimatch", "unimatch-dropped", "unimatch_v2", "mean_teacher"),
+    ],
 )
 def test_calls_of_a_run(make_recipe, monkeypatch, model, method):
     plain = Segmenter.encode

@@ -45,7 +45,7 @@ def test_what_is_written_is_read_again(path, tmp_path):
         ("method.scales=[a]", ["method.scales"]),
         ("evaluation.scales=[.inf]", ["evaluation.scales", "finite"]),
         ("method.mask.mode=paint", ["method.mask.mode", "drop", "zero"]),
-        ("method.base=fixmach", ['method.base="fixmach"', "Input should be 'supervised' or 'fixmatch'"]),
+        ("method.base=fixmach", ['method.base="fixmach"', "Input should be 'supervised', 'mean_teacher', 'fixmatch'"]),
         ("method.base=3", ["method.base=3", "'fixmatch'"]),
         ("method.mask.keep=0", ["method.mask.keep=0"]),
         ("data.labelled_count=0", ["data.labelled_count=0"]),

@@ -22,6 +22,7 @@ from maskmatch_scale.engine.ranks import Runtime, require_device
 from maskmatch_scale.method.maskmatch import MaskMatch, view_draws
 from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.models.resample import upsampling_bands
+from maskmatch_scale.recipe.bases import BASES
 from maskmatch_scale.training.step import take_step
 from tests.conftest import TINY_SEGFORMER, TINY_VIT
 
@@ -122,7 +123,7 @@ def test_a_step_never_waits_for_the_device(make_recipe, family, head, precision)
 
 
 @pytest.mark.parametrize("mask", [{"keep": 0.5, "mode": "zero"}, {"keep": 0.5, "view": "strong", "pixels": "masked"}])
-@pytest.mark.parametrize("base", ["supervised", "fixmatch"])
+@pytest.mark.parametrize("base", BASES)
 def test_every_base_and_mask(make_recipe, base, mask):
     recipe = make_recipe(method={"base": base, "scales": [1.0], "mask": mask})
     loss, _, copies = one_step(recipe, "segformer", None, nullcontext)

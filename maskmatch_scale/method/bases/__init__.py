@@ -18,6 +18,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from maskmatch_scale.method.pseudo_labels import Probabilities
 from maskmatch_scale.method.views import CutMix, Unlabelled, View
 from maskmatch_scale.recipe.bases import BASES
 
@@ -30,6 +31,8 @@ class PseudoLabels:
     """int64 (U, h, w): ŷ."""
     confident: Tensor
     """bool (U, h, w): c ≥ τ."""
+    probabilities: Probabilities | None = None
+    """p, for a base with `needs_probabilities`."""
     _mixed: dict[int, PseudoLabels] = field(default_factory=dict, repr=False, compare=False)
 
     def mixed(self, cutmix: CutMix | None) -> PseudoLabels:
@@ -37,7 +40,8 @@ class PseudoLabels:
         if cutmix is None:
             return self
         if id(cutmix) not in self._mixed:
-            self._mixed[id(cutmix)] = PseudoLabels(cutmix(self.labels), cutmix(self.confident))
+            probabilities = self.probabilities.mixed(cutmix) if self.probabilities else None
+            self._mixed[id(cutmix)] = PseudoLabels(cutmix(self.labels), cutmix(self.confident), probabilities)
         return self._mixed[id(cutmix)]
 
 
@@ -46,10 +50,12 @@ class Base(ABC):
 
     strong_views: ClassVar[int] = 1
     """How many strong views :meth:`views` asks for: so many are drawn for every image."""
-    weak_views: ClassVar[int] = 0
-    """How many times :meth:`views` returns the weak view."""
+    trained_views: ClassVar[int] = 1
+    """How many views :meth:`views` returns: as often the student sees an image (`method.work` counts it)."""
     perturbs_features: ClassVar[bool] = False
-    """Whether :meth:`perturb` is called."""
+    """Whether :meth:`perturb` is called. A seed is then drawn for every image (`Drawn.feature_seeds`)."""
+    needs_probabilities: ClassVar[bool] = False
+    """Whether :meth:`loss_sum` reads `PseudoLabels.probabilities`; they are kept for no other base."""
 
     @abstractmethod
     def views(self, unlabelled: Unlabelled) -> tuple[View, ...]:
@@ -63,10 +69,11 @@ class Base(ABC):
         """Change the student's features of the views, between its backbone and its head.
 
         Args:
-            features: for each view, in the order of :meth:`views`, one (U, C, h', w') a level, finest first. Of views
-                that the student sees in part (`method.strong_view.keep`) the visible units one below the other,
+            features: for each view, in the order of :meth:`views`, one tensor a level, finest first: (U, C, h', w'). Of
+                views that the student sees in part (`method.strong_view.keep`) the visible units one below the other,
                 (U, C, k · r, r) for k units of r × r tokens: other units in each view and image.
-            unlabelled: its ``seed`` and ``positions`` are what random numbers should be drawn from (`seeds.generator`).
+            unlabelled: ``drawn.feature_seeds`` are what random numbers should be made from, on the device
+                (`channels.coins`).
 
         Returns:
             As many views and levels, of the same shapes. The given tensors must not be changed in place.

@@ -23,5 +23,16 @@ class FixMatch(Base):
 
     def loss_sum(self, logits: Sequence[Tensor], views: Sequence[View], pseudo: PseudoLabels) -> Tensor:
         """Cross-entropy on the confident valid pixels of the strong view."""
-        mixed = pseudo.mixed(views[0].cutmix)
-        return cross_entropy_sum(logits[0], mixed.labels, mixed.confident & views[0].valid)
+        return confident_cross_entropy_sum(logits[0], views[0], pseudo)
+
+
+def confident_cross_entropy_sum(logits: Tensor, view: View, pseudo: PseudoLabels) -> Tensor:
+    """Σ_ω 1[c ≥ τ] CE(S(view), ŷ) of one view, ŷ and c mixed as the view is: float32 scalar.
+
+    Args:
+        logits: (U, classes, h', w') of the view.
+        view: weak or strong.
+        pseudo: of the weak view, not mixed yet.
+    """
+    mixed = pseudo.mixed(view.cutmix)
+    return cross_entropy_sum(logits, mixed.labels, mixed.confident & view.valid)

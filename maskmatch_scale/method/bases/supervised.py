@@ -13,7 +13,7 @@ from maskmatch_scale.method.views import Unlabelled, View
 class Supervised(Base):
     """L_u = 0."""
 
-    strong_views = 0
+    strong_views = trained_views = 0
 
     def views(self, unlabelled: Unlabelled) -> tuple[View, ...]:
         """No view."""
