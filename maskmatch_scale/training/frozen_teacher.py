@@ -69,7 +69,7 @@ def check_classes(recipe: Recipe, teacher: Model, classes: Sequence[str]) -> Non
 
 
 def teacher_facts(recipe: Recipe, teacher: Model) -> dict[str, Any]:
-    """What `state.json` says of a frozen teacher. A run continues with the same `weights`, be they under another path."""
+    """What `state.json` says of a frozen teacher. A run continues with the same `weights`, under any path."""
     return {"path": recipe.method.teacher, "step": teacher.step, "weights": teacher.fingerprint(_SAMPLED)}
 
 
