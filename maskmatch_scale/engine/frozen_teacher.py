@@ -36,7 +36,6 @@ class FrozenTeacher:
         """Values 0–1 (B, 3, H, W) to what this segmenter was trained with, in the dtype of its weights."""
         return ((images - self._mean) / self._std).to(next(self.module.parameters()).dtype)
 
-    # Not inference_mode: weights of upsampling that are made in it, and kept, could not be used by the student.
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) to logits (B, classes, h, w)."""

@@ -85,7 +85,7 @@ def test_it_trains_as_plain_pytorch_does(student):
 
 
 def test_who_labels_decides_the_losses_and_a_run_and_its_export_label_alike(student, large, export):
-    runs = {"run": large, "export": export, "checkpoint": large / "checkpoints" / "step-00000021"}
+    runs = {"run": large, "export": export, "checkpoint": large / "checkpoints" / "best"}
     found = {name: losses(train(student(name, path))) for name, path in runs.items()}
     assert found["run"] == found["export"] == found["checkpoint"]
     found["ema"] = losses(train(student("ema", "ema")))
