@@ -15,7 +15,7 @@ from maskmatch_scale.export.opening import Model, open_model
 from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.redact import shown
-from maskmatch_scale.runs.data import class_difference
+from maskmatch_scale.runs.data import class_difference, run_of
 
 _SAMPLED = 4096
 """Values of each tensor by which teachers are told apart: reading all of a large one would take seconds a start."""
@@ -27,7 +27,7 @@ def open_teacher(recipe: Recipe) -> Model | None:
     Checksums are not compared, as for `model.pretrained`: every rank reads it, and those of a run cover its optimizer.
 
     Raises:
-        UserError: there is no run, checkpoint or export under the path, or it cannot be loaded.
+        UserError: there is no run, checkpoint or export under the path, it cannot be loaded, or it is of this very run.
     """
     path = recipe.method.frozen_teacher
     if path is None or not uses_unlabelled(recipe.method):
@@ -36,6 +36,11 @@ def open_teacher(recipe: Recipe) -> Model | None:
     if not Path(path).exists():
         raise UserError(
             f"{given}: there is nothing under this path; name a run, a checkpoint in one, an export, or ema"
+        )
+    run = run_of(Path(path))
+    if run is not None and run.resolve() == Path(recipe.run.dir).resolve():
+        raise UserError(
+            f"{given}: that is the directory of this run (run.dir), which it will write to; set another run.dir"
         )
     try:
         return open_model(Path(path), checksums=False)

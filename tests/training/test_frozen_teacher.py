@@ -16,6 +16,7 @@ from maskmatch_scale.export.opening import open_model
 from maskmatch_scale.export.write import export_run
 from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.models.cost import encoder_macs
+from maskmatch_scale.record.summary import method_labels, summarise
 from maskmatch_scale.runs.model import open_run
 from maskmatch_scale.train import train
 from maskmatch_scale.training import preflight
@@ -84,11 +85,15 @@ def test_it_trains_as_plain_pytorch_does(student):
     assert any(0 < record["coverage"] < 1 for record in records(run))
 
 
-def test_who_labels_decides_the_losses_and_a_run_and_its_export_label_alike(student, large, export):
+def test_who_labels_decides_the_losses_and_a_run_and_its_export_label_alike(student, large, export, tmp_path):
     runs = {"run": large, "export": export, "checkpoint": large / "checkpoints" / "best"}
     found = {name: losses(train(student(name, path))) for name, path in runs.items()}
     assert found["run"] == found["export"] == found["checkpoint"]
+    export_run(tmp_path / "export", tmp_path / "out")
+    assert "labelled by `export`, another model whose weights were frozen" in (tmp_path / "out/README.md").read_text()
     found["ema"] = losses(train(student("ema", "ema")))
+    summaries = [summarise(tmp_path / name) for name in ("run", "ema")]
+    assert method_labels(summaries) == ["MaskMatch (teacher large)", "MaskMatch (teacher ema)"]
     found["older"] = losses(train(student("older", large / "checkpoints" / "step-00000020")))
     assert found["ema"] != found["run"] != found["older"]
     assert open_model(export).fingerprint(4096) == open_model(large, checksums=False).fingerprint(4096)
@@ -181,6 +186,12 @@ def test_a_path_without_a_model_is_one_line(student, tmp_path, maskmatch, make, 
     assert code == 2
     assert err.splitlines()[-1].startswith(f"maskmatch: error: method.teacher={tmp_path / 'none'}: {message}"), err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("what", ["", "checkpoints/step-00000021"])
+def test_a_run_is_not_its_own_teacher(student, large, what):
+    with pytest.raises(UserError, match=r"that is the directory of this run \(run\.dir\), .*; set another run\.dir"):
+        train(student(teacher=large / what, run={"dir": f"{large}/."}))
 
 
 def test_a_damaged_teacher_is_one_line(student, large, export, tmp_path):
