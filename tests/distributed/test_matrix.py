@@ -84,7 +84,7 @@ def _matrix():
         engine = {"zero_stage": stage, "precision": precision}
         found[f"vit-{stage}-{precision}-taught"] = (
             "vit",
-            {"engine": engine, "method": {"teacher": TAUGHT, "threshold": 0.5}},
+            {"engine": engine, "method": {"teacher": TAUGHT, "threshold": 0.4}},
         )
     found["segformer-3-frozen"] = "segformer", {"engine": {"zero_stage": 3}, "model": {"batchnorm": "frozen"}}
     return found

@@ -21,7 +21,7 @@ from maskmatch_scale.runs.model import open_run
 from maskmatch_scale.train import train
 from maskmatch_scale.training import preflight
 from maskmatch_scale.training.callbacks import Callback
-from tests.conftest import TINY_VIT, ShapesSource, recipe_maker
+from tests.conftest import TINY_VIT, ShapesSource, needs_compiler, recipe_maker
 from tests.distributed.reference import train_plainly
 
 VIT = {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT, "head": "linear"}
@@ -29,7 +29,7 @@ ENGINES = {
     "accelerate": {"library": "accelerate", "zero_stage": 0},
     "1": {"zero_stage": 1},
     "1-bf16": {"zero_stage": 1, "precision": "bf16"},
-    "3-bf16": {"zero_stage": 3, "precision": "autocast-bf16"},
+    "3-bf16": {"zero_stage": 3, "precision": "bf16"},
 }
 
 
@@ -260,3 +260,18 @@ def test_ranks_with_other_teachers_are_refused(student, large):
         preflight.check_agreement(
             Runtime(), checked.recipe, checked.batches, None, deferred=False, frozen=checked.frozen_facts
         )
+
+
+@pytest.mark.slow  # the compiler takes half a minute
+@needs_compiler
+def test_its_blocks_are_compiled_with_the_students(make_recipe, student, tmp_path):
+    wide = VIT | {"backbone_options": TINY_VIT | {"embed_dim": 48}}
+    vit = train(make_recipe(model=wide, method={"ema_decay": 0.0}, run={"steps": 2, "dir": str(tmp_path / "wide")}))
+    found = []
+    for compiled in (False, True):
+        name = "compiled" if compiled else "eager"
+        run = train(student(name, vit, engine={"compile": compiled}, method={"threshold": 0.3}), callbacks=[Seen])
+        block = Seen.run_seen.frozen_teacher.module.backbone.blocks[0]
+        assert (block._compiled_call_impl is not None) == compiled
+        found.append(losses(run))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
