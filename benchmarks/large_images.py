@@ -25,7 +25,7 @@ from PIL import Image
 
 from benchmarks.harness import check_out, describe_machine, markdown, say, write_json
 from maskmatch_scale.errors import UserError
-from maskmatch_scale.predict.opening import open_model
+from maskmatch_scale.export.opening import open_model
 
 COLUMNS = ("format", "classes", "parameters_m", "file_mb", "peak_gb", "cpu_s")
 SIDE_PX = 20_000

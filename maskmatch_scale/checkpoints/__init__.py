@@ -9,7 +9,8 @@
         index.json              for each tensor its shape, its dtype, and where its pieces are; for each file its bytes
                                 and SHA-256
         stream.json             what the training batches continue from (data/batches/training.py), one for all ranks
-        state.json              step, model, settings it was written with, state of engine and callbacks, versions
+        state.json              step, model, settings it was written with, state of engine and callbacks, frozen
+                                teacher, versions
 
 A checkpoint is complete or not there at all: ranks write into `.step-00000400.writing`, which rank 0 renames
 (writing.py). The name of the folder means nothing: `state.json` says the step.

@@ -89,13 +89,14 @@ def find(where: Path) -> Checkpoint:
 
 
 @contextmanager
-def opened(where: Path) -> Generator[Checkpoint, None, None]:
+def opened(where: Path, *, checksums: bool = True) -> Generator[Checkpoint, None, None]:
     """Find the checkpoint that a path means and compare the checksums of all of its files.
 
     A run that goes on meanwhile does not delete it while the body runs (:func:`being_read`).
 
     Args:
         where: see :func:`find`.
+        checksums: False: only what :func:`find` compares. Every byte is read for the checksums, also of the optimizer.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it has another format.
@@ -108,7 +109,7 @@ def opened(where: Path) -> Generator[Checkpoint, None, None]:
             except FileNotFoundError:  # the run has deleted it just now, so there is a newer one
                 found = find(where)
                 continue
-            problem = first_damaged(found, list(found.index.files))
+            problem = first_damaged(found, list(found.index.files) if checksums else [])
             if problem is None:
                 break
             found = found.instead(problem)

@@ -121,6 +121,9 @@ def _training(method: str, recipe: Recipe, data: RunData, state: Mapping[str, An
         f"- {a_step} a step, {ranks} rank{'s' if ranks > 1 else ''}, precision {state['precision']}, "
         f"`optim.lr` {recipe.optim.lr:g}, seed {recipe.run.seed}.",
     ]  # fmt: skip
+    if unlabelled and recipe.method.frozen_teacher is not None:
+        teacher = code(Path(recipe.method.frozen_teacher).name)
+        lines.append(f"- Unlabelled images were labelled by {teacher}, another model whose weights were frozen.")
     if mask.keep is not None:
         lines.append(f"- Masked view: {mask.keep:.0%} of the units visible, mode `{mask.mode}`.")
     if recipe.method.base_keep is not None:

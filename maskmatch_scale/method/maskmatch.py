@@ -189,11 +189,22 @@ class MaskMatch(nn.Module):
         )
 
     @torch.no_grad()
-    def pseudo_label(self, step: Step, teacher: Callable[[Tensor], Tensor]) -> PseudoLabels | None:
-        """ŷ and 1[c ≥ τ(ŷ)] of the weak view; None if the step has no use for them."""
+    def pseudo_label(
+        self,
+        step: Step,
+        teacher: Callable[[Tensor], Tensor],
+        normalise: Callable[[Tensor], Tensor] | None = None,
+    ) -> PseudoLabels | None:
+        """ŷ and 1[c ≥ τ(ŷ)] of the weak view; None if the step has no use for them.
+
+        Args:
+            step: from :meth:`prepare`.
+            teacher: normalised images (U, 3, h, w) to logits.
+            normalise: images of values 0–1 to what the teacher expects; None: to what the student expects.
+        """
         if step.unlabelled is None:
             return None
-        images = self.normalise(step.unlabelled.weak.images)
+        images = (normalise or self.normalise)(step.unlabelled.weak.images)
         probabilities = multi_scale_probabilities(teacher, images, self.recipe.scales)
         labels, confidence = probabilities.labels()
         threshold = self.threshold

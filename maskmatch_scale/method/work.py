@@ -33,7 +33,13 @@ class Work:
 
 
 def step_work(
-    segmenter: Segmenter, recipe: MethodRecipe, size_px: Sequence[int], labelled: int, unlabelled: int
+    segmenter: Segmenter,
+    recipe: MethodRecipe,
+    size_px: Sequence[int],
+    labelled: int,
+    unlabelled: int,
+    *,
+    teacher: Segmenter | None = None,
 ) -> Work:
     """The work of one step: forward and backward of the student on all views, forward of the teacher at all scales.
 
@@ -45,6 +51,7 @@ def step_work(
         size_px: (h, w) of the images; whole units if units are dropped.
         labelled: labelled images of the step.
         unlabelled: unlabelled images of the step; 0 in the burn-in.
+        teacher: a frozen one; None: an average of the student.
     """
     work = _trained(segmenter, size_px, labelled)
     if not unlabelled:
@@ -54,8 +61,9 @@ def step_work(
     work += _trained(segmenter, size_px, views * unlabelled, visible.get("loss_u"))
     if recipe.mask.keep is not None:
         work += _trained(segmenter, size_px, unlabelled, visible.get("loss_m"))
-    sizes = [resized_px(size_px, scale, segmenter.patch_px) for scale in recipe.scales]
-    return work + Work(flops=2 * unlabelled * sum(encoder_macs(segmenter, *size) for size in sizes))
+    teacher = teacher or segmenter
+    sizes = [resized_px(size_px, scale, teacher.patch_px) for scale in recipe.scales]
+    return work + Work(flops=2 * unlabelled * sum(encoder_macs(teacher, *size) for size in sizes))
 
 
 def _trained(segmenter: Segmenter, size_px: Sequence[int], images: int, visible: int | None = None) -> Work:

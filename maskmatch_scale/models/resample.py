@@ -250,10 +250,10 @@ def _narrowed(gradient: Tensor, columns: int) -> Tensor:
 
 
 def resized(images: Tensor, scale: float, patch_px: int) -> Tensor:
-    """Images (B, C, H, W) resized bilinearly by a factor, sides rounded to whole patches; at 1 as they are."""
-    if scale == 1:
-        return images
+    """Images (B, C, H, W) resized bilinearly by a factor, sides rounded to whole patches; as they are if that is it."""
     size = resized_px(images.shape[-2:], scale, patch_px)
+    if size == tuple(images.shape[-2:]):
+        return images
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
 

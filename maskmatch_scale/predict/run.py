@@ -15,12 +15,12 @@ from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.precision import autocast
 from maskmatch_scale.errors import UserError, of_this_rank
 from maskmatch_scale.evaluation.inference import Inference, inference_with
+from maskmatch_scale.export.opening import Model, open_model
 from maskmatch_scale.predict.device import DTYPES, FittingBatches, choose_device, choose_precision
 from maskmatch_scale.predict.failures import Failures
 from maskmatch_scale.predict.inputs import ImageFile, deal, find_inputs
 from maskmatch_scale.predict.label_maps import refuse_label_maps
 from maskmatch_scale.predict.naming import output_names
-from maskmatch_scale.predict.opening import Model, open_model
 from maskmatch_scale.predict.outputs import Outputs, Wanted
 from maskmatch_scale.predict.overlay import MOST_OVERLAY_PX
 from maskmatch_scale.predict.polygons import need_coco, need_geojson

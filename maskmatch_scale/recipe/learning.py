@@ -65,6 +65,13 @@ class MethodRecipe(Section):
 
     base: Annotated[str, BeforeValidator(OneOf(BASES))] = "fixmatch"
     """Weak-to-strong base: what is learnt on whole unlabelled images (docs/method.md#bases)."""
+    # Decision: docs/decisions/0062-frozen-teacher.md.
+    teacher: Annotated[str, Field(min_length=1)] = "ema"
+    """What labels the unlabelled images. ema: the average of the student. A path: a trained segmenter of the same
+    classes, larger or of another backbone if you like, with its weights frozen: a run (its newest checkpoint), a
+    checkpoint in one, or an export. The average is still what is evaluated and exported. Every rank holds this teacher
+    whole, 4 bytes a parameter, at every ZeRO stage (docs/fine_tuning.md). It is not opened where nothing looks at
+    unlabelled images."""
     mask: MaskRecipe = MaskRecipe()
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 1.5)
     """Q: scales at which the teacher predicts an image; the mean of these predictions gives the pseudo-labels. [1.0]
@@ -102,6 +109,11 @@ class MethodRecipe(Section):
         """Losses on views whose masked units are not computed, and the share of units that the student sees of them."""
         keeps = {"loss_u": self.base_keep, "loss_m": self.mask.keep if self.mask.mode == "drop" else None}
         return {loss: keep for loss, keep in keeps.items() if keep is not None}
+
+    @property
+    def frozen_teacher(self) -> str | None:
+        """The path in `teacher`; None: the average of the student labels."""
+        return None if self.teacher == "ema" else self.teacher
 
 
 class OptimRecipe(Section):

@@ -61,7 +61,7 @@ class DataRecipe(Section):
     read."""
     labelled_count: Annotated[int, Field(ge=0)] | None = None
     """How many labelled samples are drawn from the labelled sources; null = all of them. 0 = a run without labels,
-    which needs a trained model in `model.pretrained`."""
+    which needs a trained model in `model.pretrained` or `method.teacher`."""
     split_seed: int = 0
     """Seed of the draw of `data.labelled_count` samples."""
     unlabelled_per_labelled: Annotated[int, Field(ge=1)] = 1

@@ -119,9 +119,10 @@ def unsound(recipe: Recipe) -> Iterator[tuple[bool, str]]:
 def _unsound_without_labels(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     none, method = recipe.data.labelled_count == 0, recipe.method
     yield (
-        none and not isinstance(recipe.model.pretrained, str),
+        none and not isinstance(recipe.model.pretrained, str) and method.frozen_teacher is None,
         f"data.labelled_count=0 with model.pretrained={json.dumps(recipe.model.pretrained)}: without labels the "
-        "teacher must be a trained segmenter from the start; name a run, a checkpoint or an export there",
+        "teacher must be a trained segmenter from the start; name a run, a checkpoint or an export there, or in "
+        "method.teacher",
     )
     yield (
         none and method.burn_in > 0,

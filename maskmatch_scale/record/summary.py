@@ -40,6 +40,8 @@ class RunSummary:
     """Share of visible units of the base's views; None when they are whole, or there are none."""
     scales: tuple[float, ...]
     """Scales of the pseudo-labels; empty if the run makes none."""
+    teacher: str
+    """What makes them: `ema`, or the name of a frozen teacher's folder; empty if the run makes none."""
     backbone: str
     seed: int | None
     steps_done: int
@@ -113,7 +115,7 @@ def summarise_files(run: RunFiles) -> RunSummary:
     base = str(settings.get("method.base", SUPERVISED))
     keep = number(settings.get("method.mask.keep"))
     masked = keep is not None and settings.get("method.mask.weight") != 0
-    scales = settings.get("method.scales")
+    scales, labels = settings.get("method.scales"), masked or has_unlabelled_loss(base)
     steps_done = int(run.train.steps[-1]) if run.train.steps.size else 0
     steps_asked = _whole(settings.get("run.steps"))
     early = _early_end(closing.get("ended_early"), steps_done)
@@ -125,7 +127,8 @@ def summarise_files(run: RunFiles) -> RunSummary:
         mask_mode=str(settings.get("method.mask.mode", "drop")) if masked else None,
         base_keep=number(settings.get("method.strong_view.keep")) if has_unlabelled_loss(base) else None,
         # The recipe of a supervised run has scales too, but they are not used.
-        scales=tuple(scales) if isinstance(scales, list) and (masked or has_unlabelled_loss(base)) else (),
+        scales=tuple(scales) if isinstance(scales, list) and labels else (),
+        teacher=Path(str(settings.get("method.teacher", "ema"))).name if labels else "",
         backbone=str(settings.get("model.backbone", "unknown backbone")),
         seed=_whole(settings.get("run.seed")),
         steps_done=steps_done,
@@ -170,6 +173,7 @@ def method_labels(runs: Sequence[RunSummary]) -> list[str]:
     """A label for each run: its method, and how it differs from other runs of that method and backbone."""
     facts = [
         {
+            "teacher": f"teacher {run.teacher}",
             "scales": f"{len(run.scales)} scales" if len(run.scales) > 1 else "one scale",
             "mode": run.mask_mode or "",
             "keep": f"keep {run.mask_keep:g}" if run.mask_keep is not None else "",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,15 @@ def read_run_data(run: Path) -> RunData:
 
 
 def classes_of_start(recipe: Recipe) -> dict[str, Any]:
-    """Class names and palette of the model that a run starts from, as fields of :class:`RunData`.
+    """Class names and palette of the model that a run learns from, as fields of :class:`RunData`.
 
-    They come from the run or export that `model.pretrained` names. If it names none, the classes get numbers as names
-    and grey values as colours.
+    They come from the run or export that `method.teacher` names, or else `model.pretrained`. If neither does, the
+    classes get numbers as names and grey values as colours.
 
     Raises:
-        UserError: `model.pretrained` names no run or export, and `model.num_classes` is not given.
+        UserError: they name no run or export, and `model.num_classes` is not given.
     """
-    start = recipe.model.pretrained
+    start = recipe.method.frozen_teacher or recipe.model.pretrained
     wanted = {"classes", "palette", "ignore_index"}
     if isinstance(start, str):
         run = run_of(Path(start))
@@ -103,6 +104,20 @@ def classes_of_start(recipe: Recipe) -> dict[str, Any]:
         "classes": [f"class {value}" for value in range(recipe.model.num_classes)],
         "palette": [_grey(value, recipe.model.num_classes) for value in range(recipe.model.num_classes)],
     }
+
+
+def class_difference(theirs: Sequence[str], ours: Sequence[str]) -> str | None:
+    """In which class numbers two lists of names differ, in words for a message; None: in none."""
+    pairs = enumerate(zip_longest(theirs, ours))
+    differ = [
+        f"{number} is {_name(one)} there and {_name(other)} here" for number, (one, other) in pairs if one != other
+    ]
+    more = f", and {len(differ) - 3} more differ" if len(differ) > 3 else ""
+    return ", ".join(differ[:3]) + more if differ else None
+
+
+def _name(label: str | None) -> str:
+    return "missing" if label is None else repr(label)
 
 
 def known_classes(pretrained: str) -> tuple[str, ...] | None:

@@ -22,7 +22,15 @@ from maskmatch_scale.models.deferred import build_deferred
 from maskmatch_scale.models.weights import read_own
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.redact import shown
-from maskmatch_scale.runs.data import RunData, classes_of_start, known_classes, read_run_data, recipe_of, run_of
+from maskmatch_scale.runs.data import (
+    RunData,
+    class_difference,
+    classes_of_start,
+    known_classes,
+    read_run_data,
+    recipe_of,
+    run_of,
+)
 
 
 def build_student(
@@ -37,13 +45,14 @@ def build_student(
         deferred: whether to leave out the weights: `Segmenter.deferred` makes them one at a time, the same numbers.
 
     Raises:
-        UserError: the data have more classes than the recipe, the model cannot be built, or a run without labels does
-            not start from a trained segmenter.
+        UserError: the data have more classes than the recipe, the model cannot be built, or a run without labels has
+            neither a frozen teacher nor a trained segmenter as its start.
     """
     model = recipe.model
     num_classes = model.num_classes or len(index.classes)
     start = _start_weights(model.pretrained)
-    trained = _trained_start(recipe, start) if pretrained and recipe.data.labelled_count == 0 else None
+    own_teacher = recipe.data.labelled_count == 0 and recipe.method.frozen_teacher is None
+    trained = _trained_start(recipe, start) if pretrained and own_teacher else None
     if len(index.classes) > num_classes:
         raise UserError(
             f"model.num_classes={num_classes}: the labels of {shown(recipe.data.root)} have {len(index.classes)} "
@@ -85,13 +94,11 @@ def _other_classes(recipe: Recipe, segmenter: Segmenter, classes: Sequence[str])
     start = recipe.model.pretrained
     known = known_classes(start) if isinstance(start, str) else None
     is_new = any(line.startswith(("classifier:", "new, at random:")) for line in segmenter.start_notes)
-    if known is None or is_new or len(known) != segmenter.num_classes or list(known[: len(classes)]) == list(classes):
+    if known is None or is_new or len(known) != segmenter.num_classes:
         return None
-    differ = [n for n, (one, other) in enumerate(zip(known, classes)) if one != other]
-    first = ", ".join(f"{n} is {known[n]!r} there and {classes[n]!r} here" for n in differ[:3])
-    more = f", and {len(differ) - 3} more differ" if len(differ) > 3 else ""
-    return (
-        f"warning: model.pretrained={start}: its classes are others or in another order ({first}{more}); the "
+    difference = class_difference(known[: len(classes)], classes)
+    return difference and (
+        f"warning: model.pretrained={start}: its classes are others or in another order ({difference}); the "
         "classifier is loaded all the same"
     )
 

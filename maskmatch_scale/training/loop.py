@@ -66,7 +66,9 @@ def _run(checked: Checked, callbacks: Sequence[Callable[[Run], Callback]], signa
     runtime = setup.start(checked.place, recipe.engine)
     with watch_ranks(runtime, recipe.engine.collective_timeout_s) as watch:
         deferred = checked.student.deferred is not None
-        preflight.check_agreement(runtime, recipe, checked.batches, checked.checkpoint, deferred=deferred)
+        preflight.check_agreement(
+            runtime, recipe, checked.batches, checked.checkpoint, deferred=deferred, frozen=checked.frozen_facts
+        )
         checked = preflight.verify_checkpoint(runtime, checked)
         preflight.count_class_pixels(runtime, recipe, checked.batches)
         log, collectives = folder.log(runtime.rank), folder.collectives(runtime.rank)

@@ -29,6 +29,7 @@ from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.precision import choose_precision
 from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.errors import UserError
+from maskmatch_scale.export.opening import Model
 from maskmatch_scale.extras import require
 from maskmatch_scale.method.maskmatch import uses_unlabelled, view_draws
 from maskmatch_scale.models import Segmenter
@@ -45,6 +46,7 @@ from maskmatch_scale.runs.evaluate import window_px
 from maskmatch_scale.runs.lock import refuse_live_run
 from maskmatch_scale.runs.model import build_student
 from maskmatch_scale.seeds import derive_seed
+from maskmatch_scale.training.frozen_teacher import check_classes, check_same_teacher, open_teacher, teacher_facts
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class Checked:
     """What a checkpoint says of the model (`checkpoints/fit.py`)."""
     checkpoint: Checkpoint | None
     """The checkpoint that the run continues from; None: a new run."""
+    frozen_teacher: Model | None = None
+    """Labels the unlabelled images (`method.teacher`); None: the average of the student does."""
+    frozen_facts: dict[str, Any] | None = None
+    """What a checkpoint says of it (`training/frozen_teacher.py`)."""
 
     @property
     def folder(self) -> RunFolder:
@@ -95,7 +101,11 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     check_backbone(recipe)
     check_trackers(recipe)
     index = load_index(recipe.data.root, recipe.data, fresh=True)
-    student = build_student(recipe, describe_data(recipe, index), deferred=recipe.engine.zero_stage == 3)
+    teacher = open_teacher(recipe)
+    described = describe_data(recipe, index)
+    if teacher is not None:
+        check_classes(recipe, teacher, described.classes)
+    student = build_student(recipe, described, deferred=recipe.engine.zero_stage == 3)
     freeze(recipe, student)
     check_model(recipe, student)
     check_graphs(recipe, student)
@@ -113,7 +123,8 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     check_class_names(recipe, data)
     head = recipe.model.head or student.family.default_head
     model = model_facts(recipe, head, student.num_classes, data.classes)
-    checked = Checked(recipe, reason, data, batches, student, place, model, None)
+    facts = teacher_facts(recipe, teacher) if teacher is not None else None
+    checked = Checked(recipe, reason, data, batches, student, place, model, None, teacher, facts)
     checkpoint = _checkpoint_to_resume(RunFolder(Path(recipe.run.dir)), resume)
     checked = checked if checkpoint is None else _continued(checked, checkpoint)
     check_shared_memory(batches, recipe.run.steps * recipe.engine.accumulation, place.local_world_size)
@@ -124,10 +135,11 @@ def _continued(checked: Checked, checkpoint: Checkpoint) -> Checked:
     """The run as one that continues from a checkpoint.
 
     Raises:
-        UserError: the checkpoint is of another model, or its stream state cannot be read.
+        UserError: the checkpoint is of another model or frozen teacher, or its stream state cannot be read.
     """
     shapes = {name: tuple(value.shape) for name, value in checked.student.state_dict().items()}
     check_fit(checkpoint, checked.model, shapes)
+    check_same_teacher(checkpoint, checked.recipe, checked.frozen_facts)
     checked.batches.resume(checkpoint.stream())
     return replace(checked, checkpoint=checkpoint)
 
@@ -308,7 +320,14 @@ def verify_checkpoint(runtime: Runtime, checked: Checked) -> Checked:
             error.on_all_ranks = True
             raise
         deferred = checked.student.deferred is not None
-        check_agreement(runtime, checked.recipe, checked.batches, checked.checkpoint, deferred=deferred)
+        check_agreement(
+            runtime,
+            checked.recipe,
+            checked.batches,
+            checked.checkpoint,
+            deferred=deferred,
+            frozen=checked.frozen_facts,
+        )
     return checked
 
 
@@ -327,7 +346,13 @@ def count_class_pixels(runtime: Runtime, recipe: Recipe, batches: TrainingBatche
 
 
 def check_agreement(
-    runtime: Runtime, recipe: Recipe, batches: TrainingBatches, checkpoint: Checkpoint | None, *, deferred: bool
+    runtime: Runtime,
+    recipe: Recipe,
+    batches: TrainingBatches,
+    checkpoint: Checkpoint | None,
+    *,
+    deferred: bool,
+    frozen: dict[str, Any] | None = None,
 ) -> None:
     """Refuse to train if the recipes, shards or checkpoints of the ranks differ; all ranks call it together.
 
@@ -338,6 +363,7 @@ def check_agreement(
         checkpoint: to continue from.
         deferred: whether this rank makes its weights one at a time. One that found no local file for that would wait
             for other collectives than the others.
+        frozen: :func:`teacher_facts` of a frozen teacher.
 
     Raises:
         UserError: on every rank, naming the first rank that differs from rank 0.
@@ -349,6 +375,7 @@ def check_agreement(
         "the checkpoint to continue from (--resume)": checkpoint.index.digest() if checkpoint is not None else "none",
         "the list of shards, or the place in it,": json.dumps(batches.state(step)),
         "the way to build the model (pretrained weights that one machine has, and another has not),": str(deferred),
+        "the frozen teacher (method.teacher)": json.dumps(frozen),
     }
     known = torch.zeros(runtime.world_size, len(facts), dtype=torch.int64, device=runtime.device)
     known[runtime.rank] = torch.tensor([derive_seed(0, fact) for fact in facts.values()])

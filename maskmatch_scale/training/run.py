@@ -20,6 +20,7 @@ from maskmatch_scale.checkpoints.writing import CheckpointWriter
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.engine.build import build_engine
 from maskmatch_scale.engine.ema import build_teacher
+from maskmatch_scale.engine.frozen_teacher import FrozenTeacher
 from maskmatch_scale.engine.members import own_store
 from maskmatch_scale.engine.protocol import Engine, StoredTeacher
 from maskmatch_scale.engine.ranks import Runtime
@@ -57,6 +58,9 @@ class Run:
     maskmatch: MaskMatch
     engine: Engine
     teacher: StoredTeacher
+    """The average of the student, which is evaluated and exported, and labels unless there is a frozen teacher."""
+    frozen_teacher: FrozenTeacher | None
+    """Labels in place of the average (`method.teacher`)."""
     burn_in_work: Work
     """What a step of the burn-in asks of this rank's backbone."""
     work: Work
@@ -70,6 +74,8 @@ class Run:
     now. In a new run, on the weights that it starts from: what of them was not loaded."""
     model: dict[str, Any]
     """What a checkpoint says of the model (`checkpoints/fit.py`)."""
+    frozen_facts: dict[str, Any] | None
+    """What it says of the frozen teacher (`training/frozen_teacher.py`)."""
     writer: CheckpointWriter
     keeper: Keeper | None
     """On rank 0."""
@@ -155,7 +161,8 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
         CheckpointError: the checkpoint does not fit the model or its optimizer.
     """
     recipe, student, batches = checked.recipe, checked.student, checked.batches
-    burn_in_work, work = _work(recipe, student, batches)  # before ZeRO-3 takes the weights apart
+    frozen = checked.frozen_teacher.segmenter if checked.frozen_teacher is not None else None
+    burn_in_work, work = _work(recipe, student, batches, frozen)  # before ZeRO-3 takes the weights apart
     average = copy.deepcopy(student)  # made in host memory, so that a GPU never holds both whole models
     if student.deferred is None:  # else there are no weights yet: the engine makes and shards them
         student.to(runtime.device)
@@ -164,6 +171,8 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
     if recipe.engine.compile:
         student.compile_blocks()
         average.compile_blocks()
+        if frozen is not None and frozen.family.compiles_blocks:
+            frozen.compile_blocks()
     weights = _class_weights(checked)
     thresholds = thresholds_by_class(recipe.method, checked.data.classes, student.num_classes)
     maskmatch = MaskMatch(
@@ -195,6 +204,7 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
         maskmatch=maskmatch,
         engine=engine,
         teacher=teacher,
+        frozen_teacher=None if frozen is None else FrozenTeacher(frozen, recipe, runtime.device),
         burn_in_work=burn_in_work,
         work=work,
         metrics=MetricsLog(checked.folder.metrics if runtime.rank == 0 else None, lambda line: run.say(line)),
@@ -205,6 +215,7 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
             *changes(resumed, recipe, runtime.world_size),
         ),
         model=checked.model,
+        frozen_facts=checked.frozen_facts,
         writer=writer,
         keeper=keeper,
         agreement=Agreement(runtime),
@@ -263,12 +274,13 @@ def _class_weights(checked: Checked) -> Tensor | None:
     return class_weights(checked.batches.class_pixels()) if named is None else torch.tensor(named)
 
 
-def _work(recipe: Recipe, student: Segmenter, batches: TrainingBatches) -> tuple[Work, Work]:
+def _work(recipe: Recipe, student: Segmenter, batches: TrainingBatches, teacher: Segmenter | None) -> tuple[Work, Work]:
     """What a step asks of a rank's backbone, in the burn-in and after it."""
     images = recipe.engine.micro_batch * recipe.engine.accumulation
     labelled = images if batches.labelled is not None else 0
     unlabelled = images * recipe.data.unlabelled_per_labelled if uses_unlabelled(recipe.method) else 0
     burn_in, after = (
-        step_work(student, recipe.method, recipe.data.crop_px, labelled, count) for count in (0, unlabelled)
+        step_work(student, recipe.method, recipe.data.crop_px, labelled, count, teacher=teacher)
+        for count in (0, unlabelled)
     )
     return burn_in, after

@@ -47,7 +47,7 @@ class StepFigures:
 def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
     """Take one optimizer step; all ranks call it together.
 
-    Losses are means over the global batch. The teacher is updated last.
+    Losses are means over the global batch. The average is updated last, whichever teacher labels.
 
     Args:
         run: on this rank.
@@ -78,8 +78,12 @@ def take_step(run: Run, step: int, batches: Iterator[Batch]) -> StepFigures:
     # A forward changes the running statistics of BatchNorm, also when the step is left out afterwards.
     statistics = running_statistics(run.student) if leaves_out(recipe) else []
     stop = runtime.stopwatch()
-    with run.teacher.gathered():
-        pseudo_labels = [maskmatch.pseudo_label(micro, run.teacher) for micro in prepared]
+    if run.frozen_teacher is not None:
+        frozen = run.frozen_teacher
+        pseudo_labels = [maskmatch.pseudo_label(micro, frozen, frozen.normalise) for micro in prepared]
+    else:
+        with run.teacher.gathered():
+            pseudo_labels = [maskmatch.pseudo_label(micro, run.teacher) for micro in prepared]
     teacher_s = stop()
     for number, (micro, pseudo) in enumerate(zip(prepared, pseudo_labels, strict=True)):
         parts = (micro.parts[-1:] + micro.parts[:-1]) if engine.every_gradient_first else micro.parts

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.method.maskmatch import MaskMatch, view_draws
-from maskmatch_scale.runs.model import build_student
+from maskmatch_scale.runs.model import build_student, open_run
 
 UNDECAYED = ("pos_embed", "cls_token")
 
@@ -73,6 +74,16 @@ def train_plainly(recipe, world_size: int) -> Outcome:
         with torch.no_grad(), teacher_arithmetic:
             return teacher(images)
 
+    def label(micro):
+        if recipe.method.teacher == "ema":
+            return step_module.pseudo_label(micro, teach)
+        with teacher_arithmetic:
+            return step_module.pseudo_label(micro, frozen, lambda images: (images - mean) / std)
+
+    if recipe.method.teacher != "ema":
+        frozen = open_run(Path(recipe.method.teacher), "ema")[1]
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (frozen.mean, frozen.std))
+
     losses, norms = [], []
     for number in range(recipe.run.steps):
         step_module.train()
@@ -82,7 +93,7 @@ def train_plainly(recipe, world_size: int) -> Outcome:
         pixels = sum(step_module.denominators(micro) for micro in micros)
         total = 0.0
         for micro in micros:
-            pseudo = step_module.pseudo_label(micro, teach)
+            pseudo = label(micro)
             # The order matters to BatchNorm's running statistics alone.
             for part in micro.parts:
                 with student_arithmetic:

@@ -14,6 +14,7 @@ import torch
 
 from maskmatch_scale.checkpoints.reading import load_weights
 from maskmatch_scale.recipe import parse_recipe
+from maskmatch_scale.train import train
 from tests.conftest import TINY_VIT, recipe_maker
 from tests.distributed.guards import without
 from tests.distributed.launching import launch, records
@@ -28,6 +29,8 @@ FAMILIES = {
 NO_BATCHNORM = {"head": "linear"}
 """bf16 weights do not go with BatchNorm."""
 STEPS = 6
+TAUGHT = "taught"
+"""Folder of the run whose model is the frozen teacher, beside the runs."""
 TOLERANCE = {"fp32": 5e-4, "autocast-bf16": 0.06, "bf16": 0.1}
 """Largest distance of the weights from the reference's, as a share of the way that they have gone.
 
@@ -79,6 +82,13 @@ def _matrix():
     # Only the base's view uses the context decoder, so it must come first.
     dropped = {"mask": {"keep": 0.5, "mode": "zero"}, "strong_view": {"keep": 0.5}}
     found["vit-3-dropped-strong-view"] = "vit", {"engine": {"zero_stage": 3}, "method": dropped}
+    # A SegFormer, whole on every rank, labels for ViTs.
+    for stage, precision in ((1, "fp32"), (3, "autocast-bf16")):
+        engine = {"zero_stage": stage, "precision": precision}
+        found[f"vit-{stage}-{precision}-taught"] = (
+            "vit",
+            {"engine": engine, "method": {"teacher": TAUGHT, "threshold": 0.4}},
+        )
     found["segformer-3-frozen"] = "segformer", {"engine": {"zero_stage": 3}, "model": {"batchnorm": "frozen"}}
     return found
 
@@ -118,11 +128,14 @@ def recipe_of(make, name, folder, stage3_json):
     engine = {"micro_batch": 2, "precision": "fp32"} | sections["engine"]
     if engine["zero_stage"] == 3:
         engine["deepspeed_json"] = str(stage3_json)
+    method = {"scales": [1.0], "threshold": 0.3, "ema_decay": 0.7} | sections.get("method", {})
+    if "teacher" in method:
+        method["teacher"] = str(folder / TAUGHT)
     return make(
         model=model,
         engine=engine,
         optim={"lr": 1e-3, "clip_norm": 0.5, "warmup_steps": 2} | sections.get("optim", {}),
-        method={"scales": [1.0], "threshold": 0.3, "ema_decay": 0.7} | sections.get("method", {}),
+        method=method,
         evaluation={"window_batch": 4},
         run={"dir": str(folder / name), "steps": STEPS, "evaluate_every": 2, "checkpoint_every": 0},
     )
@@ -145,6 +158,9 @@ def run_all(folder, shapes, names, guards):
     zero = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "reduce_bucket_size": 20000}
     stage3_json.write_text(json.dumps({"zero_optimization": zero}))
     make = recipe_maker(shapes, folder)
+    if any(name.endswith(TAUGHT) for name in names):
+        run = {"dir": str(folder / TAUGHT), "steps": 20}
+        train(make(optim={"lr": 3e-3}, engine={"precision": "fp32"}, method={"ema_decay": 0.0}, run=run))
     recipes = {name: recipe_of(make, name, folder, stage3_json) for name in names}
     jobs = [
         {"recipe": recipe.model_dump(mode="json"), "probe": str(folder / f"{name}.pt")}

@@ -109,6 +109,7 @@ class Checkpoints(Callback):
             **run.callback_state(),
             **run_facts(run.recipe, run.runtime.world_size),
             "model": run.model,
+            "frozen_teacher": run.frozen_facts,
             "engine": engine.progress(),
             "versions": {"maskmatch_scale": __version__, "torch": str(torch.__version__)},
         }

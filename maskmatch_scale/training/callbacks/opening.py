@@ -41,6 +41,14 @@ class Opening(Callback):
             f"{run.batches.labelled_samples} labelled samples, {run.batches.unlabelled_samples} unlabelled, from step "
             f"{run.start}",
         ]
+        if run.frozen_teacher is not None and run.frozen_facts is not None:
+            module = run.frozen_teacher.module
+            size = sum(parameter.numel() for parameter in module.parameters())
+            lines.append(
+                f"unlabelled images are labelled by {recipe.method.teacher}: a {module.family.title} of "
+                f"{size / 1e6:.2f} M parameters, step {run.frozen_facts['step']}, frozen; evaluated is the average of "
+                "the student"
+            )
         lines += run.notes
         if uses_tf32(run.runtime.device, engine.precision):
             lines.append("products of fp32 matrices run in TF32")

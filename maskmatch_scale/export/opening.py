@@ -1,4 +1,4 @@
-"""Loading the model of a run or of an export, with what predicting needs to know of either."""
+"""Loading the model of a run or of an export alike, with what its users need to know of either."""
 
 from __future__ import annotations
 
@@ -44,23 +44,35 @@ class Model:
     exif_orientation: bool
     """Whether images are turned as their EXIF orientation says."""
 
-    def fingerprint(self) -> str:
-        """Hex digest of the weights that predictions depend on; the same for a run and its export."""
+    def fingerprint(self, most: int | None = None) -> str:
+        """Hex digest of the weights that predictions depend on; the same for a run and its export.
+
+        Args:
+            most: about how many values of each tensor are read, evenly spread over it; None: all. A few thousand take
+                no time in any model, and tell two trainings apart, or two steps of one: a step changes all values of
+                what is trained.
+        """
         digest = hashlib.sha256()
         for name, value in sorted(self.segmenter.state_dict().items()):
             if not name.startswith("context."):
+                values = value.flatten()
+                if most is not None:
+                    values = values[:: max(1, len(values) // most)]
                 digest.update(name.encode())
-                digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+                digest.update(values.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
-def open_model(where: Path, weights: str | None = None, overrides: Sequence[str] = ()) -> Model:
+def open_model(
+    where: Path, weights: str | None = None, overrides: Sequence[str] = (), *, checksums: bool = True
+) -> Model:
     """Load the newest checkpoint of a run, one of its checkpoints, or an export.
 
     Args:
         where: run directory, a checkpoint folder in one, or a folder that `maskmatch export` wrote.
         weights: `ema` or `student`; None: `ema`, or whatever an export has.
         overrides: ``evaluation.key=value``: keys that replace those that the model was trained with.
+        checksums: whether to compare those of all files of a checkpoint, see :func:`opened`.
 
     Raises:
         UserError: it is neither, it cannot be loaded, it has no such weights, or an override is wrong.
@@ -74,7 +86,7 @@ def open_model(where: Path, weights: str | None = None, overrides: Sequence[str]
             "`maskmatch export` wrote"
         )
     recipe, data = recipe_of(run, overrides), read_run_data(run)
-    with opened(where) as checkpoint:
+    with opened(where, checksums=checksums) as checkpoint:
         return Model(
             load_model(run, recipe, weights or "ema", checkpoint),
             run.resolve().name,
