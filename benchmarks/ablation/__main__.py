@@ -50,6 +50,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--evaluate-every", type=int, metavar="E", help="steps between points of the curve; default S / 10")
     add("--checkpoint-every", type=int, metavar="C", help="default E; 0: none, a cell that was stopped starts again")
     add("--eval-images", type=int, metavar="N", help="images of each split; default all")
+    add("--curve-images", type=int, metavar="N", help="images of dev for points of the curve; default --eval-images")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings", help="keys of the recipe for every arm")
     return parser.parse_args(arguments)
 
@@ -60,7 +61,7 @@ def check_numbers(options: argparse.Namespace) -> None:
     Raises:
         UserError: names the option.
     """
-    for name in ("steps", "jobs", "evaluate_every", "eval_images", "minutes"):
+    for name in ("steps", "jobs", "evaluate_every", "eval_images", "curve_images", "minutes"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')}: {value}; it must be above 0")
@@ -111,6 +112,7 @@ def plan(options: argparse.Namespace) -> list[Cell]:
                 every,
                 TASKS[options.task].splits,
                 options.eval_images,
+                options.curve_images or options.eval_images,
                 40,
                 cost,
                 identity,

@@ -86,6 +86,15 @@ def _of_details() -> Iterator[tuple[str, Arm]]:
         for value in values:
             for base, title, own in (("fixmatch", "FixMatch", FIXMATCH), ("maskmatch", "MaskMatch", MASKMATCH)):
                 yield f"{base}_{name}_{value:g}", Arm(f"{title}, {word} {value:g}", {**own, key: value}, name)
+    for unit_px in (8, 14, 32, 42, 56):  # those that the task's patches and crop allow
+        yield (
+            f"unit_{unit_px}",
+            Arm(f"MaskMatch, units of {unit_px} px", {**MASKMATCH, "model.unit_px": unit_px}, "mask"),
+        )
+    for weight in (0.5, 2.0):
+        yield f"mask_weight_{weight:g}", masked(f"λ_m {weight:g}", weight=weight)
+        keys = {**FIXMATCH, "method.unlabelled_weight": weight}
+        yield f"fixmatch_weight_{weight:g}", Arm(f"FixMatch, λ_u {weight:g}", keys, "weights")
     every = {"method.base": SUPERVISED, **NO_MASK, **ONE_SCALE, "data.labelled_count": None}
     yield "all_labels", Arm("supervised, all labels", every, "bound")
 

@@ -24,7 +24,7 @@ import torch
 from benchmarks.ablation.arms import ARMS, Arm, arms_of
 from benchmarks.ablation.equal_cost import BURN_IN_ARM
 from benchmarks.ablation.tasks import TASKS, Setting, setting_of
-from benchmarks.harness import check_out, describe_machine, markdown, say, time_interleaved, write_json
+from benchmarks.harness import ROOT, check_out, describe_machine, markdown, say, time_interleaved, write_json
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.engine import setup
 from maskmatch_scale.errors import UserError
@@ -42,8 +42,10 @@ def build(setting: Setting, arm: Arm, steps: int, folder: Path) -> tuple[Run, Ca
         UserError: the recipe cannot be run.
     """
     recipe = setting.recipe(arm, 0, setting.steps, folder)
+    backbone = recipe.model.backbone.replace("transformers/configs/", f"transformers/{ROOT}/configs/")
     recipe = recipe.model_copy(
         update={
+            "model": recipe.model.model_copy(update={"backbone": backbone}),
             "method": recipe.method.model_copy(update={"burn_in": 0.0}),
             "data": recipe.data.model_copy(update={"workers": 0}),
             "run": recipe.run.model_copy(update={"steps": steps}),

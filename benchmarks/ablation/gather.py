@@ -51,7 +51,7 @@ def read_cells(folders: Sequence[Path]) -> list[Row]:
                 one, two = first["identity"].get(name), result["identity"].get(name)
                 if one != two:
                     raise UserError(f"{folder} was made with other {name} ({two}) than {other} ({one}); report apart")
-            for name in ("task", "eval_images"):
+            for name in ("task", "eval_images", "curve_images"):
                 if first[name] != result[name]:
                     raise UserError(
                         f"{folder} has another {name} ({result[name]}) than {other} ({first[name]}); report apart"

@@ -44,6 +44,8 @@ class Job:
     """Evaluated at the marks, besides `dev`."""
     eval_images: int | None
     """Images of each split that are evaluated, evenly spaced; None: all."""
+    curve_images: int | None
+    """The same of `dev` for the points of the curve."""
     pseudo_images: int
     """At most so many training images without labels of this draw, on which pseudo-labels are checked."""
     cost: dict[str, float] | None

@@ -54,9 +54,8 @@ def _camvid(steps: int) -> Content:
 
 def _scores(config: str) -> Callable[[int], Content]:
     def content(steps: int) -> Content:
+        # Its backbone may be a folder of this repository, from where cells are run.
         recipe = load_recipe(ROOT / "configs" / config).model_dump(mode="json", exclude_unset=True)
-        if recipe["model"]["backbone"].startswith("transformers/configs/"):
-            recipe["model"]["backbone"] = f"transformers/{ROOT}/configs/{Path(recipe['model']['backbone']).name}"
         return {name: section for name, section in recipe.items() if name != "run"}
 
     return content

@@ -95,11 +95,15 @@ class Watch(Callback):
 
     def _add(self, done: int, names: list[str], seconds: tuple[float, float]) -> None:
         run, job = self.run, self.job
-        dev = score(run, "dev", job.eval_images, boundaries=bool(names))
         found = {"step": done, "wall_s": seconds[0], "cpu_s": seconds[1]}
+        at_marks, dev = {}, None
         if names:
-            splits = {"dev": dev} | {split: score(run, split, job.eval_images, boundaries=True) for split in job.splits}
+            splits = {split: score(run, split, job.eval_images, boundaries=True) for split in ("dev", *job.splits)}
             labels = check_pseudo_labels(run, min(job.pseudo_images, job.eval_images or job.pseudo_images))
-            self.marks |= {name: {**found, "splits": splits, "pseudo_labels": labels} for name in names}
+            at_marks = {name: {**found, "splits": splits, "pseudo_labels": labels} for name in names}
+            dev = splits["dev"] if job.curve_images == job.eval_images else None
+        if dev is None:
+            dev = score(run, "dev", job.curve_images, boundaries=False)
+        self.marks |= at_marks
         self.curve.append({**found, "miou": dev["miou"], "pixel_accuracy": dev["pixel_accuracy"]})
         run.say(f"step {done}: teacher on dev: mIoU {dev['miou']:.4f}")
