@@ -125,7 +125,8 @@ def _training(method: str, recipe: Recipe, data: RunData, state: Mapping[str, An
         teacher = code(Path(recipe.method.frozen_teacher).name)
         lines.append(f"- Unlabelled images were labelled by {teacher}, another model whose weights were frozen.")
     if mask.keep is not None:
-        lines.append(f"- Masked view: {mask.keep:.0%} of the units visible, mode `{mask.mode}`.")
+        twice = ", and a second one with as many of the others" if mask.complement else ""
+        lines.append(f"- Masked view: {mask.keep:.0%} of the units visible, mode `{mask.mode}`{twice}.")
     if recipe.method.base_keep is not None:
         lines.append(
             f"- Views of the base: {recipe.method.base_keep:.0%} of the units visible, the others not computed."

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskmatch_scale.models.units import Grid, sample_visible
+from maskmatch_scale.models.units import Grid, masked_units, sample_visible
 from maskmatch_scale.recipe import StrongViewRecipe
 from maskmatch_scale.seeds import generator, uniform
 
@@ -40,6 +40,7 @@ class ViewDraws:
         size_px: (h, w) of the images.
         grid: (rows, cols) of units; None: no units are drawn.
         visible: units that stay visible in the masked view; 0: there is none.
+        complement: whether as many of the masked units are drawn for a second masked view.
         base_views: how many views of the base the student sees in part; 0: it sees them whole.
         base_visible: units that stay visible in each of these.
         feature_seed: whether a seed is drawn for what the base does to features.
@@ -54,12 +55,13 @@ class ViewDraws:
     base_views: int = 0
     base_visible: int = 0
     feature_seed: bool = False
+    complement: bool = False
 
     @property
     def width(self) -> int:
         """Numbers for each image."""
         fixed = self.strong_views * _A_VIEW + int(self.feature_seed)
-        return fixed + self.visible + self.base_views * self.base_visible
+        return fixed + (1 + self.complement) * self.visible + self.base_views * self.base_visible
 
     def __call__(self, positions: Sequence[int]) -> Tensor:
         """Draw for images.
@@ -80,11 +82,21 @@ class ViewDraws:
                 numbers.append(_draw_seed(generator(self.seed, "features", position)))
             parts = [torch.tensor(numbers, dtype=torch.float64)]
             if self.visible:
-                parts.append(self._units(self.visible, "mask", position))
+                parts += self._masks(position)
             for view in range(self.base_views):
                 parts.append(self._units(self.base_visible, _purpose("strong mask", view), position))
             torch.cat(parts, out=row)
         return rows
+
+    def _masks(self, position: int) -> list[Tensor]:
+        """Visible units of the masked view, and of the second one if there is one: float64 (visible,) each."""
+        first = self._units(self.visible, "mask", position)
+        if not self.complement:
+            return [first]
+        assert self.grid is not None
+        others = masked_units(first[None].long(), self.grid)[0]
+        drawn = sample_visible(1, (1, len(others)), self.visible, generator(self.seed, "second mask", position))[0]
+        return [first, others[drawn].double()]
 
     def _units(self, visible: int, purpose: str, position: int) -> Tensor:
         """Visible units of one image: float64 (visible,)."""
@@ -134,6 +146,7 @@ class Drawn:
     base_views: int = 0
     base_visible: int = 0
     feature_seed: bool = False
+    complement: bool = False
 
     def photometric(self, view: int) -> dict[str, Tensor]:
         """Numbers of a strong view by the names in `PHOTOMETRIC`: float64 (U,) each."""
@@ -153,18 +166,23 @@ class Drawn:
 
     @property
     def visible(self) -> Tensor:
-        """Visible units of the masked view: int64 (U, k), sorted."""
-        return self.rows[:, self.strong_views * _A_VIEW + int(self.feature_seed) : self._base_start].long()
+        """Visible units of the masked view: int64 (U, k), sorted; (2 · U, k) of two, one view after the other."""
+        start = self.strong_views * _A_VIEW + int(self.feature_seed)
+        return _by_view(self.rows[:, start : self._base_start], 1 + self.complement)
 
     @property
     def visible_of_base(self) -> Tensor:
         """Visible units of the base's views, one view after the other: int64 (base_views · U, base_visible), sorted."""
-        units = self.rows[:, self._base_start :].long()
-        return units.view(-1, self.base_views, self.base_visible).transpose(0, 1).flatten(0, 1)
+        return _by_view(self.rows[:, self._base_start :], self.base_views)
 
     @property
     def _base_start(self) -> int:
         return self.rows.shape[1] - self.base_views * self.base_visible
+
+
+def _by_view(units: Tensor, views: int) -> Tensor:
+    """Units of several views, float64 (U, views · k), one view after the other: int64 (views · U, k)."""
+    return torch.cat(units.long().chunk(views, 1))
 
 
 def _draw_seed(source: torch.Generator) -> float:

@@ -34,13 +34,13 @@ PARTS = ("loss_x", "loss_u", "loss_m")
 
 @dataclass(frozen=True)
 class MaskedView:
-    """The view that the student sees in part."""
+    """The view that the student sees in part, once, or twice with other units (`method.mask.complement`)."""
 
     view: View
     visible: Tensor
-    """int64 (U, k): visible units, sorted."""
+    """int64 (U, k), or (2 · U, k): visible units, sorted."""
     counted: Tensor
-    """bool (U, h, w): ω ∩ R, where the masked loss is taken."""
+    """bool (U, h, w), or (2 · U, h, w): ω ∩ R, where the masked loss is taken."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,12 @@ class MaskMatch(nn.Module):
             weak = View(batch.unlabelled_images / 255, batch.unlabelled_valid, None)
             size_px = (weak.images.shape[-2], weak.images.shape[-1])
             base_views, base_visible = _seen_in_part(self.segmenter, self.recipe, size_px)
+            perturbs, twice = self.base.perturbs_features, self.recipe.mask.complement
+            drawn = Drawn(batch.draws, self.strong_views, base_views, base_visible, perturbs, twice)
             unlabelled = Unlabelled(
                 weak,
                 batch.unlabelled_positions,
-                Drawn(batch.draws, self.strong_views, base_views, base_visible, self.base.perturbs_features),
+                drawn,
                 self.recipe.strong_view,
                 self.seed,
                 self.colours,
@@ -170,7 +172,8 @@ class MaskMatch(nn.Module):
 
     def _masked_view(self, unlabelled: Unlabelled, recipe: MaskRecipe) -> MaskedView:
         view = unlabelled.weak if recipe.view == "weak" else unlabelled.strong_view(0)
-        visible, counted = unlabelled.drawn.visible, view.valid
+        visible = unlabelled.drawn.visible
+        counted = _times(view.valid, 1 + recipe.complement)
         if recipe.pixels != "all":
             grid = self.segmenter.unit_grid(view.images.shape[-2], view.images.shape[-1])
             seen = visible_pixel_mask(visible, grid, self.segmenter.unit_px)
@@ -268,9 +271,15 @@ class MaskMatch(nn.Module):
         """Σ over ω ∩ R of 1[c ≥ τ] CE(S(u_m, visible = V), ŷ)."""
         masked = step.masked
         assert masked is not None
-        target = pseudo.mixed(masked.view.cutmix)
-        logits = self._logits(self.normalise(masked.view.images), masked.visible, self.recipe.mask.mode)
-        return cross_entropy_sum(logits, target.labels, target.confident & masked.counted)
+        target, times = pseudo.mixed(masked.view.cutmix), 1 + self.recipe.mask.complement
+        images = _times(self.normalise(masked.view.images), times)
+        logits = self._logits(images, masked.visible, self.recipe.mask.mode)
+        return cross_entropy_sum(logits, _times(target.labels, times), _times(target.confident, times) & masked.counted)
+
+
+def _times(tensor: Tensor, times: int) -> Tensor:
+    """(U, …) so often, one after the other: (times · U, …)."""
+    return torch.cat([tensor] * times) if times > 1 else tensor
 
 
 def view_draws(segmenter: Segmenter, recipe: MethodRecipe, seed: int, size_px: Sequence[int]) -> ViewDraws:
@@ -286,8 +295,9 @@ def view_draws(segmenter: Segmenter, recipe: MethodRecipe, seed: int, size_px: S
     keep, base = recipe.mask.keep, _seen_in_part(segmenter, recipe, size_px)
     grid = segmenter.unit_grid(height, width) if keep is not None or base[0] else None
     visible = visible_count(grid, keep) if grid is not None and keep is not None else 0
-    perturbs = base_class(recipe.base).perturbs_features
-    return ViewDraws(recipe.strong_view, seed, strong_views_of(recipe), (height, width), grid, visible, *base, perturbs)
+    perturbs, twice = base_class(recipe.base).perturbs_features, recipe.mask.complement
+    size, strong = (height, width), strong_views_of(recipe)
+    return ViewDraws(recipe.strong_view, seed, strong, size, grid, visible, *base, perturbs, twice)
 
 
 def _seen_in_part(segmenter: Segmenter, recipe: MethodRecipe, size_px: Sequence[int]) -> tuple[int, int]:

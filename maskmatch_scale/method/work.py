@@ -60,7 +60,7 @@ def step_work(
     visible = {loss: visible_count(segmenter.unit_grid(*size_px), keep) for loss, keep in recipe.dropped.items()}
     work += _trained(segmenter, size_px, views * unlabelled, visible.get("loss_u"))
     if recipe.mask.keep is not None:
-        work += _trained(segmenter, size_px, unlabelled, visible.get("loss_m"))
+        work += _trained(segmenter, size_px, (1 + recipe.mask.complement) * unlabelled, visible.get("loss_m"))
     teacher = teacher or segmenter
     sizes = [resized_px(size_px, scale, teacher.patch_px) for scale in recipe.scales]
     return work + Work(flops=2 * unlabelled * sum(encoder_macs(teacher, *size) for size in sizes))

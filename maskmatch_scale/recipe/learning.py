@@ -18,6 +18,10 @@ class MaskRecipe(Section):
 
     keep: Annotated[float, Field(gt=0, le=1)] | None = 0.3
     """Share of units the student sees; null turns the masked loss off."""
+    complement: bool = False
+    """Whether the student sees a second masked view in the same forward pass: as many units, drawn from those that the
+    first one masks. With `method.mask.keep` 0.5 and an even number of units that is the rest of the image. The masked
+    loss is the mean over both. Needs a `keep` of at most 0.5."""
     mode: Literal["drop", "zero"] = "drop"
     """drop: masked units are not computed. zero: pixels of masked units are set to zero, as in MIC, which saves no
     computation."""

@@ -30,6 +30,12 @@ def unsound(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         recipe.run.epochs is not None and recipe.method.burn_in == 1,
         "run.epochs with method.burn_in=1: nothing unlabelled is ever read; set run.steps",
     )
+    mask = recipe.method.mask
+    yield (
+        mask.complement and mask.keep is not None and mask.keep > 0.5,
+        f"method.mask.complement=true with method.mask.keep={mask.keep}: the second masked view has as many units, of "
+        "those that the first one masks; use a keep of at most 0.5",
+    )
     yield (
         bool(recipe.run.steps) == (recipe.run.epochs is not None),
         f"run.steps={recipe.run.steps} and run.epochs={json.dumps(recipe.run.epochs)}: a run needs one of "

@@ -36,6 +36,8 @@ class RunSummary:
     mask_keep: float | None
     """Share of visible units; None when the masked loss is off."""
     mask_mode: str | None
+    mask_complement: bool
+    """Whether there are two masked views of each image."""
     base_keep: float | None
     """Share of visible units of the base's views; None when they are whole, or there are none."""
     scales: tuple[float, ...]
@@ -125,6 +127,7 @@ def summarise_files(run: RunFiles) -> RunSummary:
         base=base,
         mask_keep=keep if masked else None,
         mask_mode=str(settings.get("method.mask.mode", "drop")) if masked else None,
+        mask_complement=masked and bool(settings.get("method.mask.complement")),
         base_keep=number(settings.get("method.strong_view.keep")) if has_unlabelled_loss(base) else None,
         # The recipe of a supervised run has scales too, but they are not used.
         scales=tuple(scales) if isinstance(scales, list) and labels else (),
@@ -177,6 +180,7 @@ def method_labels(runs: Sequence[RunSummary]) -> list[str]:
             "scales": f"{len(run.scales)} scales" if len(run.scales) > 1 else "one scale",
             "mode": run.mask_mode or "",
             "keep": f"keep {run.mask_keep:g}" if run.mask_keep is not None else "",
+            "masks": "two masks" if run.mask_complement else "one mask",
             "base_keep": "whole views" if run.base_keep is None else f"views at keep {run.base_keep:g}",
             "seed": f"seed {run.seed}",
         }

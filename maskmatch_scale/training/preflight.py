@@ -206,9 +206,17 @@ def check_model(recipe: Recipe, student: Segmenter) -> None:
         UserError: names the key and the sizes that fit.
     """
     try:
-        for keep in (recipe.method.mask.keep, recipe.method.base_keep):
+        mask = recipe.method.mask
+        for keep in (mask.keep, recipe.method.base_keep):
             if keep is not None:
                 visible_count(student.unit_grid(*recipe.data.crop_px), keep)
+        if mask.keep is not None and mask.complement:
+            rows, cols = grid = student.unit_grid(*recipe.data.crop_px)
+            if 2 * (visible := visible_count(grid, mask.keep)) > rows * cols:
+                raise ValueError(
+                    f"method.mask.complement=true with method.mask.keep={mask.keep}: {visible} visible units of "
+                    f"{rows}×{cols} are more than half of them; lower the keep, or take sides of more units"
+                )
         student.check_size(*recipe.data.crop_px)
     except ValueError as error:
         raise UserError(f"data.crop_px={list(recipe.data.crop_px)}: {error}") from None

@@ -46,13 +46,14 @@ class Calls(Callback):
         {"base": "supervised", "mask": {"keep": None}},
         {"strong_view": {"keep": 0.75}},
         {"strong_view": {"keep": 0.75}, "mask": {"keep": None}},
+        {"mask": {"keep": 0.5, "complement": True}},
         {"base": "unimatch"},
         {"base": "unimatch", "strong_view": {"keep": 0.75}},
         {"base": "unimatch_v2"},
         {"base": "mean_teacher", "mask": {"keep": None}},
     ],
     ids=[
-        *("burn-in", "zero", "mask-alone", "supervised", "dropped", "dropped-alone"),
+        *("burn-in", "zero", "mask-alone", "supervised", "dropped", "dropped-alone", "two-masks"),
         *("unimatch", "unimatch-dropped", "unimatch_v2", "mean_teacher"),
     ],
 )

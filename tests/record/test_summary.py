@@ -80,6 +80,12 @@ def test_labels_tell_how_much_of_the_bases_views_is_seen(write_run, tmp_path):
     assert method_labels(runs[1:]) == ["FixMatch"]
 
 
+def test_labels_tell_how_many_masked_views_there_are(write_run, tmp_path):
+    masks = [{"keep": 0.5}, {"keep": 0.5, "complement": True}]
+    runs = [summarise(write_run(tmp_path / str(n), method=FIXMATCH | {"mask": mask})) for n, mask in enumerate(masks)]
+    assert method_labels(runs) == ["MaskMatch (one mask)", "MaskMatch (two masks)"]
+
+
 def test_killed_and_resumed_run(write_run, tmp_path):
     """Half a line, on which the resumed run goes on; then steps again: the later records are the run's."""
     run = write_run(tmp_path / "run", method=FIXMATCH, steps=20, closed=False)

@@ -122,7 +122,14 @@ def test_a_step_never_waits_for_the_device(make_recipe, family, head, precision)
     assert copies == []
 
 
-@pytest.mark.parametrize("mask", [{"keep": 0.5, "mode": "zero"}, {"keep": 0.5, "view": "strong", "pixels": "masked"}])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"keep": 0.5, "mode": "zero"},
+        {"keep": 0.5, "view": "strong", "pixels": "masked"},
+        {"keep": 0.5, "complement": True},
+    ],
+)
 @pytest.mark.parametrize("base", BASES)
 def test_every_base_and_mask(make_recipe, base, mask):
     recipe = make_recipe(method={"base": base, "scales": [1.0], "mask": mask})
