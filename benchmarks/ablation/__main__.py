@@ -49,6 +49,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--minutes", type=float, help="time limit: what has not finished by then is left out, and can go on later")
     add("--evaluate-every", type=int, metavar="E", help="steps between points of the curve; default S / 10")
     add("--checkpoint-every", type=int, metavar="C", help="default E; 0: none, a cell that was stopped starts again")
+    add("--splits", nargs="*", metavar="STREAM", help="evaluated at the marks besides dev; default: the task's own")
     add("--eval-images", type=int, metavar="N", help="images of each split; default all")
     add("--curve-images", type=int, metavar="N", help="images of dev for points of the curve; default --eval-images")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings", help="keys of the recipe for every arm")
@@ -110,7 +111,7 @@ def plan(options: argparse.Namespace) -> list[Cell]:
                 recipe.model_dump(mode="json"),
                 marks,
                 every,
-                TASKS[options.task].splits,
+                TASKS[options.task].splits if options.splits is None else tuple(options.splits),
                 options.eval_images,
                 options.curve_images or options.eval_images,
                 40,

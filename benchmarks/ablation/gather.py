@@ -16,7 +16,7 @@ from maskmatch_scale.errors import UserError
 BASELINES = ("supervised", "fixmatch")
 """Arms that every other one is compared with."""
 MAIN_SPLIT = "val"
-"""Split of the comparison."""
+"""Where arms are compared; `dev` in a grid that was not evaluated there (`--splits`)."""
 MARKS = (EQUAL_STEPS, EQUAL_COST)
 Row = dict[str, Any]
 
@@ -107,14 +107,19 @@ def spent_cpu_s(cell: Row, step: int) -> float | None:
     return run_cost(cost["cpu_s"], cost["burn_in_cpu_s"], cell["burn_in_steps"], step) if cost else None
 
 
-def value_of(cell: Row, mark: str, what: str = "miou", split: str = MAIN_SPLIT) -> float | None:
+def value_of(cell: Row, mark: str, what: str = "miou", split: str | None = None) -> float | None:
     """A figure of a cell at a mark; None: it was not measured."""
     at = cell["results"].get(mark)
     if at is None:
         return None
-    source = at["pseudo_labels"] if what in {"coverage", "accuracy"} else at["splits"][split]
+    source = at["pseudo_labels"] if what in {"coverage", "accuracy"} else at["splits"][split or main_split(cell)]
     value: float | None = source[what]
     return value
+
+
+def main_split(cell: Row) -> str:
+    """The split on which a cell's arm is compared with others."""
+    return MAIN_SPLIT if MAIN_SPLIT in cell["splits"] else "dev"
 
 
 def by_arm(cells: Sequence[Row]) -> dict[str, list[Row]]:
@@ -149,18 +154,18 @@ def summary_rows(cells: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _mean(cells: Sequence[Row], mark: str, what: str, split: str = MAIN_SPLIT) -> float | None:
+def _mean(cells: Sequence[Row], mark: str, what: str, split: str | None = None) -> float | None:
     values = [value for cell in cells if (value := value_of(cell, mark, what, split)) is not None]
     return mean(values) if values else None
 
 
-def difference_rows(cells: Sequence[Row], split: str = MAIN_SPLIT) -> list[Row]:
+def difference_rows(cells: Sequence[Row], split: str | None = None) -> list[Row]:
     """One row for each mark, baseline and other arm: the paired difference of mIoU on a split."""
     return list(_differences(cells, split))
 
 
-def _differences(cells: Sequence[Row], split: str) -> Iterator[Row]:
-    arms = by_arm(cells)
+def _differences(cells: Sequence[Row], split: str | None) -> Iterator[Row]:
+    arms, split = by_arm(cells), split or main_split(cells[0])
     for mark in MARKS:
         values = {
             arm: {cell["draw"]: value for cell in own if (value := value_of(cell, mark, split=split)) is not None}

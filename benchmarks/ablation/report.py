@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation.gather import curves_of, difference_rows, finished_in, read_cells, rows_of, summary_rows
+from benchmarks.ablation.gather import (
+    curves_of,
+    difference_rows,
+    finished_in,
+    main_split,
+    read_cells,
+    rows_of,
+    summary_rows,
+)
 from benchmarks.ablation.job import EQUAL_COST, EQUAL_STEPS
 from benchmarks.ablation.plot import draw
 from benchmarks.ablation.tasks import TASKS
@@ -29,11 +37,11 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     cells = read_cells(folders)
     rows, curves = rows_of(cells), curves_of(cells)
     summary = summary_rows(cells)
-    differences = [row for split in cells[0]["splits"] for row in difference_rows(cells, split)]
+    differences = [row for split in cells[0]["splits"] or ["dev"] for row in difference_rows(cells, split)]
     machine = machines_of(cells)
     write_json(out, machine, rows, curves=curves, summary=summary, differences=differences)
     title = title_of(cells)
-    out.with_suffix(".md").write_text(page(title, machine, summary, differences), encoding="utf-8")
+    out.with_suffix(".md").write_text(page(title, machine, cells, summary, differences), encoding="utf-8")
     draw(title, cells, difference_rows(cells), curves).savefig(out.with_suffix(".png"), dpi=110)
 
 
@@ -60,13 +68,18 @@ def machines_of(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def page(
-    title: str, machine: dict[str, Any], summary: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]
+    title: str,
+    machine: dict[str, Any],
+    cells: Sequence[dict[str, Any]],
+    summary: Sequence[dict[str, Any]],
+    differences: Sequence[dict[str, Any]],
 ) -> str:
     """The tables in Markdown."""
     facts = " · ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine.items() if value is not None)
     lines = [f"# {title}", "", facts, ""]
     lines += [
-        "The teacher is scored, in windows of the training crop. Means over draws. Pseudo-labels are checked on",
+        "The teacher is scored, in windows of the training crop. Means over draws; where no split is named, "
+        f"`{main_split(cells[0])}`. Pseudo-labels are checked on",
         "training images that the draw left without labels: `coverage` is the share of pixels that count, `label",
         "accuracy` that of right ones among them. `s/step` is wall time with all jobs running, `cpu-s/step` the",
         "measured cost of a step after the burn-in, `GMACs/step` its counted multiply–adds of the backbone.",
