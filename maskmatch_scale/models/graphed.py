@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from maskmatch_scale.models.segmenter import MaskMode, Segmenter
 
-_Key = tuple[torch.Size, torch.Size | None, MaskMode, torch.dtype]
+_Key = tuple[str, torch.Size, torch.Size | None, MaskMode, torch.dtype]
 
 
 class GraphedViews:
-    """Runs a segmenter in training through CUDA graphs; each shape of a view has its own.
+    """Runs a segmenter in training through CUDA graphs; each purpose and shape of a view has its own.
 
-    Parameters must stay where they are in memory. Gradients of a pass lie in memory that the next pass of the same
-    shape writes to: use them before it, or let them be accumulated in another pass's (`engine.accumulation` 1).
+    Parameters must stay where they are in memory. Gradients of a pass lie in memory of its graph, and torch takes this
+    memory for `.grad` if there is none. So between two calls of one graph gradients must be used and set to None: in a
+    step each purpose comes once (`engine.accumulation` 1).
 
     Args:
         segmenter: on a GPU, in training mode whenever this is called.
@@ -32,9 +33,9 @@ class GraphedViews:
         self._segmenter = segmenter
         self._graphs: dict[_Key, _View] = {}
 
-    def __call__(self, images: Tensor, visible: Tensor | None = None, mode: MaskMode = "drop") -> Tensor:
-        """As `Segmenter.forward`, without `perturb`."""
-        key: _Key = (images.shape, None if visible is None else visible.shape, mode, images.dtype)
+    def __call__(self, purpose: str, images: Tensor, visible: Tensor | None = None, mode: MaskMode = "drop") -> Tensor:
+        """As `Segmenter.forward`, without `perturb`; ``purpose`` tells views of one shape in one step apart."""
+        key: _Key = (purpose, images.shape, None if visible is None else visible.shape, mode, images.dtype)
         view = self._graphs.get(key)
         given = (images,) if visible is None else (images, visible)
         if view is None:

@@ -45,10 +45,11 @@ def test_the_pass_of_the_segmenter_recorded_once_a_shape_and_mode(recorded):
     views = GraphedViews(segmenter)
     for _ in range(2):
         for view in ((images,), (images, KEEP), (images, KEEP, "zero")):
-            torch.testing.assert_close(seeded(views, *view), seeded(segmenter, *view), rtol=0, atol=0)
-    views(images[:1])
+            torch.testing.assert_close(seeded(views, "loss", *view), seeded(segmenter, *view), rtol=0, atol=0)
+    views("loss", images[:1])
+    views("another", images)
     whole = (2, 3, 64, 64)
-    assert recorded == [[whole], [whole, (2, 2)], [whole, (2, 2)], [(1, 3, 64, 64)]]
+    assert recorded == [[whole], [whole, (2, 2)], [whole, (2, 2)], [(1, 3, 64, 64)], [whole]]
 
 
 def test_recording_leaves_no_trace(recorded):
@@ -57,7 +58,7 @@ def test_recording_leaves_no_trace(recorded):
     assert any("running_mean" in name for name, _ in plain.named_buffers())
     seeded(plain, images)
     after = torch.rand(3)
-    seeded(GraphedViews(graphed), images)
+    seeded(GraphedViews(graphed), "loss", images)
     torch.testing.assert_close(torch.rand(3), after, rtol=0, atol=0)
     for (name, expected), found in zip(plain.named_buffers(), graphed.buffers(), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, msg=name)
