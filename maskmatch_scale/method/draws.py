@@ -67,7 +67,7 @@ class ViewDraws:
         """Draw for images.
 
         Args:
-            positions: U numbers, `Batch.unlabelled_positions`.
+            positions: U numbers, `Batch.positions`.
 
         Returns:
             float64 (U, width), on the host.

@@ -54,7 +54,7 @@ class Step:
     labelled_pixels: Tensor
     """bool (B, h, w): pixels with a label."""
     unlabelled: Unlabelled | None
-    """None during burn-in and in runs without a loss on unlabelled images."""
+    """None during burn-in and in runs without a loss on views. (Labelled images with `method.views_of` labelled.)"""
     views: tuple[View, ...]
     """Of the base."""
     visible: Tensor | None
@@ -145,15 +145,19 @@ class MaskMatch(nn.Module):
         unlabelled, masked = None, None
         views: tuple[View, ...] = ()
         visible, guessed = None, frozenset[str]()
-        if uses_unlabelled(self.recipe) and batch.unlabelled_positions:
-            weak = View(batch.unlabelled_images / 255, batch.unlabelled_valid, None)
+        images, labels = batch.labelled_images / 255, batch.labels.long()
+        pixels = labels != self.ignore_index
+        if makes_views(self.recipe) and batch.positions:
+            weak = View(images, pixels, None)
+            if self.recipe.views_of == "unlabelled":
+                weak = View(batch.unlabelled_images / 255, batch.unlabelled_valid, None)
             size_px = (weak.images.shape[-2], weak.images.shape[-1])
             base_views, base_visible = _seen_in_part(self.segmenter, self.recipe, size_px)
             perturbs, twice = self.base.perturbs_features, self.recipe.mask.complement
             drawn = Drawn(batch.draws, self.strong_views, base_views, base_visible, perturbs, twice)
             unlabelled = Unlabelled(
                 weak,
-                batch.unlabelled_positions,
+                batch.positions,
                 drawn,
                 self.recipe.strong_view,
                 self.seed,
@@ -166,8 +170,6 @@ class MaskMatch(nn.Module):
             guessed = _guessing_losses(self.segmenter, self.recipe, size_px)
             if self.recipe.mask.keep is not None:
                 masked = self._masked_view(unlabelled, self.recipe.mask)
-        labels = batch.labels.long()
-        images, pixels = batch.labelled_images / 255, labels != self.ignore_index
         return Step(images, labels, pixels, unlabelled, views, visible, masked, guessed)
 
     def _masked_view(self, unlabelled: Unlabelled, recipe: MaskRecipe) -> MaskedView:
@@ -200,6 +202,8 @@ class MaskMatch(nn.Module):
     ) -> PseudoLabels | None:
         """ŷ and 1[c ≥ τ(ŷ)] of the weak view; None if the step has no use for them.
 
+        Views of labelled images have their own labels, and count where there is one.
+
         Args:
             step: from :meth:`prepare`.
             teacher: normalised images (U, 3, h, w) to logits.
@@ -207,18 +211,23 @@ class MaskMatch(nn.Module):
         """
         if step.unlabelled is None:
             return None
-        images = (normalise or self.normalise)(step.unlabelled.weak.images)
+        if self.recipe.views_of == "labelled":
+            pseudo = PseudoLabels(step.labels, step.labelled_pixels)
+        else:
+            pseudo = self._taught(teacher, (normalise or self.normalise)(step.unlabelled.weak.images))
+        for view in (*step.views, *([step.masked.view] if step.masked else [])):
+            # Now and not in the forward pass: mixing may exchange with another rank, and an engine's forward must not.
+            pseudo.mixed(view.cutmix)
+        return pseudo
+
+    def _taught(self, teacher: Callable[[Tensor], Tensor], images: Tensor) -> PseudoLabels:
         probabilities = multi_scale_probabilities(teacher, images, self.recipe.scales)
         labels, confidence = probabilities.labels()
         threshold = self.threshold
         if isinstance(threshold, Tensor):
             threshold = threshold.to(confidence.dtype)[labels]
         kept = probabilities if self.base.needs_probabilities else None
-        pseudo = PseudoLabels(labels, confidence >= threshold, kept)
-        for view in (*step.views, *([step.masked.view] if step.masked else [])):
-            # Now and not in the forward pass: mixing may exchange with another rank, and an engine's forward must not.
-            pseudo.mixed(view.cutmix)
-        return pseudo
+        return PseudoLabels(labels, confidence >= threshold, kept)
 
     def forward(self, part: str, step: Step, pseudo: PseudoLabels | None, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The student's forward pass for one loss.
@@ -326,6 +335,11 @@ def strong_views_of(recipe: MethodRecipe) -> int:
 
 def uses_unlabelled(recipe: MethodRecipe) -> bool:
     """Whether any loss of the recipe looks at unlabelled images."""
+    return makes_views(recipe) and recipe.views_of == "unlabelled"
+
+
+def makes_views(recipe: MethodRecipe) -> bool:
+    """Whether the recipe has a loss on views of the base or on masked views, be it of labelled images."""
     return has_unlabelled_loss(recipe.base) or recipe.mask.keep is not None
 
 

@@ -239,11 +239,11 @@ class View:
 
 @dataclass(frozen=True)
 class Unlabelled:
-    """The unlabelled images of one micro-batch, and the views made of them."""
+    """The unlabelled images of one micro-batch (or labelled ones, `method.views_of`), and the views made of them."""
 
     weak: View
     positions: Sequence[int]
-    """For each image the number that its draws depend on: `unlabelled_positions` of the `Batch`."""
+    """For each image the number that its draws depend on: `positions` of the `Batch`."""
     drawn: Drawn
     """What was drawn for the images from their positions."""
     recipe: StrongViewRecipe

@@ -50,7 +50,7 @@ def step_work(
         recipe: the `method` section.
         size_px: (h, w) of the images; whole units if units are dropped.
         labelled: labelled images of the step.
-        unlabelled: unlabelled images of the step; 0 in the burn-in.
+        unlabelled: images of the step that views are made of; 0 in the burn-in.
         teacher: a frozen one; None: an average of the student.
     """
     work = _trained(segmenter, size_px, labelled)
@@ -61,6 +61,8 @@ def step_work(
     work += _trained(segmenter, size_px, views * unlabelled, visible.get("loss_u"))
     if recipe.mask.keep is not None:
         work += _trained(segmenter, size_px, (1 + recipe.mask.complement) * unlabelled, visible.get("loss_m"))
+    if recipe.views_of == "labelled":  # the teacher labels nothing
+        return work
     teacher = teacher or segmenter
     sizes = [resized_px(size_px, scale, teacher.patch_px) for scale in recipe.scales]
     return work + Work(flops=2 * unlabelled * sum(encoder_macs(teacher, *size) for size in sizes))

@@ -69,6 +69,9 @@ class MethodRecipe(Section):
 
     base: Annotated[str, BeforeValidator(OneOf(BASES))] = "fixmatch"
     """Weak-to-strong base: what is learnt on whole unlabelled images (docs/method.md#bases)."""
+    views_of: Literal["unlabelled", "labelled"] = "unlabelled"
+    """Images that the base's views and masked views are made of. labelled: the labelled images, with their own labels
+    in place of the teacher's; no unlabelled image is read. It is for ablations: what do views bring by themselves?"""
     # Decision: docs/decisions/0062-frozen-teacher.md.
     teacher: Annotated[str, Field(min_length=1)] = "ema"
     """What labels the unlabelled images. ema: the average of the student. A path: a trained segmenter of the same

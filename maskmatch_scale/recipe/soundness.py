@@ -142,6 +142,10 @@ def _unsound_without_labels(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "is nothing to learn from",
     )
     yield (
+        none and method.views_of == "labelled",
+        "data.labelled_count=0 with method.views_of=labelled: there is no image to make views of; use unlabelled",
+    )
+    yield (
         none and bool(recipe.data.labelled),
         "data.labelled_count=0 with sources in data.labelled: leave one of them out",
     )

@@ -33,6 +33,8 @@ class RunSummary:
     """Name of the run directory."""
     base: str
     """``method.base`` of the recipe."""
+    views_of: str
+    """Images that views are made of: unlabelled or labelled."""
     mask_keep: float | None
     """Share of visible units; None when the masked loss is off."""
     mask_mode: str | None
@@ -74,7 +76,8 @@ class RunSummary:
     @property
     def method(self) -> str:
         """The name of the method, for example supervised, FixMatch or MaskMatch."""
-        return title_of(self.base, masked=self.mask_keep is not None)
+        title = title_of(self.base, masked=self.mask_keep is not None)
+        return f"{title}, views of labelled images" if self.views_of == "labelled" else title
 
     @property
     def backbone_name(self) -> str:
@@ -117,7 +120,9 @@ def summarise_files(run: RunFiles) -> RunSummary:
     base = str(settings.get("method.base", SUPERVISED))
     keep = number(settings.get("method.mask.keep"))
     masked = keep is not None and settings.get("method.mask.weight") != 0
-    scales, labels = settings.get("method.scales"), masked or has_unlabelled_loss(base)
+    scales, views = settings.get("method.scales"), masked or has_unlabelled_loss(base)
+    views_of = str(settings.get("method.views_of", "unlabelled")) if views else "unlabelled"
+    labels = views and views_of == "unlabelled"
     steps_done = int(run.train.steps[-1]) if run.train.steps.size else 0
     steps_asked = _whole(settings.get("run.steps"))
     early = _early_end(closing.get("ended_early"), steps_done)
@@ -125,6 +130,7 @@ def summarise_files(run: RunFiles) -> RunSummary:
         path=run.path,
         name=run.path.resolve().name,
         base=base,
+        views_of=views_of,
         mask_keep=keep if masked else None,
         mask_mode=str(settings.get("method.mask.mode", "drop")) if masked else None,
         mask_complement=masked and bool(settings.get("method.mask.complement")),

@@ -31,7 +31,8 @@ from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.opening import Model
 from maskmatch_scale.extras import require
-from maskmatch_scale.method.maskmatch import uses_unlabelled, view_draws
+from maskmatch_scale.method.bases import base_class
+from maskmatch_scale.method.maskmatch import makes_views, uses_unlabelled, view_draws
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.families import check_capabilities
 from maskmatch_scale.models.heads import SegformerHead
@@ -221,6 +222,11 @@ def check_model(recipe: Recipe, student: Segmenter) -> None:
     except ValueError as error:
         raise UserError(f"data.crop_px={list(recipe.data.crop_px)}: {error}") from None
     window_px(recipe, student)
+    if recipe.method.views_of == "labelled" and base_class(recipe.method.base).needs_probabilities:
+        raise UserError(
+            f"method.views_of=labelled with method.base={recipe.method.base}: its loss needs the teacher's "
+            "probabilities, and labelled images have labels; use fixmatch"
+        )
 
 
 def check_scored(recipe: Recipe, index: ShardIndex) -> None:
@@ -275,14 +281,14 @@ def _open_batches(
 
     def batches_of(recipe: Recipe) -> TrainingBatches:
         draw = None
-        if uses_unlabelled(recipe.method):
+        if makes_views(recipe.method):
             draw = view_draws(student, recipe.method, recipe.run.seed, recipe.data.crop_px)
         return TrainingBatches(
             recipe,
             student.num_classes,
             place.rank,
             place.world_size,
-            unlabelled=draw is not None,
+            unlabelled=uses_unlabelled(recipe.method),
             draw=draw,
             index=index,
         )

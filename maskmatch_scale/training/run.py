@@ -24,7 +24,7 @@ from maskmatch_scale.engine.frozen_teacher import FrozenTeacher
 from maskmatch_scale.engine.members import own_store
 from maskmatch_scale.engine.protocol import Engine, StoredTeacher
 from maskmatch_scale.engine.ranks import Runtime
-from maskmatch_scale.method.maskmatch import MaskMatch, class_weights, uses_unlabelled
+from maskmatch_scale.method.maskmatch import MaskMatch, class_weights, makes_views, uses_unlabelled
 from maskmatch_scale.method.views import Neighbour
 from maskmatch_scale.method.work import Work, step_work
 from maskmatch_scale.models import Segmenter
@@ -279,6 +279,8 @@ def _work(recipe: Recipe, student: Segmenter, batches: TrainingBatches, teacher:
     images = recipe.engine.micro_batch * recipe.engine.accumulation
     labelled = images if batches.labelled is not None else 0
     unlabelled = images * recipe.data.unlabelled_per_labelled if uses_unlabelled(recipe.method) else 0
+    if recipe.method.views_of == "labelled" and makes_views(recipe.method):
+        unlabelled = labelled
     burn_in, after = (
         step_work(student, recipe.method, recipe.data.crop_px, labelled, count, teacher=teacher)
         for count in (0, unlabelled)

@@ -142,7 +142,7 @@ def _fill(figures: StepFigures, run: Run, step: int, micro: Step, sums: Tensor, 
     """
     recipe = run.recipe
     losses = sums[:3] / _divisors(pixels)
-    unlabelled = micro.unlabelled is not None
+    unlabelled = micro.unlabelled is not None and run.batches.unlabelled is not None
     there = (run.batches.labelled is not None, bool(micro.views), micro.masked is not None)
     known, on_device = figures.known, figures.on_device
     known |= dict.fromkeys(("loss", *PARTS))

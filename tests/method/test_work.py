@@ -47,13 +47,14 @@ class Calls(Callback):
         {"strong_view": {"keep": 0.75}},
         {"strong_view": {"keep": 0.75}, "mask": {"keep": None}},
         {"mask": {"keep": 0.5, "complement": True}},
+        {"views_of": "labelled"},
         {"base": "unimatch"},
         {"base": "unimatch", "strong_view": {"keep": 0.75}},
         {"base": "unimatch_v2"},
         {"base": "mean_teacher", "mask": {"keep": None}},
     ],
     ids=[
-        *("burn-in", "zero", "mask-alone", "supervised", "dropped", "dropped-alone", "two-masks"),
+        *("burn-in", "zero", "mask-alone", "supervised", "dropped", "dropped-alone", "two-masks", "labelled"),
         *("unimatch", "unimatch-dropped", "unimatch_v2", "mean_teacher"),
     ],
 )

@@ -55,7 +55,7 @@ def test_speed_of_a_run_stopped_in_its_burn_in(write_run, tmp_path):
         ({"base": "fixmatch", "mask": {"keep": None}}, "FixMatch"),
         ({"base": "fixmatch", "mask": {"keep": 0.3, "weight": 0.0}}, "FixMatch"),
         ({"base": "fixmatch", "mask": {"keep": 0.3, "weight": 1.0}}, "MaskMatch"),
-        ({"base": "unimatch_v2", "mask": {"keep": 0.3}}, "unimatch_v2 + mask"),
+        ({"base": "of_a_later_version", "mask": {"keep": 0.3}}, "of_a_later_version + mask"),
     ],
 )
 def test_method_names(write_run, tmp_path, method, name):

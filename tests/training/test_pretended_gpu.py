@@ -212,7 +212,7 @@ def test_the_whole_of_take_step(make_recipe):
         made = iter([batch.with_tensors([mode.from_tensor(t) for t in batch.tensors]) for batch in host])
         run = SimpleNamespace(
             recipe=recipe, engine=engine, teacher=engine, maskmatch=maskmatch, student=segmenter, batches=batches,
-            runtime=PretendedRank(Place(0, 0, 2, 2), GPU, 1),
+            runtime=PretendedRank(Place(0, 0, 2, 2), GPU, 1), frozen_teacher=None,
         )  # fmt: skip
         for step in range(2):
             with HostCopies() as copies:

@@ -26,9 +26,10 @@ class Batch:
     """bool (U, h, w), False on padding."""
     draws: Tensor
     """float64 (U, d): what the method drew for each unlabelled image (strong views, masks) from its position; d may be
-    0. This room does not know what the numbers mean."""
-    unlabelled_positions: tuple[int, ...]
-    """For each unlabelled image a number made from its place (source, epoch, number in the epoch)."""
+    0. (B, d) for the labelled images where no unlabelled ones are read. This room does not know what the numbers mean.
+    """
+    positions: tuple[int, ...]
+    """For each image that `draws` are for a number made from its place (source, epoch, number in the epoch)."""
     skipped: tuple[Skip, ...] = ()
     """Samples that could not be used and were skipped for this batch."""
     fetched: Fetched = NOTHING
@@ -42,7 +43,7 @@ class Batch:
             labelled: number of labelled images, B.
             unlabelled: number of unlabelled images, U.
             size: (h, w) in px.
-            draws: numbers that are drawn for each unlabelled image, d.
+            draws: numbers that are drawn for each unlabelled (or, without any, labelled) image, d.
         """
         rows, columns = size
         return cls(
@@ -50,7 +51,7 @@ class Batch:
             torch.empty(labelled, rows, columns, dtype=torch.uint8),
             torch.empty(unlabelled, 3, rows, columns, dtype=torch.uint8),
             torch.empty(unlabelled, rows, columns, dtype=torch.bool),
-            torch.empty(unlabelled, draws, dtype=torch.float64),
+            torch.empty(unlabelled or labelled, draws, dtype=torch.float64),
             (),
         )
 

@@ -53,7 +53,7 @@ class _Slot:
         """Copy the tensors of a batch into this slot; returns the rest of the batch."""
         for shared, tensor in zip(self.tensors, batch.tensors, strict=True):
             shared[: len(tensor)].copy_(tensor)
-        return _Rest(tuple(map(len, batch.tensors)), batch.unlabelled_positions, batch.skipped, batch.fetched)
+        return _Rest(tuple(map(len, batch.tensors)), batch.positions, batch.skipped, batch.fetched)
 
     def take(self, rest: _Rest, *, pin_memory: bool) -> Batch:
         """A copy of the batch in this slot, in page-locked memory if asked."""

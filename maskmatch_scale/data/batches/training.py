@@ -40,14 +40,14 @@ STATE_FORMAT = 1
 
 
 class Draw(Protocol):
-    """Draws numbers for unlabelled images; picklable."""
+    """Draws numbers for images; picklable."""
 
     @property
     def width(self) -> int:
         """Numbers for each image."""
 
     def __call__(self, positions: Sequence[int]) -> Tensor:
-        """float64 (U, width), in host memory, of U positions; see `Batch.unlabelled_positions`."""
+        """float64 (U, width), in host memory, of U positions; see `Batch.positions`."""
 
 
 class TrainingBatches(Dataset[Batch]):
@@ -59,7 +59,8 @@ class TrainingBatches(Dataset[Batch]):
         rank: whose batches.
         world_size: number of ranks.
         unlabelled: whether unlabelled images are read at all.
-        draw: draws what the method needs for unlabelled images; None: nothing is drawn.
+        draw: draws what the method needs for unlabelled images, or after the burn-in for labelled ones if no unlabelled
+            ones are read; None: nothing is drawn.
         index: of ``data.root``, if it was read already.
 
     Raises:
@@ -155,9 +156,13 @@ class TrainingBatches(Dataset[Batch]):
         positions: list[int] = []
         step = number // self.recipe.engine.accumulation
         if self.labelled is not None:
-            made = [self._views.labelled(source, place) for source, place in self.places(self.labelled, number)]
+            places = list(self.places(self.labelled, number))
+            made = [self._views.labelled(source, place) for source, place in places]
             images, labels = torch.stack([view for view, _, _ in made]), torch.stack([label for _, label, _ in made])
             skipped += [skip for _, _, skips in made for skip in skips]
+            if self.unlabelled is None and self._draw is not None and step >= self.recipe.burn_in_steps:
+                positions = self._positions("labelled place", places)
+                draws = self._draw(positions)
         if self.unlabelled is not None and step < self.unlabelled.start:
             self._prefetch_side(self.unlabelled, number)
         if self.unlabelled is not None and step >= self.unlabelled.start:
@@ -165,10 +170,12 @@ class TrainingBatches(Dataset[Batch]):
             drawn = [self._views.unlabelled(source, place) for source, place in places]
             views, valid = torch.stack([view for view, _, _ in drawn]), torch.stack([mask for _, mask, _ in drawn])
             skipped += [skip for _, _, skips in drawn for skip in skips]
-            seed = self.recipe.run.seed
-            positions = [derive_seed(seed, "place", source.name, p.epoch, p.place) for source, p in places]
+            positions = self._positions("place", places)
             draws = self._draw(positions) if self._draw else draws.new_empty(len(positions), 0)
         return Batch(images, labels, views, valid, draws, tuple(positions), tuple(skipped), self._take_figures())
+
+    def _positions(self, purpose: str, places: Sequence[tuple[WeightedSource, SamplePlace]]) -> list[int]:
+        return [derive_seed(self.recipe.run.seed, purpose, source.name, p.epoch, p.place) for source, p in places]
 
     def _take_figures(self) -> Fetched:
         sides = (self.labelled, self.unlabelled)

@@ -9,7 +9,7 @@ def make_batches(make_recipe, rank=0, world_size=1, **sections):
 
 def same(one, other):
     """Whether two batches are equal."""
-    return one.unlabelled_positions == other.unlabelled_positions and all(
+    return one.positions == other.positions and all(
         getattr(one, name).equal(getattr(other, name))
         for name in ("labelled_images", "labels", "unlabelled_images", "unlabelled_valid")
     )

@@ -26,7 +26,7 @@ def test_two_ranks_share_out_the_batch_of_one(make_recipe):
         assert whole.labels.equal(torch.cat([half.labels for half in halves]))
         assert whole.labelled_images.equal(torch.cat([half.labelled_images for half in halves]))
         assert whole.unlabelled_images.equal(torch.cat([half.unlabelled_images for half in halves]))
-        assert whole.unlabelled_positions == halves[0].unlabelled_positions + halves[1].unlabelled_positions
+        assert whole.positions == halves[0].positions + halves[1].positions
 
 
 def test_the_state_continues_the_same_batches(make_recipe):
