@@ -77,9 +77,15 @@ def _of_details() -> Iterator[tuple[str, Arm]]:
         yield f"mask_pixels_{pixels}", masked(f"loss on {pixels} pixels", pixels=pixels)
     for keep in (0.1, 0.3, 0.5, 0.7, 0.9):
         yield f"mask_keep_{keep:g}", masked(f"keep {keep:g}", keep=keep)
-    for keep in (0.3, 0.5, 0.7):
+    for keep in (0.3, 0.4, 0.5, 0.7):
         keys = {**FIXMATCH, "method.strong_view.keep": keep}
         yield f"strong_keep_{keep:g}", Arm(f"FixMatch, strong view at keep {keep:g}", keys, "cheap step")
+    both = {**MASKMATCH, "method.mask.keep": 0.5, "method.mask.complement": True}
+    yield "masks_complement", Arm("MaskMatch, two complementary masks of keep 0.5", both, "mask")
+    of_labelled = {"method.views_of": "labelled"}
+    strong, masked_views = {**FIXMATCH, **of_labelled}, {**MASKMATCH, "method.base": SUPERVISED, **of_labelled}
+    yield "labelled_strong", Arm("strong views and CutMix of labelled images", strong, "labelled only")
+    yield "labelled_masks", Arm("masks of labelled images", masked_views, "labelled only")
     no_cutmix = {**FIXMATCH, "method.strong_view.cutmix_probability": 0.0}
     yield "fixmatch_no_cutmix", Arm("FixMatch, no CutMix", no_cutmix, "views")
     for name, (word, key, values) in ON_BOTH.items():
