@@ -75,7 +75,9 @@ def test_when_a_wait_is_an_error(monkeypatch):
     assert callable(ZeroEngine.step)
     deepspeed = SimpleNamespace(backward=lambda loss: modes.append("backward"))
     engine = SimpleNamespace(_engine=deepspeed, step=lambda number: modes.append("step"))
-    run = SimpleNamespace(engine=engine, recipe=SimpleNamespace(engine=SimpleNamespace(library="deepspeed")))
+    run = SimpleNamespace(
+        engine=engine, recipe=SimpleNamespace(engine=SimpleNamespace(library="deepspeed", zero_stage=1))
+    )
     callback = NoWaiting(run)
     for step in (FIRST - 1, FIRST):
         callback.before_step(step)

@@ -1,7 +1,9 @@
 """An error for every wait of the host within a step, as torch's sync debug mode sees them.
 
-DeepSpeed waits within its own backward and step (for the gradient norm, to look for overflows). There waits are counted
-and not refused; under accelerate, which waits for nothing, they are refused in the whole step.
+DeepSpeed waits within its own backward and step (for the gradient norm, to look for overflows), and at ZeRO-3 on one
+rank also where it makes a module's weights whole before the module's forward (seen on an H100: `NoGatherHandle.wait`
+synchronises the stream). There waits are counted and not refused; under accelerate, which waits for nothing, they are
+refused in the whole step.
 """
 
 import warnings
@@ -22,12 +24,15 @@ class NoWaiting(Callback):
 
     def __init__(self, run):
         super().__init__(run)
-        self.on = False
-        type(self).counts = {"backward": 0, "step": 0}
+        self.on = self.inside = False
+        type(self).counts = {"backward": 0, "step": 0, "fetch": 0}
         if run.recipe.engine.library == "deepspeed":
             # Our engine's step also reads what DeepSpeed's has found: the norm, and whether the step was taken.
             for engine, name in ((run.engine._engine, "backward"), (run.engine, "step")):
                 setattr(engine, name, self._counted(name, getattr(engine, name)))
+            if run.recipe.engine.zero_stage == 3:
+                coordinator = run.engine._engine.optimizer.parameter_offload.get_param_coordinator()
+                coordinator.fetch_sub_module = self._counted("fetch", coordinator.fetch_sub_module)
 
     def before_step(self, step):
         if step >= FIRST:
@@ -43,13 +48,15 @@ class NoWaiting(Callback):
 
     def _counted(self, name, plain):
         def counted(*arguments, **named):
-            if not self.on:
+            if not self.on or self.inside:
                 return plain(*arguments, **named)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
+                self.inside = True
                 self.set("warn")
                 result = plain(*arguments, **named)
                 self.set("error")
+                self.inside = False
             self.counts[name] += sum("synchronizing" in str(warning.message) for warning in caught)
             return result
 
