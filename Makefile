@@ -67,11 +67,10 @@ drill: install ## runs killed, stopped, moved, damaged and cut off, into benchma
 
 ABLATION = --task camvid --data $(DATA) --weights $(WEIGHTS) --arms $(ARMS)
 ARMS ?= supervised fixmatch maskmatch
-ablation: install ## arms × 5 draws on CamVid, hours, into benchmarks/results (DATA=shards WEIGHTS=vit_s.pt; ARMS, WORK)
-	test -f benchmarks/results/ablation_cost_camvid.json || \
-		$(BIN)/python -m benchmarks.ablation.cost $(ABLATION) --out benchmarks/results/ablation_cost_camvid.json
+ablation: install ## arms × 5 draws on CamVid, hours, into WORK (DATA=shards WEIGHTS=vit_s.pt; ARMS, WORK)
+	test -f $(WORK)/costs.json || $(BIN)/python -m benchmarks.ablation.cost $(ABLATION) --out $(WORK)/costs.json
 	$(BIN)/python -m benchmarks.ablation $(ABLATION) --steps 1500 --jobs $$(nproc) --work $(WORK) \
-		--cost benchmarks/results/ablation_cost_camvid.json --out benchmarks/results/ablation_camvid.json
+		--cost $(WORK)/costs.json --out $(WORK)/ablation.json
 
 clean: ## what the other targets made, but not runs and data
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

@@ -14,17 +14,21 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.ablation.arms import ARMS, arms_of
-from benchmarks.ablation.equal_cost import BURN_IN_ARM, cost_of, read_costs, run_cost, steps_for
+from benchmarks.ablation.equal_cost import BURN_IN_ARM, Costs, read_costs, run_cost, steps_for
 from benchmarks.ablation.job import EQUAL_COST, EQUAL_STEPS, Job, check_same, identity_of
 from benchmarks.ablation.pool import Cell, run_cells
 from benchmarks.ablation.report import write_report
-from benchmarks.ablation.tasks import TASKS, setting_of
+from benchmarks.ablation.tasks import TASKS, Setting, setting_of
 from benchmarks.harness import check_out, describe_machine, say
 from maskmatch_scale.errors import UserError
+
+PSEUDO_IMAGES = 40
+"""At most so many images, on which pseudo-labels are checked."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -41,7 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--labelled", type=int, metavar="N", help="labelled images of a draw; default: the task's own")
     add("--steps", type=int, required=True, metavar="S", help="optimizer steps of every arm, at least")
     add("--cost", type=Path, help="JSON of CPU-seconds a step, from benchmarks.ablation.cost; cheaper arms run longer")
-    add("--reference", default="maskmatch", help="arm whose S steps are the cost of all; default maskmatch")
+    add("--reference", default="maskmatch", metavar="ARM", help="arm whose S steps are equal cost; default maskmatch")
     add("--jobs", type=int, default=1, help="cells at a time; default 1")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--work", type=Path, required=True, help="folder of the cells")
@@ -77,47 +81,44 @@ def plan(options: argparse.Namespace) -> list[Cell]:
         ValueError: an option is wrong, or a cell was made by other sources or with another recipe. Nothing is written.
     """
     check_numbers(options)
-    arms, setting = arms_of(options.arms), setting_of(options, options.steps, options.device)
-    arms_of([options.reference])
-    costs = read_costs(options.cost) if options.cost else None
-    steps, every = options.steps, options.evaluate_every or max(1, options.steps // 10)
-    checkpoint_every = every if options.checkpoint_every is None else options.checkpoint_every
-    identity = identity_of(setting.data, setting.weights)
-    machine = describe_machine(torch.device(options.device), ["maskmatch_scale", "benchmarks"])
-    machine |= {"threads": 1, "jobs": options.jobs, "sources_sha256": identity["sources"]}
-    del machine["clock"], machine["load_at_start"]
+    arms = arms_of(options.arms)
+    arms_of([options.reference], "--reference")
+    splits = splits_of(options)
+    setting = setting_of(options, options.steps, options.device, splits)
     work: Path = options.work.resolve()
-    budget, cells = 0.0, []
-    if costs is not None:
-        reference = setting.recipe(ARMS[options.reference], 0, steps, work)
-        own, cheap = cost_of(costs, options.reference), cost_of(costs, BURN_IN_ARM)
-        budget = run_cost(own, cheap, reference.burn_in_steps, steps)
+    costs = read_costs(options.cost) if options.cost else None
+    budget = budget_of(setting, costs, options.reference, work) if costs else None
+    identity = identity_of(setting.data, setting.weights)
+    machine = machine_of(options, identity["sources"])
+    every = options.evaluate_every or max(1, options.steps // 10)
+    cells = []
     for draw in dict.fromkeys(options.draws):
         for name, arm in arms.items():
             folder = work / name / f"draw-{draw}"
-            marks, cost = {EQUAL_STEPS: steps}, None
-            burn_in = setting.recipe(arm, draw, steps, folder).burn_in_steps
-            if costs is not None:
-                cost = {"cpu_s": cost_of(costs, name), "burn_in_cpu_s": cost_of(costs, BURN_IN_ARM)}
+            burn_in = setting.recipe(arm, draw, options.steps, folder).burn_in_steps
+            cost, marks = None, {EQUAL_STEPS: options.steps}
+            if costs is not None and budget is not None:
+                cost = {"cpu_s": costs.of(name), "burn_in_cpu_s": costs.of(BURN_IN_ARM), "gmacs": costs.gmacs[name]}
                 marks[EQUAL_COST] = steps_for(budget, cost["cpu_s"], cost["burn_in_cpu_s"], burn_in)
             length = max(marks.values())
-            recipe = setting.recipe(arm, draw, length, folder / "run", checkpoint_every=checkpoint_every)
+            checkpoints = every if options.checkpoint_every is None else options.checkpoint_every
+            recipe = setting.recipe(arm, draw, length, folder / "run", checkpoint_every=checkpoints)
             job = Job(
-                options.task,
-                name,
-                arm.title,
-                arm.group,
-                draw,
-                recipe.model_dump(mode="json"),
-                marks,
-                every,
-                TASKS[options.task].splits if options.splits is None else tuple(options.splits),
-                options.eval_images,
-                options.curve_images or options.eval_images,
-                40,
-                cost,
-                identity,
-                machine,
+                task=options.task,
+                arm=name,
+                title=arm.title,
+                group=arm.group,
+                draw=draw,
+                recipe=recipe.model_dump(mode="json"),
+                marks=marks,
+                evaluate_every=every,
+                splits=splits,
+                eval_images=options.eval_images,
+                curve_images=options.curve_images or options.eval_images,
+                pseudo_images=PSEUDO_IMAGES,
+                cost=cost,
+                identity=identity,
+                machine=machine,
             )
             step_cost = cost or {"cpu_s": 1.0, "burn_in_cpu_s": 0.5}
             weight = run_cost(step_cost["cpu_s"], step_cost["burn_in_cpu_s"], burn_in, length)
@@ -128,6 +129,30 @@ def plan(options: argparse.Namespace) -> list[Cell]:
         if not (cell.folder / "result.json").is_file():
             cell.job.write(cell.folder)
     return cells
+
+
+def splits_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """Streams that are evaluated at the marks besides `dev`, each once."""
+    splits = TASKS[options.task].splits if options.splits is None else options.splits
+    return tuple(split for split in dict.fromkeys(splits) if split != "dev")
+
+
+def budget_of(setting: Setting, costs: Costs, reference: str, work: Path) -> float:
+    """CPU-seconds of S steps of the reference arm.
+
+    Raises:
+        UserError: its cost was not measured.
+    """
+    burn_in = setting.recipe(ARMS[reference], 0, setting.steps, work).burn_in_steps
+    return run_cost(costs.of(reference), costs.of(BURN_IN_ARM), burn_in, setting.steps)
+
+
+def machine_of(options: argparse.Namespace, sources: str) -> dict[str, Any]:
+    """The machine; the code by its hash alone, from which the report finds the commit."""
+    machine = describe_machine(torch.device(options.device), [])
+    for name in ("clock", "load_at_start", "commit", "sources"):
+        del machine[name]
+    return machine | {"threads": 1, "jobs": options.jobs, "sources_sha256": sources}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -109,8 +109,8 @@ ARMS: dict[str, Arm] = dict([*_of_bases(), *_of_details()])
 """All arms by name."""
 
 
-def arms_of(names: Sequence[str]) -> dict[str, Arm]:
-    """The arms of these names, each once, in this order.
+def arms_of(names: Sequence[str], option: str = "--arms") -> dict[str, Arm]:
+    """The arms of these names, which an option of the command line gives, each once, in this order.
 
     Raises:
         UserError: one is unknown; names the nearest, and all.
@@ -119,5 +119,5 @@ def arms_of(names: Sequence[str]) -> dict[str, Arm]:
         if name not in ARMS:
             near = difflib.get_close_matches(name, ARMS, 3, 0.4)
             meant = f" did you mean {' or '.join(near)}?" if near else ""
-            raise UserError(f"--arms: there is no arm {name!r};{meant} There are: {', '.join(ARMS)}")
+            raise UserError(f"{option}: there is no arm {name!r};{meant} There are: {', '.join(ARMS)}")
     return {name: ARMS[name] for name in dict.fromkeys(names)}

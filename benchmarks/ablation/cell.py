@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.ablation.job import read_job
+from benchmarks.ablation.equal_cost import check_measured
+from benchmarks.ablation.job import check_code, read_job
 from benchmarks.ablation.watch import Watch
 from benchmarks.harness import say
 from maskmatch_scale.checkpoints.finding import has_checkpoint
@@ -37,14 +38,17 @@ def run_cell(path: Path) -> None:
     """Train and evaluate a cell, or go on with it; writes `result.json` beside the job.
 
     Raises:
-        UserError: of the recipe or its data.
+        UserError: of the recipe or its data; or the code is another than the one that planned the cell; or
+            `--cost` is of another step.
         TrainingStopped: it was asked to stop; a checkpoint is there, unless it has none at all.
     """
     job, folder = read_job(path), path.parent
+    check_code(job)
     recipe = job.parsed()
     made: list[Watch] = []
 
     def watch(run: Run) -> Watch:
+        check_measured(job.cost, run.work.flops / 2e9)
         made.append(Watch(run, job, folder / "progress"))
         return made[0]
 

@@ -101,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting = setting_of(options, steps=1000, device="cpu")
         arms = arms_of([BURN_IN_ARM, *options.arms])
         machine = describe_machine(torch.device("cpu"), ["maskmatch_scale", "benchmarks"])
+        machine |= {"labelled": setting.labelled, "set": " ".join(options.settings) or "nothing"}
         with tempfile.TemporaryDirectory() as folder:
             rows = measure(setting, arms, options.repeats, Path(folder))
     except ValueError as error:

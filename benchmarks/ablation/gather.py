@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from benchmarks.ablation.arms import ARMS
-from benchmarks.ablation.equal_cost import run_cost
+from benchmarks.ablation.equal_cost import spent, spent_cpu_s
 from benchmarks.ablation.job import EQUAL_COST, EQUAL_STEPS, read_result
 from benchmarks.ablation.paired import paired_difference
+from benchmarks.ablation.together import check_together
 from maskmatch_scale.errors import UserError
 
 BASELINES = ("supervised", "fixmatch")
@@ -37,7 +39,7 @@ def read_cells(folders: Sequence[Path]) -> list[Row]:
     """The results of cells that belong together, by arm and draw.
 
     Raises:
-        UserError: they are of different tasks, sources, data or weights, or one cell is there twice.
+        UserError: they do not belong together (`together.py`), or one cell is there twice.
     """
     cells: dict[tuple[str, int], tuple[Row, Path]] = {}
     for folder in folders:
@@ -46,22 +48,8 @@ def read_cells(folders: Sequence[Path]) -> list[Row]:
         key = result["arm"], result["draw"]
         if key in cells:
             raise UserError(f"{folder} and {cells[key][1]} are the same cell; leave one out")
-        for first, other in list(cells.values())[:1]:
-            for name in ("sources", "data", "weights"):
-                one, two = first["identity"].get(name), result["identity"].get(name)
-                if one != two:
-                    raise UserError(f"{folder} was made with other {name} ({two}) than {other} ({one}); report apart")
-            for name in ("task", "eval_images", "curve_images"):
-                if first[name] != result[name]:
-                    raise UserError(
-                        f"{folder} has another {name} ({result[name]}) than {other} ({first[name]}); report apart"
-                    )
-            if first["marks"][EQUAL_STEPS] != result["marks"][EQUAL_STEPS]:
-                raise UserError(
-                    f"{folder} is of {result['marks'][EQUAL_STEPS]} equal steps, {other} of "
-                    f"{first['marks'][EQUAL_STEPS]}; report apart"
-                )
         cells[key] = result, folder
+    check_together(list(cells.values()))
     order = list(ARMS)
     return sorted(
         (result for result, _ in cells.values()),
@@ -91,20 +79,38 @@ def curves_of(cells: Sequence[Row]) -> list[Row]:
         for point in cell["curve"]:
             found.append(
                 {"arm": cell["arm"], "draw": cell["draw"], **point}
-                | {"tmacs": spent(cell, point["step"], "gmacs") / 1e3, "cost_cpu_s": spent_cpu_s(cell, point["step"])}
+                | {"tmacs": spent(cell, point["step"]) / 1e3, "cost_cpu_s": spent_cpu_s(cell, point["step"])}
             )
     return found
 
 
-def spent(cell: Row, step: int, unit: str) -> float:
-    """`gmacs`: 10⁹ multiply–adds that a cell's backbone has taken after so many steps."""
-    return run_cost(cell[unit], cell[f"burn_in_{unit}"], cell["burn_in_steps"], step)
+@dataclass(frozen=True)
+class Spread:
+    """How far arms that have so far trained alike are apart on `dev`: largest minus smallest mIoU of a draw."""
+
+    step: int
+    mean: float
+    """Over draws."""
+    most: float
+    """Of all draws."""
 
 
-def spent_cpu_s(cell: Row, step: int) -> float | None:
-    """CPU-seconds after so many steps by the measured cost of a step; None: it was not measured."""
-    cost = cell["cost"]
-    return run_cost(cost["cpu_s"], cost["burn_in_cpu_s"], cell["burn_in_steps"], step) if cost else None
+def spread_in_burn_in(cells: Sequence[Row]) -> Spread | None:
+    """The spread at the last point of the curves within the burn-in; None: there is no point, or it is exactly 0.
+
+    Only of arms that do nothing else than the others in it.
+    """
+    alike = [cell for cell in cells if cell["group"] in {"bases", "cheap step"}]
+    steps = [{point["step"] for point in cell["curve"] if point["step"] <= cell["burn_in_steps"]} for cell in alike]
+    step = max(set.intersection(*steps), default=None) if steps else None
+    if step is None:
+        return None
+    by_draw: dict[int, list[float]] = {}
+    for cell in alike:
+        by_draw.setdefault(cell["draw"], []).append(next(p["miou"] for p in cell["curve"] if p["step"] == step))
+    ranges = [max(own) - min(own) for own in by_draw.values() if len(own) > 1]
+    most = max(ranges, default=0.0)
+    return Spread(step, mean(ranges), most) if most else None
 
 
 def value_of(cell: Row, mark: str, what: str = "miou", split: str | None = None) -> float | None:
@@ -122,6 +128,11 @@ def main_split(cell: Row) -> str:
     return MAIN_SPLIT if MAIN_SPLIT in cell["splits"] else "dev"
 
 
+def draws_of(cells: Sequence[Row]) -> list[int]:
+    """Numbers of all draws of a grid."""
+    return sorted({cell["draw"] for cell in cells})
+
+
 def by_arm(cells: Sequence[Row]) -> dict[str, list[Row]]:
     """Cells by the name of their arm."""
     arms: dict[str, list[Row]] = {}
@@ -131,7 +142,7 @@ def by_arm(cells: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def summary_rows(cells: Sequence[Row]) -> list[Row]:
-    """One row an arm and mark: means over draws, and each draw's mIoU."""
+    """One row an arm and mark: means over draws, the mIoU of each draw of the grid (None: not run), and the cost."""
     found = []
     splits = list(cells[0]["results"][EQUAL_STEPS]["splits"])
     for mark in MARKS:
@@ -143,13 +154,14 @@ def summary_rows(cells: Sequence[Row]) -> list[Row]:
             row["steps"] = at[0]["marks"][mark]
             for split in splits:
                 row[f"{split} mIoU"] = _mean(at, mark, "miou", split)
-            row["each draw"] = " ".join(f"{value_of(cell, mark):.3f}" for cell in at)
+            found_in = {cell["draw"]: value_of(cell, mark) for cell in at}
+            row["each draw"] = [found_in.get(draw) for draw in draws_of(cells)]
             row["boundary IoU"] = _mean(at, mark, "boundary_iou")
             row["pixel accuracy"] = _mean(at, mark, "pixel_accuracy")
             row["coverage"], row["label accuracy"] = _mean(at, mark, "coverage"), _mean(at, mark, "accuracy")
-            row["s/step"] = mean(cell["results"][mark]["wall_s"] / cell["marks"][mark] for cell in at)
-            row["cpu-s/step"] = at[0]["cost"]["cpu_s"] if at[0]["cost"] else None
-            row["GMACs/step"] = at[0]["gmacs"]
+            row["GMACs/step"], row["TMACs"] = at[0]["gmacs"], spent(at[0], row["steps"]) / 1e3
+            row["CPU-s/step"] = at[0]["cost"]["cpu_s"] if at[0]["cost"] else None
+            row["CPU-s"] = spent_cpu_s(at[0], row["steps"])
             found.append(row)
     return found
 
@@ -171,10 +183,10 @@ def _differences(cells: Sequence[Row], split: str | None) -> Iterator[Row]:
             arm: {cell["draw"]: value for cell in own if (value := value_of(cell, mark, split=split)) is not None}
             for arm, own in arms.items()
         }
-        for baseline in BASELINES:
+        for number, baseline in enumerate(BASELINES):
             for arm, own in arms.items():
-                if arm == baseline or baseline not in arms:
-                    continue
+                if baseline not in arms or arm in BASELINES[: number + 1]:
+                    continue  # also not `supervised − fixmatch`, which is the row above it with the other sign
                 found = paired_difference(values[arm], values[baseline])
                 if found is not None:
                     yield {

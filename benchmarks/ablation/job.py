@@ -9,13 +9,12 @@ WORK/<arm>/draw-<N>/job.json       what to run
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT
+from benchmarks.ablation.sources import DIGITS, measuring_hash, sources_hash
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.files import sha256, write_whole
 from maskmatch_scale.recipe import Recipe, parse_recipe
@@ -49,9 +48,9 @@ class Job:
     pseudo_images: int
     """At most so many training images without labels of this draw, on which pseudo-labels are checked."""
     cost: dict[str, float] | None
-    """`cpu_s`: CPU-seconds of a step after the burn-in; `burn_in_cpu_s`: of one in it; None: not measured."""
+    """Of a step after the burn-in `cpu_s` and `gmacs`, of one in it `burn_in_cpu_s`; None: not measured."""
     identity: dict[str, str]
-    """What must be the same in all cells of a work folder: hashes of sources, data and weights."""
+    """What must be the same in all cells of a work folder: hashes of code, data and weights."""
     machine: dict[str, Any]
 
     @property
@@ -95,11 +94,18 @@ def read_job(path: Path) -> Job:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """`result.json` of a cell; None if it has not finished."""
+    """`result.json` of a cell; None if it has not finished.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     path = folder / "result.json"
     if not path.is_file():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no result of this ablation ({error}); remove it, and the cell runs again") from None
     return found
 
 
@@ -138,23 +144,34 @@ def _difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | 
     return None if before == now else (key, before, now)
 
 
-def sources_hash() -> str:
-    """Of the content of all Python files of the package: a copied tree has no commit."""
-    package, digest = ROOT / "maskmatch_scale", hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
 def identity_of(data: Path, weights: Path | None) -> dict[str, str]:
-    """Hashes (the first 16 digits of sha256) of the sources, the index of the data and the weights.
+    """Hashes (the first digits of sha256) of the package, of what measures, of the index of the data, of the weights.
 
     Raises:
         UserError: a file is not there.
     """
-    found = {"sources": sources_hash(), "data": sha256(data / "index.json")}
+    found = code_now() | {"data": sha256(data / "index.json")[:DIGITS]}
     if weights is not None:
         if not weights.is_file():
             raise UserError(f"--weights: {weights} is no file")
-        found["weights"] = sha256(weights)
-    return {name: digest[:16] for name, digest in found.items()}
+        found["weights"] = sha256(weights)[:DIGITS]
+    return found
+
+
+def code_now() -> dict[str, str]:
+    """What of an identity is code: the `sources` of the package, and the `measuring code` of this benchmark."""
+    return {"sources": sources_hash(), "measuring code": measuring_hash()}
+
+
+def check_code(job: Job) -> None:
+    """Refuse a job that other code has planned: the files have changed while the grid ran.
+
+    Raises:
+        UserError: names what has changed.
+    """
+    for name, now in code_now().items():
+        if job.identity.get(name) != now:
+            raise UserError(
+                f"the {name} changed since this grid began ({job.identity.get(name)}, now {now}); restore it, or "
+                "name another --work. A grid is best run from a copy that nobody edits (git worktree)"
+            )

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from benchmarks.ablation.job import Job, read_result
-from benchmarks.harness import ROOT, say
+from benchmarks.harness import ROOT, launch_environment, say
 
 POLL_S = 0.2
 MINUTE_S = 60.0
 GRACE_S = 30.0
 """Seconds that a process which is to end gets for its checkpoint."""
-_OF_A_RUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 @dataclass
@@ -100,9 +101,8 @@ def _advance(cells: Sequence[Cell], jobs: int, device: str) -> None:
 
 
 def _start(cell: Cell, device: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name not in _OF_A_RUN}
-    environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}".rstrip(os.pathsep)
+    environment = launch_environment(torch.device(device))
+    environment |= dict.fromkeys(("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with (cell.folder / "log.txt").open("ab") as log:

@@ -139,14 +139,14 @@ class Setting:
         return recipe.model_copy(update={"method": recipe.method.model_copy(update={"burn_in": burn_in})})
 
 
-def check_streams(task: str, data: Path) -> None:
-    """Refuse a data folder that lacks a stream which the task needs.
+def check_streams(task: str, data: Path, splits: Sequence[str]) -> None:
+    """Refuse a data folder that lacks a stream which the task needs, or one of the splits.
 
     Raises:
         UserError: names the folder and the streams.
     """
     streams = load_index(str(data)).streams
-    wanted: Sequence[str] = ("labelled", TASKS[task].unlabelled_stream or "unlabelled", "dev", *TASKS[task].splits)
+    wanted: Sequence[str] = ("labelled", TASKS[task].unlabelled_stream or "unlabelled", "dev", *splits)
     missing = [name for name in dict.fromkeys(wanted) if name not in streams]
     if missing:
         raise UserError(
@@ -155,8 +155,8 @@ def check_streams(task: str, data: Path) -> None:
         )
 
 
-def setting_of(options: argparse.Namespace, steps: int, device: str) -> Setting:
-    """A task with the options `data`, `weights`, `labelled` and `settings`, checked.
+def setting_of(options: argparse.Namespace, steps: int, device: str, splits: Sequence[str] = ()) -> Setting:
+    """A task with the options `data`, `weights`, `labelled` and `settings`, checked; and that there are these splits.
 
     Raises:
         UserError: an option is wrong.
@@ -168,7 +168,7 @@ def setting_of(options: argparse.Namespace, steps: int, device: str) -> Setting:
         raise UserError(f"--weights: task {options.task} starts from pretrained weights; name their file")
     if not task.needs_weights and options.weights is not None:
         raise UserError(f"--weights: task {options.task} starts from scratch; leave it out")
-    check_streams(options.task, options.data)
+    check_streams(options.task, options.data, splits)
     weights = options.weights.resolve() if options.weights else None
     labelled = options.labelled or task.labelled
     return Setting(options.task, options.data.resolve(), weights, labelled, steps, device, tuple(options.settings))
