@@ -297,8 +297,12 @@ def write_json(
 
 def markdown(title: str, machine: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """A page with the machine in a line and the rows in a table."""
-    facts = " · ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine.items() if value is not None)
-    return "\n".join([f"# {title}", "", facts, "", markdown_table(rows, columns)])
+    return "\n".join([f"# {title}", "", machine_line(machine), "", markdown_table(rows, columns)])
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """The facts that are known, in a line."""
+    return " · ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine.items() if value is not None)
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

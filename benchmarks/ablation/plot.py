@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.ablation.gather import BASELINES, MAIN_SPLIT, MARKS, by_arm, value_of
+from benchmarks.ablation.gather import BASELINES, MARKS, by_arm, main_split, value_of
 
 MOST_CURVES = 8
 """Arms whose curves are drawn; more could not be told apart."""
@@ -45,7 +45,9 @@ def draw(
     both = any(MARKS[1] in cell["results"] for cell in cells)
     _scores(scores, arms, colours, both=both)
     for panel, baseline in zip(against, BASELINES, strict=True):
+        title_of_baseline = arms[baseline][0]["title"] if baseline in arms else baseline
         _against(panel, list(arms), baseline, differences, colours, both=both)
+        panel.set_xlabel(f"mIoU minus that of {title_of_baseline}")
     by_steps, by_cost = lower.subplots(1, 2, sharey=True)
     _curves(by_steps, arms, curves, colours, "step", "steps")
     if all(point["cost_cpu_s"] is not None for point in curves):
@@ -54,8 +56,14 @@ def draw(
         )
     else:
         _curves(by_cost, arms, curves, colours, "tmacs", "multiply–adds of the backbone, 10¹²")
-    by_steps.set_ylabel("mIoU on dev (teacher)")
-    by_steps.legend(fontsize=8)
+    some = cells[0]["curve_images"]
+    by_steps.set_ylabel(f"mIoU of the teacher on dev{f' ({some} images)' if some else ''}")
+    left_out = len(arms) - len(_with_curves(arms))
+    by_steps.legend(
+        fontsize=8,
+        title="bold: mean; faint: each draw" + (f"\n(the last {left_out} arms are not drawn)" if left_out else ""),
+        title_fontsize=8,
+    )
     return figure
 
 
@@ -77,7 +85,7 @@ def _scores(
             panel.scatter(values, [y] * len(values), s=22, facecolors=face, edgecolors=[colours[arm]], alpha=0.8)
             panel.plot([mean(values)] * 2, [y - 0.13, y + 0.13], color="black", linewidth=1.6)
     panel.set_yticks(range(len(arms)), [cells[0]["title"] for cells in reversed(list(arms.values()))])
-    panel.set_xlabel(f"mIoU on {MAIN_SPLIT}: draws, and their mean")
+    panel.set_xlabel(f"mIoU on {main_split(next(iter(arms.values()))[0])}: a point a draw, a bar their mean")
     panel.grid(axis="x", alpha=0.3)
     panel.set_title("filled: equal steps; open: equal cost" if both else "equal steps", fontsize=9)
 
@@ -102,9 +110,13 @@ def _against(
                 panel.scatter([row["difference"]], [y], s=30, facecolors=[face], edgecolors=[colours[arm]], zorder=3)
     panel.axvline(0, color="0.4", linewidth=0.8)
     panel.grid(axis="x", alpha=0.3)
-    panel.set_xlabel(f"mIoU − {baseline}'s")
     panel.locator_params(axis="x", nbins=5)
-    panel.set_title("mean of paired differences, 95 % interval", fontsize=9)
+    panel.set_title("paired by draw: mean, 95 % interval", fontsize=9)
+
+
+def _with_curves(arms: Mapping[str, object]) -> list[str]:
+    """The arms whose curves are drawn: the main ones first."""
+    return sorted(arms, key=lambda arm: arm not in (*BASELINES, "maskmatch"))[:MOST_CURVES]
 
 
 def _curves(
@@ -115,8 +127,7 @@ def _curves(
     key: str,
     label: str,
 ) -> None:
-    shown = sorted(arms, key=lambda arm: (arm not in (*BASELINES, "maskmatch"), list(arms).index(arm)))[:MOST_CURVES]
-    for arm in shown:
+    for arm in _with_curves(arms):
         points: dict[int, list[Mapping[str, Any]]] = {}
         for point in curves:
             if point["arm"] == arm:

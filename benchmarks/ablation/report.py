@@ -11,21 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation.gather import (
-    curves_of,
-    difference_rows,
-    finished_in,
-    main_split,
-    read_cells,
-    rows_of,
-    summary_rows,
-)
-from benchmarks.ablation.job import EQUAL_COST, EQUAL_STEPS
+from benchmarks.ablation.gather import curves_of, difference_rows, finished_in, read_cells, rows_of, summary_rows
+from benchmarks.ablation.page import page, settings_of, title_of
 from benchmarks.ablation.plot import draw
-from benchmarks.ablation.tasks import TASKS
-from benchmarks.harness import check_out, markdown_table, say, write_json
-
-SPREAD = ("arm", "minus", "at", "split", "difference", "low", "high", "draws")
+from benchmarks.ablation.sources import commit_of
+from benchmarks.harness import check_out, say, write_json
 
 
 def write_report(folders: Sequence[Path], out: Path) -> None:
@@ -39,74 +29,25 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     summary = summary_rows(cells)
     differences = [row for split in cells[0]["splits"] or ["dev"] for row in difference_rows(cells, split)]
     machine = machines_of(cells)
-    write_json(out, machine, rows, curves=curves, summary=summary, differences=differences)
+    settings = [{"key": key, "value": value} for key, value in settings_of(cells).items()]
+    write_json(out, machine, rows, settings=settings, curves=curves, summary=summary, differences=differences)
     title = title_of(cells)
     out.with_suffix(".md").write_text(page(title, machine, cells, summary, differences), encoding="utf-8")
     draw(title, cells, difference_rows(cells), curves).savefig(out.with_suffix(".png"), dpi=110)
 
 
-def title_of(cells: Sequence[dict[str, Any]]) -> str:
-    """Task, labels, length and number of draws."""
-    counts = {cell["recipe"]["data"]["labelled_count"] for cell in cells} - {None}
-    labels = f"{' or '.join(map(str, sorted(counts)))} labelled images, " if counts else ""
-    draws = len({cell["draw"] for cell in cells})
-    some = cells[0]["eval_images"]
-    part = f", {some} images of each split" if some else ""
-    return (
-        f"{TASKS[cells[0]['task']].title}: {labels}{cells[0]['marks'][EQUAL_STEPS]} steps, "
-        f"{draws} draw{'s' if draws > 1 else ''}{part}"
-    )
-
-
 def machines_of(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The machine; where cells ran on several, all values of a fact."""
+    """The machine, where cells ran on several all values of a fact; and the commit whose sources were run.
+
+    The commit is looked for by the hash of the sources: the grid may have run in a copy, whose own says nothing.
+    """
     found: dict[str, Any] = {}
-    for name in dict.fromkeys(name for cell in cells for name in cell["machine"]):
+    names = dict.fromkeys(name for cell in cells for name in cell["machine"])
+    for name in [name for name in names if name not in {"commit", "sources"}]:
         values = list(dict.fromkeys(cell["machine"].get(name) for cell in cells))
         found[name] = values[0] if len(values) == 1 else "; ".join(map(str, values))
-    return found
-
-
-def page(
-    title: str,
-    machine: dict[str, Any],
-    cells: Sequence[dict[str, Any]],
-    summary: Sequence[dict[str, Any]],
-    differences: Sequence[dict[str, Any]],
-) -> str:
-    """The tables in Markdown."""
-    facts = " · ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine.items() if value is not None)
-    lines = [f"# {title}", "", facts, ""]
-    lines += [
-        "The teacher is scored, in windows of the training crop. Means over draws; where no split is named, "
-        f"`{main_split(cells[0])}`. Pseudo-labels are checked on",
-        "training images that the draw left without labels: `coverage` is the share of pixels that count, `label",
-        "accuracy` that of right ones among them. `s/step` is wall time with all jobs running, `cpu-s/step` the",
-        "measured cost of a step after the burn-in, `GMACs/step` its counted multiply–adds of the backbone.",
-        "",
-    ]
-    for mark in (EQUAL_STEPS, EQUAL_COST):
-        at = [row for row in summary if row["at"] == mark]
-        if at:
-            columns = [name for name in at[0] if name not in {"title", "at"}]
-            lines += [f"## At {mark}", "", markdown_table([_fine(row) for row in at], columns)]
-    if differences:
-        lines += ["## Paired differences of mIoU, with the 95 % interval of Student's t over draws", ""]
-        lines.append(markdown_table([_signed(row) for row in differences], SPREAD))
-    return "\n".join(lines)
-
-
-def _fine(row: dict[str, Any]) -> dict[str, Any]:
-    """Scores with three digits after the point."""
-    scores = ("mIoU", "IoU", "accuracy", "coverage")
-    return {
-        name: f"{value:.3f}" if isinstance(value, float) and name.endswith(scores) else value
-        for name, value in row.items()
-    }
-
-
-def _signed(row: dict[str, Any]) -> dict[str, Any]:
-    return row | {name: f"{row[name]:+.4f}" for name in ("difference", "low", "high") if row[name] is not None}
+    commit = commit_of(cells[0]["identity"]["sources"])
+    return found | {"commit": f"{commit} has these sources" if commit else "none of this checkout has these sources"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

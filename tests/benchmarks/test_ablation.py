@@ -1,9 +1,10 @@
-"""The grid of ablations: arms, statistics, what a cell measures, kill and restart, and what is refused."""
+"""The grid of ablations: arms, what a cell measures, kill and restart, and what is refused."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,38 +100,11 @@ def test_the_task_of_street_scenes(pages: Path, tmp_path: Path) -> None:
     assert setting.recipe(ARMS["maskmatch_threshold_0.95"], 2, 400, tmp_path).method.threshold == 0.95
 
 
-def test_interval_of_a_paired_difference() -> None:
-    from benchmarks.ablation.paired import paired_difference, t_975
-
-    found = paired_difference({0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0, 4: 5.0, 9: 7.0}, dict.fromkeys(range(5), 0.0))
-    assert found is not None
-    assert (found.mean, found.draws) == (3.0, 5)
-    half = 2.776 * (2.5 / 5) ** 0.5
-    assert (found.low, found.high) == (pytest.approx(3 - half), pytest.approx(3 + half))
-    one = paired_difference({4: 0.5}, {4: 0.25, 5: 1.0})
-    assert (one.mean, one.low, one.high, one.draws) == (0.25, None, None, 1)  # type: ignore[union-attr]
-    assert paired_difference({0: 1.0}, {1: 1.0}) is None
-    for freedom, quantile in ((1, 12.706), (4, 2.776), (30, 2.042), (40, 2.0211), (120, 1.9799)):
-        assert t_975(freedom) == pytest.approx(quantile, abs=2e-4)
-
-
-def test_equal_cost_counts_the_burn_in(tmp_path: Path) -> None:
-    from benchmarks.ablation.equal_cost import cost_of, read_costs, run_cost, steps_for
-
-    budget = run_cost(3.0, 1.0, 25, 100)
-    assert budget == 25 * 1 + 75 * 3
-    assert steps_for(budget, 3.0, 1.0, 25) == 100
-    assert steps_for(budget, 1.0, 1.0, 25) == 250
-    assert steps_for(budget, 4.0, 1.0, 25) == 25 + 56
-    assert steps_for(10.0, 2.0, 1.0, 25) == 10  # within the burn-in
-    (tmp_path / "cost.json").write_text('{"supervised": 1.0, "fixmatch": 2.0}')
-    costs = read_costs(tmp_path / "cost.json")
-    assert cost_of(costs, "fixmatch") == 2.0
-    with pytest.raises(UserError, match="no cost of maskmatch"):
-        cost_of(costs, "maskmatch")
-    (tmp_path / "cost.json").write_text("[]")
-    with pytest.raises(UserError, match=r"--cost .*cost\.json"):
-        read_costs(tmp_path / "cost.json")
+def write_costs(path: Path, **arms: tuple[float, float]) -> Path:
+    """A file as `benchmarks.ablation.cost` writes it, of CPU-seconds and GMACs by arm."""
+    rows = [{"arm": arm, "cpu_s": cpu_s, "gmacs": gmacs} for arm, (cpu_s, gmacs) in arms.items()]
+    path.write_text(json.dumps({"rows": rows}))
+    return path
 
 
 def test_cost_of_a_step_is_measured(pages: Path, tmp_path: Path) -> None:
@@ -142,8 +116,8 @@ def test_cost_of_a_step_is_measured(pages: Path, tmp_path: Path) -> None:
     assert main([*options, "--out", str(out), "--set", *TINY]) == 0
     gmacs = {row["arm"]: row["gmacs"] for row in json.loads(out.read_text())["rows"]}
     assert gmacs["supervised"] < gmacs["fixmatch"] < gmacs["maskmatch"]
-    assert read_costs(out).keys() == gmacs.keys()
-    assert all(seconds > 0 for seconds in read_costs(out).values())
+    assert read_costs(out).gmacs == gmacs
+    assert all(seconds > 0 for seconds in read_costs(out).cpu_s.values())
 
 
 def losses(run: Path) -> list[Any]:
@@ -190,13 +164,20 @@ def test_evaluations_change_no_loss_and_are_the_trainers(planned: Callable[..., 
     assert not (cell.folder / "run" / "checkpoints").exists()
 
 
-def test_a_grid_that_is_killed_goes_on(command: Callable[..., list[str]], tmp_path: Path, capfd: Any) -> None:
+def test_a_grid_that_is_killed_goes_on(
+    command: Callable[..., list[str]], pages: Path, tmp_path: Path, capfd: Any
+) -> None:
     """Two arms, two draws, at equal cost; the grid is killed while its second cell runs."""
-    from benchmarks.ablation.__main__ import main
+    from benchmarks.ablation.__main__ import main, parse, plan
+    from benchmarks.ablation.cost import main as cost
     from benchmarks.ablation.report import main as report
 
-    (tmp_path / "cost.json").write_text('{"supervised": 1.0, "maskmatch": 3.0}')
-    grid = ["--arms", "supervised", "maskmatch", "--draws", "0", "1", "--cost", str(tmp_path / "cost.json")]
+    costs = tmp_path / "cost.json"
+    measured = ["--task", "scores_vit", "--data", str(pages), "--arms", "maskmatch", "--repeats", "1"]
+    assert cost([*measured, "--out", str(costs), "--set", *TINY]) == 0
+    gmacs = {row["arm"]: row["gmacs"] for row in json.loads(costs.read_text())["rows"]}
+    write_costs(costs, supervised=(1.0, gmacs["supervised"]), maskmatch=(3.0, gmacs["maskmatch"]))
+    grid = ["--arms", "supervised", "maskmatch", "--draws", "0", "1", "--cost", str(costs)]
     arguments = command(*grid, "--evaluate-every", "10", steps=30)
     killed = multiprocessing.get_context("fork").Process(target=main, args=(arguments,))  # which has all imports
     killed.start()
@@ -230,6 +211,17 @@ def test_a_grid_that_is_killed_goes_on(command: Callable[..., list[str]], tmp_pa
     assert (tmp_path / "out.png").stat().st_size > 10_000
     assert report([str(tmp_path / "work"), "--out", str(tmp_path / "again.json")]) == 0
     assert (tmp_path / "again.json").read_text() == (tmp_path / "out.json").read_text()
+    page = (tmp_path / "out.md").read_text()
+    assert all(len(line) <= 120 for line in page.splitlines() if not line.startswith("|"))
+    assert "as 30 steps of MaskMatch do, about 70 CPU-seconds" in page
+    assert "uncommitted" not in page
+    # The command on the page plans the very same cells: recipes, marks, evaluation.
+    written = page.split("```")[1].replace("\\\n", " ").replace("SHARDS", arguments[3])
+    written = written.replace("COSTS.json", str(costs)).replace("FOLDER", str(tmp_path / "work"))
+    again = shlex.split(written)[3:]
+    assert len(plan(parse(again))) == 4  # else `check_same` had refused
+    with pytest.raises(UserError, match=r"another recipe: recipe\.method\.threshold"):
+        plan(parse([word for word in again if not word.startswith("method.threshold")]))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -286,6 +278,8 @@ def test_mistakes_are_one_line(
     assert "run.seed=3: this key is not for --set" in refused("--arms", "fixmatch", settings=["run.seed=3"])
     assert "--weights: task scores_vit starts from scratch" in refused("--arms", "fixmatch", "--weights", "x.pt")
     assert "nowhere" in refused("--arms", "fixmatch", "--data", str(tmp_path / "nowhere"))
+    assert "there is no nowhere" in refused("--arms", "fixmatch", "--splits", "val", "nowhere")
+    assert "--reference: there is no arm 'fixmach'" in refused("--arms", "fixmatch", "--reference", "fixmach")
     assert "no val_seen" in refused("--arms", "fixmatch", "--task", "camvid", "--weights", "x.pt")
     assert not (tmp_path / "work").exists()
 
@@ -306,11 +300,77 @@ def test_mistakes_are_one_line(
     for work, sources in (("one", "a"), ("two", "b")):
         folder = tmp_path / work / work / "draw-0"
         folder.mkdir(parents=True)
-        result = {**content, "arm": work, "identity": {"sources": sources}}
+        result = {**content, "arm": work, "identity": {"sources": sources}, "burn_in_steps": 1}
         (folder / "result.json").write_text(json.dumps(result))
     assert report([str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "x.json")]) == 2
     assert "made with other sources (b)" in capfd.readouterr().err
     assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "settings", "changes"),
+    [
+        (r"other optim\.lr \(0\.125\) than", ["optim.lr=0.125"], {}),
+        (r"other method\.burn_in \(0\.5\) than", ["method.burn_in=0.5"], {}),
+        (r"other splits \(\['val'\]\) than", [], {"splits": ["val"]}),
+        ("other measuring code", [], {"identity": {"sources": "a", "measuring code": "c"}}),
+        ("costs 6 CPU-seconds at equal cost, and .* 22", [], {"marks": {"equal steps": 4, "equal cost": 4}}),
+        ("other CPU-seconds of a step of the burn-in", [], {"cost": None}),
+    ],
+)
+def test_cells_that_do_not_belong_together(
+    planned: Callable[..., Any], said: str, settings: list[str], changes: dict[str, Any]
+) -> None:
+    """Two arms of one work folder, planned by two commands; what differs by arm or draw is no matter."""
+    from benchmarks.ablation.gather import read_cells
+
+    first = planned("--arms", "fixmatch_threshold_0.95", "--draws", "0", settings=[*TINY, "method.burn_in=0.25"])[0]
+    second = planned("--arms", "supervised", "--draws", "1", settings=[*TINY, "method.burn_in=0.25", *settings])[0]
+    same = {
+        "identity": {"sources": "a", "measuring code": "b"},
+        "marks": {"equal steps": 4, "equal cost": 16},
+        "cost": {"cpu_s": 1.5, "burn_in_cpu_s": 1.5},
+    }
+
+    def write(cell: Any, **more: Any) -> None:
+        content = json.loads((cell.folder / "job.json").read_text())
+        result = {**content, **same, "burn_in_steps": cell.job.parsed().burn_in_steps, **more}
+        (cell.folder / "result.json").write_text(json.dumps(result))
+
+    write(first, marks={"equal steps": 4, "equal cost": 8}, cost={"cpu_s": 3.0, "burn_in_cpu_s": 1.5})
+    if not settings:
+        write(second)
+        assert len(read_cells([first.folder, second.folder])) == 2
+    write(second, **changes)
+    with pytest.raises(UserError, match=said):
+        read_cells([first.folder, second.folder])
+
+
+def test_a_cell_of_code_that_was_edited_meanwhile_does_not_run(planned: Callable[..., Any]) -> None:
+    from benchmarks.ablation.cell import run_cell
+
+    (cell,) = planned("--arms", "fixmatch", "--draws", "0")
+    job = cell.folder / "job.json"
+    content = json.loads(job.read_text())
+    for name in ("sources", "measuring code"):
+        job.write_text(json.dumps({**content, "identity": {**content["identity"], name: "0123"}}))
+        with pytest.raises(UserError, match=rf"the {name} changed since this grid began \(0123, now"):
+            run_cell(job)
+    assert not (cell.folder / "run").exists()
+
+
+def test_a_cost_of_another_step_is_refused(planned: Callable[..., Any]) -> None:
+    from benchmarks.ablation.cell import run_cell
+
+    (cell,) = planned("--arms", "fixmatch", "--draws", "0")
+    job = cell.folder / "job.json"
+    cost = {"cpu_s": 1.0, "burn_in_cpu_s": 1.0, "gmacs": 5.0}
+    job.write_text(json.dumps({**json.loads(job.read_text()), "cost": cost}))
+    with pytest.raises(
+        UserError, match=r"a step of 5 GMACs, and this run's has 0\.\d+; measure it with the same --set"
+    ):
+        run_cell(job)
+    assert not (cell.folder / "result.json").exists()
 
 
 def test_progress_says_what_is_left(tmp_path: Path) -> None:
