@@ -183,10 +183,10 @@ def _differences(cells: Sequence[Row], split: str | None) -> Iterator[Row]:
             arm: {cell["draw"]: value for cell in own if (value := value_of(cell, mark, split=split)) is not None}
             for arm, own in arms.items()
         }
-        for number, baseline in enumerate(BASELINES):
+        for baseline in BASELINES:
             for arm, own in arms.items():
-                if baseline not in arms or arm in BASELINES[: number + 1]:
-                    continue  # also not `supervised − fixmatch`, which is the row above it with the other sign
+                if arm == baseline or baseline not in arms:
+                    continue
                 found = paired_difference(values[arm], values[baseline])
                 if found is not None:
                     yield {

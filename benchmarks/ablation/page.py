@@ -159,8 +159,8 @@ def _how_to_read(cells: Cells) -> list[str]:
         "**Arm**: one recipe. **Draw**: which training images keep their labels. The number of a draw is also the seed "
         "of the run, so the arms of a draw share labels, initial weights, and order and augmentation of images. "
         "Compare arms within a draw: scores may vary more from draw to draw than from arm to arm.",
-        f"Scored is the **teacher**, {_inference(first['recipe'])}. Scores, shares and differences are of 1, means "
-        f"over draws; where no split is named, they are of `{main_split(first)}`."
+        f"Scored is the **teacher**, {_inference(first['recipe'])}. Scores and differences are fractions, not per "
+        f"cent, and means over draws; where no split is named, they are of `{main_split(first)}`."
         + (f" Choose on `dev` alone, never on {splits}." if splits else ""),
         f"**Equal steps**: {steps} optimizer steps. The learning rate stays constant after its warm-up, so that a "
         "longer run is, after so many steps, a run of this length.",

@@ -111,6 +111,7 @@ def test_the_plot_names_its_split_and_baselines() -> None:
     assert [(row["arm"], row["minus"]) for row in rows] == [
         ("fixmatch", "supervised"),
         ("maskmatch", "supervised"),
+        ("supervised", "fixmatch"),
         ("maskmatch", "fixmatch"),
     ]
     curves = [{**point, **cell, "tmacs": 1.0, "cost_cpu_s": None} for cell in cells for point in cell["curve"]]
