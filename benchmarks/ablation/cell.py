@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.ablation.job import read_job
+from benchmarks.ablation.job import EQUAL_STEPS, read_job
+from benchmarks.ablation.variants import callbacks_of
 from benchmarks.ablation.watch import Watch
 from benchmarks.harness import say
 from maskmatch_scale.checkpoints.finding import has_checkpoint
@@ -52,7 +53,7 @@ def run_cell(path: Path) -> None:
     refuse_live_run(own)
     if not has_checkpoint(own.path):
         shutil.rmtree(own.path, ignore_errors=True)  # it would be kept under another name
-    run = train(recipe, "auto", callbacks=[watch])
+    run = train(recipe, "auto", callbacks=[watch, *callbacks_of(job.variant, job.marks[EQUAL_STEPS])])
     found = made[0]
     size = found.run
     result = {

@@ -61,6 +61,10 @@ def read_cells(folders: Sequence[Path]) -> list[Row]:
                     f"{folder} is of {result['marks'][EQUAL_STEPS]} equal steps, {other} of "
                     f"{first['marks'][EQUAL_STEPS]}; report apart"
                 )
+        for cell, other in cells.values():
+            one, two = cell["identity"].get("variants"), result["identity"].get("variants")
+            if one and two and one != two:
+                raise UserError(f"{folder} was made with other variants ({two}) than {other} ({one}); report apart")
         cells[key] = result, folder
     order = list(ARMS)
     return sorted(
