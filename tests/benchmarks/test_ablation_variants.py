@@ -1,4 +1,4 @@
-"""Variants of the ablation: from which step on they change a run, by which formula, and that a restart changes nothing."""
+"""Variants of the ablation: from which step on they change a run, by which formula; a restart changes nothing."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.data.writing import write_shards
 from maskmatch_scale.errors import TrainingStopped, UserError
 from maskmatch_scale.method.losses import cross_entropy_sum
+from maskmatch_scale.models.cost import encoder_macs
 from maskmatch_scale.train import train
 from tests.benchmarks.test_ablation import TINY, importable  # noqa: F401 - a fixture of every test
 from tests.conftest import ShapesSource
@@ -144,11 +145,10 @@ def test_thresholds_by_class_by_hand(built: Callable[[str], Any], name: str) -> 
     confidences = []
     before: Any = 0.4
     for number in range(2):
+        less = torch.tensor([0.0, 0.0, 0.0 if number else 50.0]).view(1, 3, 1, 1)  # class 2 not in the first batch
 
-        def teacher(images: Any) -> Any:
-            logits = colour_teacher(images)
-            # Class 2 is never predicted in the first batch.
-            return logits - torch.tensor([0.0, 0.0, 50.0 * (number == 0)]).view(1, 3, 1, 1)
+        def teacher(images: Any, less: Any = less) -> Any:
+            return colour_teacher(images) - less
 
         step, pseudo = labelled_by(run, teacher, number)
         weak = step.unlabelled.weak
@@ -254,8 +254,6 @@ def test_labels_are_used_twice(built: Callable[[str], Any]) -> None:
         assert not torch.equal(steps[one].visible, steps[two].visible)
     assert not torch.equal(steps[0].unlabelled.weak.images, steps[2].unlabelled.weak.images)
     assert variant.summary() == {}
-    from maskmatch_scale.models.cost import encoder_macs
-
     teacher_flops = 2 * calls[0] * encoder_macs(run.student, 64, 64)
     assert (run.work.tokens, run.work.flops) == (work.tokens, work.flops - teacher_flops // 2)
 
@@ -279,12 +277,10 @@ def test_scales_come_in_turn(built: Callable[[str], Any]) -> None:
     assert run.recipe.method.scales == (0.5, 1.0, 1.5)  # as its checkpoints say
 
     alone = built("maskmatch").work.flops  # of the scale 1
-    from maskmatch_scale.models.cost import encoder_macs
-
     macs = [encoder_macs(run.student, side, side) for side in (32, 64, 96)]
-    images = work.tokens and 2 * 2  # two flops for each of two images
-    assert work.flops == alone + images * (macs[0] + macs[2])
-    assert run.work.flops == pytest.approx(alone + images * (sum(macs) / 3 - macs[1]), abs=1)
+    images = 2
+    assert work.flops == alone + 2 * images * (macs[0] + macs[2])
+    assert run.work.flops == pytest.approx(alone + 2 * images * (sum(macs) / 3 - macs[1]), abs=1)
 
 
 def test_every_variant_of_an_arm_is_there_and_has_a_cost(pages: Path, tmp_path: Path) -> None:
@@ -300,6 +296,27 @@ def test_every_variant_of_an_arm_is_there_and_has_a_cost(pages: Path, tmp_path: 
     gmacs = {row["arm"]: row["gmacs"] for row in json.loads(out.read_text())["rows"]}
     assert gmacs["strong_keep_0.3_labels_twice"] < gmacs["strong_keep_0.3"]
     assert gmacs["maskmatch_scales_in_turn"] < gmacs["maskmatch_ensemble"]
+
+
+def test_a_cell_runs_its_variant(pages: Path, tmp_path: Path) -> None:
+    from benchmarks.ablation.__main__ import parse, plan
+    from benchmarks.ablation.cell import run_cell
+    from benchmarks.ablation.variants import callbacks_of
+
+    where = ["--data", str(pages), "--work", str(tmp_path), "--out", str(tmp_path / "out.json"), "--draws", "0"]
+    small = ["--steps", "4", "--eval-images", "1", "--splits", "--arms", "fixmatch_threshold_by_class"]
+    (cell,) = plan(parse(["--task", "scores_vit", *where, *small, "--set", *SETTINGS]))
+    run_cell(cell.folder / "job.json")
+    recipe = cell.job.parsed()
+    own = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": str(tmp_path / "own")})})
+    run = train(own, callbacks=callbacks_of("threshold_by_class", 4))
+    assert figures(cell.folder / "run") == figures(run)
+    assert figures(run) != figures(
+        train(own.model_copy(update={"run": own.run.model_copy(update={"dir": str(tmp_path / "x")})}))
+    )
+    result = json.loads((cell.folder / "result.json").read_text())
+    assert result["variant"] == "threshold_by_class"
+    assert result["results"]["equal steps"]["pseudo_labels"]["images"] == 1
 
 
 def test_the_variant_is_part_of_a_cell(pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,8 @@ class ThresholdByClass(Variant):
     def thresholds(self) -> Tensor:
         """τ by the means so far: float64 (classes,)."""
         ratio = torch.where(self.updates > 0, self.levels / self.levels.max(), 1.0)
-        return ratio * self._top
+        thresholds: Tensor = ratio * self._top
+        return thresholds
 
     def learn(self, probabilities: Probabilities, valid: Tensor) -> None:
         """Add a batch to the means.
