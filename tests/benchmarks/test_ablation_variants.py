@@ -6,21 +6,30 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from maskmatch_scale.data.batches.loading import load_batches
+from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.writing import write_shards
+from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.errors import TrainingStopped, UserError
 from maskmatch_scale.method.losses import cross_entropy_sum
+from maskmatch_scale.method.maskmatch import MaskMatch, view_draws
+from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.models.cost import encoder_macs
+from maskmatch_scale.models.resample import upsampling_bands
 from maskmatch_scale.train import train
+from maskmatch_scale.training.step import take_step
 from tests.benchmarks.test_ablation import TINY, importable  # noqa: F401 - a fixture of every test
 from tests.conftest import ShapesSource
 from tests.method.parts import colour_teacher
+from tests.training.test_pretended_gpu import BACKBONES, GPU, HostCopies, PretendedRank, Untouched, pretend
 
 STEPS, BURN_IN = 8, 2
 SETTINGS = (*TINY, f"method.burn_in={BURN_IN / STEPS}", "method.threshold=0.4")
@@ -351,3 +360,38 @@ def test_the_variant_is_part_of_a_cell(pages: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("benchmarks.ablation.__main__.identity_of_variant", lambda variant: {"variants": "4567"})
     with pytest.raises(UserError, match="made with other variants"):
         plan(options)
+
+
+@pytest.mark.parametrize(
+    "name", ["lambda_ramp", "threshold_by_class", "threshold_freematch", "soft_labels", "labels_twice"]
+)
+def test_no_variant_waits_for_the_device(make_recipe: Callable[..., Any], name: str) -> None:
+    """On a GPU that is not there, see the tests whose parts these are."""
+    from benchmarks.ablation.variants import VARIANTS
+
+    recipe = make_recipe(
+        run={"steps": 5}, method={"scales": [0.5, 1.0, 1.5], "mask": {"keep": 0.5}, "strong_view": {"keep": 0.5}}
+    )
+    segmenter = build_segmenter(num_classes=3, **BACKBONES["vit"])
+    draw = view_draws(segmenter, recipe.method, recipe.run.seed, recipe.data.crop_px)
+    batches = TrainingBatches(recipe, 3, 0, 1, unlabelled=True, draw=draw)
+    host = [batches[number] for number in range(5)]
+    maskmatch = MaskMatch(segmenter, recipe.method, recipe.run.seed, 255).train()
+    upsampling_bands.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        pretend(maskmatch, mode)
+        engine = Untouched(maskmatch, segmenter)
+        made = iter([batch.with_tensors([mode.from_tensor(t) for t in batch.tensors]) for batch in host])
+        run: Any = SimpleNamespace(
+            recipe=recipe, engine=engine, teacher=engine, maskmatch=maskmatch, student=segmenter, batches=batches,
+            runtime=PretendedRank(Place(0, 0, 1, 1), GPU, 1), frozen_teacher=None, resumed={},
+        )  # fmt: skip
+        variant = VARIANTS[name](run, 5)
+        for step in range(5):
+            with HostCopies() as copies:
+                variant.before_step(step)
+                figures = take_step(run, step, made)
+            if step > 2:  # the first ones make what is kept: weights of upsampling, of every scale
+                assert len(copies.found) == len(host[0].tensors)
+    upsampling_bands.cache_clear()
+    assert {value.device for value in figures.on_device.values()} == {GPU}
