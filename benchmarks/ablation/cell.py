@@ -53,7 +53,7 @@ def run_cell(path: Path) -> None:
     refuse_live_run(own)
     if not has_checkpoint(own.path):
         shutil.rmtree(own.path, ignore_errors=True)  # it would be kept under another name
-    run = train(recipe, "auto", callbacks=[watch, *callbacks_of(job.variant, job.marks[EQUAL_STEPS])])
+    run = train(recipe, "auto", callbacks=[*callbacks_of(job.variant, job.marks[EQUAL_STEPS]), watch])
     found = made[0]
     size = found.run
     result = {
