@@ -24,6 +24,7 @@ from benchmarks.ablation.job import EQUAL_COST, EQUAL_STEPS, Job, check_same, id
 from benchmarks.ablation.pool import Cell, run_cells
 from benchmarks.ablation.report import write_report
 from benchmarks.ablation.tasks import TASKS, Setting, setting_of
+from benchmarks.ablation.variants import identity_of_variant
 from benchmarks.harness import check_out, describe_machine, say
 from maskmatch_scale.errors import UserError
 
@@ -117,8 +118,9 @@ def plan(options: argparse.Namespace) -> list[Cell]:
                 curve_images=options.curve_images or options.eval_images,
                 pseudo_images=PSEUDO_IMAGES,
                 cost=cost,
-                identity=identity,
+                identity=identity | identity_of_variant(arm.variant),
                 machine=machine,
+                variant=arm.variant,
             )
             step_cost = cost or {"cpu_s": 1.0, "burn_in_cpu_s": 0.5}
             weight = run_cost(step_cost["cpu_s"], step_cost["burn_in_cpu_s"], burn_in, length)

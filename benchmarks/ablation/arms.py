@@ -35,6 +35,8 @@ class Arm:
     overrides: Overrides
     group: str
     """What kind of question it answers."""
+    variant: str | None = None
+    """Of `variants.VARIANTS`: behaviour that has no key."""
 
     @property
     def settings(self) -> list[str]:
@@ -105,7 +107,26 @@ def _of_details() -> Iterator[tuple[str, Arm]]:
     yield "all_labels", Arm("supervised, all labels", every, "bound")
 
 
-ARMS: dict[str, Arm] = dict([*_of_bases(), *_of_details()])
+def _of_variants() -> Iterator[tuple[str, Arm]]:
+    fixmatch, maskmatch = ("fixmatch", "FixMatch", FIXMATCH), ("maskmatch", "MaskMatch", MASKMATCH)
+    dropped = ("strong_keep_0.3", "FixMatch, strong view at keep 0.3", {**FIXMATCH, "method.strong_view.keep": 0.3})
+    in_turn = ("maskmatch", "MaskMatch", {**MASKMATCH, **ENSEMBLE})
+    for variant, words, bases in (
+        ("lambda_ramp", "λ ramped", (fixmatch, maskmatch)),
+        ("threshold_ramp", "τ rising from 0.5", (fixmatch, maskmatch)),
+        ("threshold_down", "τ falling from 0.99", (fixmatch, maskmatch)),
+        ("threshold_by_class", "τ by class", (fixmatch, maskmatch)),
+        ("threshold_freematch", "τ as FreeMatch", (fixmatch, maskmatch)),
+        ("soft_labels", "soft labels", (fixmatch,)),
+        ("context_off", "no context decoder", (maskmatch, dropped)),
+        ("labels_twice", "labels used twice", (dropped,)),
+        ("scales_in_turn", "scales in turn", (in_turn,)),
+    ):
+        for base, title, keys in bases:
+            yield f"{base}_{variant}", Arm(f"{title}, {words}", keys, "variants", variant)
+
+
+ARMS: dict[str, Arm] = dict([*_of_bases(), *_of_details(), *_of_variants()])
 """All arms by name."""
 
 

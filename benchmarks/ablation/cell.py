@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.ablation.equal_cost import check_measured
-from benchmarks.ablation.job import check_code, read_job
+from benchmarks.ablation.job import EQUAL_STEPS, check_code, read_job
+from benchmarks.ablation.variants import callbacks_of
 from benchmarks.ablation.watch import Watch
 from benchmarks.harness import say
 from maskmatch_scale.checkpoints.finding import has_checkpoint
@@ -56,7 +57,7 @@ def run_cell(path: Path) -> None:
     refuse_live_run(own)
     if not has_checkpoint(own.path):
         shutil.rmtree(own.path, ignore_errors=True)  # it would be kept under another name
-    run = train(recipe, "auto", callbacks=[watch])
+    run = train(recipe, "auto", callbacks=[*callbacks_of(job.variant, job.marks[EQUAL_STEPS]), watch])
     found = made[0]
     size = found.run
     result = {

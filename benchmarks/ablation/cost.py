@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from benchmarks.ablation.arms import ARMS, Arm, arms_of
 from benchmarks.ablation.equal_cost import BURN_IN_ARM
 from benchmarks.ablation.tasks import TASKS, Setting, setting_of
+from benchmarks.ablation.variants import callbacks_of, period_of
 from benchmarks.harness import ROOT, check_out, describe_machine, markdown, say, time_interleaved, write_json
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.engine import setup
@@ -36,7 +37,7 @@ COLUMNS = ("arm", "title", "cpu_s", "cpu_s_minimum", "gmacs", "over_fixmatch", "
 
 
 def build(setting: Setting, arm: Arm, steps: int, folder: Path) -> tuple[Run, Callable[[], object]]:
-    """A run without burn-in, and a function that takes its next step.
+    """A run without burn-in, and a function that takes its next step (of a variant: steps of one period).
 
     Raises:
         UserError: the recipe cannot be run.
@@ -56,8 +57,16 @@ def build(setting: Setting, arm: Arm, steps: int, folder: Path) -> tuple[Run, Ca
         runtime = setup.start(checked.place, recipe.engine)
         preflight.count_class_pixels(runtime, recipe, checked.batches)
         run = build_run(checked, runtime)
+    variant = [make(run) for make in callbacks_of(arm.variant, setting.steps)]
     batches, numbers = load_batches(run.batches, 0, steps), count()
-    return run, lambda: take_step(run, next(numbers), batches)
+
+    def take_steps() -> None:
+        for number in islice(numbers, period_of(arm.variant)):
+            for callback in variant:
+                callback.before_step(number)
+            take_step(run, number, batches)
+
+    return run, take_steps
 
 
 def measure(setting: Setting, arms: dict[str, Arm], repeats: int, folder: Path) -> list[dict[str, Any]]:
@@ -65,13 +74,14 @@ def measure(setting: Setting, arms: dict[str, Arm], repeats: int, folder: Path) 
     runs: dict[str, Run] = {}
     steps: dict[str, Callable[[], object]] = {}
     for name, arm in arms.items():
-        runs[name], steps[name] = build(setting, arm, repeats + 1, folder / name)
+        runs[name], steps[name] = build(setting, arm, (repeats + 1) * period_of(arm.variant), folder / name)
         say(f"built: {name}")
     timings = time_interleaved(steps, repeats, torch.device("cpu"))
     found: list[dict[str, Any]] = []
     for name, timing in timings.items():
-        row = {"arm": name, "title": arms[name].title, "cpu_s": timing.median, "cpu_s_minimum": timing.minimum}
-        found.append(row | {"gmacs": runs[name].work.flops / 2e9})
+        period = period_of(arms[name].variant)
+        row = {"arm": name, "title": arms[name].title, "gmacs": runs[name].work.flops / 2e9}
+        found.append(row | {"cpu_s": timing.median / period, "cpu_s_minimum": timing.minimum / period})
     fixmatch = next((row for row in found if row["arm"] == "fixmatch"), None)
     for row in found:
         for key, name in (("cpu_s", "over_fixmatch"), ("gmacs", "gmacs_over_fixmatch")):

@@ -52,6 +52,8 @@ class Job:
     identity: dict[str, str]
     """What must be the same in all cells of a work folder: hashes of code, data and weights."""
     machine: dict[str, Any]
+    variant: str | None = None
+    """Of the arm."""
 
     @property
     def steps(self) -> int:

@@ -15,7 +15,6 @@ from maskmatch_scale.evaluation.boundary import BoundaryIou
 from maskmatch_scale.evaluation.calibration import Reliability
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.method.pseudo_labels import multi_scale_pseudo_labels
-from maskmatch_scale.recipe.by_class import thresholds_by_class
 from maskmatch_scale.runs.evaluate import inference_of
 from maskmatch_scale.training.run import Run
 
@@ -98,19 +97,22 @@ def check_pseudo_labels(run: Run, most: int) -> dict[str, float | int | None]:
         nothing was counted; `images`.
     """
     recipe = run.recipe
-    index, classes = load_index(recipe.data.root), run.student.num_classes
+    index = load_index(recipe.data.root)
     (drawn,) = draw_labelled([index.stream("labelled").samples], recipe.data.labelled_count, recipe.data.split_seed)
     used = set(range(index.stream("labelled").samples) if drawn is None else drawn.tolist())
     others = [number for number in range(index.stream("labelled").samples) if number not in used]
     numbers = [others[number] for number in evenly(len(others), most)]
-    counted = Reliability(thresholds_by_class(recipe.method, index.classes, classes), index.ignore_index)
+    threshold, scales = run.maskmatch.threshold, run.maskmatch.recipe.scales  # which a variant may change
+    if isinstance(threshold, torch.Tensor):
+        threshold = threshold.tolist()
+    counted = Reliability(threshold, index.ignore_index)
     inference = inference_of(recipe, run.student, run.runtime.device)
     with _as_trained(run):
         for sample in _samples(run, "labelled", numbers):
             images = inference.normalise(sample.image)
             for rows, columns in _tiles(sample.label.shape, recipe.data.crop_px):
                 views = images[None, :, rows, columns]
-                labels, confidence = multi_scale_pseudo_labels(run.teacher, views, recipe.method.scales)
+                labels, confidence = multi_scale_pseudo_labels(run.teacher, views, scales)
                 counted.update(confidence[0].cpu(), labels[0].cpu(), sample.label[rows, columns])
     pixels, right = counted.above.tolist()
     total = float(counted.counts[0].sum())
