@@ -350,10 +350,11 @@ def test_the_variant_is_part_of_a_cell(pages: Path, tmp_path: Path, monkeypatch:
         plan(options)
     (ramp.folder / "job.json").write_text(json.dumps({**content, "variant": "lambda_ramp"}))
     for cell in (plain, ramp, soft):
-        (cell.folder / "result.json").write_text((cell.folder / "job.json").read_text())
+        written = json.loads((cell.folder / "job.json").read_text())
+        (cell.folder / "result.json").write_text(json.dumps({**written, "burn_in_steps": 1}))
     assert len(read_cells([plain.folder, ramp.folder, soft.folder])) == 3
     content["identity"]["variants"] = "0123"
-    (ramp.folder / "result.json").write_text(json.dumps(content))
+    (ramp.folder / "result.json").write_text(json.dumps({**content, "burn_in_steps": 1}))
     assert len(read_cells([plain.folder, ramp.folder])) == 2
     with pytest.raises(UserError, match="made with other variants"):
         read_cells([plain.folder, ramp.folder, soft.folder])
