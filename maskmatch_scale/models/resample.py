@@ -117,9 +117,7 @@ class RowBand:
         into[:, :, self.source] += gradient if self.weight is None else self.weight.T @ gradient
 
 
-def upsampling_rows(
-    maps: Tensor, height: int, width: int, images: int | None = None, margin: int = 0
-) -> list[RowBand]:
+def upsampling_rows(maps: Tensor, height: int, width: int, images: int | None = None, margin: int = 0) -> list[RowBand]:
     """Bands that upsample maps (B, C, h, w) to height × width, each as large as a chunk should be (`chunk_length`).
 
     Maps of the same B and C are cut into the same output rows, whatever their h and w, and whatever the margin.

@@ -31,7 +31,7 @@ def middle(maps):
 
 
 def labels_by_hand(teacher, images, patch_px):
-    """p (U, classes, 64, 64) of normalised images (U, 3, 112, 112): of all of it, then the middle."""
+    """Probabilities (U, classes, 64, 64) of normalised images (U, 3, 112, 112): of all of it, then the middle."""
     sides = [max(patch_px, round(112 * scale / patch_px) * patch_px) for scale in METHOD["scales"]]
     with torch.no_grad():
         maps = [up(teacher(up(images, side) if side != 112 else images), 112).softmax(1) for side in sides]

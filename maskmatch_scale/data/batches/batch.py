@@ -37,9 +37,7 @@ class Batch:
     """What the process that made the batch has fetched from other machines since the batch that it made before."""
 
     @classmethod
-    def empty(
-        cls, labelled: int, unlabelled: int, size: tuple[int, int], draws: int = 0, margin_px: int = 0
-    ) -> Batch:
+    def empty(cls, labelled: int, unlabelled: int, size: tuple[int, int], draws: int = 0, margin_px: int = 0) -> Batch:
         """A batch of uninitialised memory.
 
         Args:

@@ -187,9 +187,7 @@ class TrainingBatches(Dataset[Batch]):
 
     def _empty(self, labelled: int, unlabelled: int) -> Batch:
         drawn = self._draw.width if self._draw else 0
-        return Batch.empty(
-            labelled, unlabelled, self.recipe.data.crop_px, drawn, self.recipe.method.teacher_margin_px
-        )
+        return Batch.empty(labelled, unlabelled, self.recipe.data.crop_px, drawn, self.recipe.method.teacher_margin_px)
 
     def places(self, side: Side, number: int) -> Iterator[tuple[WeightedSource, SamplePlace]]:
         """The source and place of each of this rank's images of one side in micro-batch ``number``."""
