@@ -89,8 +89,7 @@ def measure_locality(
         `miou_visible`, by share of visible units in windows of the training crop; not if these are not whole units;
         `pseudo_labels`: those of the scales `method.scales`, of each window of the training crop by itself, with
         `method.teacher_margin_px` around it, as the teacher makes them; where windows overlap, those of the first one:
-        `expected_error`, `coverage` and `accuracy`
-        of those at the threshold, and a `table` by confidence.
+        `expected_error`, `coverage` and `accuracy` of those at the threshold, and a `table` by confidence.
     """
     data, method, classes = recipe.data, recipe.method, segmenter.num_classes
     index = load_index(data.root, data)
