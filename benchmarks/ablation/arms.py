@@ -82,6 +82,16 @@ def _of_details() -> Iterator[tuple[str, Arm]]:
     for keep in (0.3, 0.4, 0.5, 0.7):
         keys = {**FIXMATCH, "method.strong_view.keep": keep}
         yield f"strong_keep_{keep:g}", Arm(f"FixMatch, strong view at keep {keep:g}", keys, "cheap step")
+    cheap = {**FIXMATCH, "method.strong_view.keep": 0.3}
+    named = (
+        ("fixmatch", "FixMatch", FIXMATCH),
+        ("maskmatch", "MaskMatch", MASKMATCH),
+        ("strong_keep_0.3", "FixMatch, strong view at keep 0.3", cheap),
+    )
+    for margin_px in (32, 84):  # whole patches of a SegFormer or ViT/16, and of a ViT/14
+        for base, title, own in named:
+            keys = {**own, "method.teacher_margin_px": margin_px}
+            yield f"{base}_margin_{margin_px}", Arm(f"{title}, teacher sees {margin_px} px around", keys, "margin")
     both = {**MASKMATCH, "method.mask.keep": 0.5, "method.mask.complement": True}
     yield "masks_complement", Arm("MaskMatch, two complementary masks of keep 0.5", both, "mask")
     of_labelled = {"method.views_of": "labelled"}

@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from maskmatch_scale.data.batches.held_out import EvaluationSample, evaluation_samples
 from maskmatch_scale.data.batches.sources import draw_labelled
@@ -86,7 +87,8 @@ def score(run: Run, split: str, images: int | None, *, boundaries: bool) -> dict
 def check_pseudo_labels(run: Run, most: int) -> dict[str, float | int | None]:
     """How many pseudo-labels count, and how many of these are right, on labelled images that this draw left out.
 
-    They are made as in training, on crops: those that fit into an image side by side.
+    They are made as in training, on crops, with the margin that the teacher sees: those that fit into an image side by
+    side.
 
     Args:
         run: of which the teacher is taken.
@@ -109,10 +111,12 @@ def check_pseudo_labels(run: Run, most: int) -> dict[str, float | int | None]:
     inference = inference_of(recipe, run.student, run.runtime.device)
     with _as_trained(run):
         for sample in _samples(run, "labelled", numbers):
-            images = inference.normalise(sample.image)
+            margin = recipe.method.teacher_margin_px
+            images = inference.normalise(F.pad(sample.image, (margin,) * 4))
             for rows, columns in _tiles(sample.label.shape, recipe.data.crop_px):
-                views = images[None, :, rows, columns]
-                labels, confidence = multi_scale_pseudo_labels(run.teacher, views, scales)
+                height, width = (part.stop + 2 * margin for part in (rows, columns))
+                views = images[None, :, rows.start : height, columns.start : width]
+                labels, confidence = multi_scale_pseudo_labels(run.teacher, views, scales, margin)
                 counted.update(confidence[0].cpu(), labels[0].cpu(), sample.label[rows, columns])
     pixels, right = counted.above.tolist()
     total = float(counted.counts[0].sum())

@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from maskmatch_scale.data.batches.held_out import evaluation_samples
 from maskmatch_scale.data.shards.reading import load_index
@@ -86,15 +87,20 @@ def measure_locality(
         `miou_near_boundary`, by distance in px;
         `small_object_recall` (mean over classes that have any), `small_objects` (their number);
         `miou_visible`, by share of visible units in windows of the training crop; not if these are not whole units;
-        `pseudo_labels`: those of the scales `method.scales`, of each window of the training crop by itself, as the
-        teacher makes them; where windows overlap, those of the first one: `expected_error`, `coverage` and `accuracy`
-        of those at the threshold, and a `table` by confidence.
+        `pseudo_labels`: those of the scales `method.scales`, of each window of the training crop by itself, with
+        `method.teacher_margin_px` around it, as the teacher makes them; where windows overlap, those of the first one:
+        `expected_error`, `coverage` and `accuracy` of those at the threshold, and a `table` by confidence.
     """
     data, method, classes = recipe.data, recipe.method, segmenter.num_classes
     index = load_index(data.root, data)
     crop = recipe.evaluation.model_copy(update={"mode": "sliding", "scales": (1.0,), "flip": False})
     on_crops = replace(inference, recipe=crop, window_px=data.crop_px)
-    as_teacher = replace(on_crops, recipe=crop.model_copy(update={"scales": method.scales}))
+    margin, (height, width) = method.teacher_margin_px, data.crop_px
+    as_teacher = replace(
+        on_crops,
+        recipe=crop.model_copy(update={"scales": method.scales}),
+        window_px=(height + 2 * margin, width + 2 * margin),
+    )
     boundary = BoundaryIou(classes, index.ignore_index)
     near = NearBoundary(classes, NEAR_PX, index.ignore_index)
     small = SmallObjects(classes, index.ignore_index)
@@ -111,9 +117,13 @@ def measure_locality(
                 measure.update(predicted, sample.label)
             for seeing, matrix in masked.values():
                 matrix.update(on_crops.predict(seeing, sample.image), sample.label)
+            around = F.pad(sample.image, (margin,) * 4)
             for window, own in _crops(sample.label.shape, data.crop_px):
-                pseudo, confidence = as_teacher.predict_confidently(segmenter, sample.image[:, window[0], window[1]])
-                labels.update(confidence[own], pseudo[own], sample.label[window][own])
+                seen = [slice(part.start, part.stop + 2 * margin) for part in window]
+                label = sample.label[window]
+                inner = tuple(slice(margin, margin + side) for side in label.shape)
+                pseudo, confidence = as_teacher.predict_confidently(segmenter, around[:, seen[0], seen[1]])
+                labels.update(confidence[inner][own], pseudo[inner][own], label[own])
             progress()
     pixels, right = labels.above.tolist()
     return {

@@ -2,7 +2,7 @@
 
 step = maskmatch.prepare(batch)                  views and visible units are drawn
 pixels = maskmatch.denominators(step)            the caller sums them over ranks and micro-batches
-pseudo = maskmatch.pseudo_label(step, teacher)   the teacher labels the whole weak view
+pseudo = maskmatch.pseudo_label(step, teacher)   the teacher labels the whole weak view; it may see more
 for part in step.parts: loss, sum = maskmatch(part, step, pseudo, scale)     one forward pass, then its backward pass
 """
 
@@ -62,6 +62,8 @@ class Step:
     masked: MaskedView | None
     guessed: frozenset[str]
     """Those of `PARTS` for which features of masked units are guessed by the context decoder."""
+    with_margin: Tensor | None = None
+    """uint8 (U, 3, h + 2 m, w + 2 m): what the teacher sees; None: the weak view (`method.teacher_margin_px` is 0)."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -142,7 +144,7 @@ class MaskMatch(nn.Module):
 
     def prepare(self, batch: Batch) -> Step:
         """Draw every view of a micro-batch, on its device. Without unlabelled images (burn-in) there are no views."""
-        unlabelled, masked = None, None
+        unlabelled, masked, with_margin = None, None, None
         views: tuple[View, ...] = ()
         visible, guessed = None, frozenset[str]()
         images, labels = batch.labelled_images / 255, batch.labels.long()
@@ -150,7 +152,10 @@ class MaskMatch(nn.Module):
         if makes_views(self.recipe) and batch.positions:
             weak = View(images, pixels, None)
             if self.recipe.views_of == "unlabelled":
-                weak = View(batch.unlabelled_images / 255, batch.unlabelled_valid, None)
+                crop, margin = batch.unlabelled_images, self.recipe.teacher_margin_px
+                if margin:
+                    with_margin, crop = crop, crop[..., margin:-margin, margin:-margin]
+                weak = View(crop / 255, batch.unlabelled_valid, None)
             size_px = (weak.images.shape[-2], weak.images.shape[-1])
             base_views, base_visible = _seen_in_part(self.segmenter, self.recipe, size_px)
             perturbs, twice = self.base.perturbs_features, self.recipe.mask.complement
@@ -170,7 +175,7 @@ class MaskMatch(nn.Module):
             guessed = _guessing_losses(self.segmenter, self.recipe, size_px)
             if self.recipe.mask.keep is not None:
                 masked = self._masked_view(unlabelled, self.recipe.mask)
-        return Step(images, labels, pixels, unlabelled, views, visible, masked, guessed)
+        return Step(images, labels, pixels, unlabelled, views, visible, masked, guessed, with_margin)
 
     def _masked_view(self, unlabelled: Unlabelled, recipe: MaskRecipe) -> MaskedView:
         view = unlabelled.weak if recipe.view == "weak" else unlabelled.strong_view(0)
@@ -206,7 +211,7 @@ class MaskMatch(nn.Module):
 
         Args:
             step: from :meth:`prepare`.
-            teacher: normalised images (U, 3, h, w) to logits.
+            teacher: normalised images (U, 3, h + 2 m, w + 2 m) to logits, m = `method.teacher_margin_px`.
             normalise: images of values 0–1 to what the teacher expects; None: to what the student expects.
         """
         if step.unlabelled is None:
@@ -214,14 +219,16 @@ class MaskMatch(nn.Module):
         if self.recipe.views_of == "labelled":
             pseudo = PseudoLabels(step.labels, step.labelled_pixels)
         else:
-            pseudo = self._taught(teacher, (normalise or self.normalise)(step.unlabelled.weak.images))
+            seen = step.unlabelled.weak.images if step.with_margin is None else step.with_margin / 255
+            pseudo = self._taught(teacher, (normalise or self.normalise)(seen))
         for view in (*step.views, *([step.masked.view] if step.masked else [])):
             # Now and not in the forward pass: mixing may exchange with another rank, and an engine's forward must not.
             pseudo.mixed(view.cutmix)
         return pseudo
 
     def _taught(self, teacher: Callable[[Tensor], Tensor], images: Tensor) -> PseudoLabels:
-        probabilities = multi_scale_probabilities(teacher, images, self.recipe.scales)
+        margin = self.recipe.teacher_margin_px
+        probabilities = multi_scale_probabilities(teacher, images, self.recipe.scales, margin)
         labels, confidence = probabilities.labels()
         threshold = self.threshold
         if isinstance(threshold, Tensor):

@@ -6,7 +6,7 @@ Decision: docs/decisions/0016-bands-and-chunks.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,9 +26,11 @@ class Probabilities:
     logits: tuple[Tensor, ...]
     """(U, classes, h, w) one a scale; with a `cutmix` U or U + 1 images, as `CutMix.with_partners` gives them."""
     size_px: tuple[int, int]
-    """(H, W)."""
+    """(H, W), without the margin."""
     cutmix: CutMix | None = None
     """How they are mixed; None: they are not."""
+    margin_px: int = 0
+    """Px around these pixels on each side that the logits stand for as well; p is not made there."""
 
     def mixed(self, cutmix: CutMix) -> Probabilities:
         """The probabilities mixed like the images they belong to.
@@ -36,7 +38,7 @@ class Probabilities:
         With a neighbour all ranks must call it together. Logits are exchanged, not probabilities.
         """
         assert self.cutmix is None
-        return Probabilities(tuple(cutmix.with_partners(own) for own in self.logits), self.size_px, cutmix)
+        return replace(self, logits=tuple(cutmix.with_partners(own) for own in self.logits), cutmix=cutmix)
 
     @property
     def images_in_band(self) -> int:
@@ -45,7 +47,8 @@ class Probabilities:
 
     def bands(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows and p of each band: (U, classes, rows, W), at least float32. The caller switches autocast off."""
-        for bands in zip(*(upsampling_rows(own, *self.size_px) for own in self.logits), strict=True):
+        cut = [upsampling_rows(own, *self.size_px, margin=self.margin_px) for own in self.logits]
+        for bands in zip(*cut, strict=True):
             total = bands[0].upsample(self.logits[0]).softmax(1)
             for band, own in zip(bands[1:], self.logits[1:], strict=True):
                 total += band.upsample(own).softmax(1)
@@ -67,24 +70,26 @@ class Probabilities:
 
 @torch.no_grad()
 def multi_scale_probabilities(
-    segmenter: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float]
+    segmenter: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float], margin_px: int = 0
 ) -> Probabilities:
     """The teacher's p of the weak view.
 
     Args:
         segmenter: the teacher, in the mode (train or eval) that the caller has put it in. Sides of resized images are
             rounded to multiples of its ``patch_px``, if it has one.
-        images: float (B, 3, H, W), normalised, the weak view.
+        images: float (B, 3, H + 2 m, W + 2 m), normalised, the weak view and its margin.
         scales: Q; a resized side is at least one patch.
+        margin_px: m; what the teacher says of the margin is left out.
     """
     patch_px = int(getattr(segmenter, "patch_px", 1))
     logits = tuple(segmenter(resized(images, scale, patch_px)) for scale in scales)
-    return Probabilities(logits, (images.shape[2], images.shape[3]))
+    size_px = (images.shape[2] - 2 * margin_px, images.shape[3] - 2 * margin_px)
+    return Probabilities(logits, size_px, margin_px=margin_px)
 
 
 @torch.no_grad()
 def multi_scale_pseudo_labels(
-    segmenter: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float]
+    segmenter: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float], margin_px: int = 0
 ) -> tuple[Tensor, Tensor]:
     """ŷ, int64 (B, H, W), and c, float32 (B, H, W) in 0–1; arguments as of `multi_scale_probabilities`."""
-    return multi_scale_probabilities(segmenter, images, scales).labels()
+    return multi_scale_probabilities(segmenter, images, scales, margin_px).labels()

@@ -48,7 +48,7 @@ def step_work(
     Args:
         segmenter: the student, whole: shapes of its weights are read (on the meta device too).
         recipe: the `method` section.
-        size_px: (h, w) of the images; whole units if units are dropped.
+        size_px: (h, w) of what the student sees; whole units if units are dropped.
         labelled: labelled images of the step.
         unlabelled: images of the step that views are made of; 0 in the burn-in.
         teacher: a frozen one; None: an average of the student.
@@ -64,7 +64,8 @@ def step_work(
     if recipe.views_of == "labelled":  # the teacher labels nothing
         return work
     teacher = teacher or segmenter
-    sizes = [resized_px(size_px, scale, teacher.patch_px) for scale in recipe.scales]
+    seen = [side + 2 * recipe.teacher_margin_px for side in size_px]
+    sizes = [resized_px(seen, scale, teacher.patch_px) for scale in recipe.scales]
     return work + Work(flops=2 * unlabelled * sum(encoder_macs(teacher, *size) for size in sizes))
 
 

@@ -55,7 +55,9 @@ class Band:
 
 
 @lru_cache(maxsize=256)
-def upsampling_bands(source: int, output: int, rows: int, dtype: torch.dtype, device: torch.device) -> list[Band]:
+def upsampling_bands(
+    source: int, output: int, rows: int, dtype: torch.dtype, device: torch.device, margin: int = 0
+) -> list[Band]:
     """Cut `output` rows, interpolated from `source` rows, into bands of at most `rows` rows.
 
     Args:
@@ -64,9 +66,10 @@ def upsampling_bands(source: int, output: int, rows: int, dtype: torch.dtype, de
         rows: most output rows of a band.
         dtype: of the weights.
         device: of the weights.
+        margin: rows before and after these that the source rows stand for as well, and that are not made.
     """
     # With numpy: these numbers are of the host, whatever mode torch is in.
-    place = ((np.arange(output) + 0.5) * (source / output) - 0.5).clip(min=0)
+    place = ((np.arange(margin, margin + output) + 0.5) * (source / (output + 2 * margin)) - 0.5).clip(min=0)
     first = np.floor(place).astype(np.int64)
     second = (first + 1).clip(max=source - 1)
     share = place - first
@@ -91,18 +94,22 @@ class RowBand:
     weight: Tensor | None
     """(output rows, source rows); None: the rows are not upsampled."""
     width: int
+    margin: int = 0
+    """Columns before and after these that the maps stand for as well; they are upsampled and left out."""
 
     def upsample(self, maps: Tensor) -> Tensor:
         """Make these rows, (B, C, rows, W) in at least float32, of maps (B, C, h, w)."""
         rows = at_least_float32(maps[:, :, self.source])
         if self.weight is not None:
             rows = self.weight @ rows
-        if rows.shape[3] == self.width:
-            return rows
-        return F.interpolate(rows, size=(rows.shape[2], self.width), mode="bilinear", align_corners=False)
+        whole = self.width + 2 * self.margin
+        if rows.shape[3] != whole:
+            rows = F.interpolate(rows, size=(rows.shape[2], whole), mode="bilinear", align_corners=False)
+        return rows[..., self.margin : self.margin + self.width] if self.margin else rows
 
     def add_gradient(self, gradient: Tensor, into: Tensor) -> None:
         """Add to `into` (B, C, h, w) the gradient of the maps, given that of `upsample`'s result (B, C, rows, W)."""
+        assert not self.margin, "only a teacher's maps have a margin"
         batch, channels, rows, width = gradient.shape
         if width != into.shape[3]:
             size = [batch, channels, rows, into.shape[3]]
@@ -110,25 +117,26 @@ class RowBand:
         into[:, :, self.source] += gradient if self.weight is None else self.weight.T @ gradient
 
 
-def upsampling_rows(maps: Tensor, height: int, width: int, images: int | None = None) -> list[RowBand]:
+def upsampling_rows(maps: Tensor, height: int, width: int, images: int | None = None, margin: int = 0) -> list[RowBand]:
     """Bands that upsample maps (B, C, h, w) to height × width, each as large as a chunk should be (`chunk_length`).
 
-    Maps of the same B and C are cut into the same output rows, whatever their h and w.
+    Maps of the same B and C are cut into the same output rows, whatever their h and w, and whatever the margin.
 
     Args:
         maps: (B, C, h, w).
         height: of the output, rows.
         width: of the output.
         images: cut as maps of so many images are; None: B.
+        margin: px on each side that the maps stand for as well, and that are left out.
     """
     batch, channels, own_height, _ = maps.shape
     length = chunk_length((images or batch) * channels * width, maps.device)
-    if own_height == height:
-        parts = [slice(start, min(start + length, height)) for start in range(0, height, length)]
-        return [RowBand(part, part, None, width) for part in parts]
+    if own_height == height + 2 * margin:
+        parts = [(start, min(start + length, height)) for start in range(0, height, length)]
+        return [RowBand(slice(a, b), slice(a + margin, b + margin), None, width, margin) for a, b in parts]
     dtype = torch.promote_types(maps.dtype, torch.float32)
-    bands = upsampling_bands(own_height, height, length, dtype, maps.device)
-    return [RowBand(band.output, band.source, band.weight, width) for band in bands]
+    bands = upsampling_bands(own_height, height, length, dtype, maps.device, margin)
+    return [RowBand(band.output, band.source, band.weight, width, margin) for band in bands]
 
 
 def upsampled_sum(levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:

@@ -79,6 +79,9 @@ class MethodRecipe(Section):
     checkpoint in one, or an export. The average is still what is evaluated and exported. Every rank holds this teacher
     whole, 4 bytes a parameter, at every ZeRO stage (docs/fine_tuning.md). It is not opened where nothing looks at
     unlabelled images."""
+    teacher_margin_px: Annotated[int, Field(ge=0)] = 0
+    """How many px around the student's crop, on each side, the teacher sees too when it labels; only labels of the crop
+    are used. Where the image ends the margin is padding, as a crop is. The student's crops do not depend on it."""
     mask: MaskRecipe = MaskRecipe()
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 1.5)
     """Q: scales at which the teacher predicts an image; the mean of these predictions gives the pseudo-labels. [1.0]

@@ -30,7 +30,12 @@ def unsound(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         recipe.run.epochs is not None and recipe.method.burn_in == 1,
         "run.epochs with method.burn_in=1: nothing unlabelled is ever read; set run.steps",
     )
-    mask = recipe.method.mask
+    mask, method = recipe.method.mask, recipe.method
+    yield (
+        method.teacher_margin_px > 0 and method.views_of == "labelled",
+        f"method.teacher_margin_px={method.teacher_margin_px} with method.views_of=labelled: labelled images have "
+        "labels, and the teacher sees none of them; set method.teacher_margin_px=0",
+    )
     yield (
         mask.complement and mask.keep is not None and mask.keep > 0.5,
         f"method.mask.complement=true with method.mask.keep={mask.keep}: the second masked view has as many units, of "

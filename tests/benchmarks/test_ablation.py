@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import shlex
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from maskmatch_scale.data.writing import write_shards
 from maskmatch_scale.errors import UserError
@@ -74,6 +76,8 @@ def test_every_arm_of_todays_keys_is_a_recipe(pages: Path, tmp_path: Path) -> No
     assert recipes["fixmatch"].method.mask.keep is None
     assert recipes["maskmatch_ensemble"].method.scales == (0.5, 1.0, 1.5)
     assert (recipes["masked_only"].method.base, recipes["masked_only"].method.mask.keep) == ("supervised", 0.7)
+    assert recipes["maskmatch_margin_84"].method.teacher_margin_px == 84
+    assert recipes["strong_keep_0.3_margin_32"].method.base_keep == 0.3
     assert recipes["all_labels"].data.labelled_count is None
     # Each changes something: no two arms but aliases of a task's own values are the same recipe.
     assert len({(recipe.to_yaml(), ARMS[name].variant) for name, recipe in recipes.items()}) > 0.8 * len(recipes)
@@ -162,6 +166,34 @@ def test_evaluations_change_no_loss_and_are_the_trainers(planned: Callable[..., 
     assert [[p["step"], p["miou"]] for p in again["curve"]] == [[p["step"], p["miou"]] for p in result["curve"]]
     assert again["results"]["equal steps"]["splits"] == at["splits"]
     assert not (cell.folder / "run" / "checkpoints").exists()
+
+
+def test_pseudo_labels_are_checked_with_the_margin_that_the_teacher_sees(pages: Path, tmp_path: Path) -> None:
+    from benchmarks.ablation.arms import ARMS
+    from benchmarks.ablation.cost import build
+    from benchmarks.ablation.measure import check_pseudo_labels
+    from benchmarks.ablation.tasks import Setting
+
+    class ByColour:
+        """A teacher that looks at each pixel alone, so that nothing depends on the margin but what is cut off."""
+
+        seen: list[tuple[int, ...]] = []  # noqa: RUF012 - of the last check
+
+        gathered = staticmethod(contextlib.nullcontext)
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            self.seen.append(tuple(images.shape))
+            return 5 * images
+
+    found = {}
+    for name in ("fixmatch", "fixmatch_margin_32"):
+        run, _ = build(Setting("scores_vit", pages, None, 2, 4, "cpu", tuple(TINY)), ARMS[name], 1, tmp_path / name)
+        run.teacher, ByColour.seen = ByColour(), []  # type: ignore[assignment]
+        found[name] = check_pseudo_labels(run, 4)
+        side = 128 if "margin" in name else 64
+        assert set(ByColour.seen) == {(1, 3, side, side)}
+    assert found["fixmatch"] == found["fixmatch_margin_32"]
+    assert 0 < found["fixmatch"]["accuracy"] < 1
 
 
 def test_a_grid_that_is_killed_goes_on(

@@ -32,6 +32,17 @@ CONFIGURATIONS = {
         "engine": {"micro_batch": 1},
         "method": {"base": "mean_teacher", "scales": [0.5, 1.0], "strong_view": {"cutmix_probability": 1.0}},
     },
+    # Of more than the student's crop.
+    "margin-one-image": {
+        "model": VIT,
+        "engine": {"micro_batch": 1, "zero_stage": 3},
+        "method": {
+            "base": "mean_teacher",
+            "scales": [0.5, 1.0],
+            "teacher_margin_px": 24,
+            "strong_view": {"cutmix_probability": 1.0},
+        },
+    },
     # So are labels.
     "labelled-views-one-image": {
         "model": VIT,

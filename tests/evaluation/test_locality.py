@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from maskmatch_scale.data.batches.held_out import evaluation_samples
 from maskmatch_scale.data.shards.index import ShardIndex
@@ -41,15 +42,17 @@ def test_the_same_numbers_twice_and_all_units_are_the_whole_image(make_recipe, s
     assert found["small_objects"] > 0
 
 
-def test_pseudo_labels_are_those_of_single_crops_and_each_pixel_counts_once(make_recipe, segmenter):
+@pytest.mark.parametrize("margin", [0, 20])
+def test_pseudo_labels_are_those_of_single_crops_and_each_pixel_counts_once(make_recipe, segmenter, margin):
     """Crops of 96 px in images of 96 × 128 px overlap: the second one counts from where the first ends."""
-    recipe = make_recipe(data={"crop_px": 96}, method={"scales": [0.5, 1.0]})
+    recipe = make_recipe(data={"crop_px": 96}, method={"scales": [0.5, 1.0], "teacher_margin_px": margin})
     how = inference_of(recipe, segmenter, torch.device("cpu"))
     expected = Reliability(recipe.method.threshold)
     for sample in evaluation_samples(recipe.data, "val"):
         for left, own in ((0, slice(0, 96)), (32, slice(64, 96))):
-            image = how.normalise(sample.image[:, :, left : left + 96])[None]
-            pseudo, confidence = multi_scale_pseudo_labels(segmenter, image, recipe.method.scales)
+            around = F.pad(sample.image, (margin,) * 4)[:, :, left : left + 96 + 2 * margin]
+            pseudo, confidence = multi_scale_pseudo_labels(segmenter, how.normalise(around)[None], recipe.method.scales)
+            pseudo, confidence = (maps[:, margin : margin + 96, margin : margin + 96] for maps in (pseudo, confidence))
             label = sample.label[:, left : left + 96]
             expected.update(confidence[0, :, own], pseudo[0, :, own], label[:, own])
     found = measure_locality(segmenter, recipe, "val", how, recipe.method.threshold)["pseudo_labels"]

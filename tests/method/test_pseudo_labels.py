@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maskmatch_scale.method.pseudo_labels import multi_scale_pseudo_labels
+from maskmatch_scale.method.pseudo_labels import multi_scale_probabilities, multi_scale_pseudo_labels
+from maskmatch_scale.models import resample
 
 
 class Convolution(torch.nn.Module):
@@ -58,6 +59,27 @@ def test_many_bands_equal_one(size):
     whole = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).softmax(1).max(1)
     assert labels.equal(whole.indices)
     torch.testing.assert_close(confidence, whole.values, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_a_margin_is_labelled_and_cut_off(monkeypatch, stride):
+    """Also in several bands."""
+    monkeypatch.setitem(resample._CHUNK_ELEMENTS, "cpu", 4 * 2 * 30 * 7)
+    torch.manual_seed(2)
+    segmenter = torch.nn.Conv2d(3, 4, 5, stride=stride, padding=2).double()
+    images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    found = multi_scale_probabilities(segmenter, images, (0.5, 1.0), 9)
+    assert found.size_px == (14, 30)
+    assert len(list(found.bands())) == 2
+    maps = []
+    for size in ((16, 24), (32, 48)):
+        logits = segmenter(F.interpolate(images, size=size, mode="bilinear", align_corners=False))
+        maps.append(F.interpolate(logits, size=(32, 48), mode="bilinear", align_corners=False).softmax(1))
+    p = torch.stack(maps).mean(0)[..., 9:-9, 9:-9]
+    torch.testing.assert_close(torch.cat([rows for _, rows in found.bands()], 2), p, rtol=0, atol=1e-14)
+    labels, confidence = found.labels()
+    assert labels.equal(p.argmax(1))
+    torch.testing.assert_close(confidence, p.max(1).values, rtol=0, atol=1e-14)
 
 
 def test_halves_are_computed_in_float32():

@@ -52,10 +52,11 @@ class Calls(Callback):
         {"base": "unimatch", "strong_view": {"keep": 0.75}},
         {"base": "unimatch_v2"},
         {"base": "mean_teacher", "mask": {"keep": None}},
+        {"scales": [0.5, 1.0], "teacher_margin_px": 24},
     ],
     ids=[
         *("burn-in", "zero", "mask-alone", "supervised", "dropped", "dropped-alone", "two-masks", "labelled"),
-        *("unimatch", "unimatch-dropped", "unimatch_v2", "mean_teacher"),
+        *("unimatch", "unimatch-dropped", "unimatch_v2", "mean_teacher", "margin"),
     ],
 )
 def test_calls_of_a_run(make_recipe, monkeypatch, model, method):

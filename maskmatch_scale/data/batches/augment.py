@@ -19,6 +19,9 @@ from torchvision.transforms.v2 import functional as F
 
 from maskmatch_scale.seeds import uniform
 
+Window = tuple[int, int]
+"""The first row (or column) of the image that a crop shows, and how many it shows."""
+
 
 @dataclass(frozen=True)
 class WeakView:
@@ -29,12 +32,14 @@ class WeakView:
         scale_range: least and greatest factor by which an image is resized.
         flip_probability: of a mirrored view.
         ignore_index: label value of padding.
+        margin_px: px around the crop on each side that the image of a view has as well. Crops do not depend on it.
     """
 
     crop_px: tuple[int, int]
     scale_range: tuple[float, float]
     flip_probability: float
     ignore_index: int
+    margin_px: int = 0
 
     def __call__(
         self, image: Tensor, label: Tensor | None, generator: torch.Generator, around: tuple[int, int] | None = None
@@ -48,8 +53,8 @@ class WeakView:
             around: (y, x) of a pixel of the image that the view must contain.
 
         Returns:
-            image uint8 (3, *crop_px); label uint8 crop_px, ignore_index on padding (None for an unlabelled image);
-            valid bool crop_px, False on padding.
+            image uint8 (3, h + 2 m, w + 2 m) of a crop of (h, w) px with a margin of m px; label uint8 (h, w),
+            ignore_index on padding (None for an unlabelled image); valid bool (h, w), False on padding.
         """
         height, width = image.shape[-2:]
         rows, columns = self.crop_px
@@ -69,6 +74,8 @@ class WeakView:
         view = image.new_zeros(3, rows, columns)
         cut = image[:, top : top + inside[0], left : left + inside[1]]
         view[:, : target[0], : target[1]] = F.resize(cut, list(target), InterpolationMode.BILINEAR, antialias=True)
+        if self.margin_px:
+            view = self._with_margin(view, image, (top, window[0]), (left, window[1]))
         valid = torch.zeros(rows, columns, dtype=torch.bool)
         valid[: target[0], : target[1]] = True
         target_label = None
@@ -80,6 +87,32 @@ class WeakView:
             view, valid = view.flip(-1), valid.flip(-1)
             target_label = target_label.flip(-1) if target_label is not None else None
         return view, target_label, valid
+
+    def _with_margin(self, crop: Tensor, image: Tensor, rows: Window, columns: Window) -> Tensor:
+        """A crop, and around it what the image has there, resized by the same factor.
+
+        Args:
+            crop: uint8 (3, h, w), not mirrored.
+            image: uint8 (3, H, W).
+            rows: of the image that the crop shows.
+            columns: likewise.
+
+        Returns:
+            uint8 (3, h + 2 m, w + 2 m), zero where the image ends.
+        """
+        _, height, width = crop.shape
+        margin, sides = self.margin_px, image.shape[-2:]
+        (top, bottom), (above, below) = _reach(rows, sides[0], height, margin)
+        (left, right), (before, after) = _reach(columns, sides[1], width, margin)
+        size = [below - above, after - before]
+        wide = F.resize(image[:, top:bottom, left:right], size, InterpolationMode.BILINEAR, antialias=True)
+        view = image.new_zeros(3, height + 2 * margin, width + 2 * margin)
+        down, across = max(above, 0), max(before, 0)
+        part = wide[:, down - above :, across - before :][:, : view.shape[1] - down, : view.shape[2] - across]
+        view[:, down : down + part.shape[1], across : across + part.shape[2]] = part
+        # The crop itself, which is resized by itself: it is then the same, bit for bit, whatever the margin.
+        view[:, margin : margin + height, margin : margin + width] = crop
+        return view
 
     @staticmethod
     def _start(window: int, side: int, pixel: int | None, generator: torch.Generator) -> int:
@@ -95,6 +128,25 @@ class WeakView:
         if pixel is not None:
             low, high = max(low, pixel - window + 1), min(high, pixel)
         return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _reach(window: Window, side: int, crop: int, margin: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What of an image's rows (or columns) a margin reaches, and where in the view that is.
+
+    Args:
+        window: of the crop.
+        side: rows (or columns) of the image.
+        crop: rows (or columns) of the crop, px.
+        margin: px of the view.
+
+    Returns:
+        The first row of the image, and the one after the last; the rows of the view where these two begin, rounded to
+        whole px. They may lie outside the view, because whole rows of the image are taken.
+    """
+    start, rows = window
+    beyond = math.ceil(margin * rows / crop)
+    first, last = max(0, start - beyond), min(side, start + rows + beyond)
+    return (first, last), (margin - round((start - first) * crop / rows), margin + round((last - start) * crop / rows))
 
 
 def rare_class_pixel(label: Tensor, class_weight: Tensor, generator: torch.Generator) -> tuple[int, int] | None:

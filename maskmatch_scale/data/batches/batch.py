@@ -21,9 +21,10 @@ class Batch:
     labels: Tensor
     """uint8 (B, h, w), ignore_index where nothing counts."""
     unlabelled_images: Tensor
-    """uint8 (U, 3, h, w), the weak view; U may be 0."""
+    """uint8 (U, 3, h + 2 m, w + 2 m), the weak view and a margin of m px around it (`method.teacher_margin_px`); U may
+    be 0."""
     unlabelled_valid: Tensor
-    """bool (U, h, w), False on padding."""
+    """bool (U, h, w), False on padding, of the weak view alone."""
     draws: Tensor
     """float64 (U, d): what the method drew for each unlabelled image (strong views, masks) from its position; d may be
     0. (B, d) for the labelled images where no unlabelled ones are read. This room does not know what the numbers mean.
@@ -36,7 +37,7 @@ class Batch:
     """What the process that made the batch has fetched from other machines since the batch that it made before."""
 
     @classmethod
-    def empty(cls, labelled: int, unlabelled: int, size: tuple[int, int], draws: int = 0) -> Batch:
+    def empty(cls, labelled: int, unlabelled: int, size: tuple[int, int], draws: int = 0, margin_px: int = 0) -> Batch:
         """A batch of uninitialised memory.
 
         Args:
@@ -44,12 +45,13 @@ class Batch:
             unlabelled: number of unlabelled images, U.
             size: (h, w) in px.
             draws: numbers that are drawn for each unlabelled (or, without any, labelled) image, d.
+            margin_px: around the weak view of unlabelled images, m.
         """
         rows, columns = size
         return cls(
             torch.empty(labelled, 3, rows, columns, dtype=torch.uint8),
             torch.empty(labelled, rows, columns, dtype=torch.uint8),
-            torch.empty(unlabelled, 3, rows, columns, dtype=torch.uint8),
+            torch.empty(unlabelled, 3, rows + 2 * margin_px, columns + 2 * margin_px, dtype=torch.uint8),
             torch.empty(unlabelled, rows, columns, dtype=torch.bool),
             torch.empty(unlabelled or labelled, draws, dtype=torch.float64),
             (),

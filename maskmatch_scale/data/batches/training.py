@@ -186,7 +186,8 @@ class TrainingBatches(Dataset[Batch]):
         return self._empty(*(side.per_rank if side else 0 for side in (self.labelled, self.unlabelled)))
 
     def _empty(self, labelled: int, unlabelled: int) -> Batch:
-        return Batch.empty(labelled, unlabelled, self.recipe.data.crop_px, self._draw.width if self._draw else 0)
+        drawn = self._draw.width if self._draw else 0
+        return Batch.empty(labelled, unlabelled, self.recipe.data.crop_px, drawn, self.recipe.method.teacher_margin_px)
 
     def places(self, side: Side, number: int) -> Iterator[tuple[WeightedSource, SamplePlace]]:
         """The source and place of each of this rank's images of one side in micro-batch ``number``."""

@@ -8,6 +8,7 @@ Decision: docs/decisions/0006-draws-by-place.md.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class SampleViews:
     """Weak views of the samples of a run. The view of a place is the same whichever process makes it.
 
     Args:
-        recipe: section data and ``run.seed`` are read.
+        recipe: section data, ``run.seed`` and ``method.teacher_margin_px`` are read.
         num_classes: classes of the model.
         ignore_index: label value of ignored pixels.
         class_pixels: gives int64 (classes,), the pixels of each class in the labelled samples. It is called only for
@@ -57,6 +58,7 @@ class SampleViews:
         self._num_classes, self._ignore_index = num_classes, ignore_index
         self._class_pixels = class_pixels
         self._weak_view = WeakView(data.crop_px, data.scale_range, data.flip_probability, ignore_index)
+        self._with_margin = replace(self._weak_view, margin_px=recipe.method.teacher_margin_px)
 
     def labelled(self, source: WeightedSource, place: SamplePlace) -> tuple[Tensor, Tensor, list[Skip]]:
         """The view of a labelled sample.
@@ -89,8 +91,8 @@ class SampleViews:
         """The view of an unlabelled sample.
 
         Returns:
-            image uint8 (3, h, w); valid bool (h, w), False on padding; the sample at ``place`` if another one replaces
-            it.
+            image uint8 (3, h + 2 m, w + 2 m), the view and its margin; valid bool (h, w) of the view, False on
+            padding; the sample at ``place`` if another one replaces it.
 
         Raises:
             DataError: see :meth:`WeightedSource.load`.
@@ -107,5 +109,5 @@ class SampleViews:
 
         image, skipped = source.load(place, decode)
         draws = generator(self._seed, "unlabelled view", source.name, place.epoch, place.place)
-        view, _, valid = self._weak_view(image, None, draws)
+        view, _, valid = self._with_margin(image, None, draws)
         return view, valid, skipped
