@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ class Case:
     def update(self, student: nn.Module, teacher: nn.Module) -> None:
         """Optimizer and teacher, the same for both implementations."""
         self.optimizers[student].step()
-        self.optimizers[student].zero_grad(set_to_none=True)
+        self.optimizers[student].zero_grad(set_to_none=self.maskmatch.graphs is None)
         with torch.no_grad():
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1e-3)
 
@@ -103,8 +104,15 @@ class Case:
         self.all_views(self.pseudo_label())
         self.update(self.segmenter, self.teacher)
 
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        """Zeros in memory that gradients keep while graphs are replayed, one a parameter of the student."""
+        return [torch.zeros_like(parameter) for parameter in self.segmenter.parameters()]
+
     def graphed(self) -> None:
         """The same step, each view's passes replayed as CUDA graphs (`engine.cuda_graphs`)."""
+        for parameter, gradient in zip(self.segmenter.parameters(), self.gradients, strict=True):
+            parameter.grad = gradient
         self.maskmatch.graphs = self.views
         self.ours()
         self.maskmatch.graphs = None

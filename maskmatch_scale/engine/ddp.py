@@ -4,6 +4,8 @@ accelerate finds the process group, wraps the module, scales fp16 losses and wri
 for the life of a process (`AcceleratorState`, `GradientState`). Every run gives these the same values, so that a second
 run in the same process may have another precision or accumulation. What depends on the recipe is done here instead:
 autocast, the division by micro-batches, and the choice of the micro-batch whose backward communicates.
+
+Decision: docs/decisions/0063-views-as-cuda-graphs.md.
 """
 
 from __future__ import annotations
@@ -85,6 +87,9 @@ class DdpEngine:
             warnings.simplefilter("ignore", FutureWarning)
             self._module = self._accelerator.prepare_model(module)
         self._optimizer = self._accelerator.prepare_optimizer(optimizer)
+        if recipe.engine.cuda_graphs:  # they need gradients that keep their memory (`models/graphed.py`)
+            for parameter in self._trained:
+                parameter.grad = torch.zeros_like(parameter)
 
     @staticmethod
     def check_settings(recipe: Recipe, world_size: int) -> None:
@@ -122,7 +127,7 @@ class DdpEngine:
             self.skipped = leaves_out(self.recipe) and not bool(self.grad_norm.isfinite())
             if not self.skipped:
                 self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._optimizer.zero_grad(set_to_none=not self.recipe.engine.cuda_graphs)
 
     def lr(self, number: int) -> float:
         """See `Engine`."""

@@ -36,7 +36,7 @@ def model_card(
         data: what the model was trained on.
         description: of the export.
         segmenter: of the run, on any device; its parameters are counted.
-        state: `state.json` of the checkpoint; its number of ranks and precision are used.
+        state: `state.json` of the checkpoint; its number of ranks, precision and frozen teacher are used.
 
     Raises:
         UserError: a file of the run cannot be read.
@@ -122,8 +122,10 @@ def _training(method: str, recipe: Recipe, data: RunData, state: Mapping[str, An
         f"`optim.lr` {recipe.optim.lr:g}, seed {recipe.run.seed}.",
     ]  # fmt: skip
     if unlabelled and recipe.method.frozen_teacher is not None:
-        teacher = code(Path(recipe.method.frozen_teacher).name)
-        lines.append(f"- Unlabelled images were labelled by {teacher}, another model whose weights were frozen.")
+        name, step = (state["frozen_teacher"][fact] for fact in ("name", "step"))
+        lines.append(
+            f"- Unlabelled images were labelled by {code(name)}, step {step}, another model whose weights were frozen."
+        )
     if mask.keep is not None:
         twice = ", and a second one with as many of the others" if mask.complement else ""
         lines.append(f"- Masked view: {mask.keep:.0%} of the units visible, mode `{mask.mode}`{twice}.")

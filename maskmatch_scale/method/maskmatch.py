@@ -250,7 +250,7 @@ class MaskMatch(nn.Module):
             The loss to call backward on (scalar), and the part's sum over pixels, detached: float32 scalars.
         """
         if part == "loss_x":
-            logits = self._logits("loss_x", self.normalise(step.labelled_images))
+            logits = self._logits(self.normalise(step.labelled_images))
             total = cross_entropy_sum(logits, step.labels, step.labelled_pixels, self.class_weight)
         else:
             assert pseudo is not None
@@ -275,13 +275,13 @@ class MaskMatch(nn.Module):
         if self.base.perturbs_features:
             logits: Tensor = self.segmenter(images, visible, perturb=perturb)
         else:
-            logits = self._logits("loss_u", images, visible)
+            logits = self._logits(images, visible)
         return self.base.loss_sum(torch.split(logits, sizes), step.views, pseudo)
 
-    def _logits(self, part: str, images: Tensor, visible: Tensor | None = None, mode: MaskMode = "drop") -> Tensor:
-        """The student on normalised images of one of `PARTS`, see `Segmenter.forward`."""
+    def _logits(self, images: Tensor, visible: Tensor | None = None, mode: MaskMode = "drop") -> Tensor:
+        """The student on normalised images, see `Segmenter.forward`."""
         if self.graphs is not None:
-            return self.graphs(part, images, visible, mode)
+            return self.graphs(images, visible, mode)
         logits: Tensor = self.segmenter(images, visible, mode)
         return logits
 
@@ -291,7 +291,7 @@ class MaskMatch(nn.Module):
         assert masked is not None
         target, times = pseudo.mixed(masked.view.cutmix), 1 + self.recipe.mask.complement
         images = _times(self.normalise(masked.view.images), times)
-        logits = self._logits("loss_m", images, masked.visible, self.recipe.mask.mode)
+        logits = self._logits(images, masked.visible, self.recipe.mask.mode)
         return cross_entropy_sum(logits, _times(target.labels, times), _times(target.confident, times) & masked.counted)
 
 

@@ -15,27 +15,36 @@ from torch import Tensor, nn
 
 from maskmatch_scale.models.segmenter import MaskMode, Segmenter
 
-_Key = tuple[str, torch.Size, torch.Size | None, MaskMode, torch.dtype]
+_Key = tuple[torch.Size, torch.Size | None, MaskMode, torch.dtype]
 
 
 class GraphedViews:
-    """Runs a segmenter in training through CUDA graphs; each purpose and shape of a view has its own.
+    """Runs a segmenter in training through CUDA graphs; each shape of a view has its own.
 
-    Parameters must stay where they are in memory. Gradients of a pass lie in memory of its graph, and torch takes this
-    memory for `.grad` if there is none. So between two calls of one graph gradients must be used and set to None: in a
-    step each purpose comes once (`engine.accumulation` 1).
+    Parameters must stay where they are in memory. Every trained one needs a `.grad` at every call. A graph gives its
+    gradients in memory of its own, which the next replay overwrites, and in which gradients of two parameters may be
+    one. Autograd adds them to a `.grad`, but where there is none it takes this memory for it.
+
+    A call must be followed by its backward pass before the same shape comes again, as activations are overwritten too.
 
     Args:
-        segmenter: on a GPU, in training mode whenever this is called.
+        segmenter: on a GPU, in training mode whenever this is called; its frozen parts are frozen already.
     """
 
     def __init__(self, segmenter: Segmenter) -> None:
         self._segmenter = segmenter
+        self._trained = [parameter for parameter in segmenter.parameters() if parameter.requires_grad]
         self._graphs: dict[_Key, _View] = {}
 
-    def __call__(self, purpose: str, images: Tensor, visible: Tensor | None = None, mode: MaskMode = "drop") -> Tensor:
-        """As `Segmenter.forward`, without `perturb`; ``purpose`` tells views of one shape in one step apart."""
-        key: _Key = (purpose, images.shape, None if visible is None else visible.shape, mode, images.dtype)
+    def __call__(self, images: Tensor, visible: Tensor | None = None, mode: MaskMode = "drop") -> Tensor:
+        """As `Segmenter.forward`, without `perturb`.
+
+        Raises:
+            RuntimeError: a trained parameter has no `.grad`.
+        """
+        if any(parameter.grad is None for parameter in self._trained):
+            raise RuntimeError("a parameter without .grad: it would get memory that the next replay overwrites")
+        key: _Key = (images.shape, None if visible is None else visible.shape, mode, images.dtype)
         view = self._graphs.get(key)
         given = (images,) if visible is None else (images, visible)
         if view is None:
@@ -45,7 +54,7 @@ class GraphedViews:
 
     def _recorded(self, given: tuple[Tensor, ...], mode: MaskMode) -> _View:
         """A view whose forward is replaced by graphs; recording runs it several times, which leaves no trace."""
-        view = _View(self._segmenter, mode).train()
+        view = _View(self._segmenter, mode)  # as it is: frozen parts are in eval mode
         before = [buffer.clone() for buffer in self._segmenter.buffers()]
         device = given[0].device
         # Casts of weights that autocast keeps from a pass before would be recorded as constants.

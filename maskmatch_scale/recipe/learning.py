@@ -59,9 +59,10 @@ class StrongViewRecipe(Section):
     cutmix_area: ScaleRange = (0.02, 0.4)
     """CutMix: range of the box's area, as a share of the image."""
     keep: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of units that the student sees of each of the base's views. The others are not computed; the loss is taken
-    on all pixels all the same, with features of masked units from the context decoder. BatchNorm's running statistics
-    then come from labelled images alone. null = whole views. A masked view (`method.mask`) has units of its own."""
+    """Share of units that the student sees of each of the base's views, also of a weak one (unimatch). The others are
+    not computed; the loss is taken on all pixels all the same, with features of masked units from the context decoder.
+    BatchNorm's running statistics then come from labelled images alone. null = whole views. A masked view
+    (`method.mask`) has units of its own."""
 
 
 class MethodRecipe(Section):

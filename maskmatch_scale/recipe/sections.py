@@ -164,7 +164,8 @@ class EngineRecipe(Section):
     # Decision: docs/decisions/0063-views-as-cuda-graphs.md.
     cuda_graphs: bool = False
     """Record each view's forward and backward pass once as CUDA graphs and replay them, so that a step is not slowed by
-    launching its operations. For a ViT under `engine.library: accelerate` with `engine.accumulation` 1, on a GPU."""
+    launching its operations. For a ViT under `engine.library: accelerate`, on one GPU, with a head other than
+    `segformer`. Bases that perturb features (unimatch, unimatch_v2) run their views without a graph."""
     deepspeed_json: str | None = None
     """JSON file with further DeepSpeed settings: ZeRO++, buckets, communication. Settings that the recipe has too must
     agree with it."""

@@ -1,8 +1,8 @@
 """Refused combinations: keys that are valid one by one, but together train wrongly or not at all.
 
 Each rule is one row: a condition, and a message that names the keys, the reason and the remedy. Rules that need the
-backbone are in `models/families.py`, rules that need the built model in `training/preflight.py`, and rules that need
-the machine in `engine/precision.py`.
+backbone are in `models/families.py`, rules that need the built model in `training/model_checks.py`, and rules that
+need the machine in `engine/precision.py`.
 
 Decision: docs/decisions/0025-unsound-combinations-as-rows.md.
 """
@@ -114,11 +114,6 @@ def unsound(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         engine.cuda_graphs and not accelerate,
         f"engine.cuda_graphs=true with engine.library={engine.library}: not tried with DeepSpeed's hooks; use "
         "engine.library=accelerate and engine.zero_stage=0",
-    )
-    yield (
-        engine.cuda_graphs and engine.accumulation > 1,
-        f"engine.cuda_graphs=true with engine.accumulation={engine.accumulation}: a graph's gradients lie in memory "
-        "that the next micro-batch overwrites; use engine.accumulation=1",
     )
     yield (
         engine.cuda_graphs and (engine.compile or engine.activation_checkpointing),

@@ -91,6 +91,9 @@ class RunFiles:
     """All checkpoint records, of all starts, as they come in the file."""
     best: tuple[str, float] | None
     """The best checkpoint that is there, by name, and its mIoU on ``dev``; from the file `best`."""
+    frozen_teacher: str | None
+    """Name and step of the model that labels the unlabelled images; None: the average does, or no checkpoint says so
+    yet. From the newest checkpoint."""
     fetched_mb: float
     """10⁶ bytes of shards that rank 0 has fetched from other machines, of all train records."""
     closing: Mapping[str, object] | None
@@ -119,6 +122,7 @@ def read_run(path: Path) -> RunFiles:
         scores=_newest(metrics.progress + tuple(_read_evaluations(folder.evaluations))),
         saves=metrics.saves,
         best=_best_checkpoint(folder.checkpoints),
+        frozen_teacher=_frozen_teacher(folder.checkpoints),
         fetched_mb=metrics.fetched_mb,
         closing=_read_object(closing) if closing.is_file() else None,
     )
@@ -167,6 +171,18 @@ def _best_checkpoint(folder: Path) -> tuple[str, float] | None:
         with suppress(ValueError):
             if (folder / name).is_dir():
                 return name, float(miou)
+    return None
+
+
+def _frozen_teacher(folder: Path) -> str | None:
+    """Name and step by the `state.json` of the checkpoint that `latest` names (training/frozen_teacher.py).
+
+    A checkpoint that cannot be read, or is removed meanwhile, is no reason to show nothing of a run.
+    """
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        latest = (folder / "latest").read_text(encoding="utf-8").strip()
+        facts = json.loads((folder / latest / "state.json").read_text(encoding="utf-8"))["frozen_teacher"]
+        return f"{facts['name']}, step {facts['step']}"
     return None
 
 

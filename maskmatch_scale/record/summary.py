@@ -45,7 +45,8 @@ class RunSummary:
     scales: tuple[float, ...]
     """Scales of the pseudo-labels; empty if the run makes none."""
     teacher: str
-    """What makes them: `ema`, or the name of a frozen teacher's folder; empty if the run makes none."""
+    """What makes them: `ema`, or name and step of a frozen teacher (the name alone before the first checkpoint); empty
+    if the run makes none."""
     backbone: str
     seed: int | None
     steps_done: int
@@ -137,7 +138,7 @@ def summarise_files(run: RunFiles) -> RunSummary:
         base_keep=number(settings.get("method.strong_view.keep")) if has_unlabelled_loss(base) else None,
         # The recipe of a supervised run has scales too, but they are not used.
         scales=tuple(scales) if isinstance(scales, list) and labels else (),
-        teacher=Path(str(settings.get("method.teacher", "ema"))).name if labels else "",
+        teacher=(run.frozen_teacher or _name_of(str(settings.get("method.teacher", "ema")))) if labels else "",
         backbone=str(settings.get("model.backbone", "unknown backbone")),
         seed=_whole(settings.get("run.seed")),
         steps_done=steps_done,
@@ -155,6 +156,12 @@ def summarise_files(run: RunFiles) -> RunSummary:
         seconds=number(closing.get("seconds")),
         cpu_s=number(closing.get("cpu_s")),
     )
+
+
+def _name_of(teacher: str) -> str:
+    """The name of the run or export that `method.teacher` names, also by a checkpoint in it."""
+    path = Path(teacher)
+    return path.parents[1].name if path.parent.name == "checkpoints" else path.name
 
 
 def _early_end(found: object, steps_done: int) -> str | None:

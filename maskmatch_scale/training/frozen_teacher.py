@@ -12,6 +12,7 @@ from typing import Any
 from maskmatch_scale.checkpoints.finding import Checkpoint
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.opening import Model, open_model
+from maskmatch_scale.method.bases import base_class
 from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.redact import shown
@@ -51,13 +52,15 @@ def open_teacher(recipe: Recipe) -> Model | None:
 def check_classes(recipe: Recipe, teacher: Model, classes: Sequence[str]) -> None:
     """Refuse a teacher whose labels mean something else than those of the data, or that knows more classes.
 
+    It may know fewer, unless the base's loss needs the probabilities of all.
+
     Args:
         recipe: of the run.
         teacher: opened.
         classes: of the data.
 
     Raises:
-        UserError: names the first classes that differ.
+        UserError: names the first classes that differ, or the numbers of classes.
     """
     given = f"method.teacher={recipe.method.teacher}"
     difference = class_difference(teacher.classes, classes)
@@ -71,11 +74,18 @@ def check_classes(recipe: Recipe, teacher: Model, classes: Sequence[str]) -> Non
         raise UserError(
             f"{given}: it tells {outputs} classes apart, and the student {own}; set model.num_classes={outputs}"
         )
+    base = recipe.method.base
+    if outputs < own and base_class(base).needs_probabilities:
+        raise UserError(
+            f"{given} with method.base={base}: its loss compares probabilities of all classes, and the teacher tells "
+            f"{outputs} apart, the student {own}; set model.num_classes={outputs}, or use method.base=fixmatch"
+        )
 
 
 def teacher_facts(recipe: Recipe, teacher: Model) -> dict[str, Any]:
     """What `state.json` says of a frozen teacher. A run continues with the same `weights`, under any path."""
-    return {"path": recipe.method.teacher, "step": teacher.step, "weights": teacher.fingerprint(_SAMPLED)}
+    facts = {"path": recipe.method.teacher, "name": teacher.name, "step": teacher.step}
+    return facts | {"weights": teacher.fingerprint(_SAMPLED)}
 
 
 def check_same_teacher(checkpoint: Checkpoint, recipe: Recipe, facts: Mapping[str, Any] | None) -> None:

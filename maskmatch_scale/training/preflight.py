@@ -3,9 +3,7 @@
 A run that is refused leaves nothing behind. :func:`check` reads files and builds the model, :func:`check_agreement`
 compares the ranks. Mistakes that the recipe alone shows were refused when it was loaded (`recipe/soundness.py`).
 
-Decision: docs/decisions/0025-unsound-combinations-as-rows.md.
 Decision: docs/decisions/0026-mistakes-before-anything-is-written.md.
-Decision: docs/decisions/0031-capabilities-asked-of-the-family.md.
 """
 
 from __future__ import annotations
@@ -31,23 +29,19 @@ from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.opening import Model
 from maskmatch_scale.extras import require
-from maskmatch_scale.method.bases import base_class
 from maskmatch_scale.method.maskmatch import makes_views, uses_unlabelled, view_draws
 from maskmatch_scale.models import Segmenter
-from maskmatch_scale.models.families import check_capabilities
-from maskmatch_scale.models.heads import SegformerHead
-from maskmatch_scale.models.units import visible_count
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.recipe.by_class import thresholds_by_class, weights_by_class
 from maskmatch_scale.recipe.trackers import TRACKERS
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.redact import shown
 from maskmatch_scale.runs.data import RunData, describe_data
-from maskmatch_scale.runs.evaluate import window_px
 from maskmatch_scale.runs.lock import refuse_live_run
 from maskmatch_scale.runs.model import build_student
 from maskmatch_scale.seeds import derive_seed
 from maskmatch_scale.training.frozen_teacher import check_classes, check_same_teacher, open_teacher, teacher_facts
+from maskmatch_scale.training.model_checks import check_backbone, check_graphs, check_model, check_statistics, freeze
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,8 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     student = build_student(recipe, described, deferred=recipe.engine.zero_stage == 3)
     freeze(recipe, student)
     check_model(recipe, student)
-    check_graphs(recipe, student)
+    check_statistics(recipe, student)
+    check_graphs(recipe, student, place.world_size)
     has_batchnorm = any(isinstance(module, _BatchNorm) for module in student.modules())
     precision, reason = choose_precision(recipe, batchnorm=has_batchnorm)
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": precision})})
@@ -145,37 +140,6 @@ def _continued(checked: Checked, checkpoint: Checkpoint) -> Checked:
     return replace(checked, checkpoint=checkpoint)
 
 
-def check_backbone(recipe: Recipe) -> None:
-    """Refuse settings that the backbone's family does not support; nothing is built.
-
-    Raises:
-        UserError: names the key and what to do.
-    """
-    try:
-        check_capabilities(
-            recipe.model.backbone, compile_blocks=recipe.engine.compile, layer_decay=recipe.optim.layer_decay
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def check_graphs(recipe: Recipe, student: Segmenter) -> None:
-    """Refuse `engine.cuda_graphs` where there is no GPU, and for models that a graph would run wrongly.
-
-    Raises:
-        UserError: names the key and what to do.
-    """
-    if not recipe.engine.cuda_graphs:
-        return
-    wrong = None
-    if not torch.cuda.is_available():
-        wrong = "there is no GPU here"
-    elif not student.family.captured_whole or isinstance(student.head, SegformerHead):
-        wrong = "dropout of a SegFormer and of its head draws seeds on the host, which a graph would repeat"
-    if wrong:
-        raise UserError(f"engine.cuda_graphs=true: {wrong}; set engine.cuda_graphs=false")
-
-
 def check_trackers(recipe: Recipe) -> None:
     """Refuse trackers whose library is not installed; none is imported. All ranks check it, although rank 0 alone
     will import it, so that all of them end.
@@ -185,48 +149,6 @@ def check_trackers(recipe: Recipe) -> None:
     """
     for name in recipe.record.trackers:
         require([TRACKERS[name].library], name, f"record.trackers={list(recipe.record.trackers)}")
-
-
-def freeze(recipe: Recipe, student: Segmenter) -> None:
-    """Freeze what `optim.freeze` names, before engine, optimizer and teacher are made.
-
-    Raises:
-        UserError: the backbone does not have so many layers; names the key and what fits.
-    """
-    if recipe.optim.freeze is not None:
-        try:
-            student.freeze(recipe.optim.freeze)
-        except ValueError as error:
-            raise UserError(f"optim.freeze={recipe.optim.freeze}: {error}") from None
-
-
-def check_model(recipe: Recipe, student: Segmenter) -> None:
-    """Refuse crops and windows that this model cannot take.
-
-    Raises:
-        UserError: names the key and the sizes that fit.
-    """
-    try:
-        mask = recipe.method.mask
-        for keep in (mask.keep, recipe.method.base_keep):
-            if keep is not None:
-                visible_count(student.unit_grid(*recipe.data.crop_px), keep)
-        if mask.keep is not None and mask.complement:
-            rows, cols = grid = student.unit_grid(*recipe.data.crop_px)
-            if 2 * (visible := visible_count(grid, mask.keep)) > rows * cols:
-                raise ValueError(
-                    f"method.mask.complement=true with method.mask.keep={mask.keep}: {visible} visible units of "
-                    f"{rows}×{cols} are more than half of them; lower the keep, or take sides of more units"
-                )
-        student.check_size(*recipe.data.crop_px)
-    except ValueError as error:
-        raise UserError(f"data.crop_px={list(recipe.data.crop_px)}: {error}") from None
-    window_px(recipe, student)
-    if recipe.method.views_of == "labelled" and base_class(recipe.method.base).needs_probabilities:
-        raise UserError(
-            f"method.views_of=labelled with method.base={recipe.method.base}: its loss needs the teacher's "
-            "probabilities, and labelled images have labels; use fixmatch"
-        )
 
 
 def check_scored(recipe: Recipe, index: ShardIndex) -> None:

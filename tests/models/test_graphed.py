@@ -17,7 +17,7 @@ def recorded(monkeypatch):
 
     def record(view, samples, *, allow_unused_input):
         assert allow_unused_input  # the context decoder is not used by whole views
-        assert view.training
+        assert view.training  # else torch would run it without its graph
         for _ in range(3):
             view(*samples)
             torch.rand(())
@@ -32,7 +32,10 @@ def build():
     torch.manual_seed(0)
     options = TINY_VIT | {"img_size": 64, "drop_path_rate": 0.5}
     head = {"head": "segformer"}  # with BatchNorm
-    return build_segmenter("timm/vit_tiny_patch16_224", 3, backbone_options=options, unit_px=32, **head).train()
+    segmenter = build_segmenter("timm/vit_tiny_patch16_224", 3, backbone_options=options, unit_px=32, **head).train()
+    for parameter in segmenter.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return segmenter
 
 
 def seeded(run, *arguments):
@@ -45,11 +48,10 @@ def test_the_pass_of_the_segmenter_recorded_once_a_shape_and_mode(recorded):
     views = GraphedViews(segmenter)
     for _ in range(2):
         for view in ((images,), (images, KEEP), (images, KEEP, "zero")):
-            torch.testing.assert_close(seeded(views, "loss", *view), seeded(segmenter, *view), rtol=0, atol=0)
-    views("loss", images[:1])
-    views("another", images)
+            torch.testing.assert_close(seeded(views, *view), seeded(segmenter, *view), rtol=0, atol=0)
+    views(images[:1])
     whole = (2, 3, 64, 64)
-    assert recorded == [[whole], [whole, (2, 2)], [whole, (2, 2)], [(1, 3, 64, 64)], [whole]]
+    assert recorded == [[whole], [whole, (2, 2)], [whole, (2, 2)], [(1, 3, 64, 64)]]
 
 
 def test_recording_leaves_no_trace(recorded):
@@ -58,8 +60,33 @@ def test_recording_leaves_no_trace(recorded):
     assert any("running_mean" in name for name, _ in plain.named_buffers())
     seeded(plain, images)
     after = torch.rand(3)
-    seeded(GraphedViews(graphed), "loss", images)
+    seeded(GraphedViews(graphed), images)
     torch.testing.assert_close(torch.rand(3), after, rtol=0, atol=0)
     for (name, expected), found in zip(plain.named_buffers(), graphed.buffers(), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, msg=name)
-    assert all(parameter.grad is None for parameter in graphed.parameters())
+    assert not any(parameter.grad.any() for parameter in graphed.parameters())
+
+
+def test_what_is_in_eval_mode_is_recorded_in_eval_mode_and_stays_so(recorded):
+    segmenter, seen = build(), []
+    segmenter.freeze(1)
+    segmenter.head.batch_norm.eval()  # as with model.batchnorm=frozen
+    before = [module.training for module in segmenter.modules()]
+    assert len(set(before)) == 2
+    segmenter.head.register_forward_hook(lambda *_: seen.append([module.training for module in segmenter.modules()]))
+    GraphedViews(segmenter)(torch.rand(2, 3, 64, 64))
+    assert len(seen) == 4
+    assert all(modes == before for modes in (*seen, [module.training for module in segmenter.modules()]))
+
+
+def test_a_trained_parameter_without_a_gradient_is_an_error(recorded):
+    """It would get memory of a graph: see tests/training/test_graphs.py."""
+    segmenter = build()
+    segmenter.freeze(1)
+    for parameter in segmenter.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    views = GraphedViews(segmenter)
+    views(torch.rand(2, 3, 64, 64))
+    segmenter.zero_grad()
+    with pytest.raises(RuntimeError, match=r"a parameter without \.grad"):
+        views(torch.rand(2, 3, 64, 64))

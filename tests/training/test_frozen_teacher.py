@@ -90,13 +90,22 @@ def test_who_labels_decides_the_losses_and_a_run_and_its_export_label_alike(stud
     found = {name: losses(train(student(name, path))) for name, path in runs.items()}
     assert found["run"] == found["export"] == found["checkpoint"]
     export_run(tmp_path / "export", tmp_path / "out")
-    assert "labelled by `export`, another model whose weights were frozen" in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "labelled by `export`, step 21, another model whose weights were frozen" in card
     found["ema"] = losses(train(student("ema", "ema")))
     summaries = [summarise(tmp_path / name) for name in ("run", "ema")]
-    assert method_labels(summaries) == ["MaskMatch (teacher large)", "MaskMatch (teacher ema)"]
+    assert method_labels(summaries) == ["MaskMatch (teacher large, step 21)", "MaskMatch (teacher ema)"]
     found["older"] = losses(train(student("older", large / "checkpoints" / "step-00000020")))
     assert found["ema"] != found["run"] != found["older"]
+    assert named(tmp_path, "checkpoint", "older") == ["large, step 21", "large, step 20"]
+    for name in ("checkpoint", "older"):  # before the first checkpoint
+        (tmp_path / name / "checkpoints" / "latest").unlink()
+    assert named(tmp_path, "checkpoint", "older") == ["large", "large"]
     assert open_model(export).fingerprint(4096) == open_model(large, checksums=False).fingerprint(4096)
+
+
+def named(folder, *runs):
+    return [summarise(folder / name).teacher for name in runs]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -168,6 +177,19 @@ def test_more_outputs_than_the_student_has_are_refused(make_recipe, student, tmp
     with pytest.raises(UserError, match=r"it tells 5 classes apart, and the student 3; set model\.num_classes=5"):
         train(student(teacher=five))
     train(student(teacher=five, model=VIT | {"num_classes": 5}))
+
+
+def test_fewer_outputs_are_enough_for_labels_but_not_for_probabilities(student, tmp_path):
+    wide = {"model": VIT | {"num_classes": 5}}
+    message = (
+        r"^method\.teacher=.*large with method\.base=mean_teacher: .* tells 3 apart, the student 5; "
+        r"set model\.num_classes=3, or use method\.base=fixmatch$"
+    )
+    with pytest.raises(UserError, match=message):
+        train(student(method={"base": "mean_teacher"}, **wide))
+    assert not (tmp_path / "run").exists()
+    train(student("labels", **wide))
+    train(student("probabilities", method={"base": "mean_teacher"}))
 
 
 @pytest.mark.parametrize(

@@ -37,14 +37,3 @@ def test_the_best_cannot_be_kept_without_an_evaluation(make_recipe, shapes, tmp_
     with pytest.raises(UserError, match=r"run\.keep_best=1 with run\.keep_last=0 .* has no labelled split `dev`"):
         train(recipe)
     assert not Path(recipe.run.dir).exists()
-
-
-def test_cuda_graphs_need_a_gpu_and_a_model_without_draws_on_the_host(make_recipe, monkeypatch):
-    recipe = make_recipe(engine={"library": "accelerate", "zero_stage": 0, "cuda_graphs": True})
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UserError, match=r"engine\.cuda_graphs=true: there is no GPU here; set engine\.cuda_graphs=fal"):
-        train(recipe)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    with pytest.raises(UserError, match=r"engine\.cuda_graphs=true: dropout of a SegFormer"):
-        train(recipe)
-    assert not Path(recipe.run.dir).exists()
