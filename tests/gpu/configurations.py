@@ -50,6 +50,11 @@ HANDED_ON = ("vit-1-bf16", "segformer-1-autocast-bf16")
 """Exported and evaluated."""
 
 
+def runnable_on(ranks):
+    """Names of the configurations that are not refused on so many ranks."""
+    return tuple(name for name, (_, engine) in CONFIGURATIONS.items() if ranks == 1 or not engine.get("cuda_graphs"))
+
+
 def recipe_of(make, name, folder, *, steps=STEPS):
     """Recipe of a configuration whose run is ``folder`` / ``name``."""
     family, engine = CONFIGURATIONS[name]
