@@ -29,20 +29,14 @@ def coins(seeds: Tensor, stream: int, count: int) -> Tensor:
     return hash32(hash32(seeds)[:, None] ^ hash32(counter)) < 2**31
 
 
-def channels_of(features: Tensor) -> int:
-    """Number of channels of one level as `Segmenter.encode` gives it."""
-    return features.shape[1 if features.dim() == 4 else -1]
-
-
 def times_channels(features: Tensor, factors: Tensor) -> Tensor:
     """Multiply each channel of each image by its factor.
 
     Args:
-        features: one level as `Segmenter.encode` gives it: maps (U, C, h, w) or unit tokens (U, k, r, r, C).
+        features: (U, C, h, w), one level as `Base.perturb` is given it.
         factors: (U, C).
 
     Returns:
         A new tensor of the features' shape and dtype.
     """
-    factors = factors.to(features.dtype)
-    return features * (factors[:, :, None, None] if features.dim() == 4 else factors[:, None, None, None, :])
+    return features * factors.to(features.dtype)[:, :, None, None]

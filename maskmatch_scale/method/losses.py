@@ -5,6 +5,7 @@ Decision: docs/decisions/0016-bands-and-chunks.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from maskmatch_scale.method.pseudo_labels import Probabilities
-from maskmatch_scale.models.resample import upsampling_rows
+from maskmatch_scale.models.resample import RowBand, upsampling_rows
 
 IGNORED = -100
 """The target value of pixels that do not count: the default `ignore_index` of torch's losses."""
@@ -35,30 +36,64 @@ def cross_entropy_sum(logits: Tensor, target: Tensor, pixels: Tensor, class_weig
     Returns:
         Scalar, float32 (float64 for float64 logits). Differentiable once, in logits.
     """
+    target = target.masked_fill(~pixels, IGNORED)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    class_weight = None if class_weight is None else class_weight.to(dtype)
+    weight, index = _weights(target, class_weight, dtype)
+    minus = -weight
+
+    def of_band(upsampled: Tensor, rows: slice, wanted: Tensor) -> BandSum:
+        log_p = upsampled.log_softmax(1)
+        total = F.nll_loss(log_p, wanted, class_weight, ignore_index=IGNORED, reduction="sum")
+        # weight · (softmax − one-hot), in the memory of log_p
+        return (
+            total,
+            lambda: log_p.exp_().mul_(weight[:, :, rows]).scatter_add_(1, index[:, :, rows], minus[:, :, rows]),
+        )
+
+    height, width = target.shape[1:]
+    bands = upsampling_rows(logits, height, width)
+    return sum_over_bands(logits, ((band, target[:, band.output]) for band in bands), of_band)
+
+
+BandSum = tuple[Tensor, Callable[[], Tensor]]
+"""A loss summed over a band of rows, and a function that gives its gradient at the upsampled logits."""
+
+
+def sum_over_bands(
+    logits: Tensor,
+    bands: Iterable[tuple[RowBand, Tensor]],
+    of_band: Callable[[Tensor, slice, Tensor], BandSum],
+) -> Tensor:
+    """Sum of a loss over bands of rows, of which only one is in memory; not under autocast.
+
+    Args:
+        logits: float (B, classes, h, w).
+        bands: each band with its target.
+        of_band: the loss of a band, given its upsampled logits (B, classes, rows, W), its rows and its target. The
+            gradient is asked for at most once, after the value.
+
+    Returns:
+        Scalar, float32 (float64 for float64 logits). Differentiable once, in logits.
+    """
     with torch.autocast(logits.device.type, enabled=False):
-        total: Tensor = _CrossEntropySum.apply(logits, target.masked_fill(~pixels, IGNORED), class_weight)
+        total: Tensor = _SumOverBands.apply(logits, bands, of_band)
     return total
 
 
-class _CrossEntropySum(torch.autograd.Function):
-    """`cross_entropy_sum` with the pixels that do not count marked in the target."""
+class _SumOverBands(torch.autograd.Function):
+    """`sum_over_bands`; the gradient is computed together with the value, at the logits' own resolution."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, class_weight: Tensor | None) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, bands: Iterable[tuple[RowBand, Tensor]], of_band: Any) -> Tensor:
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        class_weight = None if class_weight is None else class_weight.to(dtype)
         total = torch.zeros((), dtype=dtype, device=logits.device)
         gradient = torch.zeros_like(logits, dtype=dtype) if ctx.needs_input_grad[0] else None
-        weight, index = _weights(target, class_weight, dtype)
-        minus = -weight
-        for band in upsampling_rows(logits, target.shape[1], target.shape[2]):
-            wanted = target[:, band.output]
-            log_p = band.upsample(logits).log_softmax(1)
-            total += F.nll_loss(log_p, wanted, class_weight, ignore_index=IGNORED, reduction="sum")
+        for band, target in bands:
+            value, gradient_of_band = of_band(band.upsample(logits), band.output, target)
+            total += value
             if gradient is not None:
-                # weight · (softmax − one-hot), in the memory of log_p
-                own, which, less = weight[:, :, band.output], index[:, :, band.output], minus[:, :, band.output]
-                band.add_gradient(log_p.exp_().mul_(own).scatter_add_(1, which, less), gradient)
+                band.add_gradient(gradient_of_band(), gradient)
         ctx.save_for_backward(gradient)
         ctx.dtype = logits.dtype
         return total
@@ -107,34 +142,11 @@ def squared_error_sum(logits: Tensor, target: Probabilities, pixels: Tensor) -> 
     Returns:
         Scalar, float32 (float64 for float64 logits). Differentiable once, in logits.
     """
-    with torch.autocast(logits.device.type, enabled=False):
-        total: Tensor = _SquaredErrorSum.apply(logits, target, pixels)
-    return total
 
+    def of_band(upsampled: Tensor, rows: slice, wanted: Tensor) -> BandSum:
+        p = upsampled.softmax(1)
+        error = (p - wanted).mul_(pixels[:, None, rows])
+        # Through the softmax: 2 p (error - Σ over classes of p · error)
+        return error.square().sum(), lambda: error.sub_((p * error).sum(1, keepdim=True)).mul_(p).mul_(2)
 
-class _SquaredErrorSum(torch.autograd.Function):
-    """`squared_error_sum`."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Probabilities, pixels: Tensor) -> Tensor:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        total = torch.zeros((), dtype=dtype, device=logits.device)
-        gradient = torch.zeros_like(logits, dtype=dtype) if ctx.needs_input_grad[0] else None
-        own = upsampling_rows(logits, *target.size_px, target.images_in_band)
-        for band, (rows, wanted) in zip(own, target.bands(), strict=True):
-            p = band.upsample(logits).softmax(1)
-            error = (p - wanted).mul_(pixels[:, None, rows])
-            total += error.square().sum()
-            if gradient is not None:
-                # Through the softmax: 2 p (error - Σ over classes of p · error)
-                error -= (p * error).sum(1, keepdim=True)
-                band.add_gradient(error.mul_(p).mul_(2), gradient)
-        ctx.save_for_backward(gradient)
-        ctx.dtype = logits.dtype
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * scale).to(ctx.dtype), None, None
+    return sum_over_bands(logits, target.bands_of(logits), of_band)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskmatch_scale.method.views import CutMix
-from maskmatch_scale.models.resample import resized, upsampling_rows
+from maskmatch_scale.models.resample import RowBand, resized, upsampling_rows
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,6 @@ class Probabilities:
         assert self.cutmix is None
         return replace(self, logits=tuple(cutmix.with_partners(own) for own in self.logits), cutmix=cutmix)
 
-    @property
-    def images_in_band(self) -> int:
-        """The number of images by which rows are cut into bands: U or U + 1 (`upsampling_rows`)."""
-        return len(self.logits[0])
-
     def bands(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows and p of each band: (U, classes, rows, W), at least float32. The caller switches autocast off."""
         cut = [upsampling_rows(own, *self.size_px, margin=self.margin_px) for own in self.logits]
@@ -55,6 +50,12 @@ class Probabilities:
             total.div_(len(self.logits))
             rows = bands[0].output
             yield rows, total if self.cutmix is None else self.cutmix.mix(total, rows)
+
+    def bands_of(self, logits: Tensor) -> Iterator[tuple[RowBand, Tensor]]:
+        """Bands that upsample a student's logits (U, classes, h, w) to these pixels, each with its p."""
+        own = upsampling_rows(logits, *self.size_px, len(self.logits[0]))  # U + 1 images with a neighbour's
+        for band, (_, p) in zip(own, self.bands(), strict=True):
+            yield band, p
 
     def labels(self) -> tuple[Tensor, Tensor]:
         """ŷ = argmax p, int64 (U, H, W), and c = max p, at least float32 (U, H, W), 0–1; of what is not mixed."""

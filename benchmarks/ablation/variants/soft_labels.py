@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from benchmarks.ablation.variants.base import Variant
 from maskmatch_scale.method.bases import PseudoLabels
 from maskmatch_scale.method.bases.fixmatch import FixMatch
+from maskmatch_scale.method.losses import BandSum, sum_over_bands
 from maskmatch_scale.method.pseudo_labels import Probabilities
 from maskmatch_scale.method.views import View
-from maskmatch_scale.models.resample import upsampling_rows
 from maskmatch_scale.training.run import Run
 
 
@@ -38,33 +35,15 @@ def soft_cross_entropy_sum(logits: Tensor, target: Probabilities, pixels: Tensor
         target: p, of the same images and classes.
         pixels: bool (B, H, W): the pixels that count.
     """
-    with torch.autocast(logits.device.type, enabled=False):
-        total: Tensor = _SoftCrossEntropySum.apply(logits, target, pixels)
-    return total
 
+    def of_band(upsampled: Tensor, rows: slice, wanted: Tensor) -> BandSum:
+        counted = pixels[:, None, rows]
+        wanted = wanted * counted
+        log_p = upsampled.log_softmax(1)
+        # The gradient is softmax - p, where a pixel counts.
+        return -(wanted * log_p).sum(), lambda: log_p.exp_().mul_(counted).sub_(wanted)
 
-class _SoftCrossEntropySum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Probabilities, pixels: Tensor) -> Tensor:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        total = torch.zeros((), dtype=dtype, device=logits.device)
-        gradient = torch.zeros_like(logits, dtype=dtype) if ctx.needs_input_grad[0] else None
-        own = upsampling_rows(logits, *target.size_px, target.images_in_band)
-        for band, (rows, wanted) in zip(own, target.bands(), strict=True):
-            wanted = wanted * pixels[:, None, rows]
-            log_p = band.upsample(logits).log_softmax(1)
-            total -= (wanted * log_p).sum()
-            if gradient is not None:  # softmax - p, where a pixel counts
-                band.add_gradient(log_p.exp_().mul_(pixels[:, None, rows]).sub_(wanted), gradient)
-        ctx.save_for_backward(gradient)
-        ctx.dtype = logits.dtype
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * scale).to(ctx.dtype), None, None
+    return sum_over_bands(logits, target.bands_of(logits), of_band)
 
 
 class SoftLabels(Variant):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from maskmatch_scale.method.bases import Base, PseudoLabels
 from maskmatch_scale.method.bases.fixmatch import confident_cross_entropy_sum
-from maskmatch_scale.method.channels import channels_of, coins, times_channels
+from maskmatch_scale.method.channels import coins, times_channels
 from maskmatch_scale.method.views import Unlabelled, View
 
 _WEIGHTS = (0.25, 0.25, 0.5)
@@ -40,9 +40,7 @@ class UniMatch(Base):
         """Each channel of the weak view's features is 0 or doubled (dropout, p = 0.5), every level by itself."""
         first, second, weak = features
         seeds = unlabelled.drawn.feature_seeds
-        dropped = [
-            times_channels(level, 2 * coins(seeds, stream, channels_of(level))) for stream, level in enumerate(weak)
-        ]
+        dropped = [times_channels(level, 2 * coins(seeds, stream, level.shape[1])) for stream, level in enumerate(weak)]
         return first, second, dropped
 
     def loss_sum(self, logits: Sequence[Tensor], views: Sequence[View], pseudo: PseudoLabels) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskmatch_scale.method.bases import Base, PseudoLabels
 from maskmatch_scale.method.bases.fixmatch import confident_cross_entropy_sum
-from maskmatch_scale.method.channels import channels_of, coins, times_channels
+from maskmatch_scale.method.channels import coins, times_channels
 from maskmatch_scale.method.views import Unlabelled, View
 
 _MASK, _DROPPED = range(2)
@@ -43,7 +43,7 @@ class UniMatchV2(Base):
         dropped = coins(seeds, _DROPPED, 1)
 
         def factors(level: Tensor) -> Tensor:
-            return (2 * coins(seeds, _MASK, channels_of(level))).where(dropped, 1)
+            return (2 * coins(seeds, _MASK, level.shape[1])).where(dropped, 1)
 
         first, second = features
         return (

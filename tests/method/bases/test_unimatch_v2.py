@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from maskmatch_scale.method.bases.unimatch_v2 import UniMatchV2
 from maskmatch_scale.method.draws import Drawn
 from maskmatch_scale.method.views import Colours, Unlabelled, View
+from maskmatch_scale.models.units import stack_units, unstack_units
 from maskmatch_scale.recipe import StrongViewRecipe
 from tests.method.parts import MODELS, colour_teacher, first_batch, one_step
 
@@ -50,9 +51,11 @@ def test_unit_tokens_are_dropped_like_maps():
     seeds = list(range(8))
     maps = torch.randn(8, 16, 4, 4)
     tokens = maps.permute(0, 2, 3, 1)[:, None]  # one unit of 4 × 4 tokens
-    of_maps, of_tokens = (UniMatchV2().perturb([[own], [own]], unlabelled_of(seeds)) for own in (maps, tokens))
+    of_maps, of_tokens = (
+        UniMatchV2().perturb([[own], [own]], unlabelled_of(seeds)) for own in (maps, stack_units(tokens))
+    )
     for plain, other in zip(of_maps, of_tokens, strict=True):
-        assert plain[0].permute(0, 2, 3, 1)[:, None].equal(other[0])
+        assert plain[0].permute(0, 2, 3, 1)[:, None].equal(unstack_units(other[0]))
 
 
 @pytest.mark.parametrize("keep", [None, 0.5])
