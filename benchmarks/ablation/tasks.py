@@ -52,7 +52,7 @@ def _camvid(steps: int) -> Content:
     }
 
 
-def _scores(config: str) -> Callable[[int], Content]:
+def _quickstart(config: str) -> Callable[[int], Content]:
     def content(steps: int) -> Content:
         # Its backbone may be a folder of this repository, from where cells are run.
         recipe = load_recipe(ROOT / "configs" / config).model_dump(mode="json", exclude_unset=True)
@@ -63,8 +63,9 @@ def _scores(config: str) -> Callable[[int], Content]:
 
 TASKS = {
     "camvid": Task("CamVid, ViT-S/14", _camvid, 8, ("val", "val_seen"), True, "labelled"),
-    "scores_segformer": Task("scores, SegFormer", _scores("quickstart-segformer.yaml"), 2, ("val", "val_font"), False),
-    "scores_vit": Task("scores, ViT", _scores("quickstart-vit.yaml"), 2, ("val", "val_font"), False),
+    "scores_segformer": Task("scores, SegFormer", _quickstart("quickstart-segformer.yaml"), 2, ("val", "val_font"), False),
+    "scores_vit": Task("scores, ViT", _quickstart("quickstart-vit.yaml"), 2, ("val", "val_font"), False),
+    "colours": Task("colours, SegFormer", _quickstart("quickstart-segformer.yaml"), 2, ("val",), False),
 }
 """All tasks by name."""
 

@@ -108,6 +108,7 @@ def test_the_file_keeps_rows_of_other_phases(tmp_path: Path) -> None:
     assert "| disk | full | 1 | 0 |" in (tmp_path / "drill.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_short_drill(setting: Any) -> None:
     from benchmarks.drill import damage, kills

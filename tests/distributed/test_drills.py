@@ -119,7 +119,7 @@ def test_a_rank_that_is_killed(drill):
 @pytest.mark.parametrize(
     ("kind", "lost", "launcher", "place"),
     [
-        ("stays-away", 1, "torchrun", ") is at step 3, in training.loop._take_"),
+        pytest.param("stays-away", 1, "torchrun", ") is at step 3, in training.loop._take_", marks=pytest.mark.slow),
         pytest.param("stops", 1, "deepspeed", "stopped) is at step ", marks=pytest.mark.slow),
         # The one that has the store of the rendezvous in its process.
         pytest.param("stops", 0, "deepspeed", "stopped); something has stopped its process", marks=pytest.mark.slow),
