@@ -24,8 +24,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,quickstart]'
 	touch $@
 
-quickstart: install ## pages rendered, six runs trained on 2 ranks, report over them (STEPS=… shortens it, SEED=…)
-	PATH="$(CURDIR)/$(BIN):$$PATH" launch/quickstart.sh $(if $(STEPS),STEPS=$(STEPS)) SEED=$(SEED)
+quickstart: install ## pages rendered, six runs trained on 2 ranks, report over them (STEPS=… shortens it; SEED=… OUT=folder)
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/quickstart.sh $(if $(STEPS),STEPS=$(STEPS)) SEED=$(SEED) $(if $(OUT),OUT=$(OUT))
 
 test: install lint ## lint, types, rooms, and the fast tests: what CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu' --durations=10

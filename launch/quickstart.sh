@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The quickstart: write pages of music, train three methods on two backbones, evaluate, and write a report.
-# `make quickstart` calls it.
+# `make quickstart` calls it. SEED decides the initial weights, the order, and which two pages keep their labels.
 #
 #   launch/quickstart.sh [STEPS=…] [SEED=…] [OUT=runs/quickstart]
 set -euo pipefail
@@ -25,7 +25,7 @@ for backbone in segformer vit; do
         echo "== $backbone, $method"
         # shellcheck disable=SC2086  # a method is several words
         launch/deepspeed.sh "configs/quickstart-$backbone.yaml" ${methods[$method]} \
-            "run.dir=$run" "run.seed=$SEED" ${STEPS:+"run.steps=$STEPS"}
+            "run.dir=$run" "run.seed=$SEED" "data.split_seed=$SEED" ${STEPS:+"run.steps=$STEPS"}
         for split in val val_font; do
             maskmatch evaluate "$run" --split "$split" --json >/dev/null
         done

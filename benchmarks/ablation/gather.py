@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.ablation.arms import ARMS
 from benchmarks.ablation.equal_cost import spent, spent_cpu_s
 from benchmarks.ablation.job import EQUAL_COST, EQUAL_STEPS, read_result
-from benchmarks.ablation.paired import paired_difference
 from benchmarks.ablation.together import check_together
+from benchmarks.paired import paired_difference
 from maskmatch_scale.errors import UserError
 
 BASELINES = ("supervised", "fixmatch")

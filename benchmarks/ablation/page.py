@@ -13,10 +13,10 @@ from benchmarks.ablation.arms import ARMS
 from benchmarks.ablation.equal_cost import spent_cpu_s
 from benchmarks.ablation.gather import by_arm, draws_of, main_split, spread_in_burn_in
 from benchmarks.ablation.job import EQUAL_COST, EQUAL_STEPS
-from benchmarks.ablation.paired import t_975
 from benchmarks.ablation.tasks import TASKS, Setting
 from benchmarks.ablation.together import keys_beside_arm
 from benchmarks.harness import machine_line, markdown_table
+from benchmarks.paired import t_975
 
 Cells = Sequence[dict[str, Any]]
 """From `read_cells`."""

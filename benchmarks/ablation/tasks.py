@@ -63,11 +63,13 @@ def _quickstart(config: str) -> Callable[[int], Content]:
 
 TASKS = {
     "camvid": Task("CamVid, ViT-S/14", _camvid, 8, ("val", "val_seen"), True, "labelled"),
-    "scores_segformer": Task("scores, SegFormer", _quickstart("quickstart-segformer.yaml"), 2, ("val", "val_font"), False),
+    "scores_segformer": Task(
+        "scores, SegFormer", _quickstart("quickstart-segformer.yaml"), 2, ("val", "val_font"), False
+    ),
     "scores_vit": Task("scores, ViT", _quickstart("quickstart-vit.yaml"), 2, ("val", "val_font"), False),
     "colours": Task("colours, SegFormer", _quickstart("quickstart-segformer.yaml"), 2, ("val",), False),
 }
-"""All tasks by name."""
+"""All tasks by name. `colours` is the null case: its colours say its classes (`colours.py`)."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_interval_of_a_paired_difference() -> None:
-    from benchmarks.ablation.paired import paired_difference, t_975
+    from benchmarks.paired import paired_difference, t_975
 
     found = paired_difference({0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0, 4: 5.0, 9: 7.0}, dict.fromkeys(range(5), 0.0))
     assert found is not None
