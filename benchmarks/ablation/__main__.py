@@ -23,6 +23,7 @@ from benchmarks.ablation.equal_cost import BURN_IN_ARM, Costs, read_costs, run_c
 from benchmarks.ablation.job import EQUAL_COST, EQUAL_STEPS, Job, check_same, identity_of
 from benchmarks.ablation.pool import Cell, run_cells
 from benchmarks.ablation.report import write_report
+from benchmarks.ablation.start import Start, start_of
 from benchmarks.ablation.tasks import TASKS, Setting, setting_of
 from benchmarks.ablation.variants import identity_of_variant
 from benchmarks.harness import check_out, describe_machine, say
@@ -50,6 +51,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="cells at a time; default 1")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--work", type=Path, required=True, help="folder of the cells")
+    add("--start", type=Path, metavar="FOLDER", help="every draw starts from the teacher of FOLDER/draw-N/run")
+    add("--keep-checkpoints", action="store_true", help="of finished cells, so that another grid can start from them")
     add("--out", type=Path, required=True, help="JSON file; a Markdown table and a plot go beside it")
     add("--minutes", type=float, help="time limit: what has not finished by then is left out, and can go on later")
     add("--evaluate-every", type=int, metavar="E", help="steps between points of the curve; default S / 10")
@@ -90,6 +93,7 @@ def plan(options: argparse.Namespace) -> list[Cell]:
     costs = read_costs(options.cost) if options.cost else None
     budget = budget_of(setting, costs, options.reference, work) if costs else None
     identity = identity_of(setting.data, setting.weights)
+    starts = {draw: start_of(setting.start, draw, setting.labelled) for draw in options.draws} if setting.start else {}
     machine = machine_of(options, identity["sources"])
     every = options.evaluate_every or max(1, options.steps // 10)
     cells = []
@@ -118,9 +122,11 @@ def plan(options: argparse.Namespace) -> list[Cell]:
                 curve_images=options.curve_images or options.eval_images,
                 pseudo_images=PSEUDO_IMAGES,
                 cost=cost,
-                identity=identity | identity_of_variant(arm.variant),
+                identity=identity | identity_of_variant(arm.variant) | _identity_of_start(starts.get(draw)),
                 machine=machine,
                 variant=arm.variant,
+                start=starts[draw].title if draw in starts else None,
+                keep_checkpoints=options.keep_checkpoints,
             )
             step_cost = cost or {"cpu_s": 1.0, "burn_in_cpu_s": 0.5}
             weight = run_cost(step_cost["cpu_s"], step_cost["burn_in_cpu_s"], burn_in, length)
@@ -131,6 +137,10 @@ def plan(options: argparse.Namespace) -> list[Cell]:
         if not (cell.folder / "result.json").is_file():
             cell.job.write(cell.folder)
     return cells
+
+
+def _identity_of_start(start: Start | None) -> dict[str, str]:
+    return {"start": start.digest} if start else {}
 
 
 def splits_of(options: argparse.Namespace) -> tuple[str, ...]:

@@ -71,7 +71,8 @@ def run_cell(path: Path) -> None:
         "torch": torch.__version__,
     }
     write_whole(folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False))
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)  # a large model a cell, which nothing reads again
+    if not job.keep_checkpoints:
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)  # a large model a cell, which nothing reads again
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ from maskmatch_scale.errors import UserError
 from maskmatch_scale.files import sha256, write_whole
 from maskmatch_scale.recipe import Recipe, parse_recipe
 
+UNCOMPARED = {"machine", "title", "group", "keep_checkpoints"}
+"""What of a job decides no figure."""
 EQUAL_STEPS, EQUAL_COST, END = "equal steps", "equal cost", "end"
 """The marks at which a run is evaluated on all splits."""
 
@@ -54,6 +56,10 @@ class Job:
     machine: dict[str, Any]
     variant: str | None = None
     """Of the arm."""
+    start: str | None = None
+    """What the draw starts from, in words; None: from first weights."""
+    keep_checkpoints: bool = False
+    """Whether the checkpoints stay when the cell has finished."""
 
     @property
     def steps(self) -> int:
@@ -72,7 +78,7 @@ class Job:
         for source in recipe["data"].get("unlabelled", ()):
             source.pop("root")
         recipe["model"].pop("pretrained", None)
-        facts = {name: value for name, value in asdict(self).items() if name not in {"machine", "title", "group"}}
+        facts = {name: value for name, value in asdict(self).items() if name not in UNCOMPARED}
         as_json: dict[str, Any] = json.loads(json.dumps({**facts, "recipe": recipe}))  # lists for tuples
         return as_json
 

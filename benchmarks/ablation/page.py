@@ -31,6 +31,7 @@ def title_of(cells: Cells) -> str:
     parts = [f"{labelled} labelled images"] if labelled else []
     parts += [f"{cells[0]['marks'][EQUAL_STEPS]} steps", f"{draws} draw{'s' if draws > 1 else ''}"]
     parts += [f"{some} images of each split"] if some else []
+    parts += ["from trained runs"] if cells[0].get("start") else []
     return f"{TASKS[cells[0]['task']].title}: {', '.join(parts)}"
 
 
@@ -55,7 +56,8 @@ def settings_of(cells: Cells) -> dict[str, Any]:
         task, steps = TASKS[cell["task"]], cell["marks"][EQUAL_STEPS]
         count = cell["recipe"]["data"]["labelled_count"] or task.labelled
         weights = Path("WEIGHTS") if task.needs_weights else None
-        setting = Setting(cell["task"], Path("SHARDS"), weights, count, steps, _device(cells))
+        start = Path("START") if cell.get("start") else None
+        setting = Setting(cell["task"], Path("SHARDS"), weights, count, steps, _device(cells), start=start)
         recipe = setting.recipe(ARMS[arm], cell["draw"], steps, Path("run"))
         plain = keys_beside_arm(arm, recipe.model_dump(mode="json"), recipe.burn_in_steps / steps)
         own = keys_beside_arm(arm, cell["recipe"], cell["burn_in_steps"] / steps)
@@ -66,7 +68,8 @@ def settings_of(cells: Cells) -> dict[str, Any]:
 def command(cells: Cells) -> str:
     """The command that makes the cells again, with placeholders for files."""
     first, task = cells[0], TASKS[cells[0]["task"]]
-    weights = ["--weights", "WEIGHTS"] if task.needs_weights else []
+    weights = ["--weights", "WEIGHTS"] if task.needs_weights and not first.get("start") else []
+    weights += ["--start", "START"] if first.get("start") else []
     words = ["--task", first["task"], "--data", "SHARDS", *weights]
     words += ["--arms", *by_arm(cells), "--draws", *draws_of(cells), "--steps", first["marks"][EQUAL_STEPS]]
     if (count := labelled_of(cells)) not in {None, task.labelled}:
@@ -165,6 +168,12 @@ def _how_to_read(cells: Cells) -> list[str]:
         f"**Equal steps**: {steps} optimizer steps. The learning rate stays constant after its warm-up, so that a "
         "longer run is, after so many steps, a run of this length.",
     ]
+    if first.get("start"):
+        points.append(
+            f"**Start**: each draw starts from the teacher of a trained run with the same labels ({first['start']}; "
+            "`--start`, kept by `--keep-checkpoints`), without a burn-in. So `supervised` is that run going on, with a "
+            "new optimizer. Steps and cost are counted from there."
+        )
     if first["cost"]:
         spent = spent_cpu_s(first, first["marks"][EQUAL_COST]) or 0.0
         of = f"as {steps} steps of {ARMS[reference].title} do" if reference in ARMS else "the same"

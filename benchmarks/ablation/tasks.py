@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from benchmarks.ablation.arms import Arm
+from benchmarks.ablation.start import run_of
 from benchmarks.harness import ROOT
 from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.errors import UserError
@@ -86,6 +87,9 @@ class Setting:
     """cpu or cuda."""
     settings: tuple[str, ...] = ()
     """`section.key=value` for every arm; an arm's own keys go before them."""
+    start: Path | None = None
+    """Folder of trained runs, one a draw, that the draws start from in place of `weights` (`start.py`); then there is
+    no burn-in."""
 
     def recipe(self, arm: Arm, draw: int, steps: int, folder: Path, *, checkpoint_every: int = 0) -> Recipe:
         """The recipe of one cell.
@@ -112,9 +116,11 @@ class Setting:
         if stream is not None:
             data["unlabelled"] = [{"root": str(self.data), "stream": stream, "name": "unlabelled"}]
         on_gpu = self.device == "cuda"
+        pretrained = run_of(self.start, draw) if self.start else self.weights
         common: Content = {
             "data": {"workers": 1 if on_gpu else 0, **data},
-            "model": {"pretrained": str(self.weights)} if self.weights else {},
+            "model": {"pretrained": str(pretrained)} if pretrained else {},
+            "method": {"burn_in": 0.0} if self.start else {},
             "optim": {"schedule": "constant"},
             "engine": {
                 "library": "accelerate",
@@ -167,11 +173,17 @@ def setting_of(options: argparse.Namespace, steps: int, device: str, splits: Seq
     task = TASKS[options.task]
     if options.labelled is not None and not options.labelled > 0:
         raise UserError(f"--labelled: {options.labelled}; it must be above 0")
-    if task.needs_weights and options.weights is None:
+    start = getattr(options, "start", None)
+    if start is not None and options.weights is not None:
+        raise UserError("--weights: with --start the draws start from trained runs; leave it out")
+    if task.needs_weights and options.weights is None and start is None:
         raise UserError(f"--weights: task {options.task} starts from pretrained weights; name their file")
     if not task.needs_weights and options.weights is not None:
         raise UserError(f"--weights: task {options.task} starts from scratch; leave it out")
     check_streams(options.task, options.data, splits)
     weights = options.weights.resolve() if options.weights else None
     labelled = options.labelled or task.labelled
-    return Setting(options.task, options.data.resolve(), weights, labelled, steps, device, tuple(options.settings))
+    start = start.resolve() if start else None
+    return Setting(
+        options.task, options.data.resolve(), weights, labelled, steps, device, tuple(options.settings), start
+    )

@@ -49,6 +49,8 @@ def _shared_facts(cell: Cell) -> Iterator[tuple[str, Any]]:
     """What must be the same in all cells, in the order in which it is compared."""
     for name in ("sources", "measuring code", "data", "weights"):
         yield name, cell["identity"].get(name)
+    yield f"start of draw {cell['draw']}", cell["identity"].get("start")
+    yield "kind of start", cell.get("start")
     if "variants" in cell["identity"]:
         yield "variants", cell["identity"]["variants"]
     for name in ("task", "splits", "eval_images", "curve_images", "pseudo_images"):

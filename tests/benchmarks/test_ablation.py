@@ -256,6 +256,42 @@ def test_a_grid_that_is_killed_goes_on(
         plan(parse([word for word in again if not word.startswith("method.threshold")]))
 
 
+def test_draws_start_from_trained_runs(
+    command: Callable[..., list[str]], planned: Callable[..., Any], tmp_path: Path, pages: Path
+) -> None:
+    from benchmarks.ablation.__main__ import parse, plan
+    from benchmarks.ablation.cell import run_cell
+    from benchmarks.ablation.report import main as report
+
+    [trained] = planned("--arms", "supervised", "--draws", "1", "--keep-checkpoints", "--evaluate-every", "4")
+    run_cell(trained.folder / "job.json")
+    start = tmp_path / "start"
+    (tmp_path / "work").rename(start)
+    grid = ["--arms", "fixmatch", "--draws", "1", "--start", str(start / "supervised"), "--evaluate-every", "4"]
+    [cell] = planned(*grid)
+    assert cell.job.start == "supervised, 4 steps"
+    assert cell.job.recipe["model"]["pretrained"] == str(start / "supervised" / "draw-1" / "run")
+    assert cell.job.recipe["method"]["burn_in"] == 0.0
+    run_cell(cell.folder / "job.json")
+    found = json.loads((cell.folder / "result.json").read_text())
+    assert found["burn_in_steps"] == 0
+    assert not (cell.folder / "run" / "checkpoints").exists()
+    out = tmp_path / "out.json"
+    assert report([str(tmp_path / "work"), "--out", str(out)]) == 0
+    page = out.with_suffix(".md").read_text()
+    assert "**Start**: each draw starts from the teacher of a trained run with the same labels (supervised, 4" in page
+    assert "method.burn_in" not in {
+        row["key"] for row in json.loads(out.read_text())["settings"]
+    }  # `--start` decides it
+    written = page.split("```")[1].replace("\\\n", " ").replace("SHARDS", str(pages)).replace("START", grid[5])
+    again = plan(parse(shlex.split(written.replace("FOLDER", str(tmp_path / "work")))[3:]))
+    assert [one.job.facts() for one in again] == [cell.job.facts()]
+    with pytest.raises(UserError, match=r"--start: .*draw-0.*--keep-checkpoints"):
+        planned("--arms", "fixmatch", "--draws", "0", *grid[4:])
+    with pytest.raises(UserError, match=r"2 labelled images of draw 1, and this grid 3 of draw 1"):
+        planned(*grid, "--labelled", "3")
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     ends_at = time.monotonic() + seconds
     while not condition():
