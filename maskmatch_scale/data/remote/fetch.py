@@ -1,4 +1,4 @@
-"""Fetch one file by HTTP, from an object store, by fsspec or from a command; try again, after a pause, where a failure may pass."""
+"""Fetch one file, by whatever its address says; try again, after a pause, where a failure may pass."""
 
 from __future__ import annotations
 

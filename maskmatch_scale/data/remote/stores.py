@@ -89,10 +89,24 @@ def reading(url: str, start: int, version: str | None, timeout_s: float) -> Iter
 
 
 def _blocks(ranges: deque[_Range], later: Iterator[_Range], size: int, timeout_s: float) -> Iterator[bytes]:
-    """The blocks of all ranges in order. Those in ``ranges`` are being read; it is filled up from ``later``."""
-    while ranges:
+    """The blocks of all ranges in order.
+
+    Args:
+        ranges: those that are being read; it is filled up from ``later``. What the store says about the object has been
+            taken from the first of them.
+        later: those that follow.
+        size: bytes of the object.
+        timeout_s: see :func:`reading`.
+    """
+    is_first = True
+    while True:
         while len(ranges) < _RANGES_AT_ONCE and (another := next(later, None)) is not None:
             ranges.append(another)
+        if not ranges:
+            return
+        if not is_first:
+            ranges[0].next(timeout_s)
+        is_first = False
         missing = min(ranges[0].end, size) - ranges[0].start
         while (block := ranges[0].next(timeout_s)) is not None:
             missing -= len(block)
@@ -100,8 +114,6 @@ def _blocks(ranges: deque[_Range], later: Iterator[_Range], size: int, timeout_s
         if missing:
             raise TransferError("the connection was cut")
         ranges.popleft()
-        if ranges:
-            ranges[0].next(timeout_s)  # what the store says about the object, as for the first range
 
 
 def names(url: str, timeout_s: float) -> Iterator[list[str]]:

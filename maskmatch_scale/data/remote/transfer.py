@@ -137,10 +137,10 @@ class Transfer:
         self.received += len(block)
         self._since_mark += len(block)
         now = time.monotonic()
-        if self._since_mark >= _LEAST_BYTES or self._marked_at == math.inf:
-            if self._since_mark >= _LEAST_BYTES:
-                self.advanced_at = now
-            self._marked_at, self._since_mark = now, 0
+        self._marked_at = min(self._marked_at, now)
+        if self._since_mark >= _LEAST_BYTES:
+            self.advanced_at = self._marked_at = now
+            self._since_mark = 0
         elif now - self._marked_at > self.timeout_s and self.received != self._total:
             raise TransferError(f"stalled: {self._since_mark} bytes in {now - self._marked_at:.3g} s")
 

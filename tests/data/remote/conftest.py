@@ -44,15 +44,6 @@ def options(tmp_path):
     return FetchOptions(tmp_path / "cache", limit_bytes=100 * SIZE, timeout_s=10, attempts=3)
 
 
-@pytest.fixture(scope="session")
-def s3_server():
-    """``HOST:PORT`` of a real S3 server."""
-    if s3.moto_server() is None:
-        pytest.skip(s3.MISSING)
-    with s3.running() as server:
-        yield server
-
-
 @pytest.fixture
 def clean_stores(monkeypatch):
     """No credentials of the user's, and no store that an earlier test has opened."""

@@ -76,7 +76,7 @@ def test_a_scheme_whose_library_is_missing(options, monkeypatch):
         raise ImportError("Install the library\nto access it")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
-    with pytest.raises(DataError, match="hdfs:// needs a library .*; Install the library to access it$") as caught:
+    with pytest.raises(DataError, match=r"hdfs:// needs a library .*; Install the library to access it$") as caught:
         ShardCache(options).fetch("hdfs://host/x.tar")
     assert not isinstance(caught.value, BadSample)
 
