@@ -41,9 +41,9 @@ def reading(url: str, start: int, version: str | None, timeout_s: float) -> Abst
     return ask(url, start, version, timeout_s)
 
 
-def names(url: str, timeout_s: float) -> Iterator[list[str]]:
-    """Addresses of all objects below a folder; see :func:`maskmatch_scale.data.remote.stores.names`."""
-    ask = stores.names if _may_be_asked_here() else store_process.names
+def listing(url: str, timeout_s: float) -> Iterator[list[stores.Found]]:
+    """All objects below a folder; see :func:`maskmatch_scale.data.remote.stores.listing`."""
+    ask = stores.listing if _may_be_asked_here() else store_process.listing
     return ask(url, timeout_s)
 
 

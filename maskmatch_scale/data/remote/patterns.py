@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import math
 import os
 import re
+import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,6 +25,9 @@ _MOST_LISTED = 3_000_000
 """Names that are listed for one pattern: 3000 requests, some minutes."""
 _TIMEOUT_S = 60.0
 """Seconds to wait for a part of a list."""
+_TRIES = 3
+_PAUSE_S = 2.0
+"""Between two tries to list, each from the beginning."""
 
 
 def expand(pattern: str) -> list[str]:
@@ -67,11 +72,15 @@ def expand(pattern: str) -> list[str]:
 def _listed(pattern: str) -> list[str]:
     if is_http(pattern):
         raise DataError(f"{shown(pattern)}: web servers do not list their files; write x-{{000..127}}.tar")
-    try:
-        found = _objects(pattern) if objects.is_object(pattern) else filesystems.names(pattern, _TIMEOUT_S)
-    except TransferError as error:
-        advice = error.advice or "check the network and the address, or try later"
-        raise DataError(f"{pattern}: cannot be listed: {scrubbed(str(error), pattern)}; {advice}") from None
+    for attempt in itertools.count(1):
+        try:
+            found = _objects(pattern) if objects.is_object(pattern) else filesystems.names(pattern, _TIMEOUT_S)
+            break
+        except TransferError as error:
+            if error.final or attempt >= _TRIES:
+                advice = error.advice or "check the network and the address, or try later"
+                raise DataError(f"{pattern}: cannot be listed: {scrubbed(str(error), pattern)}; {advice}") from None
+            time.sleep(_PAUSE_S)
     if not found:
         raise DataError(f"{pattern}: matches no file; check bucket and folder")
     return sorted(found)
@@ -85,14 +94,14 @@ def _objects(pattern: str) -> list[str]:
     parts = pattern.split("/")
     found: list[str] = []
     listed = 0
-    for some in objects.names(folder, _TIMEOUT_S):
+    for some in objects.listing(folder, _TIMEOUT_S):
         listed += len(some)
         if listed > _MOST_LISTED:
             raise DataError(
                 f"{pattern}: more than {_MOST_LISTED} names lie below {folder}/; write x-{{000..127}}.tar, or name a "
                 "folder that has fewer"
             )
-        found.extend(name for name in some if _match(name.split("/"), parts))
+        found.extend(about.url for about in some if _match(about.url.split("/"), parts))
     return found
 
 

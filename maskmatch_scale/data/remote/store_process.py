@@ -40,12 +40,12 @@ def reading(url: str, start: int, version: str | None, timeout_s: float) -> Iter
         yield Body(about["size"], about["version"], process.blocks(timeout_s))
 
 
-def names(url: str, timeout_s: float) -> Iterator[list[str]]:
-    """See :func:`maskmatch_scale.data.remote.stores.names`."""
+def listing(url: str, timeout_s: float) -> Iterator[list[stores.Found]]:
+    """See :func:`maskmatch_scale.data.remote.stores.listing`."""
     with _process() as process:
-        process.ask(["names", url, timeout_s], timeout_s)
+        process.ask(["list", url, timeout_s], timeout_s)
         for block in process.blocks(timeout_s):
-            yield json.loads(block)
+            yield [stores.Found(*found) for found in json.loads(block)]
 
 
 def end_all() -> None:
@@ -173,7 +173,7 @@ def _answer(what: str, *arguments: Any) -> Iterator[bytes]:
         else:
             begun = True
             yield b"{}"
-            yield from (json.dumps(found).encode() for found in stores.names(*arguments))
+            yield from (json.dumps(some).encode() for some in stores.listing(*arguments))
     except DataError as error:
         failed = {"failed": [str(error)], "how": None}
     except TransferError as error:

@@ -1,6 +1,6 @@
 """Object stores (S3, Google Cloud Storage, Azure), by obstore, in this process.
 
-Reading and listing, once: further tries are :mod:`~maskmatch_scale.data.remote.fetch`'s, so obstore makes none. Ask
+Objects are read in a single try: further ones are :mod:`~maskmatch_scale.data.remote.fetch`'s. Ask
 :mod:`~maskmatch_scale.data.remote.objects`, which knows whether obstore may be used in this process.
 
 An object is read as ranges, several at a time, because stores limit the bytes a second of one connection. All ranges
@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.remote.store_errors import PREFIXES, STORES, transfer_error
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 RANGE = 8 << 20
 """Bytes of one range."""
 _RANGES_AT_ONCE = 4
-_NAMES_AT_ONCE = 1000
+_LISTED_AT_ONCE = 1000
+_LIST_TRIES = 6
+"""Tries for each part of a list. The pauses between them double, up to 15 s."""
 _ADDRESS = re.compile(r"(?P<scheme>\w+)://(?P<root>[^/?#]+)(?:/(?P<key>.*))?", re.DOTALL)
 _CLIENT_KEYS = ("allow_http", "allow_invalid_certificates", "proxy_url", "proxy_excludes", "proxy_ca_certificate")
 """What obstore would read from the environment (`AWS_ALLOW_HTTP`) if it were given no time-outs."""
@@ -116,8 +118,17 @@ def _blocks(ranges: deque[_Range], later: Iterator[_Range], size: int, timeout_s
         ranges.popleft()
 
 
-def names(url: str, timeout_s: float) -> Iterator[list[str]]:
-    """Addresses of all objects below a folder, also those in folders within it, some at a time, in no order.
+class Found(NamedTuple):
+    """An object that a store lists."""
+
+    url: str
+    bytes: int
+    version: str | None
+    """Its ETag."""
+
+
+def listing(url: str, timeout_s: float) -> Iterator[list[Found]]:
+    """All objects below a folder, also those in folders within it, some at a time, in no order.
 
     Args:
         url: of the folder, or of a whole bucket.
@@ -127,13 +138,15 @@ def names(url: str, timeout_s: float) -> Iterator[list[str]]:
         TransferError: the try has failed.
         DataError: obstore is not installed.
     """
-    store, folder = _open(url, timeout_s)
+    root, folder = _cut(url)
+    # Here obstore tries again, where a store refuses a part of the list for a while.
+    store = _new_store(url, root, timeout_s, tries=_LIST_TRIES)
     import obstore
 
-    root = url[: len(url) - len(folder)].rstrip("/")
+    root = url[: len(url) - len(folder)].rstrip("/")  # as it was given
     try:
-        for found in obstore.list(store, folder.rstrip("/") or None, chunk_size=_NAMES_AT_ONCE):
-            yield [f"{root}/{entry['path']}" for entry in found]
+        for some in obstore.list(store, folder.rstrip("/") or None, chunk_size=_LISTED_AT_ONCE):
+            yield [Found(f"{root}/{about['path']}", about["size"], about["e_tag"]) for about in some]
     except BaseException as error:  # also obstore's PanicException, which is no Exception
         raise transfer_error(error, url) from None
 
@@ -205,7 +218,25 @@ class _Range(_Answer):
 
 
 def _open(url: str, timeout_s: float) -> tuple[ObjectStore, str]:
-    """The store of an address, and the key in it, which is not escaped in an address."""
+    """The store of an address, which makes one try, and the key in it."""
+    root, key = _cut(url)
+    # A store may wait longer than who reads from it. A new store would have no connections yet.
+    known = _stores.get(root)
+    if known is None or known[0] < timeout_s:
+        known = _stores[root] = timeout_s, _new_store(url, root, timeout_s, tries=1)
+    return known[1], key
+
+
+def _cut(url: str) -> tuple[str, str]:
+    """Split an address into that of the bucket or container, and the key, which is not escaped in an address."""
+    match = _ADDRESS.fullmatch(url)
+    if match is None:
+        raise TransferError("not a valid address", "write s3://bucket/folder/x.tar", final=True)
+    scheme = match["scheme"].lower()
+    return f"{'gs' if scheme == 'gcs' else scheme}://{match['root']}", match["key"] or ""  # obstore knows no gcs://
+
+
+def _new_store(url: str, root: str, timeout_s: float, tries: int) -> ObjectStore:
     scheme = url.partition("://")[0].lower()
     try:
         import obstore.store
@@ -214,23 +245,14 @@ def _open(url: str, timeout_s: float) -> tuple[ObjectStore, str]:
             f"{shown(url)}: {scheme}:// needs obstore, which is not installed; "
             f"pip install 'maskmatch_scale[{STORES[scheme]}]'"
         ) from None
-    match = _ADDRESS.fullmatch(url)
-    if match is None:
-        raise TransferError("not a valid address", f"write {scheme}://bucket/folder/x.tar", final=True)
-    root = f"{'gs' if scheme == 'gcs' else scheme}://{match['root']}"  # obstore does not know gcs://
-    # A store may wait longer than who reads from it. A new store would have no connections yet.
-    known = _stores.get(root)
-    if known is None or known[0] < timeout_s:
-        _state["used"] = True
-        os.environ.setdefault("TOKIO_WORKER_THREADS", "2")  # otherwise one a core, in each loader process
-        try:
-            store = obstore.store.from_url(
-                root, client_options=_client_options(scheme, timeout_s), retry_config={"max_retries": 0}
-            )
-        except BaseException as error:  # also obstore's PanicException
-            raise transfer_error(error, url) from None
-        known = _stores[root] = timeout_s, store
-    return known[1], match["key"] or ""
+    _state["used"] = True
+    os.environ.setdefault("TOKIO_WORKER_THREADS", "2")  # otherwise one a core, in each loader process
+    try:
+        return obstore.store.from_url(
+            root, client_options=_client_options(scheme, timeout_s), retry_config={"max_retries": tries - 1}
+        )
+    except BaseException as error:  # also obstore's PanicException
+        raise transfer_error(error, url) from None
 
 
 def _client_options(scheme: str, timeout_s: float) -> Any:

@@ -5,6 +5,7 @@ import pytest
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.remote import patterns
 from maskmatch_scale.data.remote.patterns import expand
+from tests.data.faulty_server import Fault, FaultyProxy
 
 
 def test_expand(folder):
@@ -60,6 +61,17 @@ def test_object_stores_that_list_nothing(bucket, either_way, monkeypatch):
     monkeypatch.setattr(patterns, "_MOST_LISTED", 7)
     with pytest.raises(DataError, match=r"more than 7 names lie below s3://.*/shards/; write"):
         expand(f"{url}/shards/*")
+
+
+def test_a_list_is_asked_for_again(bucket, either_way, monkeypatch):
+    monkeypatch.setattr(patterns, "_PAUSE_S", 0)
+    with FaultyProxy(bucket.server, {"*": [Fault(times=2, status=503), Fault(times=1, cut_after=50)]}) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        assert len(expand(f"s3://{bucket.name}/shards/*.tar")) == 8
+        assert proxy.gets() == 4
+        proxy.set_faults({"*": Fault(status=403)})
+        with pytest.raises(DataError, match="cannot be listed: HTTP 403; check the permissions; set AWS_ACCESS_KEY_ID"):
+            expand(f"s3://{bucket.name}/shards/*.tar")
 
 
 def test_patterns_on_file_systems(folder):
