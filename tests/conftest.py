@@ -21,6 +21,7 @@ from PIL import Image
 from maskmatch_scale.data.writing import EncodedSample, StreamItems, write_shards
 from maskmatch_scale.files import sha256
 from maskmatch_scale.recipe import Recipe, parse_recipe
+from tests.data import s3_server as s3_servers
 
 
 @dataclass(frozen=True)
@@ -205,3 +206,12 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[..., SmallDisk]]:
     yield mount
     for path in mounted:
         subprocess.run(["umount", "-l", path], check=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """``HOST:PORT`` of a real S3 server."""
+    if s3_servers.moto_server() is None:
+        pytest.skip(s3_servers.MISSING)
+    with s3_servers.running() as server:
+        yield server

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskmatch_scale.data.remote.address import expand, join
+from maskmatch_scale.data.remote.address import join
+from maskmatch_scale.data.remote.patterns import expand
 from maskmatch_scale.data.shards.index import INDEX_NAME
 from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.data.writing.sources.listing import files_below

@@ -52,7 +52,7 @@ class DataRecipe(Section):
 
     root: str
     """Shard folder: tar shards and their index.json, as `maskmatch shards write` makes it. A local folder, an
-    http(s):// URL, or a URL that fsspec opens (s3://, gs://)."""
+    http(s):// URL, one of an object store (s3://, gs://, az://), or any that fsspec opens (hf://)."""
     labelled: tuple[SourceRecipe, ...] = ()
     """Sources of labelled samples; empty = the stream `labelled` of `data.root`. All must have the classes of
     `data.root`."""

@@ -15,6 +15,7 @@ from maskmatch_scale.files import sha256
 from maskmatch_scale.train import train
 from tests.conftest import rewrite_shard
 from tests.data.faulty_server import FaultyServer
+from tests.data.s3_server import SIGNED, Bucket
 
 
 def run(*arguments):
@@ -124,6 +125,27 @@ def test_a_local_shard_that_changed_is_looked_at_again(shapes, tmp_path):
     table = ShardIndex.load(shards).streams["unlabelled"].shards
     assert (int(table.samples[0]), table.sha256(0)) == (2, sha256(shards / file))
     assert len((shards / ".survey.jsonl").read_text().splitlines()) == len(table)
+
+
+def test_an_index_for_shards_in_an_object_store(shapes, tmp_path, make_recipe, s3_server, monkeypatch):
+    """Listed, looked at by a pool, and read by a rank and its loader processes."""
+    bucket = Bucket(s3_server, "archive").make()
+    for shard in shapes.glob("unlabelled-*.tar"):
+        bucket.put(f"some/folder/{shard.name}", shard.read_bytes())
+    for name, value in {**SIGNED, "AWS_ENDPOINT_URL": f"http://{s3_server}"}.items():
+        monkeypatch.setenv(name, value)
+    cache = tmp_path / "cache"
+    run("index", "s3://archive/some/folder/*.tar", tmp_path / "out", "--cache-dir", cache, "--workers", 2)
+    theirs, ours = (ShardIndex.load(root).streams["unlabelled"].shards for root in (tmp_path / "out", shapes))
+    assert [theirs.sha256(number) for number in range(len(theirs))] == [ours.sha256(n) for n in range(len(ours))]
+    bucket.put("index.json", (tmp_path / "out" / "index.json").read_bytes())
+    shutil.rmtree(cache)
+    recipe = make_recipe(
+        data={"unlabelled": [{"root": "s3://archive"}], "cache_dir": str(cache), "workers": 1}, run={"steps": 2}
+    )
+    train(recipe)
+    with pytest.raises(UserError, match=r"s3://archive/some/\*\.zip: matches no file"):
+        run("index", "s3://archive/some/*.zip", tmp_path / "out")
 
 
 def test_mistakes(shapes, tmp_path):

@@ -8,14 +8,16 @@
         server.requests                   # [Request(path="a.tar", range=None, sent=0), …]
 
 It keeps HTTP/1.1 connections alive, answers ranges, and sends strong ETags, unless told otherwise. It can also be used
-as a proxy: of an absolute address it reads the path only.
+as a proxy: of an absolute address it reads the path only. :class:`FaultyProxy` passes requests on to another server.
 """
 
 from __future__ import annotations
 
 import hashlib
+import http.client
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -24,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.message import Message
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -60,6 +63,8 @@ class Fault:
     """Send no Content-Length; the end of the connection is the end of the file."""
     chunked: bool = False
     """Send in chunks, which tells no length either."""
+    body: bytes = b""
+    """What is sent with ``status``."""
 
 
 @dataclass
@@ -85,6 +90,7 @@ class FaultyServer:
             other. After the last of them, the path is served without faults.
         ranges: whether Range headers are answered; if not, the whole file is sent.
         etags: whether files carry an ETag.
+        tls: files of a certificate and its key, to be asked by ``https://``.
     """
 
     def __init__(
@@ -94,11 +100,14 @@ class FaultyServer:
         *,
         ranges: bool = True,
         etags: bool = True,
+        tls: tuple[Path, Path] | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.ranges, self.etags = ranges, etags
+        self.ranges, self.etags, self.tls = ranges, etags, tls
         self.requests: list[Request] = []
         """All requests in the order in which they came."""
+        self.connections = 0
+        """Connections that were made."""
         self.open_requests = 0
         """Requests that are being answered."""
         self.closing = threading.Event()
@@ -110,12 +119,19 @@ class FaultyServer:
     def __enter__(self) -> FaultyServer:
         outer = self
 
-        class Handler(_Handler):
+        class Handler(self._handler()):  # type: ignore[misc]
             server_of_faults = outer
 
         self.closing = threading.Event()
         self._server = _Server(("127.0.0.1", self._port), Handler)
         self._port = self._server.server_address[1]
+        if self.tls is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*self.tls)
+            # The handshake is made by the thread of the connection.
+            self._server.socket = context.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -133,9 +149,9 @@ class FaultyServer:
 
     @property
     def url(self) -> str:
-        """``http://127.0.0.1:PORT``, without a slash at the end."""
+        """``http://127.0.0.1:PORT``, or ``https``, without a slash at the end."""
         assert self._port
-        return f"http://127.0.0.1:{self._port}"
+        return f"{'http' if self.tls is None else 'https'}://127.0.0.1:{self._port}"
 
     def gets(self, path: str | None = None) -> int:
         """How many requests came, for a path or for all."""
@@ -147,6 +163,9 @@ class FaultyServer:
         while not any(request.path == path and request.sent >= sent for request in list(self.requests)):
             assert time.monotonic() < deadline, f"nobody asked for {path}"
             time.sleep(0.01)
+
+    def _handler(self) -> type[_Handler]:
+        return _Handler
 
     @contextmanager
     def _begun(self, path: str, headers: Message) -> Iterator[tuple[Request, Fault]]:
@@ -186,10 +205,15 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Silence."""
 
+    def setup(self) -> None:
+        with self.server_of_faults._lock:
+            self.server_of_faults.connections += 1
+        super().setup()
+
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path).lstrip("/")
         with (
-            suppress(ConnectionError),
+            suppress(ConnectionError, ssl.SSLError),
             self.server_of_faults._begun(path, self.headers) as (request, fault),
         ):
             self._answer(request, fault)
@@ -199,23 +223,37 @@ class _Handler(BaseHTTPRequestHandler):
         if server.closing.wait(fault.delay_s):
             self.close_connection = True
             return
+        if fault.status:
+            self._begin(fault.status, {"Content-Length": str(len(fault.body)), **fault.headers})
+            self.wfile.write(fault.body)
+            return
+        self._answer_with_file(request, fault)
+
+    def _answer_with_file(self, request: Request, fault: Fault) -> None:
+        server = self.server_of_faults
         file = server.folder / request.path
-        if fault.status or not file.is_file():
-            self._begin(fault.status or 404, {"Content-Length": "0", **fault.headers})
+        if not file.is_file():
+            self._begin(404, {"Content-Length": "0"})
             return
         data = file.read_bytes()
         etag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
-        headers = {"ETag": etag} if server.etags else {}
+        if self.headers.get("If-Match", etag) != etag:
+            self._begin(412, {"Content-Length": "0"})
+            return
+        headers = {"Last-Modified": formatdate(file.stat().st_mtime, usegmt=True)}
+        if server.etags:
+            headers["ETag"] = etag
         if fault.wrong_bytes:
-            data = bytes(255 - byte for byte in data[:1000]) + data[1000:]
-        status, start = 200, self._start(request, etag)
-        if start is not None:
+            data = _spoilt(data)
+        status, part = 200, self._part(request, etag)
+        if part is not None:
+            start, end = part[0], min(part[1] + 1, len(data))
             if start >= len(data):
                 self._begin(416, {"Content-Length": "0", "Content-Range": f"bytes */{len(data)}"})
                 return
             status = 206
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            data = data[start:]
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+            data = data[start:end]
         if fault.chunked:
             headers["Transfer-Encoding"] = "chunked"
         elif fault.no_length:
@@ -226,14 +264,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._begin(status, {**headers, **fault.headers})
         self._send_body(request, fault, data)
 
-    def _start(self, request: Request, etag: str) -> int | None:
-        """First byte asked for, if a range is and may be answered."""
-        match = re.fullmatch(r"bytes=(\d+)-", request.range or "")
+    def _part(self, request: Request, etag: str) -> tuple[int, int] | None:
+        """First and last byte asked for, if a range is and may be answered."""
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.range or "")
         if match is None or not self.server_of_faults.ranges:
             return None
         if self.headers.get("If-Range", etag) != etag:
             return None
-        return int(match[1])
+        return int(match[1]), int(match[2] or 1 << 62)
 
     def _begin(self, status: int, headers: Mapping[str, str]) -> None:
         self.send_response(status)
@@ -275,3 +313,41 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()  # the linger of 0 makes it a reset
         else:
             self.connection.shutdown(socket.SHUT_RDWR)
+
+
+def _spoilt(data: bytes) -> bytes:
+    return bytes(255 - byte for byte in data[:1000]) + data[1000:]
+
+
+class _ProxyHandler(_Handler):
+    def _answer_with_file(self, request: Request, fault: Fault) -> None:
+        proxy = self.server_of_faults
+        assert isinstance(proxy, FaultyProxy)
+        connection = http.client.HTTPConnection(proxy.upstream, timeout=20)
+        connection.request("GET", self.path, headers=dict(self.headers.items()))
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        kept = ("etag", "last-modified", "content-type", "content-range", "x-amz-request-id")
+        headers = {name: value for name, value in answer.getheaders() if name.lower() in kept}
+        if fault.wrong_bytes:
+            data = _spoilt(data)
+        self._begin(answer.status, {**headers, "Content-Length": str(len(data)), **fault.headers})
+        self._send_body(request, fault, data)
+
+
+class FaultyProxy(FaultyServer):
+    """Passes requests on to ``upstream``, ``HOST:PORT``, with faults as :class:`FaultyServer` has them."""
+
+    def __init__(
+        self,
+        upstream: str,
+        faults: Mapping[str, Fault | Sequence[Fault]] | None = None,
+        *,
+        tls: tuple[Path, Path] | None = None,
+    ) -> None:
+        super().__init__("", faults, tls=tls)
+        self.upstream = upstream
+
+    def _handler(self) -> type[_Handler]:
+        return _ProxyHandler

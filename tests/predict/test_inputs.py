@@ -103,7 +103,8 @@ def test_a_shard_folder_stands_for_its_shards_with_what_its_index_says(shapes, t
 
 
 @pytest.mark.parametrize(
-    ("word", "said"), [("nowhere", "no such file"), ("empty", "no image"), ("https://host/*.jpg", "local folders only")]
+    ("word", "said"),
+    [("nowhere", "no such file"), ("empty", "no image"), ("https://host/*.jpg", "web servers do not list")],
 )
 def test_words_that_stand_for_nothing_are_refused(tmp_path, monkeypatch, word, said):
     monkeypatch.chdir(tmp_path)

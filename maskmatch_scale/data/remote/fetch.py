@@ -1,4 +1,4 @@
-"""Fetch one file by HTTP, by fsspec or from a command; try again, after a pause, where a failure may pass."""
+"""Fetch one file, by whatever its address says; try again, after a pause, where a failure may pass."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import math
 import random
 import time
 from collections.abc import Callable
+from types import ModuleType
 
 from maskmatch_scale.data.faults import DataError, NotFetched
-from maskmatch_scale.data.remote import http, objects, pipe
+from maskmatch_scale.data.remote import filesystems, http, objects, pipe
 from maskmatch_scale.data.remote.address import is_http, scrubbed
 from maskmatch_scale.data.remote.transfer import FetchOptions, Sink, Transfer, TransferError
 from maskmatch_scale.redact import PIPE, shown
@@ -54,7 +55,7 @@ def fetch(
             the tries, the last failure, and what to do.
         DataError: a library is missing, or the sink raised it.
     """
-    get = pipe.get if url.startswith(PIPE) else http.get if is_http(url) else objects.get
+    get = _protocol(url).get
     transfer = Transfer(url, sink, size, sha256, options.timeout_s)
     for attempt in itertools.count(1):
         left_s = patience_s - (time.monotonic() - transfer.advanced_at)
@@ -77,6 +78,14 @@ def fetch(
             pause = min(max(_backoff(attempt, options.timeout_s), error.wait_s), left_s)
         time.sleep(pause)
     return transfer.received
+
+
+def _protocol(url: str) -> ModuleType:
+    if url.startswith(PIPE):
+        return pipe
+    if is_http(url):
+        return http
+    return objects if objects.is_object(url) else filesystems
 
 
 def read_bytes(url: str, options: FetchOptions) -> bytes:

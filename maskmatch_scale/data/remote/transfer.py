@@ -1,7 +1,8 @@
 """One file that is being fetched: the bytes that have arrived, over all tries, and the checks on them.
 
 :mod:`~maskmatch_scale.data.remote.fetch` starts the tries. A protocol (:mod:`~maskmatch_scale.data.remote.http`,
-:mod:`~maskmatch_scale.data.remote.objects`, :mod:`~maskmatch_scale.data.remote.pipe`) brings the bytes of one try.
+:mod:`~maskmatch_scale.data.remote.objects`, :mod:`~maskmatch_scale.data.remote.filesystems`,
+:mod:`~maskmatch_scale.data.remote.pipe`) brings the bytes of one try.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -42,11 +44,26 @@ class TransferError(Exception):
         advice: what the user can do; empty: general advice about networks is given.
         final: whether another try would fail in the same way.
         wait_s: seconds that the server asks to wait before the next try.
+        restart: whether the bytes that have arrived are of no use: the file is another one by now.
     """
 
-    def __init__(self, message: str, advice: str = "", *, final: bool = False, wait_s: float = 0.0) -> None:
+    def __init__(
+        self, message: str, advice: str = "", *, final: bool = False, wait_s: float = 0.0, restart: bool = False
+    ) -> None:
         super().__init__(message)
-        self.advice, self.final, self.wait_s = advice, final, wait_s
+        self.advice, self.final, self.wait_s, self.restart = advice, final, wait_s, restart
+
+
+@dataclass(frozen=True)
+class Body:
+    """A file from one of its bytes on, as one try reads it."""
+
+    size: int
+    """Bytes of the whole file."""
+    version: str | None
+    """What tells this version of the file from another one (an ETag)."""
+    blocks: Iterator[bytes]
+    """What follows, as it arrives. Raises TransferError."""
 
 
 class Sink(Protocol):
@@ -120,10 +137,10 @@ class Transfer:
         self.received += len(block)
         self._since_mark += len(block)
         now = time.monotonic()
-        if self._since_mark >= _LEAST_BYTES or self._marked_at == math.inf:
-            if self._since_mark >= _LEAST_BYTES:
-                self.advanced_at = now
-            self._marked_at, self._since_mark = now, 0
+        self._marked_at = min(self._marked_at, now)
+        if self._since_mark >= _LEAST_BYTES:
+            self.advanced_at = self._marked_at = now
+            self._since_mark = 0
         elif now - self._marked_at > self.timeout_s and self.received != self._total:
             raise TransferError(f"stalled: {self._since_mark} bytes in {now - self._marked_at:.3g} s")
 

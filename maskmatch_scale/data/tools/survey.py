@@ -10,7 +10,7 @@ from typing import Any
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.pool import results, usable_cores
-from maskmatch_scale.data.remote.address import expand
+from maskmatch_scale.data.remote.patterns import expand
 from maskmatch_scale.data.remote.shard_cache import ShardCache
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex, ShardTable, StreamEntry

@@ -1,9 +1,9 @@
-"""Addresses of files: how they are joined and expanded."""
+"""Addresses of files: how they are joined."""
 
 import pytest
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.remote.address import expand, join
+from maskmatch_scale.data.remote.address import join
 
 
 @pytest.mark.parametrize(
@@ -32,29 +32,3 @@ def test_join(root, file, joined):
 def test_a_pipe_is_no_folder():
     with pytest.raises(DataError, match="a pipe is one file"):
         join("pipe:cat x", "y.tar")
-
-
-def test_expand(folder):
-    assert expand("https://h/x-{008..010}.tar") == [f"https://h/x-{number}.tar" for number in ("008", "009", "010")]
-    assert expand("s3://b/{a,b}-{0..1}.tar") == [f"s3://b/{name}.tar" for name in ("a-0", "a-1", "b-0", "b-1")]
-    assert expand(f"{folder}/{{c,a}}.tar") == [f"{folder}/c.tar", f"{folder}/a.tar"]
-    assert expand(f"{folder}/[a-c].*") == [f"{folder}/{name}.tar" for name in "abc"]
-    assert expand("https://h/x.tar?a=*") == ["https://h/x.tar?a=*"]
-    assert expand("pipe:cat *.tar") == ["pipe:cat *.tar"]
-    (folder / "odd[1].tar").touch()
-    assert expand(f"{folder}/odd[1].tar") == [f"{folder}/odd[1].tar"]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("{folder}/{{a..z}}.tar", "i.tar: no such file"),
-        ("{folder}/*.zip", "no such file"),
-        ("{folder}/{{a", "no such file|braces do not match"),
-        ("s3://b/*.tar", "for local folders only"),
-        ("https://h/{{0..99999999}}", "more than"),
-    ],
-)
-def test_patterns_that_match_nothing(folder, pattern, message):
-    with pytest.raises(DataError, match=message):
-        expand(pattern.format(folder=folder))
