@@ -9,6 +9,7 @@ Decision: docs/decisions/0064-counts-of-others.md.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from maskmatch_scale.redact import is_remote, shown
 _ENERGON_INFO = (".nv-meta/.info.json", ".nv-meta/.info.yaml")
 _ENERGON_SPLIT = (".nv-meta/split.yaml", ".nv-meta/split.json")
 _SIZES = "sizes.json"
+_NOTE = re.compile(r"(\d+)_stats\.json")
 _NAMES = (INDEX_NAME, *_ENERGON_INFO, _SIZES)
 _THREADS = 16
 """They wait for a disk on a network, which may take a millisecond a file."""
@@ -161,15 +163,17 @@ def _of_img2dataset(folder: Path) -> ShardIndex | None:
     with os.scandir(folder) as entries:
         names = {entry.name for entry in entries}
     tars = sorted(name for name in names if name.endswith(".tar") and not name.startswith("."))
-    counted = [tar for tar in tars if foreign.stats_name(tar) in names]
-    if not counted:
+    uncounted = [tar for tar in tars if foreign.stats_name(tar) not in names]
+    if len(uncounted) == len(tars):
         return None
-    if len(counted) < len(tars):
-        tar = next(tar for tar in tars if tar not in set(counted))
+    if uncounted:
         raise DataError(
-            f"{folder / tar}: no {foreign.stats_name(tar)} beside it says how many samples it has; if its download "
-            f"was interrupted, run img2dataset again; `maskmatch shards index '{folder}/*.tar' OUT` counts them"
+            f"{folder / uncounted[0]}: no {foreign.stats_name(uncounted[0])} beside it says how many samples it has; "
+            f"run img2dataset again if it was interrupted, or count them: `maskmatch shards index '{folder}/*.tar' OUT`"
         )
+    noted = (match[1] for match in map(_NOTE.fullmatch, sorted(names)) if match is not None)
+    if lost := next((number for number in noted if f"{number}.tar" not in names), None):
+        raise DataError(f"{folder / lost}_stats.json: there is no {lost}.tar beside it; fetch it, or remove this file")
     rows = [{"file": tar, "samples": None} for tar in tars]
     where = str(folder)
     return _sized(where, "img2dataset", _counted(where, rows), where)

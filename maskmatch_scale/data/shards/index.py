@@ -119,8 +119,8 @@ class ShardTable(Sequence[ShardEntry]):
             raise ValueError(_first_fault(rows))
         self._files = _Texts(files)
         self._etags = _Texts(encoded) if any(encoded) else None
-        self._digests = digests
         self._has_digest: NDArray[np.bool_] = np.array([digest is not None for digest in hexes], dtype=np.bool_)
+        self._digests = digests if self._has_digest.any() else b""
         self.starts: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.samples)])
         """int64 (shards + 1,): number in the stream of the first sample of each shard; last, the number of samples."""
 

@@ -107,6 +107,7 @@ I2D, ENERGON = foreign_shards.img2dataset, foreign_shards.energon
     ("layout", "message"),
     [
         (break_file(I2D, "00001_stats.json", None), r"00001\.tar: no 00001_stats\.json beside it"),
+        (break_file(I2D, "00001.tar", None), r"00001_stats\.json: there is no 00001\.tar"),
         (break_file(I2D, "00001_stats.json", b"{"), r"00001_stats\.json: not JSON"),
         (break_file(I2D, "00001_stats.json", b"{}"), r"00001_stats\.json: no key `successes`"),
         (break_file(I2D, "00001_stats.json", b'{"successes": "5"}'), r"successes: '5' is not a number"),
