@@ -101,7 +101,10 @@ def show(
 def index_command(
     patterns: Annotated[
         list[str],
-        typer.Argument(metavar="PATTERN… OUT", help="Patterns of shards without labels, and last the folder to write."),
+        typer.Argument(
+            metavar="PATTERN… OUT",
+            help="Shards without labels: patterns, folders with an index of any kind, lists; last the folder to write.",
+        ),
     ],
     labelled: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Shards with label maps. Can be given several times.")
@@ -123,16 +126,25 @@ def index_command(
     rescan: Annotated[
         bool, typer.Option("--rescan", help="Look at all shards again, also at those of an earlier call.")
     ] = False,
+    scan: Annotated[
+        bool,
+        typer.Option("--scan", help="Open every shard, also those whose samples an index says: counts and checksums."),
+    ] = False,
+    add: Annotated[
+        bool, typer.Option("--add", help="Keep the streams of the index that is there, and append to them.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: the cores.")] = None,
     cache_dir: _CacheDir = None,
     allow_pipe: _AllowPipe = False,
 ) -> None:
-    """Write an index for existing shards, with counts and checksums.
+    """Write an index for existing shards, and a wids list of each stream.
 
-    If interrupted, it continues where it stopped. Called again with more shards, it looks only at the new ones.
+    Shards are opened for counts and checksums, unless an index or a note of another tool says how many samples they
+    have (img2dataset, wids, Energon, open_clip). If interrupted, it continues where it stopped. Called again with more
+    shards, it looks only at the new ones.
     """
     from maskmatch_scale.data.shards.reading import fetch_options
-    from maskmatch_scale.data.tools.survey import survey
+    from maskmatch_scale.data.tools.survey import Meaning, survey
     from maskmatch_scale.data.writing.sources.classes import load_classes
 
     *unlabelled, out = patterns
@@ -145,7 +157,7 @@ def index_command(
         streams["unlabelled"] = unlabelled
     if not streams:
         raise UserError("no shards: give patterns and then the folder to write to, e.g. 'shards/{000..127}.tar' data/x")
-    if with_labels and classes is None:
+    if with_labels and classes is None and not add:
         raise UserError("labelled shards: --classes FILE must say what the label values mean")
     named = load_classes(classes) if classes else None
     index = survey(
@@ -153,10 +165,12 @@ def index_command(
         with_labels,
         Path(out),
         fetch_options(_data(out, cache_dir, allow_pipe)),
-        classes=named.names if named else (),
-        palette=named.palette if named else (),
-        ignore_index=ignore_index,
+        Meaning(tuple(named.names), tuple(named.palette), ignore_index)
+        if named
+        else Meaning(ignore_index=ignore_index),
         rescan=rescan,
+        scan=scan,
+        add=add,
         workers=workers,
         progress=True,
     )

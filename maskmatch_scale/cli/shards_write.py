@@ -364,6 +364,7 @@ def print_index(index: ShardIndex, root: str | Path) -> None:
         table.add_column(column, justify="left" if column == "stream" else "right")
     for name, stream in index.streams.items():
         labels = "yes" if stream.labelled else "no"
-        size = int(stream.shards.bytes.sum()) / 1e6
-        table.add_row(Text(name), labels, str(stream.samples), str(len(stream.shards)), f"{size:.1f}")
+        sizes = stream.shards.bytes
+        size = f"{int(sizes.sum()) / 1e6:.1f}" if sizes.all() else "unknown"
+        table.add_row(Text(name), labels, str(stream.samples), str(len(stream.shards)), size)
     Console().print(table)

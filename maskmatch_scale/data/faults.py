@@ -10,6 +10,7 @@ from maskmatch_scale.errors import UserError
 REASONS = (
     "shard_unreadable",  # does not exist, cannot be fetched, has wrong bytes, or is no tar
     "unreachable",  # neither its shard nor those of its replacements can be fetched: the run stops
+    "wrong_count",  # its shard holds fewer or more samples than an index says
     "truncated",  # the tar ends before the sample does
     "empty",  # a member has no bytes
     "no_image",  # no member of the sample is an image

@@ -37,7 +37,8 @@ class SourceRecipe(Section):
     """One of several sources of labelled or unlabelled samples."""
 
     root: str
-    """Shard folder: a local one, or a URL."""
+    """Shard folder: a local one, or a URL. Also an archive of img2dataset, wids, Energon or open_clip, or a list of
+    shards with their numbers of samples: see docs/streaming.md."""
     stream: str | None = None
     """Stream of its index; null = `labelled` in `data.labelled`, `unlabelled` in `data.unlabelled`."""
     name: str | None = None

@@ -7,8 +7,9 @@
         fetch(f"{server.url}/a.tar")      # 500, 500, a cut, then fine
         server.requests                   # [Request(path="a.tar", range=None, sent=0), …]
 
-It keeps HTTP/1.1 connections alive, answers ranges, and sends strong ETags, unless told otherwise. It can also be used
-as a proxy: of an absolute address it reads the path only. :class:`FaultyProxy` passes requests on to another server.
+It keeps HTTP/1.1 connections alive, answers HEAD and ranges, and sends strong ETags, unless told otherwise. It can
+also be used as a proxy: of an absolute address it reads the path only. :class:`FaultyProxy` passes requests on to
+another server.
 """
 
 from __future__ import annotations
@@ -218,6 +219,8 @@ class _Handler(BaseHTTPRequestHandler):
         ):
             self._answer(request, fault)
 
+    do_HEAD = do_GET  # noqa: N815 - as the standard library calls it
+
     def _answer(self, request: Request, fault: Fault) -> None:
         server = self.server_of_faults
         if server.closing.wait(fault.delay_s):
@@ -262,6 +265,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             headers["Content-Length"] = str(len(data) + fault.length_off_by)
         self._begin(status, {**headers, **fault.headers})
+        if self.command == "HEAD":
+            return
         self._send_body(request, fault, data)
 
     def _part(self, request: Request, etag: str) -> tuple[int, int] | None:

@@ -19,14 +19,15 @@ from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.redact import PIPE, is_remote, redacted, shown
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
+_INDEX_ENDINGS = (".json", ".txt")
 
 
 def join(root: str, file: str) -> str:
     """The location of a file that an index lists.
 
     Args:
-        root: the shard folder, or the index itself (``….json``): a path or an address. Its query (the token of a signed
-            address) is kept.
+        root: the shard folder, or the index itself (``….json``, or a list ``….txt``): a path or an address. Its query
+            (the token of a signed address) is kept.
         file: a path relative to the folder, an absolute path, or an address of its own.
 
     Raises:
@@ -36,14 +37,14 @@ def join(root: str, file: str) -> str:
         return file
     if not is_remote(root):
         folder = Path(root)
-        return str((folder.parent if folder.suffix == ".json" else folder) / file)
+        return str((folder.parent if is_index(root) else folder) / file)
     if root.startswith(PIPE):
         raise DataError(f"{shown(root)}: a pipe is one file; give {file!r} a pipe of its own in the index")
     address, query = cut_query(root) if is_http(root) else (root, "")
     scheme = _SCHEME.match(address)
     assert scheme is not None
     path = address[scheme.end() :].rstrip("/")
-    if path.endswith(".json"):
+    if is_index(path):
         path = path.rpartition("/")[0]
     if is_http(root):
         file = quote(file)
@@ -53,6 +54,11 @@ def join(root: str, file: str) -> str:
     else:
         path = f"{path}/{file}"
     return scheme.group() + path + query
+
+
+def is_index(root: str) -> bool:
+    """Whether a root, without query, is an index or a list of shards and not a folder, by its name."""
+    return root.endswith(_INDEX_ENDINGS)
 
 
 def scrubbed(text: str, url: str) -> str:

@@ -3,7 +3,8 @@
 ::
 
     sha256-<hex>              a whole file, named by its checksum …
-    url-<hex>                 … or, where no checksum is known, by a hash of its address
+    url-<hex>                 … or, where no checksum is known, by a hash of its address and ETag; the checksum of what
+                              was fetched is an extended attribute of the file, if the disk can have those
     .<name>.<random>.part     a file that is being fetched; it has its final size at once, so that its room is counted
     .<name>.lock              locked by the process that fetches the file
     .<name>.failed            why it could not be fetched, for the processes that waited for it
@@ -39,6 +40,7 @@ _SILENT_S = 600.0
 """Without locks, a partial file that was not written to for so long is taken for abandoned."""
 _POLL_S = 0.1
 _BLOCK = 1 << 20
+_DIGEST_ATTRIBUTE = "user.maskmatch.sha256"
 
 
 class NoRoom(Exception):  # noqa: N818 - not an error: the fetch gives up its room and begins again with more
@@ -104,11 +106,19 @@ class CacheFolder:
         except OSError:
             return None
 
-    def drop_if_damaged(self, name: str, sha256: str) -> bool:
-        """Compare the bytes of a file with their hex digest, and drop it if they differ; returns whether it was."""
+    def drop_if_damaged(self, name: str, sha256: str | None) -> bool:
+        """Compare the bytes of a file with their hex digest, and drop it if they differ; returns whether it was.
+
+        Args:
+            name: of the file.
+            sha256: hex digest; None: that of the bytes that were fetched. A file that has none is not dropped.
+        """
         digest = hashlib.sha256()
         try:
             with FileIO(self.path / name) as file:
+                sha256 = sha256 or _fetched_digest(file)
+                if sha256 is None:
+                    return False
                 while block := file.read(_BLOCK):
                     digest.update(block)
             damaged = digest.hexdigest() != sha256.lower()
@@ -272,14 +282,16 @@ class PartialFile:
             self._file.seek(at)
             self._file.write(block)
 
-    def keep(self, size: int) -> FileIO:
-        """Make the first ``size`` bytes the whole file, and open it.
+    def keep(self, size: int, sha256: str) -> FileIO:
+        """Make the first ``size`` bytes, whose hex digest is given, the whole file, and open it.
 
         Its bytes are on the disk before it has its name: after a power cut a file may otherwise have its size, but
         zeros in place of what it held. It is opened before it has its name, so that nobody can drop it in between.
         """
         with _explained(self._folder.path):
             self._file.truncate(size)  # also flushes
+            with suppress(OSError):  # not every disk has extended attributes
+                os.setxattr(self._file.fileno(), _DIGEST_ATTRIBUTE, sha256.encode())
             os.fsync(self._file.fileno())
             file = FileIO(self._path)
             try:
@@ -296,6 +308,14 @@ class PartialFile:
         file_locks.release(self._file.fileno(), close=False)
         with suppress(OSError):  # bytes that could not be flushed to a full disk
             self._file.close()
+
+
+def _fetched_digest(file: FileIO) -> str | None:
+    """Hex digest of what was fetched; None if the disk could not note it."""
+    try:
+        return os.getxattr(file.fileno(), _DIGEST_ATTRIBUTE).decode()
+    except OSError:
+        return None
 
 
 def _is_abandoned(path: str, modified: float) -> bool:

@@ -33,9 +33,10 @@ def fetch(
     sha256: str | None,
     options: FetchOptions,
     *,
+    etag: str | None = None,
     patience_s: float = math.inf,
     tried: Callable[[], None] = lambda: None,
-) -> int:
+) -> tuple[int, str]:
     """Fetch a whole file.
 
     Args:
@@ -44,11 +45,12 @@ def fetch(
         size: the bytes that it must have, or None if that is not known.
         sha256: the hex digest that it must have, or None if that is not known.
         options: time-outs and tries.
+        etag: the strong ETag that it must have, if its server gives one; None if that is not known.
         patience_s: when no byte has come for so many seconds, over all tries, there is no other try.
         tried: called after every try that failed.
 
     Returns:
-        Its size in bytes.
+        Its size in bytes, and the hex SHA-256 of its bytes.
 
     Raises:
         NotFetched: all tries failed, or one failed in a way that no other try can mend. The message names the address,
@@ -56,7 +58,7 @@ def fetch(
         DataError: a library is missing, or the sink raised it.
     """
     get = _protocol(url).get
-    transfer = Transfer(url, sink, size, sha256, options.timeout_s)
+    transfer = Transfer(url, sink, size, sha256, options.timeout_s, etag)
     for attempt in itertools.count(1):
         left_s = patience_s - (time.monotonic() - transfer.advanced_at)
         transfer.timeout_s = min(options.timeout_s, max(left_s, _SHORTEST_TRY_S))
@@ -69,15 +71,10 @@ def fetch(
             tried()
             left_s = patience_s - (time.monotonic() - transfer.advanced_at)
             if error.final or attempt >= options.attempts or left_s <= 0:
-                tries = "once" if attempt == 1 else f"{attempt} times"
-                raise NotFetched(
-                    f"{shown(url)}: tried {tries} and failed: {scrubbed(str(error), url)}; "
-                    f"{error.advice or 'check the network and the server, or try later'}",
-                    may_pass=not error.final,
-                ) from None
+                raise _given_up(url, attempt, error) from None
             pause = min(max(_backoff(attempt, options.timeout_s), error.wait_s), left_s)
         time.sleep(pause)
-    return transfer.received
+    return transfer.received, transfer.digest
 
 
 def _protocol(url: str) -> ModuleType:
@@ -94,13 +91,49 @@ def read_bytes(url: str, options: FetchOptions) -> bytes:
     Raises:
         DataError: it cannot be fetched; names the address, the tries, the last failure, and what to do.
     """
-    pipe.refuse_pipe(url, options)
-    memory = _Memory(url)
     try:
-        size = fetch(url, memory, None, None, options)
+        return fetch_bytes(url, options)
     except NotFetched as error:
         raise DataError(str(error)) from None
+
+
+def fetch_bytes(url: str, options: FetchOptions) -> bytes:
+    """As :func:`read_bytes`, for those who must know whether there is no such file.
+
+    Raises:
+        NotFetched: it cannot be fetched; its `may_pass` says whether it may be later.
+    """
+    pipe.refuse_pipe(url, options)
+    memory = _Memory(url)
+    size, _ = fetch(url, memory, None, None, options)
     return bytes(memory.data[:size])
+
+
+def ask_size(url: str, options: FetchOptions) -> tuple[int | None, str | None]:
+    """Size in bytes and strong ETag of a file, without fetching it; None for what is not said.
+
+    Only HTTP servers are asked.
+
+    Raises:
+        NotFetched: there is no such file, or its server does not answer.
+    """
+    for attempt in itertools.count(1) if is_http(url) else ():
+        try:
+            return http.head(url, options.timeout_s)
+        except TransferError as error:
+            if error.final or attempt >= options.attempts:
+                raise _given_up(url, attempt, error) from None
+            time.sleep(max(_backoff(attempt, options.timeout_s), error.wait_s))
+    return None, None
+
+
+def _given_up(url: str, attempt: int, error: TransferError) -> NotFetched:
+    tries = "once" if attempt == 1 else f"{attempt} times"
+    return NotFetched(
+        f"{shown(url)}: tried {tries} and failed: {scrubbed(str(error), url)}; "
+        f"{error.advice or 'check the network and the server, or try later'}",
+        may_pass=not error.final,
+    )
 
 
 class _Memory:

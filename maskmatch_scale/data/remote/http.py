@@ -6,6 +6,7 @@ import email.utils
 import os
 import re
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from urllib.parse import unquote
 from urllib.request import getproxies, proxy_bypass
@@ -17,13 +18,15 @@ from maskmatch_scale.data.remote.transfer import Transfer, TransferError
 _BLOCK = 1 << 20
 _LONGEST_RETRY_AFTER_S = 60.0
 _REDIRECTS = 5
-_CONNECTIONS = 8
+_CONNECTIONS = 32
 _STATUS_ADVICE = {
     401: "it needs a user and a password (https://user:password@…) or a signed address",
     403: "no permission, or a signed address has expired",
     404: "check the address, and that the index belongs to this folder",
     410: "check the address, and that the index belongs to this folder",
 }
+_NO_HEAD = (400, 401, 403, 405, 501)
+"""Statuses by which servers refuse HEAD: an address that is signed for GET is not for HEAD."""
 _MAY_PASS = (408, 425, 429)
 """Statuses 4xx after which another try may succeed."""
 
@@ -38,29 +41,12 @@ def get(transfer: Transfer) -> None:
     Raises:
         TransferError: the try has failed.
     """
-    # No compressed answers: their lengths and ranges would not be those of the file.
-    headers = {"Accept-Encoding": "identity", "User-Agent": "maskmatch_scale"}
+    headers = {}
     if transfer.received:
         headers["Range"] = f"bytes={transfer.received}-"
         if transfer.version is not None:
             headers["If-Range"] = transfer.version
-    try:
-        address = urllib3.util.parse_url(transfer.url)
-        if address.auth:
-            headers |= urllib3.util.make_headers(basic_auth=unquote(address.auth))
-        response = _pool(address).request(
-            "GET",
-            address._replace(auth=None, fragment=None).url,
-            headers=headers,
-            preload_content=False,
-            timeout=urllib3.Timeout(connect=transfer.timeout_s, read=transfer.timeout_s),
-            # urllib3 follows redirects but makes no further tries: only our own tries know which bytes have arrived.
-            retries=urllib3.Retry(
-                _REDIRECTS, connect=0, read=0, status=0, other=0, redirect=_REDIRECTS, respect_retry_after_header=False
-            ),
-        )
-    except urllib3.exceptions.HTTPError as error:
-        raise _transfer_error(error, transfer.timeout_s) from None
+    response = _request("GET", transfer.url, headers, transfer.timeout_s)
     whole = False
     try:
         _check_head(transfer, response)
@@ -72,6 +58,44 @@ def get(transfer: Transfer) -> None:
             response.release_conn()
         else:
             response.close()  # the next request must not read what is left of this answer
+
+
+def head(url: str, timeout_s: float) -> tuple[int | None, str | None]:
+    """Size in bytes and strong ETag of a file, as its server says by HEAD; None for what it does not say.
+
+    Raises:
+        TransferError: the try has failed, or there is no such file.
+    """
+    response = _request("HEAD", url, {}, timeout_s)
+    response.release_conn()
+    status, length = response.status, response.headers.get("Content-Length", "")
+    if status == 200:
+        return int(length) if length.isdecimal() and int(length) else None, _strong_etag(response.headers)
+    if status in _NO_HEAD:
+        return None, None
+    raise _refused(response)
+
+
+def _request(method: str, url: str, headers: Mapping[str, str], timeout_s: float) -> urllib3.BaseHTTPResponse:
+    # No compressed answers: their lengths and ranges would not be those of the file.
+    headers = {"Accept-Encoding": "identity", "User-Agent": "maskmatch_scale", **headers}
+    try:
+        address = urllib3.util.parse_url(url)
+        if address.auth:
+            headers |= urllib3.util.make_headers(basic_auth=unquote(address.auth))
+        return _pool(address).request(
+            method,
+            address._replace(auth=None, fragment=None).url,
+            headers=headers,
+            preload_content=False,
+            timeout=urllib3.Timeout(connect=timeout_s, read=timeout_s),
+            # urllib3 follows redirects but makes no further tries: only our own tries know which bytes have arrived.
+            retries=urllib3.Retry(
+                _REDIRECTS, connect=0, read=0, status=0, other=0, redirect=_REDIRECTS, respect_retry_after_header=False
+            ),
+        )
+    except urllib3.exceptions.HTTPError as error:
+        raise _transfer_error(error, timeout_s) from None
 
 
 def _pool(address: urllib3.util.Url) -> urllib3.PoolManager:
@@ -103,17 +127,26 @@ def _check_head(transfer: Transfer, response: urllib3.BaseHTTPResponse) -> None:
         with suppress(KeyError, ValueError):
             total = int(headers["Content-Length"])
             transfer.expect(total)
-        version = headers.get("ETag", "")
-        transfer.version = version if version.startswith('"') else None  # W/"…" may stand for different bytes
+        transfer.expect_version(_strong_etag(headers))
     else:
         if status in (206, 416):
             transfer.restart()
-        raise TransferError(
-            f"HTTP {status} {response.reason or ''}".strip(),
-            _STATUS_ADVICE.get(status, ""),
-            final=300 <= status < 500 and status not in (*_MAY_PASS, 416),
-            wait_s=_retry_after(headers.get("Retry-After", "")),
-        )
+        raise _refused(response)
+
+
+def _refused(response: urllib3.BaseHTTPResponse) -> TransferError:
+    status = response.status
+    return TransferError(
+        f"HTTP {status} {response.reason or ''}".strip(),
+        _STATUS_ADVICE.get(status, ""),
+        final=300 <= status < 500 and status not in (*_MAY_PASS, 416),
+        wait_s=_retry_after(response.headers.get("Retry-After", "")),
+    )
+
+
+def _strong_etag(headers: Mapping[str, str]) -> str | None:
+    etag = headers.get("ETag", "")
+    return etag if etag.startswith('"') else None  # W/"…" may stand for different bytes
 
 
 def _content_range(value: str) -> tuple[int | None, int | None]:

@@ -26,7 +26,7 @@ def get(transfer: Transfer) -> None:
     try:
         with reading(transfer.url, transfer.received, transfer.version, transfer.timeout_s) as body:
             transfer.expect(body.size)
-            transfer.version = body.version
+            transfer.expect_version(body.version)
             for block in body.blocks:
                 transfer.write(block)
     except TransferError as error:

@@ -56,9 +56,10 @@ NOTHING = Fetched()
 class ShardCache:
     """Remote files, kept in a bounded folder that the processes of a machine share.
 
-    A file with a checksum is kept under its checksum, whatever its address. One without is kept under its address, and
-    is not fetched again while it is there: if what an address holds changes, the file needs a checksum. Several threads
-    may use one object. A pickled or forked copy knows nothing of the prefetches of the original.
+    A file with a checksum is kept under its checksum, whatever its address. One without is kept under its address and
+    ETag, and is not fetched again while it is there: if what an address holds changes, the file needs one of the two,
+    or another size. Several threads may use one object. A pickled or forked copy knows nothing of the prefetches of the
+    original.
 
     Args:
         options: folder and bound of the cache, and how files are fetched.
@@ -75,7 +76,7 @@ class ShardCache:
     def __reduce__(self) -> tuple[object, ...]:
         return ShardCache, (self.options,)
 
-    def fetch(self, url: str, size: int | None = None, sha256: str | None = None) -> Path:
+    def fetch(self, url: str, size: int | None = None, sha256: str | None = None, etag: str | None = None) -> Path:
         """The path of a local file with these bytes.
 
         Where the cache is full, another process may drop the file at any time; :meth:`open` is safe from that.
@@ -84,11 +85,17 @@ class ShardCache:
             BadSample: see :meth:`open`.
             DataError: see :meth:`open`.
         """
-        self.open(url, size, sha256).close()
-        return self._folder.path / _name(url, sha256)
+        self.open(url, size, sha256, etag).close()
+        return self._folder.path / _name(url, sha256, etag)
 
     def open(
-        self, url: str, size: int | None = None, sha256: str | None = None, *, patience_s: float = math.inf
+        self,
+        url: str,
+        size: int | None = None,
+        sha256: str | None = None,
+        etag: str | None = None,
+        *,
+        patience_s: float = math.inf,
     ) -> FileIO:
         """Open the file for reading, and fetch it first if it is not there.
 
@@ -98,6 +105,7 @@ class ShardCache:
             url: an address (:func:`~maskmatch_scale.data.remote.address.is_remote`).
             size: its bytes, if known; compared with what is fetched and with what is in the cache.
             sha256: its hex digest, if known; compared with what is fetched.
+            etag: its strong ETag, if known; compared where its server gives one.
             patience_s: seconds in which no byte of it comes, over all tries, before it is given up. 0: it is not
                 fetched.
 
@@ -108,7 +116,7 @@ class ShardCache:
                 is missing.
         """
         refuse_pipe(url, self.options)
-        name = _name(url, sha256)
+        name = _name(url, sha256, etag)
         file = self._folder.open(name, size)
         if file is None:
             if patience_s <= 0:
@@ -122,7 +130,7 @@ class ShardCache:
                 file = self._folder.open(name, size)
                 if file is None:
                     self._raise_failure_of_others(name, asked_at)
-                    file = self._fetch(name, url, size, sha256, patience_s)
+                    file = self._fetch(name, url, size, sha256, etag, patience_s)
                 else:
                     self._here().arrivals += 1
         return file
@@ -132,21 +140,24 @@ class ShardCache:
         """How many files have come since this process began; both those that it fetched and those it waited for."""
         return self._here().arrivals
 
-    def inode(self, url: str, sha256: str) -> int | None:
+    def inode(self, url: str, sha256: str | None, etag: str | None = None) -> int | None:
         """The inode of the file, which tells it from one that takes its place; None if it is not there."""
-        return self._folder.inode(_name(url, sha256))
+        return self._folder.inode(_name(url, sha256, etag))
 
-    def drop_if_damaged(self, url: str, sha256: str) -> bool:
-        """Compare the file that is there with its checksum, and drop it if they differ; returns whether it was."""
-        damaged = self._folder.drop_if_damaged(_name(url, sha256), sha256)
+    def drop_if_damaged(self, url: str, sha256: str | None, etag: str | None = None) -> bool:
+        """Compare the file that is there with its checksum, and drop it if they differ; returns whether it was.
+
+        Without a checksum it is compared with what was fetched.
+        """
+        damaged = self._folder.drop_if_damaged(_name(url, sha256, etag), sha256)
         if damaged:
             self._count(Fetched(damaged=1))
         return damaged
 
-    def are_here(self, checksums: Iterable[str]) -> list[int]:
-        """The numbers of those checksums whose files are in the cache."""
+    def are_here(self, files: Iterable[tuple[str, str | None, str | None]]) -> list[int]:
+        """The numbers of those files that are in the cache, of which address, checksum and ETag are given."""
         names = self._folder.names()
-        return [number for number, sha256 in enumerate(checksums) if _name("", sha256) in names]
+        return [number for number, file in enumerate(files) if _name(*file) in names]
 
     def take_figures(self) -> Fetched:
         """What was fetched by this object in this process since the last call."""
@@ -177,9 +188,9 @@ class ShardCache:
 
     def forget(self, url: str) -> None:
         """Drop a file that is kept under its address, so that it is fetched again."""
-        (self._folder.path / _name(url, None)).unlink(missing_ok=True)
+        (self._folder.path / _name(url, None, None)).unlink(missing_ok=True)
 
-    def prefetch(self, url: str, size: int | None = None, sha256: str | None = None) -> bool:
+    def prefetch(self, url: str, size: int | None = None, sha256: str | None = None, etag: str | None = None) -> bool:
         """Begin to fetch, in the background, a file that will be needed. Never raises and never waits.
 
         A file that another process is fetching is left to that process.
@@ -188,7 +199,7 @@ class ShardCache:
             Whether the file is there or will be. False: this process has four prefetches under way; ask again later.
         """
         with suppress(Exception):
-            here, name = self._here(), _name(url, sha256)
+            here, name = self._here(), _name(url, sha256, etag)
             if (self._folder.path / name).exists() or (url.startswith(PIPE) and not self.options.allow_pipe):
                 return True
             with here.lock:
@@ -200,33 +211,44 @@ class ShardCache:
             try:
                 # A daemon thread: a run that ends does not wait for it. Other processes remove its partial file.
                 threading.Thread(
-                    target=self._prefetch, args=(here, name, url, size, sha256), name="prefetch", daemon=True
+                    target=self._prefetch, args=(here, name, url, size, sha256, etag), name="prefetch", daemon=True
                 ).start()
             except BaseException:
                 here.prefetching.discard(name)
                 raise
         return True
 
-    def _prefetch(self, here: _Process, name: str, url: str, size: int | None, sha256: str | None) -> None:
+    def _prefetch(
+        self, here: _Process, name: str, url: str, size: int | None, sha256: str | None, etag: str | None
+    ) -> None:
         # A failure is not reported here. Whoever needs the file tries again, and reports the failure then.
         try:
             with suppress(Exception), here.turns, self._folder.only_one(name, patience_s=0) as mine:
                 if mine and not (self._folder.path / name).exists():
-                    self._fetch(name, url, size, sha256, math.inf).close()
+                    self._fetch(name, url, size, sha256, etag, math.inf).close()
         finally:
             here.prefetching.discard(name)
 
-    def _fetch(self, name: str, url: str, size: int | None, sha256: str | None, patience_s: float) -> FileIO:
+    def _fetch(
+        self, name: str, url: str, size: int | None, sha256: str | None, etag: str | None, patience_s: float
+    ) -> FileIO:
         """Fetch a file that is not there, and open it. Call it inside ``only_one``."""
         room = size if size is not None else min(_FIRST_ROOM, self.options.limit_bytes)
         began = time.monotonic()
         while True:
             with self._folder.begin(name, room) as partial:
                 try:
-                    received = fetch(
-                        url, partial, size, sha256, self.options, patience_s=patience_s, tried=self._count_failed_try
+                    received, digest = fetch(
+                        url,
+                        partial,
+                        size,
+                        sha256,
+                        self.options,
+                        etag=etag,
+                        patience_s=patience_s,
+                        tried=self._count_failed_try,
                     )
-                    file = partial.keep(received)
+                    file = partial.keep(received, digest)
                 except NoRoom as error:
                     room = error.wanted
                     continue
@@ -262,6 +284,9 @@ class _Process:
     turns: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_PREFETCHES_AT_ONCE))
 
 
-def _name(url: str, sha256: str | None) -> str:
+def _name(url: str, sha256: str | None, etag: str | None) -> str:
     """Name of a file in the cache folder."""
-    return f"sha256-{sha256.lower()}" if sha256 is not None else f"url-{hashlib.sha256(url.encode()).hexdigest()}"
+    if sha256 is not None:
+        return f"sha256-{sha256.lower()}"
+    version = url if etag is None else f"{url}\n{etag}"
+    return f"url-{hashlib.sha256(version.encode()).hexdigest()}"

@@ -85,10 +85,14 @@ class Transfer:
         size: the bytes that it must have, or None if that is not known.
         sha256: the hex digest that it must have, or None if that is not known.
         timeout_s: seconds; see :class:`FetchOptions`.
+        etag: the strong ETag that it must have, or None if that is not known; looked at where a source says one.
     """
 
-    def __init__(self, url: str, sink: Sink, size: int | None, sha256: str | None, timeout_s: float) -> None:
+    def __init__(
+        self, url: str, sink: Sink, size: int | None, sha256: str | None, timeout_s: float, etag: str | None = None
+    ) -> None:
         self.url, self.timeout_s = url, timeout_s
+        self._etag = etag
         self.advanced_at = time.monotonic()
         """When bytes came last, not counting those that trickle."""
         self._sink, self._size, self._sha256 = sink, size, sha256
@@ -122,6 +126,26 @@ class Transfer:
         self._total = total
         self._sink.resize(total)
 
+    def expect_version(self, etag: str | None) -> None:
+        """Note the strong ETag of the file, as the source says; None: it says none.
+
+        Raises:
+            TransferError: another one is expected.
+        """
+        self.version = etag
+        if self._etag is not None and etag is not None and etag != self._etag:
+            self.restart()
+            raise TransferError(
+                f"its ETag is {etag} where the index says {self._etag}",
+                "the file has changed: index it again (`maskmatch shards index … --rescan`)",
+                final=True,
+            )
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of what has arrived."""
+        return self._digest.hexdigest()
+
     def write(self, block: bytes) -> None:
         """Take the next bytes of the file.
 
@@ -152,6 +176,6 @@ class Transfer:
         """
         if self._total is not None and self.received < self._total:
             raise TransferError(f"cut after {self.received} of {self._total} bytes")
-        if self._sha256 is not None and self._digest.hexdigest() != self._sha256.lower():
+        if self._sha256 is not None and self.digest != self._sha256.lower():
             self.restart()
             raise TransferError("its bytes are not those the index has the checksum of", _OTHER_BYTES)

@@ -11,10 +11,13 @@ A stream is a named list of shards. In memory the list is kept in columns. So a 
 memory (a few hundred in the file), which matters for a million shards, and forked loader processes share that memory.
 
 Decision: docs/decisions/0001-random-access-to-shards.md.
+Decision: docs/decisions/0064-counts-of-others.md.
 """
 
 from __future__ import annotations
 
+import builtins
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +28,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.redact import shown
 
 INDEX_NAME = "index.json"
 FORMAT = 1
@@ -41,8 +45,37 @@ class ShardEntry(_Frozen):
     file: str
     """Path relative to the index, absolute path, or address."""
     samples: int = Field(ge=1)
-    bytes: int = Field(ge=1)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    bytes: int | None = Field(default=None, ge=1)
+    """Its size; None = not known."""
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Hex digest of its bytes; None = not known."""
+    etag: str | None = Field(default=None, min_length=1)
+    """Strong ETag that its server gave; None = not known."""
+
+
+_FIELDS = frozenset(ShardEntry.model_fields)
+
+
+class _Texts:
+    """A column of texts in one piece of memory.
+
+    Args:
+        texts: UTF-8.
+    """
+
+    def __init__(self, texts: Sequence[bytes]) -> None:
+        self.joined = b"".join(texts)
+        self._ends = np.cumsum(np.array([len(text) for text in texts], dtype=np.int64))
+
+    def __getitem__(self, number: int) -> str:
+        start = int(self._ends[number - 1]) if number else 0
+        return self.joined[start : int(self._ends[number])].decode()
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for end in self._ends.tolist():
+            yield self.joined[start:end].decode()
+            start = end
 
 
 class ShardTable(Sequence[ShardEntry]):
@@ -58,29 +91,36 @@ class ShardTable(Sequence[ShardEntry]):
     samples: NDArray[np.int64]
     """int64 (shards,): samples per shard."""
     bytes: NDArray[np.int64]
-    """int64 (shards,): bytes per shard."""
+    """int64 (shards,): bytes per shard; 0 where they are not known."""
 
     def __init__(self, entries: Iterable[Mapping[str, Any] | ShardEntry]) -> None:
         rows = [entry.model_dump() if isinstance(entry, ShardEntry) else entry for entry in entries]
         try:
             files = [row["file"].encode() for row in rows]
             self.samples = np.array([row["samples"] for row in rows], dtype=np.int64)
-            self.bytes = np.array([row["bytes"] for row in rows], dtype=np.int64)
-            digests = b"".join([bytes.fromhex(row["sha256"]) for row in rows])
+            sizes = [row.get("bytes") for row in rows]
+            self.bytes = np.array([0 if size is None else size or -1 for size in sizes], dtype=np.int64)
+            hexes = [row.get("sha256") for row in rows]
+            digests = b"".join([bytes(_SHA256_BYTES) if digest is None else bytes.fromhex(digest) for digest in hexes])
+            etags = [row.get("etag") for row in rows]
+            encoded = [b"" if etag is None else etag.encode() for etag in etags]
             well_formed = (
                 len(digests) == _SHA256_BYTES * len(rows)
-                and all(len(row) == 4 for row in rows)
-                and bool((self.samples >= 1).all() and (self.bytes >= 1).all())
+                and all(row.keys() <= _FIELDS for row in rows)
+                and bool((self.samples >= 1).all() and (self.bytes >= 0).all())
                 and all(files)
+                and "" not in etags
+                and all(isinstance(row["samples"], int) for row in rows)
+                and all(size is None or isinstance(size, int) for size in sizes)
             )
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
             well_formed = False
         if not well_formed:
             raise ValueError(_first_fault(rows))
-        self._names = b"".join(files)
-        self._ends = np.cumsum(np.array([len(file) for file in files], dtype=np.int64))
-        self.digests = digests
-        """The SHA-256 of all shards, 32 bytes each."""
+        self._files = _Texts(files)
+        self._etags = _Texts(encoded) if any(encoded) else None
+        self._has_digest: NDArray[np.bool_] = np.array([digest is not None for digest in hexes], dtype=np.bool_)
+        self._digests = digests if self._has_digest.any() else b""
         self.starts: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.samples)])
         """int64 (shards + 1,): number in the stream of the first sample of each shard; last, the number of samples."""
 
@@ -90,22 +130,48 @@ class ShardTable(Sequence[ShardEntry]):
 
     def file(self, number: int) -> str:
         """File of shard ``number``, as it is in the index."""
-        start = int(self._ends[number - 1]) if number else 0
-        return self._names[start : int(self._ends[number])].decode()
+        return self._files[number]
 
     @property
     def has_addresses(self) -> bool:
         """Whether some file may be an address and not a path: it has a colon."""
-        return b":" in self._names
+        return b":" in self._files.joined
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, number within it) of a sample, from its number in the stream."""
         shard = int(self.starts.searchsorted(sample, side="right")) - 1
         return shard, sample - int(self.starts[shard])
 
-    def sha256(self, number: int) -> str:
-        """Hex digest of shard ``number``."""
-        return self.digests[number * _SHA256_BYTES : (number + 1) * _SHA256_BYTES].hex()
+    def size(self, number: int) -> int | None:
+        """Bytes of shard ``number``; None = not known."""
+        return int(self.bytes[number]) or None
+
+    def sha256(self, number: int) -> str | None:
+        """Hex digest of shard ``number``; None = not known."""
+        if not self._has_digest[number]:
+            return None
+        return self._digests[number * _SHA256_BYTES : (number + 1) * _SHA256_BYTES].hex()
+
+    def etag(self, number: int) -> str | None:
+        """Strong ETag of shard ``number``; None = not known."""
+        return (self._etags[number] or None) if self._etags is not None else None
+
+    def identities(self) -> builtins.bytes:
+        """What tells each shard from one with other bytes, 32 bytes a shard.
+
+        That is its SHA-256. Where it is not known, the name of the shard in the index, its size and its ETag stand in.
+        Secrets in an address do not count: they may be new each day.
+        """
+        if self._has_digest.all():
+            return self._digests
+        parts = []
+        for number, known in enumerate(self._has_digest.tolist()):
+            if known:
+                parts.append(self._digests[number * _SHA256_BYTES : (number + 1) * _SHA256_BYTES])
+            else:
+                facts = [shown(self.file(number)), self.size(number), self.etag(number)]
+                parts.append(hashlib.sha256(json.dumps(facts).encode()).digest())
+        return b"".join(parts)
 
     @overload
     def __getitem__(self, number: int) -> ShardEntry: ...
@@ -121,8 +187,9 @@ class ShardTable(Sequence[ShardEntry]):
         return ShardEntry.model_construct(
             file=self.file(number),
             samples=int(self.samples[number]),
-            bytes=int(self.bytes[number]),
+            bytes=self.size(number),
             sha256=self.sha256(number),
+            etag=self.etag(number),
         )
 
     def __eq__(self, other: object) -> bool:
@@ -132,19 +199,13 @@ class ShardTable(Sequence[ShardEntry]):
     __hash__ = None  # type: ignore[assignment]
 
     def as_json(self) -> list[dict[str, Any]]:
-        """The entries, as :meth:`__init__` takes them."""
-        return [
-            {"file": file, "samples": samples, "bytes": size, "sha256": self.sha256(number)}
-            for number, (file, samples, size) in enumerate(
-                zip(self._files(), self.samples.tolist(), self.bytes.tolist(), strict=True)
-            )
-        ]
-
-    def _files(self) -> Iterator[str]:
-        start = 0
-        for end in self._ends.tolist():
-            yield self._names[start:end].decode()
-            start = end
+        """The entries, as :meth:`__init__` takes them, without what is not known."""
+        entries = []
+        for number, (file, samples) in enumerate(zip(self._files, self.samples.tolist(), strict=True)):
+            optional = {"bytes": self.size(number), "sha256": self.sha256(number), "etag": self.etag(number)}
+            known = {name: value for name, value in optional.items() if value is not None}
+            entries.append({"file": file, "samples": samples, **known})
+        return entries
 
 
 def _first_fault(rows: Sequence[Any]) -> str:

@@ -23,10 +23,10 @@ from typing import Any, BinaryIO, TypeVar
 
 from maskmatch_scale.data.faults import BadSample, DataError, NotFetched
 from maskmatch_scale.data.remote.address import join
-from maskmatch_scale.data.remote.fetch import read_bytes
 from maskmatch_scale.data.remote.shard_cache import Fetched, ShardCache
 from maskmatch_scale.data.remote.transfer import FetchOptions
-from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex
+from maskmatch_scale.data.shards.finding import find_index, modified
+from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.open_files import keep_open, with_descriptors
 from maskmatch_scale.data.shards.tar import TarTable, read_table
 from maskmatch_scale.recipe import DataRecipe
@@ -70,7 +70,7 @@ def fetch_options(data: DataRecipe) -> FetchOptions:
 
 
 def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False) -> ShardIndex:
-    """Read the index of a shard folder.
+    """Read the index of a shard folder, ours or one that others wrote (:mod:`maskmatch_scale.data.shards.finding`).
 
     A remote one is fetched once by each process: during a run its shards must stay as they are.
 
@@ -83,16 +83,15 @@ def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False
         DataError: there is none, it cannot be fetched, or it does not parse.
     """
     if not is_remote(root):
-        return _local_index(root, _modified(root))
-    where = root if root.partition("?")[0].endswith(".json") else join(root, INDEX_NAME)
+        return _local_index(root, modified(root))
     if fresh:
         _remote_index.cache_clear()
-    return _remote_index(where, fetch_options(data or DataRecipe(root=root)))
+    return _remote_index(root, fetch_options(data or DataRecipe(root=root)))
 
 
 @lru_cache(maxsize=8)
-def _remote_index(where: str, options: FetchOptions) -> ShardIndex:
-    return ShardIndex.parse(read_bytes(where, options), shown(where))
+def _remote_index(root: str, options: FetchOptions) -> ShardIndex:
+    return find_index(root, options)
 
 
 @dataclass(frozen=True)
@@ -122,20 +121,10 @@ class ShardOpener:
         return Path(location).open("rb")
 
 
-def _modified(root: str) -> tuple[int, int]:
-    """Modification time (ns) and size (bytes) of a local index. If one of them has changed, the index is read again."""
-    path = Path(root) if root.endswith(".json") else Path(root) / INDEX_NAME
-    try:
-        status = path.stat()
-    except OSError:
-        return 0, 0
-    return status.st_mtime_ns, status.st_size
-
-
 @lru_cache(maxsize=2)
 def _local_index(root: str, modified: tuple[int, int]) -> ShardIndex:
     """Cached, because each evaluation asks for the index, and reading one of a million shards takes seconds."""
-    return ShardIndex.load(root)
+    return find_index(root)
 
 
 @lru_cache(maxsize=4096)
@@ -211,6 +200,10 @@ class ShardStream:
         """Path or address of a shard."""
         return _place(self.root, self.shards.file(shard))[0]
 
+    def _version(self, shard: int) -> tuple[str, str | None, str | None]:
+        """Path or address, checksum and ETag of a shard, by which the cache knows it."""
+        return self.location(shard), self.shards.sha256(shard), self.shards.etag(shard)
+
     def locate(self, number: int) -> tuple[int, int]:
         """(shard, number within it) of sample ``number`` of the stream."""
         if not 0 <= number < len(self):
@@ -248,11 +241,11 @@ class ShardStream:
 
     def _may_be_mended(self, shard: int) -> bool:
         """After a fault: whether the shard should be read once more. If it is damaged it is dropped from the cache."""
-        location, sha256 = self.location(shard), self.shards.sha256(shard)
-        inode = self.cache.inode(location, sha256) if is_remote(location) else None
+        location, sha256, etag = self._version(shard)
+        inode = self.cache.inode(location, sha256, etag) if is_remote(location) else None
         if inode is None or inode == self._good.get(shard):
             return False
-        if not self.cache.drop_if_damaged(location, sha256):
+        if not self.cache.drop_if_damaged(location, sha256, etag):
             # Read again all the same: another process may have mended it since its headers were read here.
             self._good[shard] = inode
         self._tables.pop(shard, None)
@@ -268,10 +261,11 @@ class ShardStream:
         with self._opened(shard, patience_s) as file:
             table = self._table(shard, file)
             name = self.shards.file(shard)
-            if place >= len(table):
-                reason = "truncated" if table.truncated else "shard_unreadable"
-                said = f"{len(table)} samples where the index says {int(self.shards.samples[shard])}"
-                raise BadSample(reason, f"{shown(self.location(shard))}: {said}; write the shard again")
+            said = int(self.shards.samples[shard])
+            # Of a shard with more samples than the index says, the last place stands for those that are never read.
+            if place >= len(table) or (place == said - 1 and len(table) > said):
+                reason = "truncated" if table.truncated else "wrong_count"
+                raise BadSample(reason, f"{shown(self.location(shard))}: {_other_count(table, said)}")
             image, label = table.read(file, place)
         return RawSample(table.key(place), name, image, label)
 
@@ -285,14 +279,16 @@ class ShardStream:
         location = self.location(shard)
         if not is_remote(location):
             return True
-        return self.cache.prefetch(location, int(self.shards.bytes[shard]), self.shards.sha256(shard))
+        return self.cache.prefetch(
+            location, self.shards.size(shard), self.shards.sha256(shard), self.shards.etag(shard)
+        )
 
     def shards_here(self) -> list[int]:
         """The shards that can be read without fetching any."""
         local = [number for number in range(len(self.shards)) if not is_remote(self.location(number))]
         if len(local) == len(self.shards):
             return local
-        cached = self.cache.are_here(map(self.shards.sha256, range(len(self.shards))))
+        cached = self.cache.are_here(map(self._version, range(len(self.shards))))
         return sorted({*local, *cached})
 
     @property
@@ -321,9 +317,9 @@ class ShardStream:
             patience_s = 0  # it may have been fetched in the background since
         elif isinstance(known, BadSample):
             raise known
-        size, sha256 = int(self.shards.bytes[shard]), self.shards.sha256(shard)
+        size, sha256, etag = self.shards.size(shard), self.shards.sha256(shard), self.shards.etag(shard)
         try:
-            file = with_descriptors(partial(self.cache.open, location, size, sha256, patience_s=patience_s))
+            file = with_descriptors(partial(self.cache.open, location, size, sha256, etag, patience_s=patience_s))
         except NotFetched as error:
             if patience_s > 0:
                 self._keep(shard, error)  # so that it is not tried again for each of its samples
@@ -358,9 +354,7 @@ class ShardStream:
                 self._keep(shard, bad)
                 raise
             if self.strict and len(found) != said:
-                raise DataError(
-                    f"{shown(location)}: {len(found)} samples where the index says {said}; write the shard again"
-                )
+                raise DataError(f"{shown(location)}: {_other_count(found, said)}")
             self._keep(shard, found)
         assert isinstance(found, TarTable)
         self._tables.move_to_end(shard)
@@ -373,8 +367,16 @@ class ShardStream:
 
     def _check(self, shard: int) -> None:
         """Raise a DataError if a local shard does not exist or has another size than the index says."""
-        path, said = Path(self.location(shard)), int(self.shards.bytes[shard])
+        path, said = Path(self.location(shard)), self.shards.size(shard)
         if not path.is_file():
             raise DataError(f"{path}: the index names this shard but the file is not there; write the shards again")
-        if (size := path.stat().st_size) != said:
+        if said is not None and (size := path.stat().st_size) != said:
             raise DataError(f"{path}: {size} bytes where the index says {said}; write the shards again")
+
+
+def _other_count(table: TarTable, said: int) -> str:
+    """What is wrong with a shard of another number of samples than the index says, and what to do."""
+    return (
+        f"{len(table)} samples where the index says {said}; write the shard again, or index it again "
+        "(`maskmatch shards index … --scan`)"
+    )

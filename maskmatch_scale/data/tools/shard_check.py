@@ -97,10 +97,10 @@ class ShardCheck:
         try:
             with self.open_shard(entry.file) as file:
                 size, digest = _size_and_digest(file)
-                if size != entry.bytes:
+                if entry.bytes is not None and size != entry.bytes:
                     said = f"{size} bytes where the index says {entry.bytes}"
                     found("shard_unreadable", f"{entry.file}: {said}; {again}")
-                elif digest != entry.sha256:
+                elif entry.sha256 is not None and digest != entry.sha256:
                     said = "its bytes are not those the index has the checksum of"
                     found("shard_unreadable", f"{entry.file}: {said}; {again}")
                 table = read_table(file, entry.file, labelled=shard.labelled)
@@ -108,7 +108,7 @@ class ShardCheck:
                 if len(table) != entry.samples:
                     said = f"{len(table)} samples where the index says {entry.samples}"
                     why = f" ({table.damage})" if table.damage else ""
-                    reason = "truncated" if table.truncated else "shard_unreadable"
+                    reason = "truncated" if table.truncated else "wrong_count"
                     found(reason, f"{entry.file}: {said}{why}; {again}")
                 for place in range(len(table)):
                     try:

@@ -1,27 +1,52 @@
-"""An index for shards that exist already, local or remote: their samples, bytes and checksums."""
+"""An index for shards that exist already, local or remote: their samples, bytes and checksums.
+
+Where an index or a note that exists says how many samples a shard has, the shard is not opened: its checksum stays
+unknown, and its size is asked of the disk or of the server.
+
+Decision: docs/decisions/0064-counts-of-others.md.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.pool import results, usable_cores
-from maskmatch_scale.data.remote.patterns import expand
+from maskmatch_scale.data.pool import in_threads, results, usable_cores
+from maskmatch_scale.data.remote.fetch import ask_size
 from maskmatch_scale.data.remote.shard_cache import ShardCache
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex, ShardTable, StreamEntry
 from maskmatch_scale.data.shards.tar import read_table
-from maskmatch_scale.files import append_lines, sha256, write_whole
+from maskmatch_scale.data.tools.listing import Listed, entries_of, listed, with_notes
+from maskmatch_scale.data.tools.survey_notes import Entry, SurveyNotes, entry_of, identity
+from maskmatch_scale.files import sha256, write_whole
 from maskmatch_scale.progress import progress_of
 from maskmatch_scale.redact import has_secret, is_remote, shown
 
-_KNOWN_NAME = ".survey.jsonl"
-"""What has been looked at, one shard a line: an interrupted survey goes on where it stopped, and one of a folder that
-has grown looks only at the shards that were added."""
+_THREADS = 32
+_NOTED_AT_ONCE = 256
+"""Answers of servers that are noted at once."""
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the values of label maps mean.
+
+    Attributes:
+        classes: names by label value; empty where nothing is labelled.
+        palette: one RGB colour a class, 0–255.
+        ignore_index: value of ignored pixels.
+    """
+
+    classes: tuple[str, ...] = ()
+    palette: tuple[tuple[int, int, int], ...] = ()
+    ignore_index: int = 255
 
 
 def survey(
@@ -29,26 +54,27 @@ def survey(
     labelled: Sequence[str],
     out: Path,
     options: FetchOptions,
+    meaning: Meaning = Meaning(),
     *,
-    classes: Sequence[str] = (),
-    palette: Sequence[tuple[int, int, int]] = (),
-    ignore_index: int = 255,
     rescan: bool = False,
+    scan: bool = False,
+    add: bool = False,
     workers: int | None = None,
     progress: bool = False,
 ) -> ShardIndex:
-    """Look at every shard that was not looked at before, and write ``out/index.json``.
+    """Look at every shard of which nothing is known, and write ``out/index.json`` and a wids list of each stream.
 
     Args:
-        streams: patterns of each stream's shards: paths, globs, brace patterns, URLs.
+        streams: patterns of each stream's shards: paths, globs, brace patterns, URLs; folders and files that have an
+            index, also of another tool (:func:`~maskmatch_scale.data.tools.listing.listed`).
         labelled: names of the streams with label maps.
         out: folder of the index, made if it is not there. Shards within it are listed by their name alone.
         options: how shards of other machines are fetched.
-        classes: names by label value; empty where nothing is labelled.
-        palette: one RGB colour a class, 0–255.
-        ignore_index: label value of ignored pixels.
+        meaning: of the label maps.
         rescan: whether to look at all shards again. A local one whose size or time has changed is looked at in any
             case; a remote one is taken to be as it was.
+        scan: whether to open every shard, for its checksum, also those whose number of samples an index says.
+        add: whether to keep the streams of the index that is there, and append to them.
         workers: processes; None takes one a core. Several are started by `spawn`, so a script that calls this needs
             an `if __name__ == "__main__":` guard.
         progress: whether to show a bar on stderr. In a log it is drawn once, at the end.
@@ -57,79 +83,130 @@ def survey(
         DataError: no shard matches, one cannot be read or is empty, or one stands in the list twice; a process was
             killed.
     """
+    before = _index_before(out)
+    found = {name: listed(patterns, name, options) for name, patterns in streams.items()}
+    if add and before is not None:
+        found, labelled, meaning = _added(before, out, found, labelled, meaning)
+    if labelled and not meaning.classes:
+        raise DataError("labelled shards: --classes FILE must say what the label values mean")
     out.mkdir(parents=True, exist_ok=True)
-    locations = {
-        name: [place for pattern in patterns for place in expand(pattern)] for name, patterns in streams.items()
+    # All files have the addresses as they were given: they are needed to fetch.
+    mode = 0o600 if has_secret([shard.location for shards in found.values() for shard in shards]) else 0o666
+    notes = SurveyNotes(out, before, mode, afresh=rescan)
+
+    def is_known(shard: Listed, name: str) -> bool:
+        entry = notes.get(identity(shard.location, name in labelled))
+        return entry is not None and ("sha256" in entry or (not scan and shard.samples in (None, entry["samples"])))
+
+    missing = []
+    for name, shards in found.items():
+        unknown = [shard for shard in shards if not is_known(shard, name)]
+        now = {shard.location: shard for shard in (unknown if scan else with_notes(unknown, options))}
+        missing += [(shard, name in labelled) for shard in now.values() if shard.samples != 0]
+        found[name] = [shard for shard in shards if now.get(shard.location, shard).samples != 0]
+    counted = [(shard, labels) for shard, labels in missing if shard.samples is not None and not scan]
+    to_scan = [(shard.location, labels) for shard, labels in missing if shard.samples is None or scan]
+    with progress_of("", len(missing), unit="shards", wanted=progress, elsewhere="last bar") as advance:
+        _ask(counted, options, notes, advance)
+        _scan(to_scan, options, workers, notes, advance)
+    identities = {
+        name: [identity(shard.location, name in labelled) for shard in shards] for name, shards in found.items()
     }
-    for name, found in locations.items():
-        if len(set(found)) < len(found):
-            twice = next(place for place in found if found.count(place) > 1)
-            raise DataError(f"stream {name!r}: {shown(twice)} is listed twice")
-    # Both files have the addresses as they were given: they are needed to fetch.
-    mode = 0o600 if has_secret(locations) else 0o666
-    known = {} if rescan else _known(out)
-    missing = [
-        (place, name in labelled)
-        for name, found in locations.items()
-        for place in found
-        if _identity(place, name in labelled) not in known
-    ]
-    workers = 1 if len(missing) < 2 else workers or usable_cores()
-    killed = "a process was killed (out of memory?); run the same command again: it goes on with the other shards"
-    with (
-        progress_of("", len(missing), unit="shards", wanted=progress, elsewhere="last bar") as advance,
-        # Not in order: a shard that is slow to fetch must not keep the others waiting, nor out of the notes.
-        results(_LookAt(options), missing, workers, if_killed=killed, ordered=False) as entries,
-    ):
-        for entry in entries:
-            append_lines(out / _KNOWN_NAME, [json.dumps(entry)], mode)
-            known[entry["identity"]] = entry
-            advance()
     index = ShardIndex(
         source="survey",
-        classes=tuple(classes),
-        palette=tuple(palette),
-        ignore_index=ignore_index,
+        classes=meaning.classes,
+        palette=meaning.palette,
+        ignore_index=meaning.ignore_index,
         streams={
             name: StreamEntry(
-                labelled=name in labelled,
-                shards=ShardTable(_entry(known[_identity(place, name in labelled)], out) for place in found),
+                labelled=name in labelled, shards=ShardTable(_entry(notes[each], out) for each in identities[name])
             )
-            for name, found in locations.items()
+            for name in found
         },
     )
     write_whole(out / INDEX_NAME, index.to_json(), mode)
-    used = {_identity(place, name in labelled): place for name, found in locations.items() for place in found}
-    places = set(used.values())
-    # Without what was noted of a shard before it changed.
-    kept = [entry for identity, entry in known.items() if identity in used or entry["location"] not in places]
-    write_whole(out / _KNOWN_NAME, "".join(json.dumps(entry) + "\n" for entry in kept), mode)
+    for name, stream in index.streams.items():
+        write_whole(out / f"wids-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.json", _wids(name, stream), mode)
+    notes.finish([each for of_stream in identities.values() for each in of_stream])
     return index
 
 
-def _known(out: Path) -> dict[str, dict[str, Any]]:
-    """What earlier surveys have found, by identity."""
-    path = out / _KNOWN_NAME
-    found = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
-            found[entry["identity"]] = entry
-        except (ValueError, TypeError, KeyError):
-            continue  # cut off when the survey was killed
-    return found
+def _index_before(out: Path) -> ShardIndex | None:
+    with suppress(DataError):
+        return ShardIndex.load(out)
+    return None
 
 
-def _identity(location: str, labelled: bool) -> str:
-    """A shard's location and, if it is local, its size and time: a shard that changed is looked at again."""
-    identity = f"{location} {labelled}"
-    if not is_remote(location):
-        try:
-            status = Path(location).stat()
-        except OSError as error:
-            raise DataError(f"{location}: {error.strerror}") from None
-        identity += f" {status.st_size} {status.st_mtime_ns}"
-    return identity
+def _added(
+    before: ShardIndex, out: Path, found: Mapping[str, Sequence[Listed]], labelled: Sequence[str], meaning: Meaning
+) -> tuple[dict[str, list[Listed]], list[str], Meaning]:
+    """The streams of an index that is there, with what was found besides; which are labelled; and the meaning."""
+    streams = {name: entries_of(before, name, str(out.absolute())) for name in before.streams}
+    for name, shards in found.items():
+        if name in before.streams and before.streams[name].labelled != (name in labelled):
+            raise DataError(f"{out / INDEX_NAME}: stream {name!r} cannot have shards with and without labels")
+        there = {shard.location for shard in streams.setdefault(name, [])}
+        streams[name] += [shard for shard in shards if shard.location not in there]
+    of_before = Meaning(before.classes, before.palette, before.ignore_index)
+    if before.classes and meaning.classes and meaning != of_before:
+        raise DataError(f"{out / INDEX_NAME}: it has other classes, colours or ignore_index; make an index of its own")
+    named = [*labelled, *(name for name, stream in before.streams.items() if stream.labelled)]
+    return streams, named, of_before if before.classes else meaning
+
+
+def _ask(
+    shards: Sequence[tuple[Listed, bool]], options: FetchOptions, notes: SurveyNotes, advance: Callable[[], None]
+) -> None:
+    """Note the entries of shards whose samples are known; their sizes, if not known, are asked for."""
+
+    def entry(shard: tuple[Listed, bool]) -> Entry:
+        known, labels = shard
+        if not is_remote(known.location):
+            known = replace(known, bytes=Path(known.location).stat().st_size)
+        elif known.bytes is None:
+            size, etag = ask_size(known.location, options)
+            known = replace(known, bytes=size, etag=etag)
+        return entry_of(known, labels)
+
+    waiting: list[Entry] = []
+    try:
+        for answered in in_threads(entry, shards, _THREADS):
+            waiting.append(answered)
+            advance()
+            if len(waiting) >= _NOTED_AT_ONCE:
+                notes.add(waiting)
+                waiting = []
+    finally:
+        if waiting:
+            notes.add(waiting)
+
+
+def _scan(
+    shards: Sequence[tuple[str, bool]],
+    options: FetchOptions,
+    workers: int | None,
+    notes: SurveyNotes,
+    advance: Callable[[], None],
+) -> None:
+    """Open shards, and note their entries."""
+    workers = 1 if len(shards) < 2 else workers or usable_cores()
+    killed = "a process was killed (out of memory?); run the same command again: it goes on with the other shards"
+    # Not in order: a shard that is slow to fetch must not keep the others waiting, nor out of the notes.
+    with results(_LookAt(options), shards, workers, if_killed=killed, ordered=False) as entries:
+        for entry in entries:
+            notes.add([entry])
+            advance()
+
+
+def _wids(name: str, stream: StreamEntry) -> str:
+    """The list of a stream's shards that readers of webdataset's wids take; addresses and paths as in our index."""
+    shards = [
+        {"url": shard.file, "nsamples": shard.samples, **({"filesize": shard.bytes} if shard.bytes else {})}
+        for shard in stream.shards
+    ]
+    lines = ",\n".join(f"  {json.dumps(shard)}" for shard in shards)
+    head = json.dumps({"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name})[:-1]
+    return f'{head},\n "shardlist": [\n{lines}\n]}}\n'
 
 
 @dataclass(frozen=True)
@@ -138,13 +215,13 @@ class _LookAt:
 
     options: FetchOptions
 
-    def __call__(self, shard: tuple[str, bool]) -> dict[str, Any]:
+    def __call__(self, shard: tuple[str, bool]) -> Entry:
         location, labelled = shard
         return _look_at(location, labelled, self.options)
 
 
-def _look_at(location: str, labelled: bool, options: FetchOptions) -> dict[str, Any]:
-    """A shard's entry for the index, and its identity; raises :class:`DataError` for one that is empty or cut off."""
+def _look_at(location: str, labelled: bool, options: FetchOptions) -> Entry:
+    """A shard's entry; raises :class:`DataError` for one that is empty or cut off."""
     path = _fetched(location, options) if is_remote(location) else Path(location)
     with path.open("rb") as file:
         table = read_table(file, shown(location), labelled=labelled)
@@ -152,13 +229,7 @@ def _look_at(location: str, labelled: bool, options: FetchOptions) -> dict[str, 
         raise DataError(f"{shown(location)}: cut off after {len(table)} samples; write it again, or leave it out")
     if not len(table):
         raise DataError(f"{shown(location)}: holds no sample; leave it out")
-    return {
-        "identity": _identity(location, labelled),
-        "location": location,
-        "samples": len(table),
-        "bytes": path.stat().st_size,
-        "sha256": sha256(path),
-    }
+    return entry_of(Listed(location, len(table), path.stat().st_size, sha256(path)), labelled)
 
 
 def _fetched(location: str, options: FetchOptions) -> Path:
@@ -173,4 +244,5 @@ def _entry(found: Mapping[str, Any], out: Path) -> dict[str, Any]:
     if not is_remote(location):
         path = Path(location).absolute()
         location = path.name if path.parent == out.absolute() else str(path)
-    return {"file": location, **{name: found[name] for name in ("samples", "bytes", "sha256")}}
+    facts = {name: value for name, value in found.items() if name not in ("identity", "location")}
+    return {"file": location, **facts}

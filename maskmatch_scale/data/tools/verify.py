@@ -56,7 +56,8 @@ def verify(
     check = ShardCheck(len(index.classes), index.ignore_index, deep, max_pixels, open_shard)
     shards = sum(len(stream.shards) for stream in index.streams.values())
     if workers is None:
-        small = sum(int(stream.shards.bytes.sum()) for stream in index.streams.values()) <= _SMALL_BYTES
+        sizes = np.concatenate([stream.shards.bytes for stream in index.streams.values()] or [np.zeros(0, np.int64)])
+        small = bool(sizes.all()) and int(sizes.sum()) <= _SMALL_BYTES
         workers = 1 if small else usable_cores()
     return _faults(index, check, min(workers, shards), progress)
 

@@ -8,6 +8,7 @@ import pytest
 
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.remote import fetch as fetching
+from maskmatch_scale.data.remote.fetch import ask_size
 from maskmatch_scale.data.remote.shard_cache import ShardCache
 from tests.data.faulty_server import Fault, FaultyServer
 from tests.data.remote.common import SHORT_S, SIZE, files_in, known, wait_until
@@ -172,3 +173,35 @@ def test_through_a_proxy(folder, options, monkeypatch):
         assert path.read_bytes() == (folder / "a.tar").read_bytes()
     with pytest.raises(BadSample, match=r"the proxy: .*check http_proxy"):
         ShardCache(options).fetch("http://shards.invalid/b.tar")
+
+
+def test_an_etag_stands_in_for_a_checksum(folder, options):
+    """A file with another one is another file: it is kept under another name, and refused if it is not the expected."""
+    url = "{}/a.tar"
+    with FaultyServer(folder) as server:
+        cache = ShardCache(options)
+        size, etag = ask_size(url.format(server.url), options)
+        assert (size, server.gets()) == (SIZE, 1)
+        first = cache.fetch(url.format(server.url), size, etag=etag)
+        assert cache.are_here([(url.format(server.url), None, etag), (url.format(server.url), None, None)]) == [0]
+        (folder / "a.tar").write_bytes((folder / "b.tar").read_bytes())
+        assert cache.fetch(url.format(server.url), size, etag=etag) == first  # no run notices a change half-way
+        first.unlink()
+        with pytest.raises(BadSample, match=r"a\.tar: tried once and failed: its ETag is .* where the index says"):
+            cache.fetch(url.format(server.url), size, etag=etag)
+        changed = ask_size(url.format(server.url), options)
+        assert cache.fetch(url.format(server.url), *changed[:1], etag=changed[1]) != first
+        server.etags = False
+        first.unlink(missing_ok=True)
+        assert cache.fetch(url.format(server.url), size, etag=etag).stat().st_size == SIZE  # nothing to compare with
+
+
+def test_a_size_that_is_asked_for(folder, options):
+    faults = {"a.tar": Fault(times=2, status=503), "b.tar": Fault(status=403), "c.tar": Fault(status=404)}
+    with FaultyServer(folder, faults, etags=False) as server:
+        assert ask_size(f"{server.url}/a.tar", options) == (SIZE, None)
+        assert ask_size(f"{server.url}/b.tar", options) == (None, None)  # as for an address that is signed for GET
+        with pytest.raises(BadSample, match=r"c\.tar: tried once and failed: HTTP 404"):
+            ask_size(f"{server.url}/c.tar", options)
+        assert not [request for request in server.requests if request.sent]
+    assert ask_size("s3://bucket/a.tar", options) == (None, None)

@@ -223,4 +223,5 @@ def test_some_damaged_shards():
 @pytest.mark.slow
 def test_ten_thousand_damaged_shards():
     seen = fuzz(range(10_000))
-    assert all(seen[reason] for reason in REASONS), seen
+    of_the_archive = {"unreachable", "wrong_count"}  # of a network and of an index, not of a tar
+    assert all(seen[reason] for reason in REASONS if reason not in of_the_archive), seen

@@ -12,6 +12,7 @@ from maskmatch_scale.data.remote.cache_folder import CacheFolder
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.recipe import DataRecipe
+from tests.data import foreign_shards
 from tests.data.batches.common import make_batches, same
 from tests.data.faulty_server import FaultyServer
 
@@ -33,7 +34,7 @@ def decode(raw):
 
 def damage(cache: Path, shard, at: int, length: int) -> None:
     """Other bytes in a cached file, in place: its size, time and inode stay."""
-    path = cache / f"sha256-{shard.sha256}"
+    path = cache / f"sha256-{shard.sha256}" if shard.sha256 else next(cache.glob("url-*"))
     times = path.stat()
     with path.open("r+b") as file:
         file.seek(at)
@@ -57,6 +58,35 @@ def test_a_damaged_shard_is_fetched_again(server, data, shapes, tmp_path, at, kn
     assert stream.load(0, 0, decode).equal(plain)
     assert all(stream.load(0, place, decode).shape[0] == 3 for place in range(shard.samples))
     assert server.gets(shard.file) == (1 if at == 0 and known else 2)  # headers that are known are not read again
+
+
+def test_a_damaged_shard_without_a_checksum_is_compared_with_what_was_fetched(tmp_path):
+    foreign_shards.energon(tmp_path / "served", (3, 2))
+    with FaultyServer(tmp_path / "served") as server:
+        data = DataRecipe(root=server.url, cache_dir=str(tmp_path / "cache"))
+        stream = ShardStream(server.url, "unlabelled", data, strict=False)
+        plain = stream.load(0, 1, decode)
+        (cached,) = (tmp_path / "cache").glob("url-*")
+        try:
+            os.getxattr(cached, "user.maskmatch.sha256")
+        except OSError:
+            pytest.skip("this file system has no extended attributes")
+        damage(tmp_path / "cache", stream.shards[0], 0, 8192)
+        stream = ShardStream(server.url, "unlabelled", data, strict=False)  # its headers are not known yet
+        assert stream.load(0, 1, decode).equal(plain)
+        assert stream.take_figures().damaged == 1
+
+        def refuse(raw):
+            raise BadSample("not_an_image", raw.name)
+
+        for place in (0, 1, 2):
+            with pytest.raises(BadSample):
+                stream.load(0, place, refuse)
+        assert server.gets("shards/00000.tar") == 2  # a sample that is bad on the server is not fetched again and again
+        os.removexattr(cached, "user.maskmatch.sha256")
+        damage(tmp_path / "cache", stream.shards[0], 0, 8192)
+        with pytest.raises(BadSample):  # nothing to compare it with
+            ShardStream(server.url, "unlabelled", data, strict=False).load(0, 1, decode)
 
 
 def test_another_process_has_mended_it(server, data, shapes, tmp_path):

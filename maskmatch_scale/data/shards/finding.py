@@ -1,0 +1,221 @@
+"""Which index a root has: ours, or one that another tool wrote (:mod:`~maskmatch_scale.data.shards.foreign`).
+
+A root is a folder or a file, on this machine or elsewhere. Shards are not opened. Where the index of a local folder
+does not say how large a shard is, the file system is asked.
+
+Decision: docs/decisions/0064-counts-of-others.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from maskmatch_scale.data.faults import DataError, NotFetched
+from maskmatch_scale.data.pool import in_threads
+from maskmatch_scale.data.remote.address import is_index, join
+from maskmatch_scale.data.remote.fetch import fetch_bytes, read_bytes
+from maskmatch_scale.data.remote.transfer import FetchOptions
+from maskmatch_scale.data.shards import foreign
+from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex
+from maskmatch_scale.redact import is_remote, shown
+
+_ENERGON_INFO = (".nv-meta/.info.json", ".nv-meta/.info.yaml")
+_ENERGON_SPLIT = (".nv-meta/split.yaml", ".nv-meta/split.json")
+_SIZES = "sizes.json"
+_NOTE = re.compile(r"(\d+)_stats\.json")
+_NAMES = (INDEX_NAME, *_ENERGON_INFO, _SIZES)
+_THREADS = 16
+"""They wait for a disk on a network, which may take a millisecond a file."""
+
+_Read = Callable[[str], bytes | None]
+"""Reads a file of the root by its name; None if it is not there."""
+
+
+def find_index(root: str, options: FetchOptions | None = None) -> ShardIndex:
+    """Read the index of a folder of shards, or the one that a path or an address names.
+
+    Args:
+        root: a folder with ``index.json``, ``.nv-meta/.info.json`` (Energon) or ``sizes.json`` (open_clip); a local one
+            with ``NNNNN_stats.json`` beside ``NNNNN.tar`` (img2dataset); or a file: an index of ours, a wids list, or a
+            text with a shard a line.
+        options: how it is fetched if it is elsewhere.
+
+    Raises:
+        DataError: there is none; it cannot be read; or it is not well formed.
+    """
+    if is_index(root.partition("?")[0] if is_remote(root) else root):
+        return _of_file(root, options)
+    if is_remote(root):
+        assert options is not None
+        return _of_address(root, options)
+    return _of_folder(Path(root))
+
+
+def modified(root: str) -> tuple[int, int]:
+    """Modification time (ns) and size (bytes) of a local index. If one of them has changed, the index is read again.
+
+    Of img2dataset's folders, which have an index in each of many files, it is those of the folder.
+    """
+    for path in [Path(root)] if is_index(root) else [*(Path(root) / name for name in _NAMES), Path(root)]:
+        with suppress(OSError):
+            status = path.stat()
+            return status.st_mtime_ns, status.st_size
+    return 0, 0
+
+
+def is_list(root: str) -> bool:
+    """Whether a root is a text with a shard a line, by its name."""
+    return root.partition("?")[0].endswith(".txt")
+
+
+def read_list(root: str, options: FetchOptions | None = None) -> list[foreign.Row]:
+    """The entries of a text with a shard a line, as :func:`maskmatch_scale.data.shards.foreign.plain_list` gives them.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return foreign.plain_list(_bytes_of(root, options), shown(root))
+
+
+def _bytes_of(root: str, options: FetchOptions | None) -> bytes:
+    if is_remote(root):
+        assert options is not None
+        return read_bytes(root, options)
+    data = _read_local(Path(root))
+    if data is None:
+        raise DataError(f"{root}: no such file; write shards first (`maskmatch shards write --help`)")
+    return data
+
+
+def _of_file(root: str, options: FetchOptions | None) -> ShardIndex:
+    where = shown(root)
+    if is_list(root):
+        return _sized(root, "list", _counted(root, read_list(root, options)), where)
+    data = _bytes_of(root, options)
+    content = foreign.parse_json(data, where)
+    of_others = foreign.of_json(content, where)
+    return ShardIndex.parse(data, where) if of_others is None else _sized(root, *of_others, where)
+
+
+def _of_address(root: str, options: FetchOptions) -> ShardIndex:
+    missing: list[str] = []
+
+    def read(name: str) -> bytes | None:
+        try:
+            return fetch_bytes(join(root, name), options)
+        except NotFetched as error:
+            if error.may_pass:
+                raise DataError(str(error)) from None
+            missing.append(str(error))
+            return None
+
+    index = _of_names(root, read)
+    if index is None:
+        raise DataError(
+            f"{shown(root)}: no index; looked for {', '.join(_NAMES)} ({missing[0]}). Folders elsewhere cannot be "
+            f"listed: for shards of img2dataset give the address of a wids list (….json), or make an index with "
+            f"`maskmatch shards index '{shown(root).rstrip('/')}/{{00000..00999}}.tar' OUT`"
+        )
+    return index
+
+
+def _of_folder(folder: Path) -> ShardIndex:
+    if not folder.is_dir():
+        return ShardIndex.load(folder)  # says what is missing
+    index = _of_names(str(folder), lambda name: _read_local(folder / name))
+    if index is None:
+        index = _of_img2dataset(folder)
+    if index is None:
+        raise DataError(
+            f"{folder}: {INDEX_NAME}: no index; looked for {', '.join(_NAMES)} and NNNNN_stats.json beside NNNNN.tar "
+            f"(img2dataset); an interrupted `maskmatch shards write` is finished by running it again; "
+            f"`maskmatch shards index '{folder}/*.tar' OUT` makes one for shards"
+        )
+    return index
+
+
+def _of_names(root: str, read: _Read) -> ShardIndex | None:
+    """The index that is one file, or a few, with known names; None if there is none."""
+    where = shown(join(root, INDEX_NAME))
+    if (data := read(INDEX_NAME)) is not None:
+        return ShardIndex.parse(data, where)
+    for name in _ENERGON_INFO:
+        if (data := read(name)) is not None:
+            where = shown(join(root, name))
+            info = foreign.parse_yaml(data, where) if name.endswith(".yaml") else foreign.parse_json(data, where)
+            found = ((split, read(split)) for split in _ENERGON_SPLIT)
+            splits = next((foreign.parse_yaml(data, split) for split, data in found if data is not None), None)
+            return _sized(root, "energon", foreign.energon(info, splits, where), where)
+    if (data := read(_SIZES)) is not None:
+        where = shown(join(root, _SIZES))
+        content = foreign.parse_json(data, where)
+        if isinstance(content, dict):
+            return _sized(root, "open_clip", {foreign.STREAM: foreign.sizes(content)}, where)
+    return None
+
+
+def _of_img2dataset(folder: Path) -> ShardIndex | None:
+    """The index of a folder of img2dataset's; None if no shard in it has a ``NNNNN_stats.json``."""
+    with os.scandir(folder) as entries:
+        names = {entry.name for entry in entries}
+    tars = sorted(name for name in names if name.endswith(".tar") and not name.startswith("."))
+    uncounted = [tar for tar in tars if foreign.stats_name(tar) not in names]
+    if len(uncounted) == len(tars):
+        return None
+    if uncounted:
+        raise DataError(
+            f"{folder / uncounted[0]}: no {foreign.stats_name(uncounted[0])} beside it says how many samples it has; "
+            f"run img2dataset again if it was interrupted, or count them: `maskmatch shards index '{folder}/*.tar' OUT`"
+        )
+    noted = (match[1] for match in map(_NOTE.fullmatch, sorted(names)) if match is not None)
+    if lost := next((number for number in noted if f"{number}.tar" not in names), None):
+        raise DataError(f"{folder / lost}_stats.json: there is no {lost}.tar beside it; fetch it, or remove this file")
+    rows = [{"file": tar, "samples": None} for tar in tars]
+    where = str(folder)
+    return _sized(where, "img2dataset", _counted(where, rows), where)
+
+
+def _counted(root: str, rows: list[foreign.Row]) -> dict[str, list[foreign.Row]]:
+    """Entries with their samples: where they are not known, img2dataset's note beside a local shard says them."""
+
+    def count(row: foreign.Row) -> foreign.Row:
+        location = join(root, row["file"])
+        stats = foreign.stats_name(location)
+        data = None if is_remote(location) else _read_local(Path(stats))
+        if data is None:
+            raise DataError(
+                f"{shown(root)}: nothing says how many samples {shown(row['file'])} has; write the number after it, "
+                f"or count them: `maskmatch shards index {shown(root)} OUT`"
+            )
+        return {**row, "samples": foreign.successes(data, stats)}
+
+    counted = in_threads(lambda row: count(row) if row["samples"] is None else row, rows, _THREADS)
+    return {foreign.STREAM: list(counted)}
+
+
+def _sized(root: str, source: str, streams: dict[str, list[foreign.Row]], where: str) -> ShardIndex:
+    """An index whose local shards have the sizes that the file system says, where the entries do not say them."""
+
+    def size(row: foreign.Row) -> foreign.Row:
+        location = join(root, row["file"])
+        if row.get("bytes") or is_remote(location):
+            return row
+        with suppress(OSError):  # it is missed when it is opened
+            return {**row, "bytes": Path(location).stat().st_size or None}
+        return row
+
+    sized = {name: list(in_threads(size, rows, _THREADS)) for name, rows in streams.items()}
+    return foreign.as_index(source, sized, where)
+
+
+def _read_local(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None

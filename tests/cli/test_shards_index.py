@@ -1,0 +1,126 @@
+"""`maskmatch shards index` where others have counted the samples: no shard is opened."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from maskmatch_scale.data.shards.index import ShardIndex
+from maskmatch_scale.data.shards.reading import ShardStream
+from maskmatch_scale.errors import UserError
+from maskmatch_scale.files import sha256
+from tests.cli.test_shards import run
+from tests.data import foreign_shards
+from tests.data.faulty_server import Fault, FaultyServer
+
+FILLED = [count for count in foreign_shards.COUNTS if count]
+
+
+def entries(out, stream="unlabelled"):
+    return ShardIndex.load(out).streams[stream].shards.as_json()
+
+
+def index(*arguments):
+    run("index", *arguments, "--workers", 1)
+    return entries(next(each for each in reversed(arguments) if not str(each).startswith("--")))
+
+
+@pytest.mark.parametrize("layout", foreign_shards.LAYOUTS)
+def test_counts_are_taken_from_an_index_that_exists(tmp_path, layout):
+    root, out = foreign_shards.LAYOUTS[layout](tmp_path / "theirs"), tmp_path / "out"
+    tars = sorted((tmp_path / "theirs").rglob("*.tar"))
+    for path in tars:
+        path.write_bytes(bytes(path.stat().st_size))  # not a tar any more
+    found = index(root, out)
+    filled = [path for path, count in zip(tars, foreign_shards.COUNTS, strict=True) if count]
+    assert [entry["samples"] for entry in found] == FILLED
+    assert [Path(entry["file"]).resolve() for entry in found] == filled
+    assert [entry["bytes"] for entry in found] == [path.stat().st_size for path in filled]
+    assert not any("sha256" in entry for entry in found)
+    with pytest.raises(UserError, match="tar"):
+        index(root, out, "--scan")
+
+
+def test_notes_beside_the_tars_of_a_pattern(tmp_path):
+    """Where a shard has none it is opened."""
+    folder = tmp_path / "theirs"
+    foreign_shards.img2dataset(folder)
+    (folder / "00001_stats.json").unlink()
+    found = index(folder / "*.tar", tmp_path / "out")
+    assert [entry["samples"] for entry in found] == FILLED
+    assert ["sha256" in entry for entry in found] == [False, True, False]
+    (folder / "00001_stats.json").write_text("{")
+    with pytest.raises(UserError, match=r"00001_stats\.json: not JSON"):
+        index(folder / "*.tar", tmp_path / "other")
+    assert not (tmp_path / "other" / "index.json").exists()
+
+
+def test_sizes_are_asked_of_a_server(tmp_path):
+    served, out = tmp_path / "served", tmp_path / "out"
+    foreign_shards.img2dataset(served, (3, 5, 4))
+    (served / "00000.tar").write_bytes(b"changed" * 100)
+    with FaultyServer(served, {"00001.tar": Fault(times=1, status=503)}) as server:
+        pattern = f"{server.url}/{{00000..00002}}.tar"
+        found = index(pattern, out)
+        assert not [request for request in server.requests if request.path.endswith(".tar") and request.sent]
+        assert [entry["bytes"] for entry in found] == [path.stat().st_size for path in sorted(served.glob("*.tar"))]
+        assert all(entry["etag"].startswith('"') for entry in found)
+        before = server.gets()
+        assert index(pattern, out) == found
+        assert server.gets() == before  # all is noted
+        foreign_shards.write_tar(served / "00003.tar", 2)
+        foreign_shards.note(served / "00003.tar", 2)
+        assert len(index(f"{server.url}/{{00000..00003}}.tar", out)) == 4
+        assert {request.path for request in server.requests[before:]} == {"00003.tar", "00003_stats.json"}
+        server.set_faults({"00002.tar": Fault(status=404)})
+        with pytest.raises(UserError, match=r"00002\.tar: tried once and failed: HTTP 404"):
+            index(pattern, out, "--rescan")
+
+
+def test_a_wids_list_is_written_beside_the_index(shapes, tmp_path):
+    out = tmp_path / "out"
+    index(shapes / "unlabelled-*.tar", out)
+    content = json.loads((out / "wids-unlabelled.json").read_text())
+    assert (content["__kind__"], content["wids_version"]) == ("wids-shard-index-v1", 1)
+    ours = ShardIndex.load(shapes).streams["unlabelled"].shards
+    assert content["shardlist"] == [
+        {"url": str(shapes / shard.file), "nsamples": shard.samples, "filesize": shard.bytes} for shard in ours
+    ]
+    stream = ShardStream(str(out / "wids-unlabelled.json"), "unlabelled")
+    assert [stream[number].key for number in range(len(stream))] == [f"unlabelled-{n:04d}" for n in range(24)]
+
+
+def test_more_shards_are_added_to_the_streams_that_are_there(shapes, tmp_path):
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    foreign_shards.img2dataset(theirs)
+    classes = tmp_path / "classes.txt"
+    classes.write_text("ground 0 0 0\nsquare 255 0 0\ndisc 0 0 255\n")
+    options = ("--labelled", shapes / "labelled-*.tar", "--classes", classes)
+    run("index", shapes / "unlabelled-00000[0-2].tar", out, *options, "--workers", 1)
+    before = entries(out)
+    for _ in range(2):  # what is there is not added again
+        found = index(shapes / "unlabelled-000002.tar", theirs, out, "--add")
+        assert found[:3] == before
+        assert [entry["file"] for entry in found[3:]] == [str(theirs / f"0000{n}.tar") for n in (0, 1, 3)]
+        assert len(entries(out, "labelled")) == 8
+        assert ShardIndex.load(out).classes == ("ground", "square", "disc")
+    with pytest.raises(UserError, match="cannot have shards with and without labels"):
+        run("index", out, "--add", "--split", f"unlabelled={theirs}", "--workers", 1)
+
+
+def test_an_index_without_notes_is_taken_over(shapes, tmp_path, monkeypatch):
+    """As one that was written by `shards write`, or copied."""
+    from maskmatch_scale.data.tools import survey
+
+    out = tmp_path / "out"
+    before = index(shapes / "unlabelled-*.tar", out)
+    (out / ".survey.jsonl").unlink()
+    monkeypatch.setattr(survey, "_look_at", None)
+    assert index(shapes / "unlabelled-*.tar", out) == before
+    assert before[0]["sha256"] == sha256(shapes / "unlabelled-000000.tar")
+    assert index(shapes, tmp_path / "other") == before  # the folder's own index
+
+
+def test_an_index_without_the_stream(shapes, tmp_path):
+    with pytest.raises(UserError, match="it has no stream 'test' but 'labelled'"):
+        run("index", tmp_path / "out", "--split", f"test={shapes}", "--classes", "voc", "--workers", 1)
