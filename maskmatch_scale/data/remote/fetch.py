@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import time
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from maskmatch_scale.data.faults import DataError, NotFetched
 from maskmatch_scale.data.remote import http, objects, pipe
 from maskmatch_scale.data.remote.address import is_http, scrubbed
-from maskmatch_scale.data.remote.transfer import FetchOptions, Sink, Transfer, TransferError
+from maskmatch_scale.data.remote.transfer import LEAST_BYTES, FetchOptions, Sink, Transfer, TransferError
 from maskmatch_scale.redact import PIPE, shown
 
 _LONGEST_PAUSE_S = 30.0
@@ -34,6 +33,7 @@ def fetch(
     *,
     patience_s: float = math.inf,
     tried: Callable[[], None] = lambda: None,
+    in_a_row: bool = False,
 ) -> int:
     """Fetch a whole file.
 
@@ -45,6 +45,8 @@ def fetch(
         options: time-outs and tries.
         patience_s: when no byte has come for so many seconds, over all tries, there is no other try.
         tried: called after every try that failed.
+        in_a_row: whether only tries count that bring nothing further. A file that is read slowly takes hours, in which
+            servers close the connection again and again.
 
     Returns:
         Its size in bytes.
@@ -56,7 +58,9 @@ def fetch(
     """
     get = pipe.get if url.startswith(PIPE) else http.get if is_http(url) else objects.get
     transfer = Transfer(url, sink, size, sha256, options.timeout_s)
-    for attempt in itertools.count(1):
+    attempt, furthest = 0, 0
+    while True:
+        attempt += 1
         left_s = patience_s - (time.monotonic() - transfer.advanced_at)
         transfer.timeout_s = min(options.timeout_s, max(left_s, _SHORTEST_TRY_S))
         transfer.begin_try()
@@ -66,6 +70,8 @@ def fetch(
             break
         except TransferError as error:
             tried()
+            if in_a_row and transfer.furthest >= furthest + LEAST_BYTES:
+                attempt, furthest = 1, transfer.furthest
             left_s = patience_s - (time.monotonic() - transfer.advanced_at)
             if error.final or attempt >= options.attempts or left_s <= 0:
                 tries = "once" if attempt == 1 else f"{attempt} times"
