@@ -139,14 +139,14 @@ class RemoteStream:
                 self._held += len(block)
                 self._blocks.append(memoryview(block))
                 self._changed.notify_all()
-            began = time.monotonic()
+            self.seconds += time.monotonic() - self._resumed_at
             self._changed.wait_for(lambda: self._held <= _AHEAD_BYTES or self._closed)
-            self.seconds -= time.monotonic() - began
+            self._resumed_at = time.monotonic()
             if self._closed:
                 raise _ClosedError
 
     def _fetch(self) -> None:
-        began = time.monotonic()
+        self._resumed_at = time.monotonic()
         try:
             fetch(
                 self._url,
@@ -164,7 +164,7 @@ class RemoteStream:
             self._error = error
         finally:
             with self._changed:
-                self.seconds += time.monotonic() - began
+                self.seconds += time.monotonic() - self._resumed_at
                 self._ended = True
                 self._changed.notify_all()
 
