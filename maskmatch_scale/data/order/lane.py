@@ -130,8 +130,6 @@ class Lane:
         assert lanes <= shards
         self._seed, self._shards, self._lane, self._lanes, self._windows = seed, shards, lane, lanes, windows
         self._read_shard, self._patience, self._skip = read, patience, skip
-        self.kept: deque[Entry] = deque(maxlen=16)
-        """The last samples that were used; whoever uses them adds them."""
         # Of the window that is given out; an entry is dropped when it is.
         self._state = state
         self._window: list[Entry | None] | None = None

@@ -9,6 +9,7 @@ Decision: docs/decisions/0066-sequential-sources.md.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import TypeVar
@@ -37,6 +38,8 @@ _MOST_BAD = 1000
 """If so many samples of a lane in a row cannot be used, the source is given up."""
 _MOST_BAD_SHARDS = 48
 """Likewise of shards of which nothing can be read."""
+_KEPT = 16
+"""Samples that a process keeps, encoded, for an outage."""
 _SAMPLES_OF_A_SHARD = 1 << 32
 """Room for the number of a sample within its shard, in the number of its place."""
 
@@ -85,6 +88,7 @@ class SequentialSource:
         self._shards = np.array([shard.encode() for shard in shards])
         self._patience = patience or Patience()
         self._figures = Fetched()
+        self._kept: deque[Entry] = deque(maxlen=_KEPT)
         self.deal(deal)
 
     def __len__(self) -> int:
@@ -136,8 +140,8 @@ class SequentialSource:
         Returns:
             What ``prepare`` returned; the place of the sample, which no other sample has; the samples that were skipped
             before it; and where the lane is after it. If the network is taken for lost and the lane has nothing more, a
-            sample that it gave before is given once more, the lane stays where it is, and the last of the skipped
-            samples has the reason ``unreachable``: the run should stop.
+            sample that this process gave before is given once more, the lane stays where it is, and the last of the
+            skipped samples has the reason ``unreachable``: the run should stop.
 
         Raises:
             BadSample: a sample is bad, and this source skips none.
@@ -150,7 +154,7 @@ class SequentialSource:
             try:
                 entry = lane.take()
             except OutOfReachError as error:
-                return (*self._given_again(lane, prepare, error, skipped), lane.state)
+                return (*self._given_again(prepare, error, skipped), lane.state)
             try:
                 if isinstance(entry.found.sample, BadSample):
                     raise entry.found.sample
@@ -162,19 +166,19 @@ class SequentialSource:
                 if entry.found.key is None:
                     shards.add(entry.at[:2])
                 continue
-            lane.kept.append(entry)
+            self._kept.append(entry)
             return prepared, self._place(entry), skipped, lane.state
         raise DataError(
             f"source {self.name!r}: {len(skipped)} samples in a row cannot be used; the last: {skipped[-1].message}"
         )
 
     def _given_again(
-        self, lane: Lane, prepare: Callable[[RawSample], Prepared], error: OutOfReachError, skipped: list[Skip]
+        self, prepare: Callable[[RawSample], Prepared], error: OutOfReachError, skipped: list[Skip]
     ) -> tuple[Prepared, SamplePlace, list[Skip]]:
-        if not lane.kept:
+        if not self._kept:
             raise DataError(f"source {self.name!r}: nothing of it is on this machine: {error}") from None
-        lane.kept.rotate(1)
-        entry = lane.kept[0]
+        self._kept.rotate(1)
+        entry = self._kept[0]
         assert isinstance(entry.found.sample, RawSample)
         lost = self._skip(error.shard, None, "unreachable", str(error))
         return prepare(entry.found.sample), self._place(entry), [*skipped, lost]

@@ -88,6 +88,7 @@ class RemoteStream:
         self._sum, self._sum_again = 0, 0
         self._ended = self._closed = False
         self._error: BaseException | None = None
+        self._resumed_at = time.monotonic()
         # A daemon thread: a process that ends does not wait for it.
         threading.Thread(target=self._fetch, name="shard stream", daemon=True).start()
 
@@ -146,7 +147,6 @@ class RemoteStream:
                 raise _ClosedError
 
     def _fetch(self) -> None:
-        self._resumed_at = time.monotonic()
         try:
             fetch(
                 self._url,

@@ -2,7 +2,7 @@
 
 webdataset reads a tar by the standard library's `tarfile`, which is not made for tars of strangers
 (:mod:`~maskmatch_scale.data.shards.members` says why). So a sieve stands between the two. It reads the headers by our
-parser, and passes on what may be used: plain files of a sample, of no more than a bound of bytes, under headers that it
+parser, and passes on what may be used: images in plain files of no more than a bound of bytes, under headers that it
 writes itself. What it keeps back are faults of samples, the same and in the same words as those of
 :func:`~maskmatch_scale.data.shards.tar.read_table`. webdataset then splits the tar (`tar_file_expander`) and groups its
 members (`group_by_keys`). Nothing is decoded, extracted or unpickled.
@@ -78,9 +78,9 @@ def read_in_sequence(stream: Readable, shard: str) -> Iterator[Found]:
     for group in group_by_keys(files, keys=_key_and_extension, handler=lambda error: True):
         if sieve.failure is not None:
             break
-        key = group["__key__"].encode()
+        key = group["__key__"]
         # Samples without any member that may be used are not in a group.
-        ahead = next((n for n, other in enumerate(islice(samples.keys, given, None)) if other == key), None)
+        ahead = next((n for n, other in enumerate(islice(samples.keys, given, None)) if _without_nul(other.decode()) == key), None)
         if ahead is None:
             continue
         for _ in range(ahead):
@@ -99,6 +99,11 @@ def read_in_sequence(stream: Readable, shard: str) -> Iterator[Found]:
         yield Found(None, BadSample("truncated", f"{sieve.shard}: {sieve.damage}; fetch or write it again"))
     elif not given:
         raise BadSample("shard_unreadable", f"{sieve.shard}: it holds no sample; leave it out")
+
+
+def _without_nul(name: str) -> str:
+    """A name as it can be in a header of a tar; only a pax header can have another one."""
+    return name.replace("\0", "\\0")
 
 
 def _key_and_extension(name: str) -> tuple[str | None, str | None]:
@@ -121,7 +126,7 @@ class _Sieve:
         self.damage = ""
         """Why the tar has ended early; empty if it has not."""
         self.failure: Exception | None = None
-        """What the stream raised, or that it is no tar. webdataset sees an end, because it changes what it is raised."""
+        """What the stream raised, or that it is no tar. To webdataset, which would change the message, it is an end."""
         self._file = cast(BinaryIO, _Forward(stream))
         self._members = TarMembers(self._file, shard)
         self._parts = self._passed_on()
@@ -148,9 +153,10 @@ class _Sieve:
             for long_name, flag, offset, size in self._members:
                 self.samples.add(long_name, flag, offset, size, _ANY_SIZE)
                 name = plain(long_name)
-                if unsafe_member(name, flag) or key_and_extension(name)[1] is None or size > MAX_MEMBER_BYTES:
+                is_image = key_and_extension(name)[1] in self.samples.images
+                if not is_image or unsafe_member(name, flag) or size > MAX_MEMBER_BYTES:
                     continue
-                header = TarInfo(name)
+                header = TarInfo(_without_nul(name))
                 header.size = size
                 yield header.tobuf(GNU_FORMAT, "utf-8", "surrogateescape")
                 for at in range(offset, offset + size, _BLOCK):
