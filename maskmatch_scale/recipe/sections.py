@@ -138,8 +138,8 @@ class DataRecipe(Section):
         for source in self.labelled:
             if source.shards is not None:
                 raise ValueError(
-                    f"labelled: {shown(source.shards)} as `shards`: labelled samples are drawn and counted, which needs "
-                    "an index (`maskmatch shards index`); give its folder as `root`"
+                    f"labelled: {shown(source.shards)} as `shards`: labelled samples are drawn and counted, which "
+                    "needs an index (`maskmatch shards index`); give its folder as `root`"
                 )
         for source in self.unlabelled:
             if source.shards is not None and source.shards.startswith(PIPE) and not self.allow_pipe:

@@ -79,17 +79,17 @@ def test_a_lost_network_stops_the_run_and_nothing_is_lost(make_recipe, shapes, a
                     server.set_faults({"*": Fault(status=503)})
 
         data = {"outage_s": 0.3, "fetch_attempts": 2, "workers": 0, "max_bad_share": 1.0}
-        recipe = recipe_of(make_recipe, shapes, tmp_path / "run", server.url, {"steps": 60}, **data)
+        recipe = recipe_of(make_recipe, shapes, tmp_path / "run", server.url, {"steps": 24}, **data)
         recipe = recipe.model_copy(update={"method": recipe.method.model_copy(update={"burn_in": 0.0})})
         with pytest.raises(TrainingStopped, match=r"could be fetched for data\.outage_s=0\.3 s.*--resume auto"):
             train(recipe, callbacks=[Loses])
         stopped = find(tmp_path / "run")
-        assert stopped.step < 60
+        assert stopped.step < 24
         listed = [json.loads(line) for line in (tmp_path / "run" / "skipped" / "rank-0.jsonl").read_text().splitlines()]
         assert {(skip["source"], skip["reason"]) for skip in listed} == {("archive", "unreachable")}
         server.set_faults({})
         train(recipe, "auto")
-    assert {record["step"] for record in records(tmp_path / "run")} == set(range(1, 61))
+    assert {record["step"] for record in records(tmp_path / "run")} == set(range(1, 25))
 
 
 def test_epochs_cannot_be_counted(make_recipe, shapes, archive, tmp_path):

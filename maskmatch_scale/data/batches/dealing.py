@@ -1,8 +1,8 @@
 """Lanes of the sources without an index: how many there are, whose they are, and where they go on.
 
-Micro-batch n of a rank takes its samples of these sources from lane n mod K of the rank's K lanes. A loader process
-makes every W-th micro-batch. So if W divides K, each lane belongs to one process, and which sample comes when depends on
-K alone.
+Micro-batch n of a rank takes its samples of these sources from lane n mod K of the rank's K lanes. Each of W loader
+processes makes every W-th micro-batch. So if W divides K, a lane belongs to one process, and which sample comes when
+depends on K alone.
 
 Decision: docs/decisions/0066-sequential-sources.md.
 """

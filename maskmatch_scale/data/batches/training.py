@@ -70,8 +70,8 @@ class _Unlabelled(NamedTuple):
 class TrainingBatches(Dataset[Batch]):
     """Maps the number of a micro-batch to one rank's :class:`Batch`. Any process may make any batch.
 
-    With sources without an index this holds no longer: batches n, n + K, n + 2 K, … have to be made in this order by the
-    same process (:mod:`~maskmatch_scale.data.batches.dealing`), and :meth:`took` must be called for those that are used.
+    With sources without an index this holds no longer: batches n, n + K, n + 2 K, … have to be made in this order by
+    one process (:mod:`~maskmatch_scale.data.batches.dealing`), and :meth:`took` must be called for those that are used.
 
     Args:
         recipe: sections data, engine, run and method are read.

@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 from maskmatch_scale.data.order.epoch import Cut
 
-
 ENDLESS = 1 << 62
 """Samples of an epoch of a source of which nobody knows how many it has. Its queue is never asked for a place."""
 

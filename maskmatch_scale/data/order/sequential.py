@@ -27,7 +27,7 @@ from maskmatch_scale.data.remote.stream import Readable, RemoteStream, open_stre
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.reading import RawSample
 from maskmatch_scale.data.shards.sequence import Found, read_in_sequence
-from maskmatch_scale.redact import PIPE, is_remote, shown
+from maskmatch_scale.redact import PIPE, shown
 from maskmatch_scale.seeds import derive_seed
 
 Prepared = TypeVar("Prepared")
@@ -84,7 +84,7 @@ class SequentialSource:
     ) -> None:
         self.name, self.seed, self.skip = name, seed, skip
         self._weight, self._window, self._options = weight, window, options
-        # As one piece of memory, which forked processes share: a million strings would be copied by counting references.
+        # One piece of memory, which forked processes share: counting references to a million strings would copy them.
         self._shards = np.array([shard.encode() for shard in shards])
         self._patience = patience or Patience()
         self._figures = Fetched()

@@ -80,7 +80,8 @@ def read_in_sequence(stream: Readable, shard: str) -> Iterator[Found]:
             break
         key = group["__key__"]
         # Samples without any member that may be used are not in a group.
-        ahead = next((n for n, other in enumerate(islice(samples.keys, given, None)) if _without_nul(other.decode()) == key), None)
+        following = enumerate(islice(samples.keys, given, None))
+        ahead = next((count for count, other in following if _without_nul(other.decode()) == key), None)
         if ahead is None:
             continue
         for _ in range(ahead):
