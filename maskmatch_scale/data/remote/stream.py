@@ -1,8 +1,8 @@
 """A file read in sequence while it comes: each byte is fetched once, and nothing is kept on the disk.
 
 A thread fetches (:mod:`~maskmatch_scale.data.remote.fetch`), with the tries, time-outs and messages of all fetches,
-and stays a bounded number of bytes ahead of the reader. A server that closes the connection meanwhile is asked for the
-rest. Where a source can only send a file from its beginning again, what had been read is compared with what comes again.
+and stays a bounded number of bytes ahead of the reader. A server that closes the connection meanwhile is asked for
+the rest. Where a source can only send a file from its beginning again, that is compared with what had been read.
 """
 
 from __future__ import annotations
