@@ -74,7 +74,8 @@ def read_in_sequence(stream: Readable, shard: str) -> Iterator[Found]:
 
     # Of what the sieve passes on, nothing but an early end can be wrong; and of a group, nothing but a member that is
     # there twice, which is among the faults.
-    files = tar_file_expander([{"url": shard, "stream": sieve}], handler=lambda error: False)
+    errors: list[Exception] = []
+    files = tar_file_expander([{"url": shard, "stream": sieve}], handler=errors.append)
     for group in group_by_keys(files, keys=_key_and_extension, handler=lambda error: True):
         if sieve.failure is not None:
             break
@@ -96,8 +97,9 @@ def read_in_sequence(stream: Readable, shard: str) -> Iterator[Found]:
         any_truncated = any_truncated or (isinstance(last.sample, BadSample) and last.sample.reason == "truncated")
         yield last
         given += 1
-    if sieve.damage and not any_truncated:
-        yield Found(None, BadSample("truncated", f"{sieve.shard}: {sieve.damage}; fetch or write it again"))
+    damage = sieve.damage or (f"webdataset cannot read on ({errors[0]})" if errors else "")
+    if damage and not any_truncated:
+        yield Found(None, BadSample("truncated", f"{sieve.shard}: {damage}; fetch or write it again"))
     elif not given:
         raise BadSample("shard_unreadable", f"{sieve.shard}: it holds no sample; leave it out")
 
