@@ -133,23 +133,28 @@ class _Sieve:
         self._file = cast(BinaryIO, _Forward(stream))
         self._members = TarMembers(self._file, shard)
         self._parts = self._passed_on()
-        self._rest = b""
+        self._rest = memoryview(b"")
 
     def read(self, size: int) -> bytes:
         """The next ``size`` bytes; fewer at the end only."""
-        blocks, missing = [self._rest], size - len(self._rest)
-        while missing > 0:
-            try:
-                block = next(self._parts, None)
-            except Exception as error:
-                self.failure, block = error, None
-            if block is None:
-                break
+        blocks = []
+        while size and (self._rest or self._next_part()):
+            block, self._rest = self._rest[:size], self._rest[size:]
             blocks.append(block)
-            missing -= len(block)
-        data = b"".join(blocks)
-        self._rest = data[size:]
-        return data[:size]
+            size -= len(block)
+        return b"".join(blocks)
+
+    def _next_part(self) -> bool:
+        """Begin with the next part; returns whether there is one."""
+        while not self._rest:
+            try:
+                self._rest = memoryview(next(self._parts))
+            except StopIteration:
+                return False
+            except Exception as error:
+                self.failure = error
+                return False
+        return True
 
     def _passed_on(self) -> Iterator[bytes]:
         try:
