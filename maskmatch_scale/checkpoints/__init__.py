@@ -8,7 +8,8 @@
                                 pieces of tensors (pieces.py), written by rank 0 of 2; each key is NAME:START
         index.json              for each tensor its shape, its dtype, and where its pieces are; for each file its bytes
                                 and SHA-256
-        stream.json             what the training batches continue from (data/batches/training.py), one for all ranks
+        stream.json             what the training batches continue from (data/batches/training.py): one for all
+                                ranks, with what each of them adds
         state.json              step, model, settings it was written with, state of engine and callbacks, frozen
                                 teacher, versions
 

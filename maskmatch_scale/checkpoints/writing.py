@@ -103,6 +103,7 @@ class CheckpointWriter:
         pieces: Iterable[Piece],
         state: Mapping[str, Any],
         stream: Mapping[str, Any],
+        own_stream: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin to write the checkpoint of a step; all ranks call it together, after :meth:`wait`.
 
@@ -111,16 +112,21 @@ class CheckpointWriter:
             pieces: of this rank. They are copied before this returns.
             state: JSON values for `state.json`; those of rank 0 are written.
             stream: state of the training batches, likewise.
+            own_stream: what this rank adds to it; `stream.json` has those of all ranks, in their order, as `ranks`.
         """
         assert self._thread is None, "the checkpoint before it was not waited for"
         began = time.monotonic()
         copies = self._copies.take(pieces)
         outcome = Outcome(step, self._folder / folder_name(step), time.monotonic() - began)
+        # As text, because they may change from now on.
         texts = {STATE: json.dumps({**state, "step": step}, indent=1), STREAM: json.dumps(stream)}
+        own = json.dumps(own_stream)
         reports = Reports(self._store, next(_NUMBERS))
         self._outcome = outcome
         # A disk that hangs must not keep the process from ending.
-        self._thread = Thread(target=self._run, args=(outcome, copies, texts, reports), name="checkpoint", daemon=True)
+        self._thread = Thread(
+            target=self._run, args=(outcome, copies, texts, own, reports), name="checkpoint", daemon=True
+        )
         self._thread.start()
 
     @property
@@ -161,14 +167,16 @@ class CheckpointWriter:
         outcome = self._outcome
         return outcome.folder if outcome and not self.is_writing and outcome.error is None else self._newest
 
-    def _run(self, outcome: Outcome, copies: Sequence[Piece], texts: Mapping[str, str], reports: Reports) -> None:
+    def _run(
+        self, outcome: Outcome, copies: Sequence[Piece], texts: Mapping[str, str], own_stream: str, reports: Reports
+    ) -> None:
         began = time.monotonic()
         into = writing(outcome.folder)
-        report = self._write_own(into, copies)
+        report = self._write_own(into, copies) | {"stream": json.loads(own_stream)}
         if self._rank == 0:
             try:
                 reported = self._reports_of_all(report, reports)
-                outcome.bytes = self._complete(outcome.folder, reported, texts)
+                outcome.bytes = self._complete(outcome.folder, reported, _with_ranks(texts, reported))
             except (OSError, ValueError) as error:
                 outcome.error = _reason(error)
             except Exception as error:
@@ -264,6 +272,14 @@ class CheckpointWriter:
         _flush_folder(into)
         _publish(into, folder)
         return sum(entry.bytes for entry in index.files.values())
+
+
+def _with_ranks(texts: Mapping[str, str], reports: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The texts, with what ranks have added to the state of the training batches."""
+    ranks = [report["stream"] for report in reports]
+    if not any(ranks):
+        return dict(texts)
+    return {**texts, STREAM: json.dumps({**json.loads(texts[STREAM]), "ranks": ranks})}
 
 
 def _publish(into: Path, folder: Path) -> None:

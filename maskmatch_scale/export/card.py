@@ -109,7 +109,8 @@ def _training(method: str, recipe: Recipe, data: RunData, state: Mapping[str, An
     batch = recipe.engine.micro_batch * recipe.engine.accumulation * ranks
     images, a_step = f"{labelled_images} labelled images", f"{batch if labelled_images else 0} labelled images"
     if unlabelled:
-        images += f" and {data.samples.get('unlabelled', 0)} unlabelled ones"
+        counted = "unlabelled" in data.samples
+        images += f" and {data.samples['unlabelled']} unlabelled ones" if counted else " and uncounted unlabelled ones"
         a_step += f" and {batch * recipe.data.unlabelled_per_labelled} unlabelled ones"
     height, width = recipe.data.crop_px
     mask = recipe.method.mask

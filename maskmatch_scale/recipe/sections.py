@@ -6,6 +6,7 @@ key that was meant.
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,7 @@ from maskmatch_scale.recipe.values import (
     ScaleRange,
     SidesPx,
 )
+from maskmatch_scale.redact import PIPE, redacted_values, shown
 
 
 class RecipeError(UserError):
@@ -36,9 +38,12 @@ class RecipeError(UserError):
 class SourceRecipe(Section):
     """One of several sources of labelled or unlabelled samples."""
 
-    root: str
+    root: str | None = None
     """Shard folder: a local one, or a URL. Also an archive of img2dataset, wids, Energon or open_clip, or a list of
-    shards with their numbers of samples: see docs/streaming.md."""
+    shards with their numbers of samples: see docs/streaming.md. A source needs this or `shards`."""
+    shards: str | None = None
+    """Shards without an index, which are read in sequence (docs/streaming.md): a path or URL with braces
+    (`x-{000..127}.tar`) or `*`, or a `pipe:` command. For `data.unlabelled` alone."""
     stream: str | None = None
     """Stream of its index; null = `labelled` in `data.labelled`, `unlabelled` in `data.unlabelled`."""
     name: str | None = None
@@ -46,6 +51,18 @@ class SourceRecipe(Section):
     different names."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """How often it is read, relative to the weights of the other sources."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SourceRecipe:
+        given = [json.dumps(redacted_values(place)) for place in (self.root, self.shards)]
+        if (self.root is None) == (self.shards is None):
+            raise ValueError(f"root={given[0]} and shards={given[1]}: a source needs one of them, and only one")
+        if self.shards is not None and self.stream is not None:
+            raise ValueError(
+                f"shards={given[1]} with stream={self.stream!r}: streams are listed in an index, and these shards have "
+                "none; leave it out (`name` gives the source a name)"
+            )
+        return self
 
 
 class DataRecipe(Section):
@@ -60,6 +77,10 @@ class DataRecipe(Section):
     unlabelled: tuple[SourceRecipe, ...] = ()
     """Sources of unlabelled samples; empty = the stream `unlabelled` of `data.root`. Labels in their shards are not
     read."""
+    sequential_lanes: Annotated[int, Field(ge=1)] | None = None
+    """Number of parts in which the shards of sources without an index are read side by side, over all ranks; a multiple
+    of ranks × `data.workers`. null = as many as that (at least one for each rank) in a new run, and as many as before
+    in one that continues."""
     labelled_count: Annotated[int, Field(ge=0)] | None = None
     """How many labelled samples are drawn from the labelled sources; null = all of them. 0 = a run without labels,
     which needs a trained model in `model.pretrained` or `method.teacher`."""
@@ -99,7 +120,7 @@ class DataRecipe(Section):
     taken for lost: then the run writes a checkpoint and stops. At most half of `engine.collective_timeout_s`, for which
     the other ranks wait; null = a quarter of it."""
     allow_pipe: bool = False
-    """Whether an index may name `pipe:` shards, which run a shell command."""
+    """Whether a source or an index may name `pipe:` shards, which run a shell command."""
     crop_px: SidesPx = (512, 512)
     """Height and width of a training crop in px (one number: a square)."""
     scale_range: ScaleRange = (0.5, 2.0)
@@ -112,6 +133,22 @@ class DataRecipe(Section):
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes of each rank; 0 = samples are loaded in the training process, between steps. While an evaluation
     runs, as many processes of its own decode its next images."""
+
+    @model_validator(mode="after")
+    def _sequential(self) -> DataRecipe:
+        for source in self.labelled:
+            if source.shards is not None:
+                raise ValueError(
+                    f"labelled: {shown(source.shards)} as `shards`: labelled samples are drawn and counted, which "
+                    "needs an index (`maskmatch shards index`); give its folder as `root`"
+                )
+        for source in self.unlabelled:
+            if source.shards is not None and source.shards.startswith(PIPE) and not self.allow_pipe:
+                raise ValueError(
+                    f"unlabelled: {shown(source.shards)}: pipe: runs a shell command, which is off; set "
+                    "data.allow_pipe=true if you trust it"
+                )
+        return self
 
 
 class ModelRecipe(Section):

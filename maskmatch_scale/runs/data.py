@@ -38,16 +38,16 @@ class RunData(BaseModel):
     """Label value of pixels that are not counted."""
     samples: dict[str, int]
     """Number of samples in each stream of `data.root`. For `labelled` and `unlabelled`: the number that training
-    used, over all sources."""
+    used, over all sources; no `unlabelled` if some of these have no index."""
 
 
-def describe_data(recipe: Recipe, index: ShardIndex, used: Mapping[str, int] | None = None) -> RunData:
+def describe_data(recipe: Recipe, index: ShardIndex, used: Mapping[str, int | None] | None = None) -> RunData:
     """Describe the data of a run.
 
     Args:
         recipe: of the run.
         index: of `data.root`.
-        used: number of `labelled` and of `unlabelled` samples that training uses, if known.
+        used: number of `labelled` and of `unlabelled` samples that training uses; None where nobody knows it.
 
     Raises:
         UserError: neither the index nor the model that the run starts from names the classes.
@@ -56,7 +56,8 @@ def describe_data(recipe: Recipe, index: ShardIndex, used: Mapping[str, int] | N
     if not index.classes:
         named |= classes_of_start(recipe)
     samples = {name: stream.samples for name, stream in index.streams.items()} | dict(used or {})
-    return RunData(**named, samples=samples)
+    known = {name: count for name, count in samples.items() if count is not None}
+    return RunData(**named, samples=known)
 
 
 def read_run_data(run: Path) -> RunData:

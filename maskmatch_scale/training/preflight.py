@@ -114,7 +114,10 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     check_scored(recipe, index)
     if "dev" in index.streams:  # opening the stream now finds a missing shard before the first evaluation does
         ShardStream(recipe.data.root, "dev", recipe.data, index=index)
-    used = {"labelled": batches.labelled_samples, "unlabelled": batches.unlabelled_samples}
+    used: dict[str, int | None] = {
+        "labelled": batches.labelled_samples,
+        "unlabelled": batches.unlabelled_samples,
+    }
     data = describe_data(recipe, index, used)
     check_class_names(recipe, data)
     head = recipe.model.head or student.family.default_head
@@ -218,6 +221,14 @@ def _open_batches(
     batches = batches_of(recipe)
     labelled = batches.unlabelled is None
     samples = batches.labelled_samples if labelled else batches.unlabelled_samples
+    if samples is None:
+        if recipe.run.epochs is not None:
+            names = ", ".join(repr(source.name) for source in batches.sequential)
+            raise UserError(
+                f"run.epochs={recipe.run.epochs:g}: nobody knows how many samples the shards of {names} have, which no "
+                "index lists; set run.steps, or write an index (`maskmatch shards index`)"
+            )
+        return recipe, batches
     images = recipe.engine.micro_batch * recipe.engine.accumulation * place.world_size
     images *= 1 if labelled else recipe.data.unlabelled_per_labelled
     counted = recipe.with_steps(samples, images, labelled=labelled)

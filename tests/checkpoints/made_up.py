@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,7 +37,12 @@ def cut(state: dict[str, torch.Tensor], cuts: dict[str, list[int]], ranks: int) 
 
 
 def write(
-    folder: Path, step: int = 4, pieces: list[list[Piece]] | None = None, timeout_s: float = 30.0, **options: object
+    folder: Path,
+    step: int = 4,
+    pieces: list[list[Piece]] | None = None,
+    timeout_s: float = 30.0,
+    own_streams: Sequence[dict[str, int] | None] = (),
+    **options: object,
 ) -> Outcome:
     """Write a checkpoint as the ranks of a job do, with a thread for each; gives the outcome, the same on all."""
     dealt = cut(STATE, {}, 1) if pieces is None else pieces
@@ -45,7 +51,8 @@ def write(
 
     def one(rank: int) -> None:
         writer = CheckpointWriter(folder, rank, len(dealt), store, timeout_s, **(options if rank == 0 else {}))
-        writer.save(step, dealt[rank], SETTINGS | {"world_size": len(dealt)}, {"format": 1, "step": step})
+        own = own_streams[rank] if own_streams else None
+        writer.save(step, dealt[rank], SETTINGS | {"world_size": len(dealt)}, {"format": 1, "step": step}, own)
         outcomes[rank] = writer.wait()
 
     # The ranks of a job count their checkpoints alike; here they share a process.

@@ -34,6 +34,14 @@ def test_what_is_there_afterwards(tmp_path):
     assert files.keys() == {path.name for path in outcome.folder.iterdir()} - {"index.json"}
 
 
+def test_what_ranks_add_to_the_state_of_the_batches(tmp_path):
+    """Nobody else knows it: it goes with the reports on their parts, and is under the checksum of `stream.json`."""
+    write(tmp_path, 3, cut(STATE, {}, 3), own_streams=[{"a": 1}, None, {"a": 3}])
+    assert find(tmp_path / "step-00000003").stream() == {"format": 1, "step": 3, "ranks": [{"a": 1}, None, {"a": 3}]}
+    write(tmp_path, 4, cut(STATE, {}, 3))
+    assert find(tmp_path / "step-00000004").stream() == {"format": 1, "step": 4}
+
+
 def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
     """Only the copy is waited for."""
     go = threading.Event()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from maskmatch_scale.data.order.lane import LaneState
 from maskmatch_scale.data.order.source import Skip
 from maskmatch_scale.data.remote.shard_cache import NOTHING, Fetched
 
@@ -35,6 +36,8 @@ class Batch:
     """Samples that could not be used and were skipped for this batch."""
     fetched: Fetched = NOTHING
     """What the process that made the batch has fetched from other machines since the batch that it made before."""
+    lanes: tuple[tuple[str, int, LaneState], ...] = ()
+    """Of each lane of a source without an index that it has samples of: the source, its number, and where it is now."""
 
     @classmethod
     def empty(cls, labelled: int, unlabelled: int, size: tuple[int, int], draws: int = 0, margin_px: int = 0) -> Batch:

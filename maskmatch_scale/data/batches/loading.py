@@ -24,6 +24,7 @@ from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.data.batches.processes import in_processes
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.order.lane import LaneState
 from maskmatch_scale.data.order.source import Skip
 from maskmatch_scale.data.remote.shard_cache import Fetched
 
@@ -53,13 +54,13 @@ class _Slot:
         """Copy the tensors of a batch into this slot; returns the rest of the batch."""
         for shared, tensor in zip(self.tensors, batch.tensors, strict=True):
             shared[: len(tensor)].copy_(tensor)
-        return _Rest(tuple(map(len, batch.tensors)), batch.positions, batch.skipped, batch.fetched)
+        return _Rest(tuple(map(len, batch.tensors)), batch.positions, batch.skipped, batch.fetched, batch.lanes)
 
     def take(self, rest: _Rest, *, pin_memory: bool) -> Batch:
         """A copy of the batch in this slot, in page-locked memory if asked."""
         found = [shared[:size] for shared, size in zip(self.tensors, rest.sizes, strict=True)]
         images, labels, views, valid, draws = (part.pin_memory() if pin_memory else part.clone() for part in found)
-        return Batch(images, labels, views, valid, draws, rest.positions, rest.skipped, rest.fetched)
+        return Batch(images, labels, views, valid, draws, rest.positions, rest.skipped, rest.fetched, rest.lanes)
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class _Rest:
     positions: tuple[int, ...]
     skipped: tuple[Skip, ...]
     fetched: Fetched
+    lanes: tuple[tuple[str, int, LaneState], ...]
 
 
 class _Filling(Dataset["_Rest | DataError"]):
@@ -159,6 +161,7 @@ def load_batches(
     if workers <= 0:
         for number in range(start, stop):
             batch = made[number]
+            made.took(batch)
             yield batch.with_tensors([t.pin_memory() for t in batch.tensors]) if pin_memory else batch
         return
     try:
@@ -171,4 +174,6 @@ def load_batches(
         for number, rest in enumerate(found):
             if isinstance(rest, DataError):
                 raise rest
-            yield slots[number % len(slots)].take(rest, pin_memory=pin_memory)
+            batch = slots[number % len(slots)].take(rest, pin_memory=pin_memory)
+            made.took(batch)
+            yield batch

@@ -14,9 +14,11 @@ from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.order.epoch import permutation
 from maskmatch_scale.data.order.mix import Leg, SourceInfo
 from maskmatch_scale.data.order.patience import Patience
+from maskmatch_scale.data.order.sequential import Deal, SequentialSource
 from maskmatch_scale.data.order.source import WeightedSource
+from maskmatch_scale.data.remote.patterns import expand
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.data.shards.reading import ShardStream
+from maskmatch_scale.data.shards.reading import ShardStream, fetch_options
 from maskmatch_scale.recipe import Recipe, SourceRecipe
 from maskmatch_scale.redact import shown
 from maskmatch_scale.seeds import derive_seed
@@ -39,20 +41,30 @@ class Side:
     """
 
     name: SideName
-    sources: list[WeightedSource]
+    sources: list[WeightedSource | SequentialSource]
     per_rank: int
     start: int
     leg: Leg
 
     @property
-    def samples(self) -> int:
-        """Samples of an epoch of all sources together."""
-        return sum(source.info.samples for source in self.sources)
+    def indexed(self) -> list[WeightedSource]:
+        """The sources with an index."""
+        return [source for source in self.sources if isinstance(source, WeightedSource)]
+
+    @property
+    def sequential(self) -> list[SequentialSource]:
+        """The sources without one."""
+        return [source for source in self.sources if isinstance(source, SequentialSource)]
+
+    @property
+    def samples(self) -> int | None:
+        """Samples of an epoch of all sources together; None if a source has no index."""
+        return None if self.sequential else sum(source.info.samples for source in self.sources)
 
     @property
     def is_remote(self) -> bool:
-        """Whether shards of some source have to be fetched."""
-        return any(source.is_remote for source in self.sources)
+        """Whether shards of some source with an index have to be fetched."""
+        return any(source.is_remote for source in self.indexed)
 
     def resume(self, state: Mapping[str, Any] | None, step: int) -> None:
         """Continue after ``step`` steps.
@@ -75,7 +87,7 @@ class Side:
 
 
 def open_side(
-    name: SideName, recipe: Recipe, index: ShardIndex, lanes: int, world_size: int, patience: Patience
+    name: SideName, recipe: Recipe, index: ShardIndex, lanes: int, deal: Deal, world_size: int, patience: Patience
 ) -> Side:
     """Open the sources of one side, and mix them from the beginning.
 
@@ -84,6 +96,7 @@ def open_side(
         recipe: sections data, engine, run and method are read.
         index: of ``data.root``.
         lanes: see :func:`count_lanes`.
+        deal: lanes of sources without an index.
         world_size: number of ranks.
         patience: how long a process may wait for shards that do not come.
 
@@ -98,31 +111,66 @@ def open_side(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"data.{name}: two sources are called {twice!r}; give each a `name` of its own")
-    streams = [_open_stream(source, name, recipe, index, strict=not skip) for source in wanted]
+    streams = [
+        None if source.shards is not None else _open_stream(source, name, recipe, index, strict=not skip)
+        for source in wanted
+    ]
     numbers: Sequence[NDArray[np.int64] | None] = [None] * len(streams)
     if labelled:
-        numbers = draw_labelled([len(stream) for stream in streams], data.labelled_count, data.split_seed)
-    sources = [
-        WeightedSource(
-            stream,
-            source_name,
-            derive_seed(recipe.run.seed, name),
-            data.shuffle_window,
-            weight=source.weight,
-            skip=skip,
-            numbers=drawn,
-            patience=patience,
-        )
-        for stream, source_name, source, drawn in zip(streams, names, wanted, numbers, strict=True)
-        if drawn is None or len(drawn)
-    ]
+        sizes = [len(stream) for stream in streams if stream is not None]
+        numbers = draw_labelled(sizes, data.labelled_count, data.split_seed)
+    seed = derive_seed(recipe.run.seed, name)
+    sources: list[WeightedSource | SequentialSource] = []
+    for stream, source_name, source, drawn in zip(streams, names, wanted, numbers, strict=True):
+        if stream is None:
+            sources.append(_open_sequential(source, source_name, seed, recipe, deal, patience))
+        elif drawn is None or len(drawn):
+            sources.append(
+                WeightedSource(
+                    stream,
+                    source_name,
+                    seed,
+                    data.shuffle_window,
+                    weight=source.weight,
+                    skip=skip,
+                    numbers=drawn,
+                    patience=patience,
+                )
+            )
     per_rank = engine.micro_batch * (1 if labelled else data.unlabelled_per_labelled)
     start = 0 if labelled else recipe.burn_in_steps
     leg = Leg.first(start, lanes, per_rank * world_size * engine.accumulation, _infos(sources))
     return Side(name, sources, per_rank, start, leg)
 
 
-def _infos(sources: Sequence[WeightedSource]) -> list[SourceInfo]:
+def _open_sequential(
+    source: SourceRecipe, name: str, seed: int, recipe: Recipe, deal: Deal, patience: Patience
+) -> SequentialSource:
+    """A source without an index.
+
+    Raises:
+        DataError: its pattern matches nothing, or names a shard twice; or it has fewer shards than lanes.
+    """
+    data = recipe.data
+    assert source.shards is not None
+    shards = expand(source.shards)
+    if len(set(shards)) < len(shards):
+        twice = next(shard for shard in shards if shards.count(shard) > 1)
+        raise DataError(f"source {name!r}: {shown(twice)} is listed twice")
+    return SequentialSource(
+        shards,
+        name,
+        seed,
+        data.shuffle_window,
+        fetch_options(data),
+        deal,
+        weight=source.weight,
+        skip=data.bad_unlabelled == "skip",
+        patience=patience,
+    )
+
+
+def _infos(sources: Sequence[WeightedSource | SequentialSource]) -> list[SourceInfo]:
     return [source.info for source in sources]
 
 
@@ -143,6 +191,7 @@ def _open_stream(
     """
     data, labels = recipe.data, side == "labelled"
     stream_name = source.stream or side
+    assert source.root is not None
     own_index = index if source.root == data.root else None
     stream = ShardStream(source.root, stream_name, data, index=own_index, labels=labels, strict=strict)
     if len(stream) == 0:

@@ -7,7 +7,9 @@ and each rank has its own slots of it. So
 * the view of a sample is drawn from its place (source, epoch, number in the epoch), whichever process makes it;
 * the state is the number of the step, and what each source had left when the mix last changed
   (:mod:`~maskmatch_scale.data.order.mix`). It is a small piece of JSON, the same on all ranks. It does not depend on
-  loader processes, nor on the batches that they have made ahead.
+  loader processes, nor on the batches that they have made ahead;
+* sources without an index are read in sequence (:mod:`~maskmatch_scale.data.order.lane`). Where their lanes are is part
+  of the state; each rank knows that of its own lanes.
 
 Decision: docs/decisions/0030-a-stream-is-a-list-of-shards.md.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,11 +26,14 @@ from torch.utils.data import Dataset
 
 from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.data.batches.class_pixels import ClassPixels
+from maskmatch_scale.data.batches.dealing import check_shards, check_turns, continue_lanes, deal_lanes, state_of
 from maskmatch_scale.data.batches.sources import Side, count_lanes, open_side
 from maskmatch_scale.data.batches.views import SampleViews, label_map
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.order.lane import LaneState
 from maskmatch_scale.data.order.patience import Patience
 from maskmatch_scale.data.order.queue import SamplePlace
+from maskmatch_scale.data.order.sequential import SequentialSource
 from maskmatch_scale.data.order.source import Skip, WeightedSource
 from maskmatch_scale.data.remote.shard_cache import Fetched
 from maskmatch_scale.data.shards.index import ShardIndex
@@ -50,8 +55,23 @@ class Draw(Protocol):
         """float64 (U, width), in host memory, of U positions; see `Batch.positions`."""
 
 
+class _Unlabelled(NamedTuple):
+    """An unlabelled image of a batch: its source and place, its view, and what was skipped for it."""
+
+    source: WeightedSource | SequentialSource
+    place: SamplePlace
+    view: Tensor
+    """uint8 (3, h + 2 m, w + 2 m)."""
+    valid: Tensor
+    """bool (h, w)."""
+    skipped: list[Skip]
+
+
 class TrainingBatches(Dataset[Batch]):
     """Maps the number of a micro-batch to one rank's :class:`Batch`. Any process may make any batch.
+
+    With sources without an index this holds no longer: batches n, n + K, n + 2 K, … have to be made in this order by
+    one process (:mod:`~maskmatch_scale.data.batches.dealing`), and :meth:`took` must be called for those that are used.
 
     Args:
         recipe: sections data, engine, run and method are read.
@@ -85,17 +105,19 @@ class TrainingBatches(Dataset[Batch]):
         self._draw = draw
         self.lanes = count_lanes(recipe, world_size)
         patience = Patience(outage_s(recipe))
+        self._deal = deal_lanes(recipe, world_size)
         self.labelled: Side | None = None
         """None where ``data.labelled_count`` is 0."""
         if recipe.data.labelled_count != 0:
-            self.labelled = open_side("labelled", recipe, self.index, self.lanes, world_size, patience)
+            self.labelled = open_side("labelled", recipe, self.index, self.lanes, self._deal, world_size, patience)
         self.unlabelled: Side | None = None
         """None where no unlabelled images are read."""
         if unlabelled:
-            self.unlabelled = open_side("unlabelled", recipe, self.index, self.lanes, world_size, patience)
+            self.unlabelled = open_side("unlabelled", recipe, self.index, self.lanes, self._deal, world_size, patience)
+            self._check_lanes()
         ignore_index = self.index.ignore_index
         self._class_pixels = ClassPixels(
-            self.labelled.sources if self.labelled else [],
+            self.labelled.indexed if self.labelled else [],
             num_classes,
             partial(label_map, num_classes=num_classes, ignore_index=ignore_index),
         )
@@ -104,21 +126,44 @@ class TrainingBatches(Dataset[Batch]):
     @property
     def labelled_samples(self) -> int:
         """Labelled samples of an epoch: those that were drawn."""
-        return self.labelled.samples if self.labelled else 0
+        return sum(source.info.samples for source in self.labelled.indexed) if self.labelled else 0
 
     @property
-    def unlabelled_samples(self) -> int:
-        """Unlabelled samples of an epoch."""
+    def unlabelled_samples(self) -> int | None:
+        """Unlabelled samples of an epoch; None if a source has no index."""
         return self.unlabelled.samples if self.unlabelled else 0
 
+    @property
+    def sequential(self) -> list[SequentialSource]:
+        """The sources without an index."""
+        return self.unlabelled.sequential if self.unlabelled else []
+
     def state(self, step: int) -> dict[str, Any]:
-        """What :meth:`resume` continues from after ``step`` steps: JSON, the same on every rank."""
-        return {
+        """What :meth:`resume` continues from after ``step`` steps: JSON, the same on every rank.
+
+        Under `ranks` it takes what :meth:`own_state` of each rank returned, in their order.
+        """
+        state = {
             "format": STATE_FORMAT,
             "step": step,
             "labelled": self.labelled.leg.as_json() if self.labelled else None,
             "unlabelled": self.unlabelled.leg.as_json() if self.unlabelled else None,
         }
+        return state | ({"sequential": state_of(self._deal)} if self.sequential else {})
+
+    def own_state(self) -> dict[str, Any] | None:
+        """What this rank alone knows: where its lanes are after the batches that were taken, as JSON; None: nothing."""
+        if not self.sequential:
+            return None
+        each = self._deal.lanes // self.world_size
+        own = range(self.rank * each, (self.rank + 1) * each)
+        return {"lanes": {s.name: {str(lane): s.states[lane].as_json() for lane in own} for s in self.sequential}}
+
+    def took(self, batch: Batch) -> None:
+        """Note where lanes are after a batch that was taken, which another process may have made."""
+        sources = {source.name: source for source in self.sequential}
+        for name, lane, state in batch.lanes:
+            sources[name].took(lane, state)
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where ``state`` was taken, also with other ranks, batches, sources or weights.
@@ -129,9 +174,25 @@ class TrainingBatches(Dataset[Batch]):
         if state.get("format") != STATE_FORMAT:
             raise DataError(f"the checkpoint's stream state has format {state.get('format')}; {STATE_FORMAT} is read")
         step = int(state["step"])
+        if self.sequential:
+            self._continue_lanes(state)
         for side in (self.labelled, self.unlabelled):
             if side is not None:
                 side.resume(state[side.name], step)
+        self._check_lanes()
+
+    def _continue_lanes(self, state: Mapping[str, Any]) -> None:
+        self._deal = deal_lanes(self.recipe, self.world_size, state.get("sequential"))
+        before = {source["name"]: source["content"] for source in (state["unlabelled"] or {}).get("sources", ())}
+        for source in self.sequential:
+            continue_lanes(source, self._deal, before.get(source.name), state.get("ranks", ()))
+
+    def _check_lanes(self) -> None:
+        """Refuse lanes without shards, and those that never have a turn."""
+        side, each = self.unlabelled, self._deal.lanes // self.world_size
+        if side is not None and side.sequential:
+            check_shards(side.sequential, self._deal)
+            check_turns(side, each, partial(self._slots, side), self.recipe.engine.accumulation)
 
     def class_pixels(self) -> Tensor:
         """Pixels of each class in the drawn labelled samples: int64 (classes,). Reads them if they were not counted."""
@@ -154,6 +215,7 @@ class TrainingBatches(Dataset[Batch]):
         images, labels, views, valid, draws = self._empty(0, 0).tensors
         skipped: list[Skip] = []
         positions: list[int] = []
+        lanes: dict[tuple[str, int], LaneState] = {}
         step = number // self.recipe.engine.accumulation
         if self.labelled is not None:
             places = list(self.places(self.labelled, number))
@@ -166,20 +228,33 @@ class TrainingBatches(Dataset[Batch]):
         if self.unlabelled is not None and step < self.unlabelled.start:
             self._prefetch_side(self.unlabelled, number)
         if self.unlabelled is not None and step >= self.unlabelled.start:
-            places = list(self.places(self.unlabelled, number))
-            drawn = [self._views.unlabelled(source, place) for source, place in places]
-            views, valid = torch.stack([view for view, _, _ in drawn]), torch.stack([mask for _, mask, _ in drawn])
-            skipped += [skip for _, _, skips in drawn for skip in skips]
-            positions = self._positions("place", places)
+            drawn = list(self._unlabelled(self.unlabelled, number, lanes))
+            views, valid = torch.stack([one.view for one in drawn]), torch.stack([one.valid for one in drawn])
+            skipped += [skip for one in drawn for skip in one.skipped]
+            positions = self._positions("place", [(one.source, one.place) for one in drawn])
             draws = self._draw(positions) if self._draw else draws.new_empty(len(positions), 0)
-        return Batch(images, labels, views, valid, draws, tuple(positions), tuple(skipped), self._take_figures())
+        found = tuple((name, lane, where) for (name, lane), where in lanes.items())
+        return Batch(images, labels, views, valid, draws, tuple(positions), tuple(skipped), self._take_figures(), found)
 
-    def _positions(self, purpose: str, places: Sequence[tuple[WeightedSource, SamplePlace]]) -> list[int]:
+    def _unlabelled(self, side: Side, number: int, lanes: dict[tuple[str, int], LaneState]) -> Iterator[_Unlabelled]:
+        """The unlabelled images of micro-batch ``number``; notes in ``lanes`` where its lanes are after them."""
+        each = self._deal.lanes // self.world_size
+        lane = self.rank * each + number % each
+        for source, place in self._turns(side, number):
+            if isinstance(source, SequentialSource):
+                view, valid, skipped, place, lanes[source.name, lane] = self._views.next_unlabelled(source, lane)
+            else:
+                view, valid, skipped = self._views.unlabelled(source, place)
+            yield _Unlabelled(source, place, view, valid, skipped)
+
+    def _positions(
+        self, purpose: str, places: Sequence[tuple[WeightedSource | SequentialSource, SamplePlace]]
+    ) -> list[int]:
         return [derive_seed(self.recipe.run.seed, purpose, source.name, p.epoch, p.place) for source, p in places]
 
     def _take_figures(self) -> Fetched:
         sides = (self.labelled, self.unlabelled)
-        return sum((source.stream.take_figures() for side in sides if side for source in side.sources), Fetched())
+        return sum((source.take_figures() for side in sides if side for source in side.sources), Fetched())
 
     def largest_batch(self) -> Batch:
         """A batch of uninitialised memory, as large as any of this rank."""
@@ -190,7 +265,18 @@ class TrainingBatches(Dataset[Batch]):
         return Batch.empty(labelled, unlabelled, self.recipe.data.crop_px, drawn, self.recipe.method.teacher_margin_px)
 
     def places(self, side: Side, number: int) -> Iterator[tuple[WeightedSource, SamplePlace]]:
-        """The source and place of each of this rank's images of one side in micro-batch ``number``."""
+        """The source and place of each of this rank's images of one side in micro-batch ``number``.
+
+        Images of sources without an index are left out: their places are known when they are read.
+        """
+        for source, place in self._turns(side, number):
+            if isinstance(source, WeightedSource):
+                yield source, place
+
+    def _turns(self, side: Side, number: int) -> Iterator[tuple[WeightedSource | SequentialSource, SamplePlace]]:
+        """The source of each of this rank's images of one side in micro-batch ``number``; and their places in it, which
+        mean nothing in a source without an index.
+        """
         step = number // self.recipe.engine.accumulation
         for lane, within in self._slots(side, number):
             source, place = side.leg.at(step, lane, within)
@@ -227,13 +313,15 @@ class TrainingBatches(Dataset[Batch]):
             lane: of the image.
             number: of the image, among those of the lane in this step.
         """
-        samples = max(source.info.samples for source in side.sources)
+        samples = max(source.info.samples for source in side.indexed)
         ahead = min(self.recipe.data.shuffle_window, samples // self.lanes) // 2
         for due in (step, step + 1 + ahead // side.leg.per_lane):
             # Nothing is fetched that is needed only after the end of the run.
             if max(side.start, side.leg.start) <= due < self.recipe.run.steps:
-                source, place = side.leg.at(due, lane, number)
-                side.sources[source].prefetch(place)
+                number_of_source, place = side.leg.at(due, lane, number)
+                source = side.sources[number_of_source]
+                if isinstance(source, WeightedSource):
+                    source.prefetch(place)
 
 
 def outage_s(recipe: Recipe) -> float:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from maskmatch_scale.data.batches.augment import WeakView, rare_class_pixel
 from maskmatch_scale.data.images.decode import decode_image, decode_label
+from maskmatch_scale.data.order.lane import LaneState
 from maskmatch_scale.data.order.queue import SamplePlace
+from maskmatch_scale.data.order.sequential import SequentialSource
 from maskmatch_scale.data.order.source import Skip, WeightedSource
 from maskmatch_scale.data.shards.reading import RawSample
 from maskmatch_scale.recipe import Recipe
@@ -97,17 +99,34 @@ class SampleViews:
         Raises:
             DataError: see :meth:`WeightedSource.load`.
         """
+        image, skipped = source.load(place, self._decode_unlabelled)
+        return (*self._unlabelled_view(image, source.name, place), skipped)
 
-        def decode(raw: RawSample) -> Tensor:
-            return decode_image(
-                raw.image,
-                raw.name,
-                max_pixels=self._data.max_image_px,
-                exif_orientation=self._data.exif_orientation,
-                contiguous=False,
-            )
+    def next_unlabelled(
+        self, source: SequentialSource, lane: int
+    ) -> tuple[Tensor, Tensor, list[Skip], SamplePlace, LaneState]:
+        """The view of the next sample of a lane.
 
-        image, skipped = source.load(place, decode)
-        draws = generator(self._seed, "unlabelled view", source.name, place.epoch, place.place)
+        Returns:
+            image uint8 (3, h + 2 m, w + 2 m) and valid bool (h, w), as :meth:`unlabelled` returns them; the samples
+            that were skipped before it; its place; where the lane is after it.
+
+        Raises:
+            DataError: see :meth:`SequentialSource.load`.
+        """
+        image, place, skipped, state = source.load(lane, self._decode_unlabelled)
+        return (*self._unlabelled_view(image, source.name, place), skipped, place, state)
+
+    def _decode_unlabelled(self, raw: RawSample) -> Tensor:
+        return decode_image(
+            raw.image,
+            raw.name,
+            max_pixels=self._data.max_image_px,
+            exif_orientation=self._data.exif_orientation,
+            contiguous=False,
+        )
+
+    def _unlabelled_view(self, image: Tensor, source: str, place: SamplePlace) -> tuple[Tensor, Tensor]:
+        draws = generator(self._seed, "unlabelled view", source, place.epoch, place.place)
         view, _, valid = self._with_margin(image, None, draws)
-        return view, valid, skipped
+        return view, valid

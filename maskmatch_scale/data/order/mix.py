@@ -18,7 +18,7 @@ from fractions import Fraction
 from typing import Any
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.order.queue import Interval, Queue, SamplePlace
+from maskmatch_scale.data.order.queue import ENDLESS, Interval, Queue, SamplePlace
 
 
 def shares(weights: Sequence[float]) -> tuple[Fraction, ...]:
@@ -71,7 +71,7 @@ class SourceInfo:
     name: str
     weight: float
     samples: int
-    """Of an epoch."""
+    """Of an epoch; `ENDLESS` if nobody knows."""
     content: str
     """Digest of its list of shards and of what else decides its order: seed, window, drawn samples."""
 
@@ -151,7 +151,7 @@ class Leg:
         queues = []
         for source in sources:
             where = old.get(source.name)
-            if where is None:
+            if where is None or source.samples == ENDLESS:
                 queues.append(Queue(source.samples, lanes))
                 continue
             queue = self.queues[where].after([of_lane[where] for of_lane in had], lanes)

@@ -21,6 +21,9 @@ from typing import NamedTuple
 
 from maskmatch_scale.data.order.epoch import Cut
 
+ENDLESS = 1 << 62
+"""Samples of an epoch of a source of which nobody knows how many it has. Its queue is never asked for a place."""
+
 
 class SamplePlace(NamedTuple):
     """The place of a sample in the endless sequence of a source's epochs."""
@@ -29,7 +32,7 @@ class SamplePlace(NamedTuple):
     lanes: int
     """Number of lanes that the order of this epoch was made for."""
     place: int
-    """In the epoch."""
+    """In the epoch; in a source without an index, a number that no other sample of the epoch has."""
 
 
 class Interval(NamedTuple):

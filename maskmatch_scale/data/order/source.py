@@ -21,6 +21,7 @@ from maskmatch_scale.data.order.epoch import EpochOrder
 from maskmatch_scale.data.order.mix import SourceInfo
 from maskmatch_scale.data.order.patience import Patience
 from maskmatch_scale.data.order.queue import SamplePlace
+from maskmatch_scale.data.remote.shard_cache import Fetched
 from maskmatch_scale.data.shards.reading import RawSample, ShardStream
 from maskmatch_scale.redact import is_remote, shown
 from maskmatch_scale.seeds import derive_seed
@@ -208,6 +209,10 @@ class WeightedSource:
                 if drawn not in tried:
                     tried.add(drawn)
                     yield self._in_shard(*order[drawn])
+
+    def take_figures(self) -> Fetched:
+        """What was fetched in this process since the last call."""
+        return self.stream.take_figures()
 
     def prefetch(self, place: SamplePlace) -> None:
         """Fetch the shards of the window around ``place`` in the background."""

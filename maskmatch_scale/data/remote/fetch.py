@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import time
@@ -12,7 +11,7 @@ from types import ModuleType
 from maskmatch_scale.data.faults import DataError, NotFetched
 from maskmatch_scale.data.remote import filesystems, http, objects, pipe
 from maskmatch_scale.data.remote.address import is_http, scrubbed
-from maskmatch_scale.data.remote.transfer import FetchOptions, Sink, Transfer, TransferError
+from maskmatch_scale.data.remote.transfer import LEAST_BYTES, FetchOptions, Sink, Transfer, TransferError
 from maskmatch_scale.redact import PIPE, shown
 
 _LONGEST_PAUSE_S = 30.0
@@ -36,6 +35,7 @@ def fetch(
     etag: str | None = None,
     patience_s: float = math.inf,
     tried: Callable[[], None] = lambda: None,
+    in_a_row: bool = False,
 ) -> tuple[int, str]:
     """Fetch a whole file.
 
@@ -48,6 +48,8 @@ def fetch(
         etag: the strong ETag that it must have, if its server gives one; None if that is not known.
         patience_s: when no byte has come for so many seconds, over all tries, there is no other try.
         tried: called after every try that failed.
+        in_a_row: whether only tries count that bring nothing further. A file that is read slowly takes hours, in which
+            servers close the connection again and again.
 
     Returns:
         Its size in bytes, and the hex SHA-256 of its bytes.
@@ -59,7 +61,9 @@ def fetch(
     """
     get = _protocol(url).get
     transfer = Transfer(url, sink, size, sha256, options.timeout_s, etag)
-    for attempt in itertools.count(1):
+    attempt, furthest = 0, 0
+    while True:
+        attempt += 1
         left_s = patience_s - (time.monotonic() - transfer.advanced_at)
         transfer.timeout_s = min(options.timeout_s, max(left_s, _SHORTEST_TRY_S))
         transfer.begin_try()
@@ -69,6 +73,8 @@ def fetch(
             break
         except TransferError as error:
             tried()
+            if in_a_row and transfer.furthest >= furthest + LEAST_BYTES:
+                attempt, furthest = 1, transfer.furthest
             left_s = patience_s - (time.monotonic() - transfer.advanced_at)
             if error.final or attempt >= options.attempts or left_s <= 0:
                 raise _given_up(url, attempt, error) from None

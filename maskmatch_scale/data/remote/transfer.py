@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-_LEAST_BYTES = 256 << 10
+LEAST_BYTES = 256 << 10
 """A transfer that moves fewer bytes than this within the time-out counts as stalled."""
 _OTHER_BYTES = "if this happens again, upload the shard again or write the index anew"
 
@@ -95,6 +95,8 @@ class Transfer:
         self._etag = etag
         self.advanced_at = time.monotonic()
         """When bytes came last, not counting those that trickle."""
+        self.furthest = 0
+        """Most bytes that have arrived by the end of any try."""
         self._sink, self._size, self._sha256 = sink, size, sha256
         self.restart()
 
@@ -156,13 +158,18 @@ class Transfer:
             expected = self._total
             self.restart()
             raise TransferError(f"more than the {expected} bytes that are expected", _OTHER_BYTES)
+        began = time.monotonic()
+        self._marked_at = min(self._marked_at, began)
         self._sink.write(block, self.received)
+        now = time.monotonic()
+        # A sink may keep the source waiting for as long as it likes: that is no stall of the source.
+        self.advanced_at += now - began
+        self._marked_at += now - began
         self._digest.update(block)
         self.received += len(block)
+        self.furthest = max(self.furthest, self.received)
         self._since_mark += len(block)
-        now = time.monotonic()
-        self._marked_at = min(self._marked_at, now)
-        if self._since_mark >= _LEAST_BYTES:
+        if self._since_mark >= LEAST_BYTES:
             self.advanced_at = self._marked_at = now
             self._since_mark = 0
         elif now - self._marked_at > self.timeout_s and self.received != self._total:

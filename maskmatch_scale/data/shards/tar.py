@@ -29,6 +29,30 @@ _META = re.compile(r"__[^/]*__($|[/.])")
 """Names of members that are about the shard, not of a sample."""
 
 
+def plain(name: str) -> str:
+    """The name of a member without a leading ``./``."""
+    while name.startswith("./"):
+        name = name[2:]
+    return name
+
+
+def key_and_extension(name: str) -> tuple[str | None, str | None]:
+    """What the name of a member says of the sample that it belongs to.
+
+    Args:
+        name: as :func:`plain` gives it.
+
+    Returns:
+        The key, None for a member that is about the shard; and the extension in lower case, None for a member that is
+        of no sample, unless it is one that must not be used.
+    """
+    if name.startswith("__") and _META.match(name):
+        return None, None
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    return folder + slash + stem, extension.lower() if stem and dot else None
+
+
 class TarTable:
     """Where the samples of one tar lie: 32 bytes per sample, and its key. Made by :func:`read_table`.
 
@@ -139,7 +163,7 @@ def read_table(file: BinaryIO, shard: str, *, labelled: bool) -> TarTable:
         BadSample: ``shard_unreadable``: the file cannot be read, or is no tar.
     """
     members = TarMembers(file, shard)
-    samples = _Samples(labelled)
+    samples = GroupedMembers(labelled)
     try:
         for name, flag, offset, size in members:
             samples.add(name, flag, offset, size, members.file_size)
@@ -150,7 +174,7 @@ def read_table(file: BinaryIO, shard: str, *, labelled: bool) -> TarTable:
     return TarTable(shard, labelled, samples.keys, spans, samples.faults, members.damage)
 
 
-class _Samples:
+class GroupedMembers:
     """Groups adjacent members of one key into samples, and finds what is wrong with a sample.
 
     Args:
@@ -186,23 +210,19 @@ class _Samples:
         self._file_size = file_size
         if flag == DIRECTORY:
             return
-        while name.startswith("./"):
-            name = name[2:]
-        if name.startswith("__") and _META.match(name):
-            return
-        folder, slash, base = name.rpartition("/")
-        stem, dot, extension = base.partition(".")
+        name = plain(name)
+        key, extension = key_and_extension(name)
         unsafe = unsafe_member(name, flag)
-        if unsafe is None and not (stem and dot):
+        if key is None or (unsafe is None and extension is None):
             return
-        key = folder + slash + stem
         if key != self._key:
             self._finish(False)
             self._key = key
-        extension = extension.lower()
         if unsafe is not None:
             self._fault = self._fault or ("unsafe_name", unsafe)
-        elif extension in self._members:
+            return
+        assert extension is not None
+        if extension in self._members:
             self._fault = self._fault or ("duplicate_key", f"two members {extension!r}; keep one")
         else:
             self._members[extension] = offset, size

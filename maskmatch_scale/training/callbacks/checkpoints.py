@@ -114,7 +114,9 @@ class Checkpoints(Callback):
             "versions": {"maskmatch_scale": __version__, "torch": str(torch.__version__)},
         }
         self._begun = done
-        run.writer.save(done, chain(engine.pieces(), run.teacher.pieces()), state, run.batches.state(done))
+        run.writer.save(
+            done, chain(engine.pieces(), run.teacher.pieces()), state, run.batches.state(done), run.batches.own_state()
+        )
 
     def _collect(self) -> Outcome | None:
         """Wait for the one that is being written. If too many have failed, the run has to stop."""

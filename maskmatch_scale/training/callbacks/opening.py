@@ -27,6 +27,14 @@ class Opening(Callback):
         if self.run.runtime.rank == 0:
             show("\n".join(lines))
 
+    def _unlabelled(self) -> str:
+        """How many unlabelled samples there are, or shards, where nobody knows."""
+        batches = self.run.batches
+        if not batches.sequential:
+            return f"{batches.unlabelled_samples} unlabelled"
+        sequential = ", ".join(f"{len(source)} shards of {source.name!r}" for source in batches.sequential)
+        return f"unlabelled ones of {sequential}, read in sequence"
+
     def _lines(self) -> list[str]:
         run, recipe, engine = self.run, self.run.recipe, self.run.recipe.engine
         place = run.runtime.place
@@ -38,8 +46,7 @@ class Opening(Callback):
             f"rank {place.rank} of {place.world_size} on {run.runtime.device}, {run.runtime.threads} CPU threads",
             f"{recipe.model.backbone}: {parameters / 1e6:.2f} M parameters{of_them}, {run.engine.name}, "
             f"{engine.precision} ({run.precision_reason})",
-            f"{run.batches.labelled_samples} labelled samples, {run.batches.unlabelled_samples} unlabelled, from step "
-            f"{run.start}",
+            f"{run.batches.labelled_samples} labelled samples, {self._unlabelled()}, from step {run.start}",
         ]
         if run.frozen_teacher is not None and run.frozen_facts is not None:
             module = run.frozen_teacher.module

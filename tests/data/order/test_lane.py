@@ -1,0 +1,192 @@
+"""Lanes of a source without an index: a plain reference, stops anywhere, and shards that do not come."""
+
+import json
+from collections import Counter
+from itertools import islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskmatch_scale.data.faults import BadSample, NotFetched
+from maskmatch_scale.data.order.epoch import permutation
+from maskmatch_scale.data.order.lane import Lane, LaneState, OutOfReachError, Windows
+from maskmatch_scale.data.order.patience import Patience
+from maskmatch_scale.data.shards.reading import RawSample
+from maskmatch_scale.data.shards.sequence import Found
+from maskmatch_scale.seeds import derive_seed
+
+SEED = 7
+sizes = st.lists(st.integers(1, 9), min_size=8, max_size=14)
+"""Samples of each shard."""
+
+
+def reader(sizes, gone=(), reads=None):
+    """Shards in memory. Those whose numbers are in `gone` end with a fault, before the sample that it says."""
+
+    def read(shard):
+        if reads is not None:
+            reads.append(shard)
+        for number in range(sizes[shard]):
+            if shard in gone and gone[shard][0] == number:
+                raise gone[shard][1]
+            yield Found(f"{shard}-{number}", RawSample(f"{shard}-{number}", f"{shard}.tar", b"jpg", None))
+
+    return read
+
+
+def make(sizes, lane=0, lanes=1, window=7, state=LaneState(), patience=None, most_bytes=10**9, **how):  # noqa: B008
+    read = how.pop("read", None) or reader(sizes, how.pop("gone", ()), how.pop("reads", None))
+    windows = Windows(window, most_bytes)
+    return Lane(SEED, len(sizes), lane, lanes, windows, read, patience or Patience(), state=state, **how)
+
+
+def keys(lane, count):
+    return [lane.take().found.key for _ in range(count)]
+
+
+def expected(sizes, lane, lanes, window):
+    """What a lane gives, without end, said as plainly as can be."""
+
+    def in_order():
+        for epoch in range(1000):
+            for shard in permutation(derive_seed(SEED, "shards", epoch), len(sizes))[lane::lanes]:
+                yield from (f"{shard}-{number}" for number in range(sizes[shard]))
+
+    samples = in_order()
+    for number in range(1000):
+        block = list(islice(samples, window))
+        yield from (block[i] for i in permutation(derive_seed(SEED, "window", lane, number), window))
+
+
+@given(sizes, st.sampled_from([1, 3, 8]), st.sampled_from([1, 7, 50]), st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_lane_is_the_plain_reference_and_goes_on_after_any_stop(sizes, lanes, window, data):
+    number = data.draw(st.integers(0, lanes - 1))
+    plain = expected(sizes, number, lanes, window)
+    lane = make(sizes, number, lanes, window)
+    for _ in range(data.draw(st.integers(1, 5))):
+        count = data.draw(st.integers(0, 40))
+        assert keys(lane, count) == list(islice(plain, count))
+        lane = make(
+            sizes, number, lanes, window, LaneState.from_json(json.loads(json.dumps(lane.state.as_json())))
+        )  # of another process
+
+
+@given(sizes, st.sampled_from([1, 3, 8]), st.sampled_from([1, 7, 50]))
+@settings(max_examples=30, deadline=None)
+def test_all_lanes_together_have_every_sample_of_an_epoch_once(sizes, lanes, window):
+    seen = Counter()
+    for number in range(lanes):
+        lane, epochs = make(sizes, number, lanes, window), []
+        while len(epochs) < 2 * window or min(epochs[-2 * window :]) < 2:
+            entry = lane.take()
+            epochs.append(entry.at.epoch)
+            if entry.at.epoch < 2:
+                seen[entry.at.epoch, entry.found.key] += 1
+    assert seen == Counter(
+        {(epoch, f"{shard}-{n}"): 1 for epoch in (0, 1) for shard, size in enumerate(sizes) for n in range(size)}
+    )
+
+
+def test_a_window_ends_at_its_bytes_too():
+    sizes = [10] * 4
+    assert keys(make(sizes, window=50, most_bytes=7), 30) == keys(make(sizes, window=3), 30)  # of 3 bytes each
+
+
+def test_going_on_reads_a_window_and_the_beginning_of_a_shard_again():
+    sizes, reads = [10] * 8, []
+    lane = make(sizes, window=5)
+    before = keys(lane, 33)
+    again = make(sizes, window=5, state=lane.state, reads=reads)
+    assert keys(again, 1) == keys(make(sizes, window=5), 34)[-1:]
+    # The 34th sample is in the window from the 31st to the 35th, which begins with the fourth shard.
+    assert reads == permutation(derive_seed(SEED, "shards", 0), 8)[3:4].tolist()
+    assert len(set(before)) == 33
+
+
+def test_bad_samples_have_their_places():
+    """So a run that goes on finds them again at the same place, and counts none twice."""
+    bad = BadSample("no_image", "none")
+
+    def read(shard):
+        for found in reader([4] * 5)(shard):
+            yield found._replace(sample=bad) if found.key.endswith("-2") else found
+
+    whole = make([4] * 5, window=6, read=read)
+    entries = [whole.take() for _ in range(30)]
+    assert sum(entry.found.sample is bad for entry in entries[:20]) == 5
+    for stop in range(30):
+        lane = make([4] * 5, window=6, read=read)
+        for _ in range(stop):
+            lane.take()
+        assert make([4] * 5, window=6, read=read, state=lane.state).take() == entries[stop]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        BadSample("shard_unreadable", "no tar"),
+        NotFetched("404", may_pass=False),
+        NotFetched("503, eight times", may_pass=True),
+    ],
+)
+def test_a_lost_shard_is_one_bad_sample_and_the_lane_goes_on(fault):
+    sizes = [3] * 6
+    lost = int(permutation(derive_seed(SEED, "shards", 0), 6)[2])
+    lane = make(sizes, window=1, gone={lost: (1, fault)})
+    entries = [lane.take() for _ in range(17)]
+    (at,) = (number for number, entry in enumerate(entries) if entry.found.key is None)
+    assert (at, entries[at].found.sample, entries[at].shard) == (7, fault, lost)
+    others = [entry.found.key for entry in entries if entry.found.key]
+    assert others == [key for key in keys(make(sizes, window=1), 18) if key not in (f"{lost}-1", f"{lost}-2")]
+
+
+def test_in_an_outage_the_lane_gives_what_it_has_and_stays_there():
+    """Afterwards it goes on as if nothing had been."""
+    sizes = [4] * 6
+    gone, patience = {}, Patience(0.0)  # the first shard that does not come ends the patience
+    lane = make(sizes, window=5, gone=gone, patience=patience)
+    plain = keys(make(sizes, window=5), 60)
+    given = keys(lane, 7)
+    gone.update({shard: (0, NotFetched("no connection", may_pass=True)) for shard in range(6)})
+    with pytest.raises(OutOfReachError, match="no connection"):  # noqa: PT012 - what came before counts
+        while True:
+            given += keys(lane, 1)
+    assert len(given) >= 10  # the rest of the window
+    assert given == plain[: len(given)]
+    with pytest.raises(OutOfReachError):
+        lane.take()
+    stopped = lane.state
+    gone.clear()
+    assert keys(make(sizes, window=5, state=stopped), 30) == plain[len(given) :][:30]
+    patience.recover()
+    assert keys(lane, 30) == plain[len(given) :][:30]
+
+
+def test_shards_that_were_given_up_before_the_outage_was_seen_are_not_lost():
+    """Half of the patience is spent on each shard: two are given up before it is at its end."""
+    sizes = [4] * 6
+    gone = {shard: (0, NotFetched("no connection", may_pass=True)) for shard in range(6)}
+
+    class Counted(Patience):
+        def waited(self, seconds):
+            super().waited(self.for_a_shard_s)  # as long as it may
+
+    patience = Counted(1.0)
+    lane = make(sizes, window=1, patience=patience)
+    lane._read_shard = reader(sizes, gone)
+    with pytest.raises(OutOfReachError):
+        lane.take()
+    assert lane.state == LaneState()
+    gone.clear()
+    patience.recover()
+    assert keys(lane, 24) == keys(make(sizes, window=1), 24)
+
+
+def test_where_nothing_may_be_skipped_a_shard_that_does_not_come_is_an_outage():
+    fault = NotFetched("503", may_pass=True)
+    lane = make([3] * 4, gone=dict.fromkeys(range(4), (0, fault)), skip=False)
+    with pytest.raises(OutOfReachError) as caught:
+        lane.take()
+    assert caught.value.cause is fault
