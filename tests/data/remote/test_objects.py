@@ -10,6 +10,7 @@ from maskmatch_scale.data.remote import fetch as fetching
 from maskmatch_scale.data.remote import objects, stores
 from maskmatch_scale.data.remote.fetch import read_bytes
 from maskmatch_scale.data.remote.shard_cache import ShardCache
+from tests.data import s3_server as s3
 from tests.data.faulty_server import Fault, FaultyProxy, FaultyServer
 from tests.data.remote.common import SHORT_S, SIZE, files_in, known, wait_until
 
@@ -146,6 +147,18 @@ def test_objects_that_are_not_there(options, bucket, either_way):
         ShardCache(options).fetch("s3://nobody/x.tar")
     with pytest.raises(BadSample, match=r"tried 3 times and failed: \d+ bytes where 5 are expected"):
         ShardCache(options).fetch(f"s3://{bucket.name}/shards/a.tar", 5)
+
+
+def test_one_address_at_two_servers(options, bucket, monkeypatch):
+    """Where no checksum is known, what came from one is not taken for what is at the other one."""
+    cache, url = ShardCache(options), f"s3://{bucket.name}/x.tar"
+    bucket.put("x.tar", b"one")
+    assert cache.fetch(url, 3).read_bytes() == b"one"
+    with s3.running() as other:
+        s3.Bucket(other, bucket.name).make().put("x.tar", b"two")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{other}")
+        objects.store_process.end_all()
+        assert cache.fetch(url, 3).read_bytes() == b"two"
 
 
 def test_credentials(options, bucket, either_way, monkeypatch):
