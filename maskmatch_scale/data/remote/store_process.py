@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
@@ -157,10 +159,19 @@ def _process() -> Iterator[_Process]:
 
 def main(descriptor: int) -> None:
     """Answer requests until the connection is closed."""
+    threading.Thread(target=_end_with, args=(descriptor,), daemon=True).start()
     with Connection(descriptor) as connection, suppress(EOFError, OSError):
         while True:
             for part in _answer(*json.loads(connection.recv_bytes())):
                 connection.send_bytes(part)
+
+
+def _end_with(descriptor: int) -> None:
+    """End this process when the connection is closed at the other end, also while a store does not answer."""
+    closed = select.poll()
+    closed.register(descriptor, 0)
+    closed.poll()
+    os._exit(0)
 
 
 def _answer(what: str, *arguments: Any) -> Iterator[bytes]:

@@ -14,6 +14,7 @@ from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.remote import objects, store_process, stores
 from maskmatch_scale.data.remote.fetch import read_bytes
 from maskmatch_scale.data.remote.shard_cache import ShardCache
+from tests.data.faulty_server import Fault, FaultyProxy
 from tests.data.remote.common import FORK, in_processes, wait_until
 
 ROOT = Path(__file__).parents[3]
@@ -112,6 +113,26 @@ def test_it_ends_with_the_process_that_started_it(bucket, options):
     starter.kill()
     starter.join()
     wait_until(lambda: not _lives(asking))
+
+
+def test_it_ends_also_while_a_store_does_not_answer(bucket, monkeypatch):
+    pipe = FORK.SimpleQueue()
+    with FaultyProxy(bucket.server, {"*": Fault(stall_after=0)}) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+
+        def work():
+            process = store_process._Process()
+            pipe.put(process._process.pid)
+            process.ask(["read", f"s3://{bucket.name}/shards/a.tar", 0, None, 3600.0], 3600.0)
+            time.sleep(3600)
+
+        starter = FORK.Process(target=work)
+        starter.start()
+        asking = pipe.get()
+        wait_until(lambda: proxy.gets() == 1)
+        starter.kill()
+        starter.join()
+        wait_until(lambda: not _lives(asking))
 
 
 def _lives(pid: int) -> bool:
