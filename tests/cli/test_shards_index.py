@@ -157,6 +157,26 @@ def test_an_index_without_notes_is_taken_over(shapes, tmp_path, monkeypatch):
     assert index(shapes, tmp_path / "other") == before  # the folder's own index
 
 
+def test_notes_with_secrets_stay_private(tmp_path):
+    """Also when the next call is about other shards, and from before the first secret is noted."""
+    theirs, listed, out = tmp_path / "theirs", tmp_path / "list.txt", tmp_path / "out"
+    foreign_shards.img2dataset(theirs)
+    listed.write_text("https://me:hush@host/x.tar 3 5000\n")
+    for patterns, private in ((theirs, False), (listed, True), (theirs, True)):
+        index(patterns, out)
+        assert ("hush" in (out / ".survey.jsonl").read_text()) == private
+        assert ((out / ".survey.jsonl").stat().st_mode & 0o077 == 0) == private
+
+
+def test_a_pattern_without_an_ending_is_no_folder(monkeypatch):
+    from maskmatch_scale.data.tools import listing
+
+    monkeypatch.setattr(listing, "expand", lambda pattern: [f"{pattern[:-1]}a.tar"])
+    assert [shard.location for shard in listing.listed(["s3://bucket/x/*"], "unlabelled", None)] == [
+        "s3://bucket/x/a.tar"
+    ]
+
+
 def test_an_index_without_the_stream(shapes, tmp_path):
     with pytest.raises(UserError, match="it has no stream 'test' but 'labelled'"):
         run("index", tmp_path / "out", "--split", f"test={shapes}", "--classes", "voc", "--workers", 1)
