@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,9 +134,12 @@ def _index_before(out: Path, needed: bool) -> ShardIndex | None:
     """The index that is there; None if there is none, or one that does not parse and is not needed."""
     if not (out / INDEX_NAME).is_file():
         return None
-    with suppress(DataError) if not needed else nullcontext():
+    try:
         return ShardIndex.load(out)
-    return None
+    except DataError:
+        if needed:
+            raise
+        return None
 
 
 def _added(
