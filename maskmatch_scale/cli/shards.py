@@ -86,7 +86,7 @@ def show(
     data = _data(root, cache_dir, allow_pipe)
     index = load_index(root, data)
     if out is None:
-        folder = Path() if is_remote(root) else Path(root).parent if root.endswith(".json") else Path(root)
+        folder = Path() if is_remote(root) else Path(root).parent if Path(root).is_file() else Path(root)
         out = folder / "contact-sheet.png"
     sheet = contact_sheet(
         root, out, stream=stream, count=count, seed=seed, index=index, open_shard=ShardOpener(root, data)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -79,10 +80,14 @@ def in_threads(function: Callable[[T], R], items: Sequence[T], threads: int) -> 
     chunk = max(1, min(_ITEMS_A_THREAD, len(items) // (4 * threads)))
     chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
     pool = ThreadPoolExecutor(threads, thread_name_prefix="asking")
+    ended = threading.Event()
     try:
-        for results_of_chunk in pool.map(lambda chunk: list(map(function, chunk)), chunks):
+        for results_of_chunk in pool.map(
+            lambda chunk: [function(item) for item in chunk if not ended.is_set()], chunks
+        ):
             yield from results_of_chunk
     finally:
+        ended.set()  # threads need not finish chunks that nobody waits for
         pool.shutdown(cancel_futures=True)
 
 

@@ -15,6 +15,7 @@ from maskmatch_scale.errors import UserError
 from maskmatch_scale.files import sha256
 from maskmatch_scale.train import train
 from tests.conftest import rewrite_shard
+from tests.data import foreign_shards
 from tests.data.faulty_server import FaultyServer
 from tests.data.s3_server import SIGNED, Bucket
 
@@ -167,3 +168,10 @@ def test_mistakes(shapes, tmp_path):
     cut.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     with pytest.raises(UserError, match="cut off after"):
         run("index", cut, tmp_path, "--workers", 1)
+
+
+def test_show_of_a_list(tmp_path):
+    """The picture is beside the list."""
+    foreign_shards.text(tmp_path)
+    run("show", tmp_path / "shards.txt", "--count", 2)
+    assert (tmp_path / "contact-sheet.png").is_file()

@@ -108,6 +108,42 @@ def test_more_shards_are_added_to_the_streams_that_are_there(shapes, tmp_path):
         run("index", out, "--add", "--split", f"unlabelled={theirs}", "--workers", 1)
 
 
+def test_a_shard_that_has_changed_is_looked_at_when_more_are_added(shapes, tmp_path):
+    """Its samples are not taken from the index that is there."""
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    path = foreign_shards.write_tar(theirs / "a.tar", 3)
+    before = index(path, out)
+    foreign_shards.write_tar(path, 5)
+    found = index(shapes / "unlabelled-000002.tar", out, "--add")
+    assert [entry["samples"] for entry in (before[0], found[0])] == [3, 5]
+    assert found[0]["sha256"] == sha256(path)
+    path.write_bytes(b"no tar any more")
+    with pytest.raises(UserError, match=r"a\.tar"):
+        index(shapes / "unlabelled-000002.tar", out, "--add", "--rescan")
+
+
+def test_a_list_with_another_count_is_taken_when_it_is_added(tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "a.tar").write_bytes(b"not opened")
+    for count in (3, 5):
+        (tmp_path / "list.txt").write_text(f"a.tar {count}\n")
+        assert [entry["samples"] for entry in index(tmp_path / "list.txt", out, "--add")] == [count]
+
+
+def test_an_index_that_does_not_parse_is_not_written_over_when_more_is_added(shapes, tmp_path):
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(UserError, match=r"index\.json: not JSON"):
+        index(shapes / "unlabelled-000002.tar", tmp_path, "--add")
+    assert (tmp_path / "index.json").read_text() == "{"
+
+
+def test_an_empty_file_where_samples_are_noted(tmp_path):
+    (tmp_path / "a.tar").touch()
+    (tmp_path / "list.txt").write_text("a.tar 3\n")
+    with pytest.raises(UserError, match=r"a\.tar: an empty file, where 3 samples are noted"):
+        index(tmp_path / "list.txt", tmp_path / "out")
+
+
 def test_an_index_without_notes_is_taken_over(shapes, tmp_path, monkeypatch):
     """As one that was written by `shards write`, or copied."""
     from maskmatch_scale.data.tools import survey
@@ -119,6 +155,26 @@ def test_an_index_without_notes_is_taken_over(shapes, tmp_path, monkeypatch):
     assert index(shapes / "unlabelled-*.tar", out) == before
     assert before[0]["sha256"] == sha256(shapes / "unlabelled-000000.tar")
     assert index(shapes, tmp_path / "other") == before  # the folder's own index
+
+
+def test_notes_with_secrets_stay_private(tmp_path):
+    """Also when the next call is about other shards, and from before the first secret is noted."""
+    theirs, listed, out = tmp_path / "theirs", tmp_path / "list.txt", tmp_path / "out"
+    foreign_shards.img2dataset(theirs)
+    listed.write_text("https://me:hush@host/x.tar 3 5000\n")
+    for patterns, private in ((theirs, False), (listed, True), (theirs, True)):
+        index(patterns, out)
+        assert ("hush" in (out / ".survey.jsonl").read_text()) == private
+        assert ((out / ".survey.jsonl").stat().st_mode & 0o077 == 0) == private
+
+
+def test_a_pattern_without_an_ending_is_no_folder(monkeypatch):
+    from maskmatch_scale.data.tools import listing
+
+    monkeypatch.setattr(listing, "expand", lambda pattern: [f"{pattern[:-1]}a.tar"])
+    assert [shard.location for shard in listing.listed(["s3://bucket/x/*"], "unlabelled", None)] == [
+        "s3://bucket/x/a.tar"
+    ]
 
 
 def test_an_index_without_the_stream(shapes, tmp_path):

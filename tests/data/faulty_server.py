@@ -91,6 +91,7 @@ class FaultyServer:
             other. After the last of them, the path is served without faults.
         ranges: whether Range headers are answered; if not, the whole file is sent.
         etags: whether files carry an ETag.
+        conditions: whether If-Range and If-Match are looked at.
         tls: files of a certificate and its key, to be asked by ``https://``.
     """
 
@@ -101,10 +102,11 @@ class FaultyServer:
         *,
         ranges: bool = True,
         etags: bool = True,
+        conditions: bool = True,
         tls: tuple[Path, Path] | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.ranges, self.etags, self.tls = ranges, etags, tls
+        self.ranges, self.etags, self.conditions, self.tls = ranges, etags, conditions, tls
         self.requests: list[Request] = []
         """All requests in the order in which they came."""
         self.connections = 0
@@ -240,7 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         data = file.read_bytes()
         etag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
-        if self.headers.get("If-Match", etag) != etag:
+        if server.conditions and self.headers.get("If-Match", etag) != etag:
             self._begin(412, {"Content-Length": "0"})
             return
         headers = {"Last-Modified": formatdate(file.stat().st_mtime, usegmt=True)}
@@ -274,7 +276,7 @@ class _Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.range or "")
         if match is None or not self.server_of_faults.ranges:
             return None
-        if self.headers.get("If-Range", etag) != etag:
+        if self.server_of_faults.conditions and self.headers.get("If-Range", etag) != etag:
             return None
         return int(match[1]), int(match[2] or 1 << 62)
 

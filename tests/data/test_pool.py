@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.pool import results
+from maskmatch_scale.data.pool import in_threads, results
 
 
 def wait_for(path: Path | None, number: int) -> int:
@@ -86,3 +88,26 @@ def test_an_error_of_the_function_is_raised_here(workers: int) -> None:
         results(not_three, range(30), workers, if_killed="killed") as found,
     ):
         list(found)
+
+
+def test_threads_do_not_finish_what_nobody_waits_for(monkeypatch):
+    """A chunk of questions to a slow server takes minutes."""
+    asked, entered, go = [], threading.Event(), threading.Event()
+    shutdown = ThreadPoolExecutor.shutdown
+
+    def ask(item):
+        asked.append(item)
+        if item == 16:  # the first of the second chunk
+            entered.set()
+            go.wait()
+
+    def let_go(pool, **options):
+        go.set()
+        shutdown(pool, **options)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", let_go)
+    answers = in_threads(ask, range(64), 1)
+    next(answers)
+    entered.wait()
+    answers.close()
+    assert asked == list(range(17))

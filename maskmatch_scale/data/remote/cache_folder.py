@@ -3,8 +3,8 @@
 ::
 
     sha256-<hex>              a whole file, named by its checksum …
-    url-<hex>                 … or, where no checksum is known, by a hash of its address and ETag; the checksum of what
-                              was fetched is an extended attribute of the file, if the disk can have those
+    url-<hex>                 … or, where no checksum is known, by a hash of its address, server and ETag; the checksum
+                              of what was fetched is an extended attribute of the file, if the disk can have those
     .<name>.<random>.part     a file that is being fetched; it has its final size at once, so that its room is counted
     .<name>.lock              locked by the process that fetches the file
     .<name>.failed            why it could not be fetched, for the processes that waited for it

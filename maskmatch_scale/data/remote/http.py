@@ -119,6 +119,10 @@ def _check_head(transfer: Transfer, response: urllib3.BaseHTTPResponse) -> None:
         if start != transfer.received:
             transfer.restart()
             raise TransferError("it answers with another range than was asked for")
+        etag = _strong_etag(headers)
+        if etag is not None and transfer.version is not None and etag != transfer.version:
+            transfer.restart()
+            raise TransferError("it has changed since its first bytes came")
         if total is not None:
             transfer.expect(total)
     elif status == 200:

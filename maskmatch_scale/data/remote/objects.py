@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 from maskmatch_scale.data.remote import store_process, stores
 from maskmatch_scale.data.remote.store_errors import STORES
 from maskmatch_scale.data.remote.transfer import Body, Transfer, TransferError
+
+_SERVERS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gcs": ("GOOGLE_BASE_URL",),
+    "azure": ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURE_STORAGE_USE_EMULATOR"),
+}
+"""By kind of store, the variables of the environment that say at which server an address is."""
+
+
+def server(url: str) -> list[str]:
+    """At which server the address of an object is, as far as the environment says it and not the address."""
+    names = _SERVERS[STORES[url.partition("://")[0].lower()]]
+    return [f"{name}={value}" for name in names if (value := os.environ.get(name))]
 
 
 def is_object(url: str) -> bool:

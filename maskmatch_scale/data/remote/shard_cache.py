@@ -21,6 +21,7 @@ from io import FileIO
 from pathlib import Path
 
 from maskmatch_scale.data.faults import NotFetched
+from maskmatch_scale.data.remote import objects
 from maskmatch_scale.data.remote.cache_folder import CacheFolder, NoRoom
 from maskmatch_scale.data.remote.fetch import fetch
 from maskmatch_scale.data.remote.pipe import refuse_pipe
@@ -56,10 +57,10 @@ NOTHING = Fetched()
 class ShardCache:
     """Remote files, kept in a bounded folder that the processes of a machine share.
 
-    A file with a checksum is kept under its checksum, whatever its address. One without is kept under its address and
-    ETag, and is not fetched again while it is there: if what an address holds changes, the file needs one of the two,
-    or another size. Several threads may use one object. A pickled or forked copy knows nothing of the prefetches of the
-    original.
+    A file with a checksum is kept under its checksum, whatever its address. One without is kept under its address
+    (with the server that the environment names for an object store) and ETag, and is not fetched again while it is
+    there: if what an address holds changes, the file needs one of the two, or another size. Several threads may use one
+    object. A pickled or forked copy knows nothing of the prefetches of the original.
 
     Args:
         options: folder and bound of the cache, and how files are fetched.
@@ -288,5 +289,6 @@ def _name(url: str, sha256: str | None, etag: str | None) -> str:
     """Name of a file in the cache folder."""
     if sha256 is not None:
         return f"sha256-{sha256.lower()}"
-    version = url if etag is None else f"{url}\n{etag}"
-    return f"url-{hashlib.sha256(version.encode()).hexdigest()}"
+    server = objects.server(url) if objects.is_object(url) else []
+    version = [url, *server, *([] if etag is None else [etag])]
+    return f"url-{hashlib.sha256(chr(10).join(version).encode()).hexdigest()}"

@@ -3,7 +3,7 @@
 obstore's threads are not there in a forked process, and every call would wait for them for ever. A rank asks for an
 index, and is then forked into loader processes. So the rank leaves obstore to another process, which it starts:
 
-    python -m maskmatch_scale.data.remote.store_process DESCRIPTOR
+    python -c CODE DESCRIPTOR PATH…
 
 That process answers requests on a connection, one after the other, until the connection is closed, also by the end of
 the process at the other end. A request is JSON, ``[what, …arguments]``; an answer is JSON (``{"failed": …}`` or what is
@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
@@ -28,6 +30,8 @@ from maskmatch_scale.data.remote.transfer import Body, TransferError
 
 _START_S = 60.0
 """Seconds in which a process starts, also on a busy machine with Python on a network file system."""
+_CODE = f"import sys; sys.path[:] = sys.argv[2:]; from {__name__} import main; main(int(sys.argv[1]))"
+"""Modules are found where this process finds them; `python -m` would look into the working directory first."""
 _GRACE_S = 10.0
 """The other process gives up first, after the time-out, and says why."""
 
@@ -61,7 +65,7 @@ class _Process:
         self._connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "maskmatch_scale.data.remote.store_process", str(theirs.fileno())],
+                [sys.executable, "-c", _CODE, str(theirs.fileno()), *sys.path],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -153,12 +157,21 @@ def _process() -> Iterator[_Process]:
             process.end()
 
 
-def main(connection: Connection) -> None:
+def main(descriptor: int) -> None:
     """Answer requests until the connection is closed."""
-    with connection, suppress(EOFError, OSError):
+    threading.Thread(target=_end_with, args=(descriptor,), daemon=True).start()
+    with Connection(descriptor) as connection, suppress(EOFError, OSError):
         while True:
             for part in _answer(*json.loads(connection.recv_bytes())):
                 connection.send_bytes(part)
+
+
+def _end_with(descriptor: int) -> None:
+    """End this process when the connection is closed at the other end, also while a store does not answer."""
+    closed = select.poll()
+    closed.register(descriptor, 0)
+    closed.poll()
+    os._exit(0)
 
 
 def _answer(what: str, *arguments: Any) -> Iterator[bytes]:
@@ -182,7 +195,3 @@ def _answer(what: str, *arguments: Any) -> Iterator[bytes]:
     if begun:
         yield b""
     yield json.dumps(failed).encode()
-
-
-if __name__ == "__main__":
-    main(Connection(int(sys.argv[1])))

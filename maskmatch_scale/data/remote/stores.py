@@ -83,14 +83,24 @@ def reading(url: str, start: int, version: str | None, timeout_s: float) -> Iter
             if about["size"]:
                 raise
         size, etag = about["size"], about["e_tag"]
+        if version is not None:
+            _check_version(etag, version)
         later = (_Range(store, url, key, at, at + RANGE, etag) for at in range(start + RANGE, size, RANGE))
-        yield Body(size, etag, _blocks(ranges, later, size, timeout_s) if size else iter(()))
+        yield Body(size, etag, _blocks(ranges, later, size, etag, timeout_s) if size else iter(()))
     finally:
         for unread in ranges:
             unread.unwanted = True
 
 
-def _blocks(ranges: deque[_Range], later: Iterator[_Range], size: int, timeout_s: float) -> Iterator[bytes]:
+def _check_version(etag: str | None, version: str | None) -> None:
+    """Raise a TransferError if a store has answered with another version, although it was given the ETag."""
+    if etag != version:
+        raise TransferError("it has changed since its first bytes came", restart=True)
+
+
+def _blocks(
+    ranges: deque[_Range], later: Iterator[_Range], size: int, etag: str | None, timeout_s: float
+) -> Iterator[bytes]:
     """The blocks of all ranges in order.
 
     Args:
@@ -98,6 +108,7 @@ def _blocks(ranges: deque[_Range], later: Iterator[_Range], size: int, timeout_s
             taken from the first of them.
         later: those that follow.
         size: bytes of the object.
+        etag: its version.
         timeout_s: see :func:`reading`.
     """
     is_first = True
@@ -107,7 +118,7 @@ def _blocks(ranges: deque[_Range], later: Iterator[_Range], size: int, timeout_s
         if not ranges:
             return
         if not is_first:
-            ranges[0].next(timeout_s)
+            _check_version(ranges[0].next(timeout_s)["e_tag"], etag)
         is_first = False
         missing = min(ranges[0].end, size) - ranges[0].start
         while (block := ranges[0].next(timeout_s)) is not None:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from maskmatch_scale.data.faults import DataError, NotFetched
 from maskmatch_scale.data.pool import in_threads
@@ -97,23 +98,38 @@ def _of_file(root: str, options: FetchOptions | None) -> ShardIndex:
         return _sized(root, "list", _counted(root, read_list(root, options)), where)
     data = _bytes_of(root, options)
     content = foreign.parse_json(data, where)
-    of_others = foreign.of_json(content, where)
+    read = _reader(root, options, [])
+    of_others = foreign.of_json(content, where, lambda: _splits(lambda name: read(name.rpartition("/")[2])))
     return ShardIndex.parse(data, where) if of_others is None else _sized(root, *of_others, where)
 
 
-def _of_address(root: str, options: FetchOptions) -> ShardIndex:
-    missing: list[str] = []
+def _reader(root: str, options: FetchOptions | None, missing: list[str]) -> _Read:
+    """Reads files beside an index, or in a folder; why one is not there is added to ``missing``."""
 
     def read(name: str) -> bytes | None:
+        if not is_remote(location := join(root, name)):
+            return _read_local(Path(location))
+        assert options is not None
         try:
-            return fetch_bytes(join(root, name), options)
+            return fetch_bytes(location, options)
         except NotFetched as error:
             if error.may_pass:
                 raise DataError(str(error)) from None
             missing.append(str(error))
             return None
 
-    index = _of_names(root, read)
+    return read
+
+
+def _splits(read: _Read) -> Any:
+    """The content of Energon's ``split.yaml``; None if there is none."""
+    found = ((name, read(name)) for name in _ENERGON_SPLIT)
+    return next((foreign.parse_yaml(data, name) for name, data in found if data is not None), None)
+
+
+def _of_address(root: str, options: FetchOptions) -> ShardIndex:
+    missing: list[str] = []
+    index = _of_names(root, _reader(root, options, missing))
     if index is None:
         raise DataError(
             f"{shown(root)}: no index; looked for {', '.join(_NAMES)} ({missing[0]}). Folders elsewhere cannot be "
@@ -126,7 +142,7 @@ def _of_address(root: str, options: FetchOptions) -> ShardIndex:
 def _of_folder(folder: Path) -> ShardIndex:
     if not folder.is_dir():
         return ShardIndex.load(folder)  # says what is missing
-    index = _of_names(str(folder), lambda name: _read_local(folder / name))
+    index = _of_names(str(folder), _reader(str(folder), None, []))
     if index is None:
         index = _of_img2dataset(folder)
     if index is None:
@@ -147,9 +163,7 @@ def _of_names(root: str, read: _Read) -> ShardIndex | None:
         if (data := read(name)) is not None:
             where = shown(join(root, name))
             info = foreign.parse_yaml(data, where) if name.endswith(".yaml") else foreign.parse_json(data, where)
-            found = ((split, read(split)) for split in _ENERGON_SPLIT)
-            splits = next((foreign.parse_yaml(data, split) for split, data in found if data is not None), None)
-            return _sized(root, "energon", foreign.energon(info, splits, where), where)
+            return _sized(root, "energon", foreign.energon(info, _splits(read), where), where)
     if (data := read(_SIZES)) is not None:
         where = shown(join(root, _SIZES))
         content = foreign.parse_json(data, where)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
@@ -75,14 +75,14 @@ def wids(content: Mapping[str, Any], where: str) -> list[Row]:
     Raises:
         DataError: it is not such a list, or refers to other lists.
     """
-    shards = list(content.get("shardlist") or [])
-    for part in content.get("datasets") or []:
+    shards = list(_list(content.get("shardlist"), f"{where}: shardlist"))
+    for number, part in enumerate(_list(content.get("datasets"), f"{where}: datasets")):
         if not isinstance(part, Mapping) or "shardlist" not in part or part.get("base"):
             raise DataError(
                 f"{where}: datasets: a part refers to another list, which is not followed; give each list its own "
                 "source, or one list with all shards"
             )
-        shards.extend(part["shardlist"])
+        shards.extend(_list(part["shardlist"], f"{where}: datasets.{number}.shardlist"))
     rows = []
     for number, shard in enumerate(shards):
         if not isinstance(shard, Mapping) or not isinstance(shard.get("url"), str) or "nsamples" not in shard:
@@ -106,7 +106,8 @@ def energon(info: Any, splits: Any, where: str, folder: str = "") -> dict[str, l
         folder: put before the names of shards, which are relative to the folder above ``.nv-meta``.
 
     Returns:
-        ``unlabelled``: the shards of its part ``train``; all, if it has no such part. Its other parts by their names.
+        ``unlabelled``: the shards of its part ``train``; those of no part, if it has no such part. Its other parts by
+        their names.
 
     Raises:
         DataError: they are not what Energon writes, name a shard that is not counted, or leave out single samples.
@@ -115,21 +116,25 @@ def energon(info: Any, splits: Any, where: str, folder: str = "") -> dict[str, l
     if not isinstance(counts, Mapping):
         raise DataError(f"{where}: no `shard_counts`; run `energon prepare` again")
     splits = splits if isinstance(splits, Mapping) else {}
-    left_out = _names(splits.get("exclude"))
+    left_out = _names(splits.get("exclude"), f"{where}: split.yaml: exclude")
     if not left_out <= counts.keys():
         one = min(left_out - counts.keys())
         raise DataError(
             f"{where}: split.yaml excludes {one!r}, which is no shard; single samples cannot be left out: write the "
             "shard without it, and `energon prepare` again"
         )
-    parts = {name: _names(names) for name, names in (splits.get("split_parts") or {}).items()}
+    named = splits.get("split_parts") or {}
+    if not isinstance(named, Mapping):
+        raise DataError(f"{where}: split.yaml: split_parts: not a list of shards for each part; write it again")
+    parts = {str(name): _names(names, f"{where}: split.yaml: split_parts.{name}") for name, names in named.items()}
     for name, names in parts.items():
         if not names <= counts.keys():
             raise DataError(
                 f"{where}: part {name!r} of split.yaml names {min(names - counts.keys())!r}, whose samples are not "
                 "counted; run `energon prepare` again"
             )
-    streams = {STREAM: parts.pop("train", set(counts)), **parts}
+    train = parts.pop("train", set(counts).difference(*parts.values()))
+    streams = {STREAM: train, **parts}
     return {
         name: [
             {"file": f"{folder}{file}", "samples": samples}
@@ -140,8 +145,18 @@ def energon(info: Any, splits: Any, where: str, folder: str = "") -> dict[str, l
     }
 
 
-def _names(patterns: Iterable[str] | None) -> set[str]:
-    return {name for pattern in patterns or [] for name in braceexpand(pattern)}
+def _names(patterns: Any, where: str) -> set[str]:
+    try:
+        return {name for pattern in _list(patterns, where) for name in braceexpand(str(pattern))}
+    except ValueError as error:
+        raise DataError(f"{where}: {error}; write shards/{{000..127}}.tar") from None
+
+
+def _list(content: Any, where: str) -> list[Any]:
+    """A list of a file, or an empty one where it has none; ``where`` names it in messages."""
+    if content is not None and not isinstance(content, list):
+        raise DataError(f"{where}: not a list but {type(content).__name__}; write it again")
+    return content or []
 
 
 def plain_list(data: bytes, where: str) -> list[Row]:
@@ -189,8 +204,13 @@ def as_index(source: str, streams: Mapping[str, list[Row]], where: str) -> Shard
     )
 
 
-def of_json(content: Any, where: str) -> tuple[str, dict[str, list[Row]]] | None:
+def of_json(content: Any, where: str, splits: Callable[[], Any]) -> tuple[str, dict[str, list[Row]]] | None:
     """Which tool wrote a JSON, and its entries by stream; None if it is none that is known.
+
+    Args:
+        content: of the file.
+        where: names it in messages.
+        splits: gives the content of the ``split.yaml`` beside it; None if there is none.
 
     Raises:
         DataError: it is of one, but not well formed.
@@ -202,7 +222,7 @@ def of_json(content: Any, where: str) -> tuple[str, dict[str, list[Row]]] | None
     if "shardlist" in content or "datasets" in content:
         return "wids", {STREAM: wids(content, where)}
     if "shard_counts" in content:
-        return "energon", energon(content, None, where, "../")
+        return "energon", energon(content, splits(), where, "../")
     if content and all(str(name).endswith(".tar") for name in content):
         return "open_clip", {STREAM: sizes(content)}
     return None

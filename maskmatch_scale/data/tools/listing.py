@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,7 +95,7 @@ def _is_root(pattern: str) -> bool:
     if pattern.startswith(PIPE):
         return False
     path = pattern.partition("?")[0]
-    return is_index(path) or path.endswith("/") or ("." not in path.rpartition("/")[2] and "{" not in path)
+    return is_index(path) or path.endswith("/") or not re.search(r"\.[^/]*$|[{*]", path)
 
 
 def with_notes(shards: Sequence[Listed], options: FetchOptions) -> list[Listed]:

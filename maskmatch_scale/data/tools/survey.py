@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ def survey(
         DataError: no shard matches, one cannot be read or is empty, or one stands in the list twice; a process was
             killed.
     """
-    before = _index_before(out)
+    before = _index_before(out, needed=add)
     found = {name: listed(patterns, name, options) for name, patterns in streams.items()}
     if add and before is not None:
         found, labelled, meaning = _added(before, out, found, labelled, meaning)
@@ -131,22 +130,32 @@ def survey(
     return index
 
 
-def _index_before(out: Path) -> ShardIndex | None:
-    with suppress(DataError):
+def _index_before(out: Path, needed: bool) -> ShardIndex | None:
+    """The index that is there; None if there is none, or one that does not parse and is not needed."""
+    if not (out / INDEX_NAME).is_file():
+        return None
+    try:
         return ShardIndex.load(out)
-    return None
+    except DataError:
+        if needed:
+            raise
+        return None
 
 
 def _added(
     before: ShardIndex, out: Path, found: Mapping[str, Sequence[Listed]], labelled: Sequence[str], meaning: Meaning
 ) -> tuple[dict[str, list[Listed]], list[str], Meaning]:
     """The streams of an index that is there, with what was found besides; which are labelled; and the meaning."""
-    streams = {name: entries_of(before, name, str(out.absolute())) for name in before.streams}
+    # Their samples are in the notes, or in the index: those of a shard that has changed since are not taken from there.
+    streams = {
+        name: [Listed(shard.location) for shard in entries_of(before, name, str(out.absolute()))]
+        for name in before.streams
+    }
     for name, shards in found.items():
         if name in before.streams and before.streams[name].labelled != (name in labelled):
             raise DataError(f"{out / INDEX_NAME}: stream {name!r} cannot have shards with and without labels")
-        there = {shard.location for shard in streams.setdefault(name, [])}
-        streams[name] += [shard for shard in shards if shard.location not in there]
+        joined = {shard.location: shard for shard in streams.get(name, [])}
+        streams[name] = list((joined | {shard.location: shard for shard in shards}).values())
     of_before = Meaning(before.classes, before.palette, before.ignore_index)
     if before.classes and meaning.classes and meaning != of_before:
         raise DataError(f"{out / INDEX_NAME}: it has other classes, colours or ignore_index; make an index of its own")
@@ -163,6 +172,10 @@ def _ask(
         known, labels = shard
         if not is_remote(known.location):
             known = replace(known, bytes=Path(known.location).stat().st_size)
+            if not known.bytes:
+                raise DataError(
+                    f"{known.location}: an empty file, where {known.samples} samples are noted; write it again"
+                )
         elif known.bytes is None:
             size, etag = ask_size(known.location, options)
             known = replace(known, bytes=size, etag=etag)

@@ -12,9 +12,10 @@ from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.tools.listing import Listed, entries_of
 from maskmatch_scale.files import append_lines, write_whole
-from maskmatch_scale.redact import is_remote
+from maskmatch_scale.redact import has_secret, is_remote
 
 _NAME = ".survey.jsonl"
+_PRIVATE = 0o600
 _OPTIONAL = ("bytes", "sha256", "etag")
 
 Entry = dict[str, Any]
@@ -51,13 +52,17 @@ class SurveyNotes:
     Args:
         out: the folder.
         before: its index; it counts for shards of which nothing is noted. None = there is none.
-        mode: permissions of the file.
+        mode: permissions of the file; less, if what is noted already has secrets.
         afresh: whether to forget what is noted.
     """
 
     def __init__(self, out: Path, before: ShardIndex | None, mode: int, *, afresh: bool) -> None:
-        self._path, self._mode = out / _NAME, mode
+        self._path = out / _NAME
         self._noted = {} if afresh else self._read()
+        # What was noted of other shards before is kept, with its secrets.
+        self._mode = _PRIVATE if has_secret([entry["location"] for entry in self._noted.values()]) else mode
+        if self._mode == _PRIVATE and self._path.exists():
+            self._path.chmod(_PRIVATE)
         self._indexed = {} if afresh or before is None else self._of_index(before, out)
 
     def __getitem__(self, identity: str) -> Entry:

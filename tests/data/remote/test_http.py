@@ -76,8 +76,10 @@ def test_a_cut_goes_on_where_it_was(folder, options):
         assert server.requests[-1].range is None
 
 
-def test_a_file_that_changes_between_two_halves(folder, options):
-    with FaultyServer(folder, {"a.tar": Fault(times=1, cut_after=100_000)}) as server:
+@pytest.mark.parametrize("conditions", [True, False])
+def test_a_file_that_changes_between_two_halves(folder, options, conditions):
+    """Also where the server sends the rest of another file although it was given the ETag of the first."""
+    with FaultyServer(folder, {"a.tar": Fault(times=1, cut_after=100_000)}, conditions=conditions) as server:
         done: list[bytes] = []
         fetch = threading.Thread(
             target=lambda: done.append(ShardCache(options).fetch(f"{server.url}/a.tar").read_bytes())

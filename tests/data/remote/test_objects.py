@@ -10,6 +10,8 @@ from maskmatch_scale.data.remote import fetch as fetching
 from maskmatch_scale.data.remote import objects, stores
 from maskmatch_scale.data.remote.fetch import read_bytes
 from maskmatch_scale.data.remote.shard_cache import ShardCache
+from maskmatch_scale.data.remote.transfer import TransferError
+from tests.data import s3_server as s3
 from tests.data.faulty_server import Fault, FaultyProxy, FaultyServer
 from tests.data.remote.common import SHORT_S, SIZE, files_in, known, wait_until
 
@@ -148,6 +150,18 @@ def test_objects_that_are_not_there(options, bucket, either_way):
         ShardCache(options).fetch(f"s3://{bucket.name}/shards/a.tar", 5)
 
 
+def test_one_address_at_two_servers(options, bucket, monkeypatch):
+    """Where no checksum is known, what came from one is not taken for what is at the other one."""
+    cache, url = ShardCache(options), f"s3://{bucket.name}/x.tar"
+    bucket.put("x.tar", b"one")
+    assert cache.fetch(url, 3).read_bytes() == b"one"
+    with s3.running() as other:
+        s3.Bucket(other, bucket.name).make().put("x.tar", b"two")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{other}")
+        objects.store_process.end_all()
+        assert cache.fetch(url, 3).read_bytes() == b"two"
+
+
 def test_credentials(options, bucket, either_way, monkeypatch):
     bucket.put("public.tar", b"for all", public=True)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -217,6 +231,29 @@ def test_other_stores(folder, options, clean_stores, either_way, monkeypatch, ur
         assert [request.path for request in server.requests] == ["bucket/d/a.tar"] * 2
         with pytest.raises(BadSample, match="tried once and failed: HTTP 404"):
             ShardCache(options).fetch(url.replace("a.tar", "b.tar"))
+
+
+def test_a_store_that_does_not_look_at_etags(folder, clean_stores, monkeypatch):
+    """Ranges of two versions are not put together, neither in one try nor in two."""
+    monkeypatch.setattr(stores, "RANGE", SIZE // 2)
+    monkeypatch.setattr(stores, "_RANGES_AT_ONCE", 1)
+    (folder / "bucket").mkdir()
+    a = folder / "bucket" / "a.tar"
+    a.write_bytes((folder / "a.tar").read_bytes())
+    with FaultyServer(folder, conditions=False) as server:
+        for name, value in OTHERS["gs://bucket/d/a.tar"].items():
+            monkeypatch.setenv(name, value.replace("URL", server.url))
+        with stores.reading("gs://bucket/a.tar", 0, None, 10) as body:
+            next(body.blocks)
+            a.write_bytes((folder / "b.tar").read_bytes())
+            with pytest.raises(TransferError, match="it has changed") as caught:
+                list(body.blocks)
+        assert caught.value.restart
+        with (
+            pytest.raises(TransferError, match="it has changed"),
+            stores.reading("gs://bucket/a.tar", 100, body.version, 10),
+        ):
+            pass
 
 
 @pytest.mark.parametrize(("scheme", "extra"), [("s3", "s3"), ("gs", "gcs"), ("abfss", "azure")])

@@ -14,8 +14,10 @@ from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.remote import objects, store_process, stores
 from maskmatch_scale.data.remote.fetch import read_bytes
 from maskmatch_scale.data.remote.shard_cache import ShardCache
+from tests.data.faulty_server import Fault, FaultyProxy
 from tests.data.remote.common import FORK, in_processes, wait_until
 
+ROOT = Path(__file__).parents[3]
 _RANK = """
 import multiprocessing, sys
 from pathlib import Path
@@ -50,6 +52,15 @@ def test_a_rank_and_its_loader_processes(bucket, folder, tmp_path):
     url = f"s3://{bucket.name}/shards"
     done = subprocess.run([sys.executable, "-c", _RANK, url, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_it_finds_the_modules_that_its_starter_finds(bucket, folder, options, tmp_path, monkeypatch):
+    """Neither the working directory nor what is installed decides."""
+    (tmp_path / "queue.py").write_text("raise SystemExit('another module')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(sys, "path", [path or str(ROOT) for path in sys.path])
+    assert read_bytes(f"s3://{bucket.name}/shards/a.tar", options) == (folder / "a.tar").read_bytes()
 
 
 def test_a_process_that_was_forked_too_late(bucket, folder, options, monkeypatch):
@@ -102,6 +113,26 @@ def test_it_ends_with_the_process_that_started_it(bucket, options):
     starter.kill()
     starter.join()
     wait_until(lambda: not _lives(asking))
+
+
+def test_it_ends_also_while_a_store_does_not_answer(bucket, monkeypatch):
+    pipe = FORK.SimpleQueue()
+    with FaultyProxy(bucket.server, {"*": Fault(stall_after=0)}) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+
+        def work():
+            process = store_process._Process()
+            pipe.put(process._process.pid)
+            process.ask(["read", f"s3://{bucket.name}/shards/a.tar", 0, None, 3600.0], 3600.0)
+            time.sleep(3600)
+
+        starter = FORK.Process(target=work)
+        starter.start()
+        asking = pipe.get()
+        wait_until(lambda: proxy.gets() == 1)
+        starter.kill()
+        starter.join()
+        wait_until(lambda: not _lives(asking))
 
 
 def _lives(pid: int) -> bool:

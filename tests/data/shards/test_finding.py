@@ -77,6 +77,21 @@ def test_parts_of_a_wids_list(tmp_path):
     assert [shard.samples for shard in load_index(root).streams["unlabelled"].shards] == [1, 2]
 
 
+@pytest.mark.parametrize("by", ["", "/.nv-meta/.info.json"])
+@pytest.mark.parametrize(
+    "split", ["train: ['shards/{00000..00001}.tar'], val: [shards/00002.tar]", "val: [shards/00002.tar]"]
+)
+def test_what_energon_holds_out_is_not_trained_on(tmp_path, by, split):
+    """However its data set is named, and also if no part is called `train`."""
+    root = foreign_shards.energon(tmp_path, (3, 5, 2))
+    (tmp_path / ".nv-meta/split.yaml").write_text(f"split_parts: {{{split}}}\n")
+    streams = load_index(root + by).streams
+    assert {name: stream.shards.samples.tolist() for name, stream in streams.items()} == {
+        "unlabelled": [3, 5],
+        "val": [2],
+    }
+
+
 def break_wids(change):
     def break_it(folder):
         root = Path(foreign_shards.wids(folder))
@@ -122,6 +137,12 @@ I2D, ENERGON = foreign_shards.img2dataset, foreign_shards.energon
         (break_wids(lambda content: content["shardlist"][1].update(nsamples=1.5)), r"shards\.json: shard 1\.samples"),
         (break_wids(lambda content: content["shardlist"][1].update(filesize="x")), r"shards\.json: shard 1\.bytes"),
         (break_wids(lambda content: content.update(datasets=[{"source_url": "x.json"}])), "another list"),
+        (break_wids(lambda content: content.update(shardlist=5)), r"shards\.json: shardlist: not a list but int"),
+        (break_wids(lambda content: content.update(datasets=5)), r"shards\.json: datasets: not a list but int"),
+        (
+            break_wids(lambda content: content.update(datasets=[{"shardlist": 5}])),
+            r"datasets\.0\.shardlist: not a list",
+        ),
         (break_file(foreign_shards.wids, "shards.json", b"["), r"shards\.json: not JSON"),
         (break_file(foreign_shards.wids, "shards.json", b"3"), r"shards\.json: the file"),
         (break_file(foreign_shards.wids, "shards.json", None), r"shards\.json: no such file"),
@@ -130,6 +151,13 @@ I2D, ENERGON = foreign_shards.img2dataset, foreign_shards.energon
         (
             break_file(ENERGON, ".nv-meta/split.yaml", b"split_parts: {train: [a.tar]}"),
             r"names 'a\.tar', whose samples",
+        ),
+        (break_file(ENERGON, ".nv-meta/split.yaml", b"exclude: 5"), r"split\.yaml: exclude: not a list but int"),
+        (break_file(ENERGON, ".nv-meta/split.yaml", b"split_parts: [a]"), r"split\.yaml: split_parts: not a list of"),
+        (break_file(ENERGON, ".nv-meta/split.yaml", b"split_parts: {train: 5}"), r"split_parts\.train: not a list"),
+        (
+            break_file(ENERGON, ".nv-meta/split.yaml", b"split_parts: {train: ['{a']}"),
+            r"split_parts\.train: Unbalanced",
         ),
         (break_file(ENERGON, ".nv-meta/split.yaml", b"a: ["), r"split\.yaml: not YAML"),
         (break_file(foreign_shards.open_clip, "sizes.json", b'{"0.tar": "many"}'), r"sizes\.json: shard 0\.samples"),
