@@ -14,12 +14,14 @@ from maskmatch_scale.data.batches import training
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.remote import store_process
 from maskmatch_scale.recipe import RecipeError
 from tests.conftest import recipe_maker
 from tests.data import bad_shards
 from tests.data.batches.archive import SIZES, place_of, sequential, state_of_all, write_archive
 from tests.data.batches.common import make_batches, same
 from tests.data.faulty_server import Fault, FaultyServer
+from tests.data.s3_server import SIGNED, Bucket
 
 SAMPLES = sum(SIZES)
 EPOCH = {(shard, number) for shard, size in enumerate(SIZES) for number in range(size)}
@@ -369,3 +371,29 @@ def test_other_ranks_must_divide_the_lanes_of_before(make_recipe, archive):
     state = first.state(0) | {"ranks": [first.own_state()]}
     with pytest.raises(DataError, match=r"the 3 lanes that the run has had: 2 ranks × 1 loader .*multiple of 2: then"):
         make(make_recipe, archive, 0, 2, workers=1).resume(state)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_that_an_object_store_lists(make_recipe, archive, s3_server, monkeypatch, workers):
+    """A rank leaves obstore to a process of its own, a loader process uses it: both give what local shards give."""
+    store_process.end_all()  # those of other tests have another environment
+    for name, value in {**SIGNED, "AWS_ENDPOINT_URL": f"http://{s3_server}"}.items():
+        monkeypatch.setenv(name, value)
+    bucket = Bucket(s3_server, f"sequential{workers}").make()
+    for shard in sorted(archive.glob("*.tar")):
+        bucket.put(f"a/{shard.name}", shard.read_bytes())
+    there = [sequential(archive) | {"shards": f"s3://{bucket.name}/a/*.tar"}]
+    made = make(make_recipe, archive, source=there, sequential_lanes=2, workers=workers)
+    here = taken(make(make_recipe, archive, sequential_lanes=2), 0, SAMPLES // 2)
+    try:
+        with closing(load_batches(made, 0, 100)) as loaded:
+            assert all(same(one, other) for one, other in zip(islice(loaded, len(here)), here, strict=True))
+        # Going on from there, with obstore in the other place.
+        again = make(make_recipe, archive, source=there, workers=2 - workers)
+        again.resume(state_of_all([made], len(here)))
+        with closing(load_batches(again, len(here), 100)) as loaded:
+            rest = list(islice(loaded, 6))
+    finally:
+        store_process.end_all()
+    straight = taken(make(make_recipe, archive, sequential_lanes=2), 0, len(here) + 6)
+    assert all(same(one, other) for one, other in zip(rest, straight[len(here) :], strict=True))
