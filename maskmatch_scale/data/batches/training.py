@@ -165,6 +165,11 @@ class TrainingBatches(Dataset[Batch]):
         for name, lane, state in batch.lanes:
             sources[name].took(lane, state)
 
+    def close(self) -> None:
+        """Close the shards that this process reads in sequence; they are opened again for further batches."""
+        for source in self.sequential:
+            source.close()
+
     def resume(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where ``state`` was taken, also with other ranks, batches, sources or weights.
 

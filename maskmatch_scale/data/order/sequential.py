@@ -131,6 +131,11 @@ class SequentialSource:
         """Note where a lane is after a batch that was taken."""
         self.states[lane] = state
 
+    def close(self) -> None:
+        """Close the shards that this process reads. A lane that is asked again opens its shard again."""
+        for lane in self._open.values():
+            lane.close()
+
     def load(
         self, number: int, prepare: Callable[[RawSample], Prepared]
     ) -> tuple[Prepared, SamplePlace, list[Skip], LaneState]:

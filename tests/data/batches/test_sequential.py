@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 from collections import Counter
 from contextlib import closing
 from itertools import islice
@@ -14,13 +15,15 @@ from maskmatch_scale.data.batches import training
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.remote import store_process
+from maskmatch_scale.data.remote import store_process, stream
+from maskmatch_scale.data.shards import sequence
 from maskmatch_scale.recipe import RecipeError
 from tests.conftest import recipe_maker
 from tests.data import bad_shards
 from tests.data.batches.archive import SIZES, place_of, sequential, state_of_all, write_archive
 from tests.data.batches.common import make_batches, same
 from tests.data.faulty_server import Fault, FaultyServer
+from tests.data.remote.common import wait_until
 from tests.data.s3_server import SIGNED, Bucket
 
 SAMPLES = sum(SIZES)
@@ -371,6 +374,19 @@ def test_other_ranks_must_divide_the_lanes_of_before(make_recipe, archive):
     state = first.state(0) | {"ranks": [first.own_state()]}
     with pytest.raises(DataError, match=r"the 3 lanes that the run has had: 2 ranks × 1 loader .*multiple of 2: then"):
         make(make_recipe, archive, 0, 2, workers=1).resume(state)
+
+
+def test_when_batches_end_nothing_is_fetched_any_more(make_recipe, archive, monkeypatch):
+    """Also if the objects live on; and if more batches are wanted they are those that follow."""
+    monkeypatch.setattr(stream, "_AHEAD_BYTES", 1000)  # less than a shard has
+    monkeypatch.setattr(sequence, "_LEAST_READ", 512)
+    plain = taken(make(make_recipe, archive), 0, 12)
+    with FaultyServer(archive) as server:
+        made = make(make_recipe, server.url)
+        first = taken(made, 0, 5)
+        wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "shard stream"])
+        rest = taken(made, 5, 12)
+    assert all(same(one, other) for one, other in zip(first + rest, plain, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
