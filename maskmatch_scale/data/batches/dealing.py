@@ -137,9 +137,9 @@ def check_turns(side: Side, deal: Deal, world_size: int, accumulation: int) -> N
             rank = min(waiting) // each
             without = sum(lane // each == rank for lane in waiting)
             raise DataError(
-                f"source {source.name!r}: with its weight and {side.per_rank} unlabelled images a micro-batch, {without} "
-                f"of the {each} lanes (data.sequential_lanes) of rank {rank} would never be read; choose another number "
-                "of lanes and loader processes (data.workers), another weight, or another data.lanes"
+                f"source {source.name!r}: with its weight and {side.per_rank} unlabelled images a micro-batch, "
+                f"{without} of the {each} lanes (data.sequential_lanes) of rank {rank} would never be read; choose "
+                "another number of lanes and loader processes (data.workers), another weight, or another data.lanes"
             )
 
 
