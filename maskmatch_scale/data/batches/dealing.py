@@ -9,12 +9,15 @@ Decision: docs/decisions/0066-sequential-sources.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from maskmatch_scale.data.batches.sources import Side
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.order.lane import LaneState
+from maskmatch_scale.data.order.mix import Leg, counts
 from maskmatch_scale.data.order.sequential import Deal, SequentialSource
 from maskmatch_scale.recipe import Recipe
 
@@ -101,35 +104,55 @@ def continue_lanes(
     source.deal(deal, states)
 
 
-def check_turns(side: Side, lanes: int, slots: Callable[[int], Iterable[tuple[int, int]]], accumulation: int) -> None:
-    """Refuse a mix in which some lane of this rank never has a turn, so that its shards would never be read.
+def check_turns(side: Side, deal: Deal, world_size: int, accumulation: int) -> None:
+    """Refuse a mix in which some lane of some rank never has a turn, so that its shards would never be read.
 
-    That happens where a source has less than one sample in a batch, in a rhythm that fits the lanes.
+    That happens where a source has its turns in a rhythm that fits the lanes, or the ranks. Every rank looks at all
+    ranks, so that all of them refuse it.
 
     Args:
         side: with its mix.
-        lanes: of a rank.
-        slots: see :meth:`TrainingBatches._slots`, of the side.
+        deal: of its sources without an index.
+        world_size: number of ranks.
         accumulation: micro-batches in a step.
 
     Raises:
         DataError: names the source.
     """
-    total = sum(source.info.weight for source in side.sources)
+    leg, each = side.leg, deal.lanes // world_size
+    in_a_batch = leg.per_lane // accumulation  # images of a lane of the mix
     for number, source in enumerate(side.sources):
-        in_a_batch = side.per_rank * source.info.weight / total
-        if not isinstance(source, SequentialSource) or lanes == 1 or in_a_batch >= 1:
+        if not isinstance(source, SequentialSource):
             continue
-        first = side.leg.start * accumulation
-        waiting = set(range(lanes))
-        for batch in range(first, first + int(_TURNS_LOOKED_AT * lanes / in_a_batch)):
-            if any(side.leg.at(batch // accumulation, *slot)[0] == number for slot in slots(batch)):
-                waiting.discard(batch % lanes)
-                if not waiting:
-                    break
+        waiting = set(range(deal.lanes))
+        turns = [_turns(leg, lane, number) for lane in range(leg.lanes)]
+        for _ in range(-(-_TURNS_LOOKED_AT * deal.lanes // leg.lanes)):
+            for lane, own in enumerate(turns):
+                micro, slot = divmod(next(own), in_a_batch)
+                rank = (lane * in_a_batch + slot) // side.per_rank
+                waiting.discard(rank * each + (leg.start * accumulation + micro) % each)
+            if not waiting:
+                break
         if waiting:
+            rank = min(waiting) // each
+            without = sum(lane // each == rank for lane in waiting)
             raise DataError(
                 f"source {source.name!r}: with its weight and {side.per_rank} unlabelled images a micro-batch, "
-                f"{len(waiting)} of a rank's {lanes} lanes (data.sequential_lanes) would never be read; choose another "
-                "number of lanes and loader processes (data.workers), or another weight"
+                f"{without} of the {each} lanes (data.sequential_lanes) of rank {rank} would never be read; choose "
+                "another number of lanes and loader processes (data.workers), another weight, or another data.lanes"
             )
+
+
+def _turns(leg: Leg, lane: int, source: int) -> Iterator[int]:
+    """Which of the images of a lane of the mix are from this source, without end."""
+
+    def had(images: int) -> int:
+        return counts(leg.chances, lane, leg.lanes, images)[source]
+
+    images, farthest = 0, 1
+    for turn in itertools.count(1):
+        while had(farthest) < turn:
+            images, farthest = farthest, 2 * farthest - images + 1
+        images = bisect_left(range(farthest), turn, lo=images, key=had)
+        yield images - 1
+        farthest = images + 1

@@ -145,7 +145,7 @@ def load_batches(
 ) -> Generator[Batch, None, None]:
     """Micro-batches ``start`` … ``stop`` - 1 in order, made ahead of time by ``data.workers`` processes.
 
-    Close the generator if not all batches were taken: this ends the processes.
+    Close the generator if not all batches were taken: this ends the processes, and closes what this one reads.
 
     Args:
         made: makes them.
@@ -159,10 +159,11 @@ def load_batches(
     """
     workers, slots_needed = _workers_and_slots(made, stop - start)
     if workers <= 0:
-        for number in range(start, stop):
-            batch = made[number]
-            made.took(batch)
-            yield batch.with_tensors([t.pin_memory() for t in batch.tensors]) if pin_memory else batch
+        with closing(made):
+            for number in range(start, stop):
+                batch = made[number]
+                made.took(batch)
+                yield batch.with_tensors([t.pin_memory() for t in batch.tensors]) if pin_memory else batch
         return
     try:
         slots = [_Slot.like(made.largest_batch()) for _ in range(slots_needed)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from maskmatch_scale.data.remote.patterns import expand
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import ShardStream, fetch_options
 from maskmatch_scale.recipe import Recipe, SourceRecipe
-from maskmatch_scale.redact import shown
+from maskmatch_scale.redact import is_remote, shown
 from maskmatch_scale.seeds import derive_seed
 
 log = logging.getLogger("maskmatch_scale")
@@ -149,11 +150,16 @@ def _open_sequential(
     """A source without an index.
 
     Raises:
-        DataError: its pattern matches nothing, or names a shard twice; or it has fewer shards than lanes.
+        DataError: its pattern matches nothing, is a folder, or names a shard twice.
     """
     data = recipe.data
     assert source.shards is not None
     shards = expand(source.shards)
+    if len(shards) == 1 and not is_remote(shards[0]) and Path(shards[0]).is_dir():
+        raise DataError(
+            f"source {name!r}: {shards[0]} is a folder; name its shards ({shards[0].rstrip('/')}/*.tar), or give it as "
+            "`root` if it has an index"
+        )
     if len(set(shards)) < len(shards):
         twice = next(shard for shard in shards if shards.count(shard) > 1)
         raise DataError(f"source {name!r}: {shown(twice)} is listed twice")

@@ -165,6 +165,11 @@ class TrainingBatches(Dataset[Batch]):
         for name, lane, state in batch.lanes:
             sources[name].took(lane, state)
 
+    def close(self) -> None:
+        """Close the shards that this process reads in sequence; they are opened again for further batches."""
+        for source in self.sequential:
+            source.close()
+
     def resume(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where ``state`` was taken, also with other ranks, batches, sources or weights.
 
@@ -189,10 +194,10 @@ class TrainingBatches(Dataset[Batch]):
 
     def _check_lanes(self) -> None:
         """Refuse lanes without shards, and those that never have a turn."""
-        side, each = self.unlabelled, self._deal.lanes // self.world_size
+        side = self.unlabelled
         if side is not None and side.sequential:
             check_shards(side.sequential, self._deal)
-            check_turns(side, each, partial(self._slots, side), self.recipe.engine.accumulation)
+            check_turns(side, self._deal, self.world_size, self.recipe.engine.accumulation)
 
     def class_pixels(self) -> Tensor:
         """Pixels of each class in the drawn labelled samples: int64 (classes,). Reads them if they were not counted."""

@@ -87,6 +87,7 @@ class SequentialSource:
         # One piece of memory, which forked processes share: counting references to a million strings would copy them.
         self._shards = np.array([shard.encode() for shard in shards])
         self._patience = patience or Patience()
+        self._list_digest = self._digest_of_list()
         self._figures = Fetched()
         self._kept: deque[Entry] = deque(maxlen=_KEPT)
         self.deal(deal)
@@ -106,19 +107,21 @@ class SequentialSource:
         self.states = dict(states or {lane: LaneState() for lane in range(deal.lanes)})
         """Where each lane is: those of this rank as of the last batch that was taken (:meth:`took`)."""
         self._open: dict[int, Lane] = {}
-        self.info = SourceInfo(self.name, self._weight, ENDLESS, self._digest())
+        content = hashlib.blake2b(repr((self.seed, self._window, deal.lanes)).encode(), digest_size=8)
+        content.update(self._list_digest)
+        self.info = SourceInfo(self.name, self._weight, ENDLESS, content.hexdigest())
 
     def begin_epoch(self, epoch: int) -> None:
         """Let all lanes begin this epoch."""
         self.deal(self._deal, {lane: LaneState(Cursor(epoch)) for lane in range(self._deal.lanes)})
 
-    def _digest(self) -> str:
-        digest = hashlib.blake2b(repr((self.seed, self._window, self._deal.lanes)).encode(), digest_size=8)
+    def _digest_of_list(self) -> bytes:
+        digest = hashlib.blake2b()
         for number in range(len(self)):
             location = self.location(number)
             # A signed address is another one every day.
             digest.update((location if location.startswith(PIPE) else shown(location)).encode() + b"\n")
-        return digest.hexdigest()
+        return digest.digest()
 
     def location(self, shard: int) -> str:
         """Path or address of a shard."""
@@ -127,6 +130,11 @@ class SequentialSource:
     def took(self, lane: int, state: LaneState) -> None:
         """Note where a lane is after a batch that was taken."""
         self.states[lane] = state
+
+    def close(self) -> None:
+        """Close the shards that this process reads. A lane that is asked again opens its shard again."""
+        for lane in self._open.values():
+            lane.close()
 
     def load(
         self, number: int, prepare: Callable[[RawSample], Prepared]

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from itertools import islice
-from tarfile import GNU_FORMAT, TarInfo
+from tarfile import DIRTYPE, GNU_FORMAT, TarInfo
 from typing import BinaryIO, NamedTuple, cast
 
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -75,17 +74,17 @@ def read_in_sequence(stream: Readable, shard: str) -> Iterator[Found]:
     # Of what the sieve passes on, nothing but an early end can be wrong; and of a group, nothing but a member that is
     # there twice, which is among the faults.
     errors: list[Exception] = []
-    files = tar_file_expander([{"url": shard, "stream": sieve}], handler=errors.append)
+    files = tar_file_expander([{"url": sieve.shard, "stream": sieve}], handler=errors.append)
     for group in group_by_keys(files, keys=_key_and_extension, handler=lambda error: True):
         if sieve.failure is not None:
             break
         key = group["__key__"]
         # Samples without any member that may be used are not in a group.
-        following = enumerate(islice(samples.keys, given, None))
-        ahead = next((count for count, other in following if _without_nul(other.decode()) == key), None)
-        if ahead is None:
+        following = range(given, len(samples.keys))
+        place = next((at for at in following if _without_nul(samples.keys[at].decode()) == key), None)
+        if place is None:
             continue
-        for _ in range(ahead):
+        while given < place:
             yield found(None)
             given += 1
         yield found(next((group[extension] for extension in samples.images if extension in group), None))
@@ -97,7 +96,7 @@ def read_in_sequence(stream: Readable, shard: str) -> Iterator[Found]:
         any_truncated = any_truncated or (isinstance(last.sample, BadSample) and last.sample.reason == "truncated")
         yield last
         given += 1
-    damage = sieve.damage or (f"webdataset cannot read on ({errors[0]})" if errors else "")
+    damage = sieve.damage or (f"webdataset cannot read on ({errors[0].args[0]})" if errors else "")
     if damage and not any_truncated:
         yield Found(None, BadSample("truncated", f"{sieve.shard}: {damage}; fetch or write it again"))
     elif not given:
@@ -157,6 +156,10 @@ class _Sieve:
         return True
 
     def _passed_on(self) -> Iterator[bytes]:
+        # By the first bytes, which else are the name of an image, `tarfile` tells whether to decompress.
+        folder = TarInfo("images")
+        folder.type = DIRTYPE
+        yield folder.tobuf(GNU_FORMAT)
         try:
             for long_name, flag, offset, size in self._members:
                 self.samples.add(long_name, flag, offset, size, _ANY_SIZE)

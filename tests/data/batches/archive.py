@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.seeds import derive_seed
 from tests.data import bad_shards
+from tests.data.batches.common import make_batches
 
 SIZES = (3, 5, 1, 4, 6, 2, 4, 5)
 """Samples of its shards."""
@@ -48,3 +50,22 @@ def place_of(seed=0, epochs=4, name="archive"):
 def state_of_all(ranks: list[TrainingBatches], step: int):
     """What `stream.json` has of a run with these ranks."""
     return ranks[0].state(step) | {"ranks": [rank.own_state() for rank in ranks]}
+
+
+def make(make_recipe, archive, rank=0, world_size=1, *, source=None, micro_batch=2, steps=1000, **data):
+    """The batches of a rank, whose unlabelled images are from the archive, or from the sources that are given."""
+    data = {"unlabelled": source or [sequential(archive)], "shuffle_window": 5} | data
+    return make_batches(
+        make_recipe,
+        rank,
+        world_size,
+        data=data,
+        engine={"micro_batch": micro_batch},
+        method={"burn_in": 0},
+        run={"steps": steps},
+    )
+
+
+def taken(made, start, stop):
+    """The batches of one rank in this process."""
+    return list(load_batches(made, start, stop))

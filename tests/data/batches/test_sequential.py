@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 from collections import Counter
 from contextlib import closing
 from itertools import islice
@@ -12,12 +13,16 @@ from hypothesis import strategies as st
 
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.remote import store_process, stream
+from maskmatch_scale.data.shards import sequence
 from maskmatch_scale.recipe import RecipeError
 from tests.conftest import recipe_maker
 from tests.data import bad_shards
-from tests.data.batches.archive import SIZES, place_of, sequential, state_of_all, write_archive
-from tests.data.batches.common import make_batches, same
+from tests.data.batches.archive import SIZES, make, place_of, sequential, state_of_all, taken, write_archive
+from tests.data.batches.common import same
 from tests.data.faulty_server import Fault, FaultyServer
+from tests.data.remote.common import wait_until
+from tests.data.s3_server import SIGNED, Bucket
 
 SAMPLES = sum(SIZES)
 EPOCH = {(shard, number) for shard, size in enumerate(SIZES) for number in range(size)}
@@ -29,24 +34,6 @@ PLACES = place_of(epochs=30)
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     return write_archive(tmp_path_factory.mktemp("archive"))
-
-
-def make(make_recipe, archive, rank=0, world_size=1, *, source=None, micro_batch=2, steps=1000, **data):
-    data = {"unlabelled": source or [sequential(archive)], "shuffle_window": 5} | data
-    return make_batches(
-        make_recipe,
-        rank,
-        world_size,
-        data=data,
-        engine={"micro_batch": micro_batch},
-        method={"burn_in": 0},
-        run={"steps": steps},
-    )
-
-
-def taken(made, start, stop):
-    """The batches of one rank in this process."""
-    return list(load_batches(made, start, stop))
 
 
 def places(batches):
@@ -295,6 +282,7 @@ def test_recipes_that_are_refused(make_recipe, data, message):
     ("source", "data", "message"),
     [
         ({"shards": "{}/none-*.tar"}, {}, r"none-\*\.tar: no such file"),
+        ({"shards": "{}"}, {}, r"'archive': .*/archive0 is a folder; name its shards \(.*/archive0/\*\.tar\), or give"),
         ({"shards": "{}/{{a-000,a-000}}.tar"}, {}, r"a-000\.tar is listed twice"),
         ({}, {"sequential_lanes": 9}, r"source 'archive': 8 shards for 9 lanes"),
         ({}, {"sequential_lanes": 3, "workers": 2}, r"sequential_lanes=3: 1 ranks × 2 loader .* a multiple of 2"),
@@ -312,17 +300,40 @@ def test_two_sources_of_one_name_are_refused(make_recipe, shapes, archive):
         make(make_recipe, archive, source=[{"root": str(shapes)}, sequential(archive) | {"name": None}])
 
 
-def test_lanes_that_would_never_be_read_are_refused(make_recipe, shapes, archive):
-    """One image a batch, of two sources in turn: all even batches are of one source."""
-    turns = [{"root": str(shapes)}, sequential(archive)]
-    with pytest.raises(DataError, match=r"'archive': .*1 of a rank's 2 lanes .* would never be read"):
-        make(make_recipe, archive, source=turns, micro_batch=1, sequential_lanes=2)
-    made = make(make_recipe, archive, source=turns, micro_batch=1, sequential_lanes=3)
-    assert len({lane for batch in taken(made, 0, 12) for _, lane, _ in batch.lanes}) == 3
+def test_when_batches_end_nothing_is_fetched_any_more(make_recipe, archive, monkeypatch):
+    """Also if the objects live on; and if more batches are wanted they are those that follow."""
+    monkeypatch.setattr(stream, "_AHEAD_BYTES", 1000)  # less than a shard has
+    monkeypatch.setattr(sequence, "_LEAST_READ", 512)
+    plain = taken(make(make_recipe, archive), 0, 12)
+    with FaultyServer(archive) as server:
+        made = make(make_recipe, server.url)
+        first = taken(made, 0, 5)
+        wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "shard stream"])
+        rest = taken(made, 5, 12)
+    assert all(same(one, other) for one, other in zip(first + rest, plain, strict=True))
 
 
-def test_other_ranks_must_divide_the_lanes_of_before(make_recipe, archive):
-    first = make(make_recipe, archive, workers=3)
-    state = first.state(0) | {"ranks": [first.own_state()]}
-    with pytest.raises(DataError, match=r"the 3 lanes that the run has had: 2 ranks × 1 loader .*multiple of 2: then"):
-        make(make_recipe, archive, 0, 2, workers=1).resume(state)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_that_an_object_store_lists(make_recipe, archive, s3_server, monkeypatch, workers):
+    """A rank leaves obstore to a process of its own, a loader process uses it: both give what local shards give."""
+    store_process.end_all()  # those of other tests have another environment
+    for name, value in {**SIGNED, "AWS_ENDPOINT_URL": f"http://{s3_server}"}.items():
+        monkeypatch.setenv(name, value)
+    bucket = Bucket(s3_server, f"sequential{workers}").make()
+    for shard in sorted(archive.glob("*.tar")):
+        bucket.put(f"a/{shard.name}", shard.read_bytes())
+    there = [sequential(archive) | {"shards": f"s3://{bucket.name}/a/*.tar"}]
+    made = make(make_recipe, archive, source=there, sequential_lanes=2, workers=workers)
+    here = taken(make(make_recipe, archive, sequential_lanes=2), 0, SAMPLES // 2)
+    try:
+        with closing(load_batches(made, 0, 100)) as loaded:
+            assert all(same(one, other) for one, other in zip(islice(loaded, len(here)), here, strict=True))
+        # Going on from there, with obstore in the other place.
+        again = make(make_recipe, archive, source=there, workers=2 - workers)
+        again.resume(state_of_all([made], len(here)))
+        with closing(load_batches(again, len(here), 100)) as loaded:
+            rest = list(islice(loaded, 6))
+    finally:
+        store_process.end_all()
+    straight = taken(make(make_recipe, archive, sequential_lanes=2), 0, len(here) + 6)
+    assert all(same(one, other) for one, other in zip(rest, straight[len(here) :], strict=True))

@@ -135,6 +135,25 @@ def test_webdataset_sees_only_what_it_may(monkeypatch):
     assert seen == ["a.jpg"]
 
 
+def test_a_name_that_begins_like_a_compressed_file():
+    members = [("BZh91AY&SY.jpg", b"x" * 4000), ("\x1f\x8b\x08.jpg", b"y"), ("z.jpg", b"z")]
+    data = bad_shards.tar_bytes(members)
+    assert in_sequence(data) == by_table(data) == [(name.removesuffix(".jpg"), image) for name, image in members]
+
+
+def test_webdataset_is_not_told_secrets(monkeypatch):
+    """What it raises has the address, and becomes a message."""
+
+    def fails(tar, member):
+        raise tarfile.ReadError("no")
+
+    monkeypatch.setattr(tarfile.TarFile, "next", fails)
+    pipe = "pipe:curl -H 'X-Token: hush' http://host/x.tar"
+    (found,) = list(read_in_sequence(Pieces(bad_shards.whole(1, labelled=False)), pipe))
+    assert "webdataset cannot read on" in str(found.sample)
+    assert "hush" not in str(found.sample)
+
+
 def test_what_the_stream_raises_comes_through_and_what_was_whole_before():
     data = bad_shards.whole(6, labelled=False)
     found = []
