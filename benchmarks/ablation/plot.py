@@ -45,9 +45,11 @@ def draw(
     both = any(MARKS[1] in cell["results"] for cell in cells)
     _scores(scores, arms, colours, both=both)
     for panel, baseline in zip(against, BASELINES, strict=True):
-        title_of_baseline = arms[baseline][0]["title"] if baseline in arms else baseline
+        if baseline not in arms:
+            panel.set_visible(False)
+            continue
         _against(panel, list(arms), baseline, differences, colours, both=both)
-        panel.set_xlabel(f"mIoU minus that of {title_of_baseline}")
+        panel.set_xlabel(f"mIoU minus that of {arms[baseline][0]['title']}")
     by_steps, by_cost = lower.subplots(1, 2, sharey=True)
     _curves(by_steps, arms, curves, colours, "step", "steps")
     if all(point["cost_cpu_s"] is not None for point in curves):
