@@ -88,7 +88,7 @@ def plan(options: argparse.Namespace) -> list[Cell]:
     arms = arms_of(options.arms)
     arms_of([options.reference], "--reference")
     splits = splits_of(options)
-    setting = setting_of(options, options.steps, options.device, splits)
+    setting = setting_of(options, options.steps, options.device, splits, options.start)
     work: Path = options.work.resolve()
     costs = read_costs(options.cost) if options.cost else None
     budget = budget_of(setting, costs, options.reference, work) if costs else None

@@ -34,13 +34,13 @@ class Start:
     """First digits of the sha256 of the checkpoint's index, which has the checksums of its parts."""
 
 
-def start_of(start: Path, draw: int, labelled: int | None) -> Start:
+def start_of(start: Path, draw: int, labelled: int) -> Start:
     """Look at the run that a draw starts from.
 
     Args:
         start: as for :func:`run_of`.
         draw: number of the draw.
-        labelled: labelled images of the draw; None: all.
+        labelled: labelled images of the draw.
 
     Raises:
         UserError: there is no checkpoint, or the run had other labels than this draw.

@@ -164,7 +164,9 @@ def check_streams(task: str, data: Path, splits: Sequence[str]) -> None:
         )
 
 
-def setting_of(options: argparse.Namespace, steps: int, device: str, splits: Sequence[str] = ()) -> Setting:
+def setting_of(
+    options: argparse.Namespace, steps: int, device: str, splits: Sequence[str] = (), start: Path | None = None
+) -> Setting:
     """A task with the options `data`, `weights`, `labelled` and `settings`, checked; and that there are these splits.
 
     Raises:
@@ -173,7 +175,6 @@ def setting_of(options: argparse.Namespace, steps: int, device: str, splits: Seq
     task = TASKS[options.task]
     if options.labelled is not None and not options.labelled > 0:
         raise UserError(f"--labelled: {options.labelled}; it must be above 0")
-    start = getattr(options, "start", None)
     if start is not None and options.weights is not None:
         raise UserError("--weights: with --start the draws start from trained runs; leave it out")
     if task.needs_weights and options.weights is None and start is None:
@@ -183,7 +184,5 @@ def setting_of(options: argparse.Namespace, steps: int, device: str, splits: Seq
     check_streams(options.task, options.data, splits)
     weights = options.weights.resolve() if options.weights else None
     labelled = options.labelled or task.labelled
-    start = start.resolve() if start else None
-    return Setting(
-        options.task, options.data.resolve(), weights, labelled, steps, device, tuple(options.settings), start
-    )
+    data, settings = options.data.resolve(), tuple(options.settings)
+    return Setting(options.task, data, weights, labelled, steps, device, settings, start.resolve() if start else None)

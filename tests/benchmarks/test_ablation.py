@@ -280,9 +280,8 @@ def test_draws_start_from_trained_runs(
     assert report([str(tmp_path / "work"), "--out", str(out)]) == 0
     page = out.with_suffix(".md").read_text()
     assert "**Start**: each draw starts from the teacher of a trained run with the same labels (supervised, 4" in page
-    assert "method.burn_in" not in {
-        row["key"] for row in json.loads(out.read_text())["settings"]
-    }  # `--start` decides it
+    set_by_hand = {row["key"] for row in json.loads(out.read_text())["settings"]}
+    assert "method.burn_in" not in set_by_hand
     written = page.split("```")[1].replace("\\\n", " ").replace("SHARDS", str(pages)).replace("START", grid[5])
     again = plan(parse(shlex.split(written.replace("FOLDER", str(tmp_path / "work")))[3:]))
     assert [one.job.facts() for one in again] == [cell.job.facts()]
