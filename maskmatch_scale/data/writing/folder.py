@@ -109,7 +109,9 @@ def written_before(out: Path, index: ShardIndex | None, shards: Iterable[Shard])
         for stream in index.streams.values():
             for entry in stream.shards:
                 left_out = tuple(skipped.pop(entry.file, ()))
-                known.setdefault(entry.file, Written(**entry.model_dump(), skipped=left_out))
+                if entry.bytes is not None and entry.sha256 is not None:  # else the shard is looked into
+                    noted = Written(entry.file, entry.samples, entry.bytes, entry.sha256, left_out)
+                    known.setdefault(entry.file, noted)
         for file, lines in skipped.items():
             known.setdefault(file, Written(file, 0, 0, "", tuple(lines)))
     written = {}
