@@ -109,7 +109,7 @@ def written_before(out: Path, index: ShardIndex | None, shards: Iterable[Shard])
         for stream in index.streams.values():
             for entry in stream.shards:
                 left_out = tuple(skipped.pop(entry.file, ()))
-                known.setdefault(entry.file, Written(**entry.model_dump(), skipped=left_out))
+                known.setdefault(entry.file, Written(**entry.model_dump(exclude={"etag"}), skipped=left_out))
         for file, lines in skipped.items():
             known.setdefault(file, Written(file, 0, 0, "", tuple(lines)))
     written = {}
