@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskmatch_scale.data import node_arrays
@@ -62,6 +62,7 @@ columns = st.dictionaries(
 )
 
 
+@settings(deadline=None, max_examples=40)  # each writes to a disk
 @given(columns)
 def test_any_columns(described):
     made = {name: (np.arange(size) * factor).astype(dtype) for name, (dtype, size, factor) in described.items()}

@@ -320,17 +320,18 @@ class ShardIndex(_Frozen):
         """
         try:
             content = json.loads(data)
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON ({error}); write the shards again") from None
+        try:
             if isinstance(content, dict):
-                _check_format(content.pop("format", FORMAT))
-                _read_tables(content, read_table)
+                _check_format(content.pop("format", FORMAT), where)
+                _read_tables(content, where, read_table)
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
             at = ".".join(map(str, first["loc"])) or "the file"
             message = first["msg"].removeprefix("Value error, ")
             raise DataError(f"{where}: {at}: {message}; write the shards again") from None
-        except ValueError as error:
-            raise DataError(f"{where}: not JSON ({error}); write the shards again") from None
 
     def to_json(self, tables: Mapping[str, TableReference] = MappingProxyType({})) -> bytes:
         """What :meth:`parse` reads, with one line per shard.
@@ -363,18 +364,23 @@ class ShardIndex(_Frozen):
         return self.streams[name]
 
 
-def _check_format(number: object) -> None:
+def _check_format(number: object, where: str) -> None:
     if number not in (FORMAT, FORMAT_WITH_TABLES):
-        raise ValueError(f"format {number} is unknown; this version reads {FORMAT} and {FORMAT_WITH_TABLES}")
+        raise DataError(
+            f"{where}: format {number} is unknown; this version reads {FORMAT} and {FORMAT_WITH_TABLES}: use a newer "
+            "one, or write the shards again"
+        )
 
 
-def _read_tables(content: dict[str, Any], read_table: Callable[[TableReference], ShardTable] | None) -> None:
+def _read_tables(
+    content: dict[str, Any], where: str, read_table: Callable[[TableReference], ShardTable] | None
+) -> None:
     """Put tables where the streams of an index name them."""
     streams = content.get("streams")
     for name, stream in streams.items() if isinstance(streams, dict) else ():
         if isinstance(stream, dict) and isinstance(said := stream.get("shards"), dict):
             if read_table is None:
-                raise ValueError(f"stream {name!r} is in {said.get('table')}, which is not read here")
+                raise DataError(f"{where}: stream {name!r} is in {said.get('table')}, which is not read here")
             stream["shards"] = read_table(TableReference.model_validate(said))
 
 
