@@ -31,6 +31,7 @@ from safetensors.numpy import save
 
 from maskmatch_scale.data.remote import file_locks
 from maskmatch_scale.files import disk_fault, name_of_unfinished, write_whole
+from maskmatch_scale.memory import return_freed_memory
 
 log = logging.getLogger("maskmatch_scale")
 
@@ -78,12 +79,16 @@ class NodeArrays:
                 return found
             made = make()
             found = self._keep(path, made, kind, most) if lock is not None else None
+            if found is not None:
+                del made
+                return_freed_memory()  # several times an order, in each process that has made one
+                return found
         finally:
             if lock is not None:
                 with suppress(OSError):
                     _lock_of(path).unlink()  # before the release: file_locks.take notices it in those that wait
                 file_locks.release(lock)
-        return made if found is None else found
+        return made
 
     def _lock(self, path: Path) -> int | None:
         """Wait until this process alone may make a file; None if that cannot be had."""
