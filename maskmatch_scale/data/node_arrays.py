@@ -58,6 +58,13 @@ class NodeArrays:
 
     folder: Path
 
+    def find(self, kind: str, key: str) -> Arrays | None:
+        """Arrays that are there, mapped; None if they are not. Arguments as in :meth:`get`."""
+        return _mapped(self._path(kind, key))
+
+    def _path(self, kind: str, key: str) -> Path:
+        return self.folder / f"{kind}-{key}{_ENDING}"
+
     def get(self, kind: str, key: str, make: Callable[[], Arrays], *, most: int) -> Arrays:
         """Arrays by name, read-only: mapped if possible.
 
@@ -70,9 +77,9 @@ class NodeArrays:
         Raises:
             Exception: what ``make`` raises.
         """
-        path = self.folder / f"{kind}-{key}{_ENDING}"
-        if (found := _mapped(path)) is not None:
+        if (found := self.find(kind, key)) is not None:
             return found
+        path = self._path(kind, key)
         lock = self._lock(path)
         try:
             if lock is not None and (found := _mapped(path)) is not None:  # another process has made them meanwhile

@@ -8,6 +8,7 @@ Decision: docs/decisions/0064-counts-of-others.md.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from maskmatch_scale.data.remote.fetch import fetch_bytes, read_bytes
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards import foreign
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex
-from maskmatch_scale.data.shards.stored import large_index, parse_index, share_tables
+from maskmatch_scale.data.shards.stored import LARGE_BYTES, large_index, parse_index, share_index, share_tables
 from maskmatch_scale.redact import is_remote, shown
 
 _ENERGON_INFO = (".nv-meta/.info.json", ".nv-meta/.info.yaml")
@@ -103,12 +104,28 @@ def _of_file(root: str, options: FetchOptions | None) -> ShardIndex:
     if is_list(root):
         return _sized(root, "list", _counted(root, read_list(root, options)), where, options)
     data = _bytes_of(root, options)
+    if options is not None and len(data) >= LARGE_BYTES and _is_complete_wids(data):
+        return share_index(hashlib.sha256(data).hexdigest(), lambda: _of_complete_wids(data, where), options)
     content = foreign.parse_json(data, where)
     read = _reader(root, options, [])
     of_others = foreign.of_json(content, where, lambda: _splits(lambda name: read(name.rpartition("/")[2])))
     if of_others is None:
         return parse_index(data, root, where, options)
     return _sized(root, *of_others, where, options)
+
+
+def _is_complete_wids(data: bytes) -> bool:
+    """Whether a JSON is a wids list that says the size of each shard, so that an index follows from it alone."""
+    shards = data.count(b'"nsamples"')
+    return shards > 0 and b'"streams"' not in data and data.count(b'"filesize"') == shards
+
+
+def _of_complete_wids(data: bytes, where: str) -> ShardIndex:
+    """Its index; sizes that are null stay unknown, because the disk may say others at another time."""
+    found = foreign.of_json(foreign.parse_json(data, where), where, lambda: None)
+    if found is None:
+        raise DataError(f"{where}: neither an index of ours nor a wids list; write it again")
+    return foreign.as_index(*found, where)
 
 
 def _reader(root: str, options: FetchOptions | None, missing: list[str]) -> _Read:

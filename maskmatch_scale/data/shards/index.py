@@ -20,6 +20,7 @@ import builtins
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -130,7 +131,7 @@ class ShardTable(Sequence[ShardEntry]):
 
     def all_columns(self) -> Arrays:
         """The columns, and those that are computed from them."""
-        identities = {} if self._has_digest.all() else {"identities": np.frombuffer(self.identities(), dtype=np.uint8)}
+        identities = {} if self._has_digest.all() else {"identities": self.identities()}
         return {**self.columns(), "starts": self.starts, **identities}
 
     def __len__(self) -> int:
@@ -144,7 +145,7 @@ class ShardTable(Sequence[ShardEntry]):
     @property
     def has_addresses(self) -> bool:
         """Whether some file may be an address and not a path: it has a colon."""
-        return bool((self._files.joined == ord(":")).any())
+        return re.search(b":", self._files.joined.data) is not None  # without a copy
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, number within it) of a sample, from its number in the stream."""
@@ -165,15 +166,17 @@ class ShardTable(Sequence[ShardEntry]):
         """Strong ETag of shard ``number``; None = not known."""
         return (self._etags[number] or None) if self._etags is not None else None
 
-    def identities(self) -> builtins.bytes:
-        """What tells each shard from one with other bytes, 32 bytes a shard.
+    def identities(self) -> NDArray[np.uint8]:
+        """What tells each shard from one with other bytes: uint8 (shards · 32,).
 
         That is its SHA-256. Where it is not known, the name of the shard in the index, its size and its ETag stand in.
         Secrets in an address do not count: they may be new each day.
         """
         if self._has_digest.all():
-            return self._digests.tobytes()
-        return b"".join(self._each_identity()) if self._identities is None else self._identities.tobytes()
+            return self._digests
+        return (
+            np.frombuffer(b"".join(self._each_identity()), np.uint8) if self._identities is None else self._identities
+        )
 
     def _each_identity(self) -> Iterator[builtins.bytes]:
         # Written for a million shards, which take two seconds. Few names have anything that is not shown.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -67,8 +68,8 @@ def write_index(folder: Path, index: ShardIndex, mode: int = 0o666) -> None:
 
 
 def of_node(options: FetchOptions) -> NodeArrays:
-    """The arrays that the processes of this node share, in the folder of the cache."""
-    return NodeArrays(options.cache / "arrays")
+    """The arrays that the processes of this user on this node share, in the folder of the cache."""
+    return NodeArrays(options.cache / f"arrays-{os.getuid()}")
 
 
 def parse_index(data: bytes, root: str, where: str, options: FetchOptions | None) -> ShardIndex:
@@ -85,19 +86,25 @@ def parse_index(data: bytes, root: str, where: str, options: FetchOptions | None
     """
 
     def read_table(said: TableReference) -> ShardTable:
+        location = join(root, said.table)
+
         def make() -> Arrays:
-            return ShardTable.of_columns(_columns(join(root, said.table), said, options)).all_columns()
+            return ShardTable.of_columns(_columns(location, said, options)).all_columns()
 
         if options is None or said.shards < LARGE:
             return ShardTable.of_columns(make())
-        return ShardTable.of_columns(of_node(options).get(f"shards{_VERSION}", said.sha256, make, most=_KEPT))
+        kind, arrays = f"shards{_VERSION}", of_node(options)
+        if is_remote(location) and arrays.find(kind, said.sha256) is None:
+            # Before the lock: if it cannot be fetched, those who wait for it there are told so, and do not try again.
+            ShardCache(options).open(location, said.bytes, said.sha256).close()
+        return ShardTable.of_columns(arrays.get(kind, said.sha256, make, most=_KEPT))
 
     def parse() -> ShardIndex:
         return ShardIndex.parse(data, where, read_table)
 
     if options is None or len(data) < LARGE_BYTES:
         return parse()
-    return _shared(hashlib.sha256(data).hexdigest(), parse, options)
+    return share_index(hashlib.sha256(data).hexdigest(), parse, options)
 
 
 def large_index(path: Path, options: FetchOptions) -> ShardIndex | None:
@@ -111,9 +118,27 @@ def large_index(path: Path, options: FetchOptions) -> ShardIndex | None:
             if path.stat().st_size < LARGE_BYTES or b'"streams"' not in file.read(_HEAD):
                 return None
         digest = sha256(path)
-        return _shared(digest, lambda: _parsed_here(path, digest), options)
+        return share_index(digest, lambda: _parsed_here(path, digest), options)
     except (OSError, DataError):
         return None
+
+
+def share_index(digest: str, parse: Callable[[], ShardIndex], options: FetchOptions) -> ShardIndex:
+    """An index, parsed by one process of this node and mapped by all.
+
+    Args:
+        digest: hex, of all that it depends on.
+        parse: makes it.
+        options: of the cache.
+    """
+    arrays = of_node(options).get(f"index{_VERSION}", digest, lambda: _as_arrays(parse()), most=_KEPT)
+    head = json.loads(arrays["head"].tobytes())
+    streams = {}
+    for number, (name, labelled) in enumerate(head.pop("streams").items()):
+        own = f"{number}."
+        columns = {column.removeprefix(own): array for column, array in arrays.items() if column.startswith(own)}
+        streams[name] = StreamEntry(labelled=labelled, shards=ShardTable.of_columns(columns))
+    return ShardIndex.model_validate({**head, "streams": streams})
 
 
 def share_tables(index: ShardIndex, options: FetchOptions | None) -> ShardIndex:
@@ -148,18 +173,6 @@ def _columns(location: str, said: TableReference, options: FetchOptions | None) 
     assert options is not None
     with ShardCache(options).open(location, said.bytes, said.sha256) as file:
         return unpacked(file.readall(), said, shown(location))
-
-
-def _shared(digest: str, parse: Callable[[], ShardIndex], options: FetchOptions) -> ShardIndex:
-    """An index, parsed by one process of this node."""
-    arrays = of_node(options).get(f"index{_VERSION}", digest, lambda: _as_arrays(parse()), most=_KEPT)
-    head = json.loads(arrays["head"].tobytes())
-    streams = {}
-    for number, (name, labelled) in enumerate(head.pop("streams").items()):
-        own = f"{number}."
-        columns = {column.removeprefix(own): array for column, array in arrays.items() if column.startswith(own)}
-        streams[name] = StreamEntry(labelled=labelled, shards=ShardTable.of_columns(columns))
-    return ShardIndex.model_validate({**head, "streams": streams})
 
 
 def _as_arrays(index: ShardIndex) -> Arrays:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from safetensors.numpy import load
 
 from maskmatch_scale.data import node_arrays
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.shards import stored
+from maskmatch_scale.data.shards import foreign, stored
 from maskmatch_scale.data.shards.columns import packed, reference, unpacked
 from maskmatch_scale.data.shards.finding import find_index
 from maskmatch_scale.data.shards.index import ShardIndex, ShardTable
@@ -20,7 +21,8 @@ from maskmatch_scale.data.shards.reading import ShardStream, fetch_options
 from maskmatch_scale.recipe import DataRecipe
 from tests.conftest import ShapesSource, write_shards
 from tests.data import foreign_shards
-from tests.data.faulty_server import FaultyServer
+from tests.data.faulty_server import Fault, FaultyServer
+from tests.data.remote.common import FORK, in_processes
 
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=6)
 optional = st.fixed_dictionaries(
@@ -66,7 +68,7 @@ def test_a_table_from_a_file_is_the_one_from_json(rows):
         assert table == from_json
         assert list(table) == list(from_json)
         assert table.starts.tolist() == from_json.starts.tolist()
-        assert table.identities() == from_json.identities()
+        assert table.identities().tobytes() == from_json.identities().tobytes()
         assert table.has_addresses == from_json.has_addresses
         assert [table.locate(n) for n in range(table.starts[-1])] == [
             from_json.locate(n) for n in range(from_json.starts[-1])
@@ -81,8 +83,8 @@ def test_identities_are_what_they_were():
         {"file": "b@c#1", "samples": 1, "sha256": "7" * 64},
     ]
     for table in (ShardTable(rows), ShardTable.of_columns(ShardTable(rows).all_columns())):
-        assert hashlib.sha256(table.identities()).hexdigest()[:16] == "a0555e0cd405e2a4"
-    assert ShardTable(rows[1:]).identities()[:32] == ShardTable(rows).identities()[32:64]
+        assert hashlib.sha256(table.identities().data).hexdigest()[:16] == "a0555e0cd405e2a4"
+    assert ShardTable(rows[1:]).identities()[:32].tobytes() == ShardTable(rows).identities()[32:64].tobytes()
 
 
 def test_an_index_names_the_file_of_a_large_stream(folder, tmp_path):
@@ -246,6 +248,42 @@ def test_a_table_of_a_server_is_fetched_once_by_a_node(folder, tmp_path):
             find_index(server.url, fetch_options(DataRecipe(root="x", cache_dir=str(tmp_path / "b"), fetch_attempts=1)))
 
 
+def test_processes_that_wait_for_a_table_are_told_that_it_cannot_be_fetched(folder, tmp_path):
+    """They do not try again one after the other, which would take each of them minutes."""
+    table, start = next(folder.glob("shards-*.safetensors")).name, FORK.Barrier(3)
+    with FaultyServer(folder, {table: Fault(delay_s=1, status=404)}) as server:
+
+        def work(_number):
+            start.wait()
+            with pytest.raises(DataError, match=f"{table}: tried once and failed: .*404"):
+                find_index(server.url, options(tmp_path))
+
+        assert in_processes(3, work) == [0] * 3
+        assert [request.path for request in server.requests].count(table) == 1
+
+
+def test_a_wids_list_with_all_sizes_is_parsed_by_one_process(tmp_path, small, monkeypatch):
+    root = foreign_shards.wids(tmp_path / "theirs")
+    first = find_index(root, options(tmp_path))
+    assert first == find_index(root)
+    assert not first.streams["unlabelled"].labelled
+    with monkeypatch.context() as patch:
+        patch.setattr(foreign, "wids", None)
+        assert find_index(root, options(tmp_path)) == first
+    content = json.loads(Path(root).read_text())
+    content["shardlist"][0]["nsamples"] += 1
+    Path(root).write_text(json.dumps(content))
+    assert find_index(root, options(tmp_path)).streams["unlabelled"].samples == first.streams["unlabelled"].samples + 1
+    # One that does not say all sizes is read by each process: the disk is asked for them.
+    del content["shardlist"][0]["filesize"]
+    Path(root).write_text(json.dumps(content))
+    for grown in (0, 512):
+        with (tmp_path / "theirs" / "00000.tar").open("ab") as file:
+            file.write(bytes(grown))
+        size = (tmp_path / "theirs" / "00000.tar").stat().st_size
+        assert find_index(root, options(tmp_path)).streams["unlabelled"].shards.size(0) == size
+
+
 @pytest.mark.parametrize("layout", foreign_shards.LAYOUTS)
 def test_columns_of_other_tools_are_mapped(tmp_path, monkeypatch, layout):
     monkeypatch.setattr(stored, "LARGE", 3)
@@ -254,7 +292,7 @@ def test_columns_of_other_tools_are_mapped(tmp_path, monkeypatch, layout):
     assert is_mapped(found.streams["unlabelled"].shards)
     assert found == find_index(root)
     shards, plain = found.streams["unlabelled"].shards, find_index(root).streams["unlabelled"].shards
-    assert shards.identities() == plain.identities()
+    assert shards.identities().tobytes() == plain.identities().tobytes()
 
 
 def test_a_folder_that_cannot_be_written(folder, tmp_path):
