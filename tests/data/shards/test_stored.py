@@ -13,7 +13,7 @@ from safetensors.numpy import load
 
 from maskmatch_scale.data import node_arrays
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.shards import foreign, stored
+from maskmatch_scale.data.shards import finding, foreign, stored
 from maskmatch_scale.data.shards.columns import packed, reference, unpacked
 from maskmatch_scale.data.shards.finding import find_index
 from maskmatch_scale.data.shards.index import ShardIndex, ShardTable
@@ -48,7 +48,8 @@ def options(folder):
 def small(monkeypatch):
     """Four shards are many, and a file of 100 bytes is large."""
     monkeypatch.setattr(stored, "LARGE", 4)
-    monkeypatch.setattr(stored, "LARGE_BYTES", 100)
+    for module in (stored, finding):
+        monkeypatch.setattr(module, "LARGE_BYTES", 100)
 
 
 @pytest.fixture
@@ -248,8 +249,9 @@ def test_a_table_of_a_server_is_fetched_once_by_a_node(folder, tmp_path):
             find_index(server.url, fetch_options(DataRecipe(root="x", cache_dir=str(tmp_path / "b"), fetch_attempts=1)))
 
 
-def test_processes_that_wait_for_a_table_are_told_that_it_cannot_be_fetched(folder, tmp_path):
+def test_processes_that_wait_for_a_table_are_told_that_it_cannot_be_fetched(folder, tmp_path, monkeypatch):
     """They do not try again one after the other, which would take each of them minutes."""
+    monkeypatch.setattr(stored, "LARGE_BYTES", 1 << 20)  # as ever: the JSON is small
     table, start = next(folder.glob("shards-*.safetensors")).name, FORK.Barrier(3)
     with FaultyServer(folder, {table: Fault(delay_s=1, status=404)}) as server:
 
