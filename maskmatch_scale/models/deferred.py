@@ -16,7 +16,6 @@ Decision: docs/decisions/0039-deferred-weights-at-zero-3.md.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from maskmatch_scale.memory import return_freed_memory
 from maskmatch_scale.models.replay import OVERWRITING, Notes, Piece, memory_of
 
 _log = logging.getLogger(__name__)
@@ -256,7 +256,7 @@ class DeferredBuild(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     owner._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         for memory in list(self._resident):
             self._free(memory)
-        _return_freed_memory()
+        return_freed_memory()
         return DeferredWeights(self, pieces)
 
     def _restore(self, memory: int, *, values: bool) -> None:
@@ -285,7 +285,7 @@ class DeferredBuild(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._freed_bytes += nbytes
         if self._freed_bytes >= RESIDENT_BYTES:
             self._freed_bytes = 0
-            _return_freed_memory()
+            return_freed_memory()
 
 
 class _RefusePastTorch(TorchFunctionMode):
@@ -345,13 +345,6 @@ def kept_whole() -> Iterator[None]:
     else:
         with build.paused():
             yield
-
-
-def _return_freed_memory() -> None:
-    """Ask glibc for it, which keeps freed pieces below 32 MB for itself: they would add up to the whole model."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

@@ -21,11 +21,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from maskmatch_scale.data.node_arrays import LARGE, NodeArrays
 from maskmatch_scale.seeds import derive_seed
+
+_FILES_OF_A_SOURCE = 8
+"""Epochs of a source whose sequences are kept on the disk: four of each of two runs."""
+_VERSION = 1
+"""Of the order: it is part of the names of files, so that no other order is taken for it."""
 
 
 def permutation(seed: int, length: int) -> NDArray[np.int64]:
@@ -57,6 +64,42 @@ class Cut:
         return place // (each + 1) if place < edge else longer + (place - edge) // each
 
 
+class ShardSequence(NamedTuple):
+    """The shards of an epoch, laid end to end. Neither window nor lanes change it."""
+
+    shards: NDArray[np.int64]
+    """int64 (shards,): the shards in the order of the sequence."""
+    starts: NDArray[np.int64]
+    """int64 (shards + 1,): where each of them starts in the sequence, and the length of the sequence."""
+
+
+def lay_out(sizes: NDArray[np.int64], seed: int) -> ShardSequence:
+    """The sequence of an epoch.
+
+    Args:
+        sizes: int64 (shards,), samples per shard.
+        seed: of this source and epoch.
+    """
+    shards = permutation(derive_seed(seed, "shards"), len(sizes))
+    return ShardSequence(shards, np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[shards])]))
+
+
+def lay_out_once(sizes: NDArray[np.int64], digest: str, seed: int, arrays: NodeArrays) -> ShardSequence:
+    """As :func:`lay_out`; where there are many shards, one process of this node makes it and the others map it.
+
+    Args:
+        sizes: as there.
+        digest: hex, of the sizes.
+        seed: as there.
+        arrays: what the processes of this node share.
+    """
+    if len(sizes) < LARGE:
+        return lay_out(sizes, seed)
+    kind = f"order{_VERSION}-{digest}"
+    found = arrays.get(kind, f"{seed:016x}", lambda: lay_out(sizes, seed)._asdict(), most=_FILES_OF_A_SOURCE)
+    return ShardSequence(found["shards"], found["starts"])
+
+
 class EpochOrder:
     """The sample at each place of one epoch. Run n of the epoch belongs to lane n.
 
@@ -65,15 +108,15 @@ class EpochOrder:
         seed: of this source and epoch.
         window: samples that are shuffled with each other.
         lanes: number of runs that the epoch is cut into.
+        sequence: what :func:`lay_out` returns for sizes and seed, if it is known.
     """
 
-    def __init__(self, sizes: NDArray[np.int64], seed: int, window: int, lanes: int) -> None:
+    def __init__(
+        self, sizes: NDArray[np.int64], seed: int, window: int, lanes: int, sequence: ShardSequence | None = None
+    ) -> None:
         self.seed = seed
         self.window = window
-        self.shards = permutation(derive_seed(seed, "shards"), len(sizes))
-        """int64 (shards,): the shards in the order of the sequence."""
-        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[self.shards])])
-        """int64 (shards + 1,): where each of them starts in the sequence, and the length of the sequence."""
+        self.shards, self.starts = sequence or lay_out(sizes, seed)
         self.cut = Cut(int(self.starts[-1]), lanes)
 
     def __len__(self) -> int:

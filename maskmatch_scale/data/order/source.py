@@ -11,13 +11,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maskmatch_scale.data.faults import BadSample, DataError, NotFetched
-from maskmatch_scale.data.order.epoch import EpochOrder
+from maskmatch_scale.data.order.epoch import EpochOrder, lay_out_once
 from maskmatch_scale.data.order.mix import SourceInfo
 from maskmatch_scale.data.order.patience import Patience
 from maskmatch_scale.data.order.queue import SamplePlace
@@ -33,7 +34,7 @@ _REPLACEMENTS_PER_RANGE = 16
 many from its whole epoch."""
 
 _ORDERS_KEPT = 4
-"""Epochs whose order is kept in memory. All lanes are in the same epoch or in neighbouring ones."""
+"""Epochs whose order is kept, in memory or mapped. All lanes are in the same epoch or in neighbouring ones."""
 
 _WINDOWS_KEPT = 1024
 """For so many windows it is remembered which of their shards have not been asked for yet."""
@@ -103,11 +104,15 @@ class WeightedSource:
 
     def _digest(self) -> str:
         digest = hashlib.blake2b(repr((self.seed, self.window)).encode(), digest_size=8)
-        digest.update(np.ascontiguousarray(self.sizes, dtype="<i8").tobytes())
-        digest.update(self.stream.shards.identities())
+        digest.update(np.ascontiguousarray(self.sizes, dtype="<i8").data)
+        digest.update(self.stream.shards.identities().data)
         if self.numbers is not None:
             digest.update(np.ascontiguousarray(self.numbers, dtype="<i8").tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def _sizes_digest(self) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.sizes, dtype="<i8").data).hexdigest()[:32]
 
     def order(self, epoch: int, lanes: int) -> EpochOrder:
         """The order of an epoch that is dealt to this number of lanes."""
@@ -115,7 +120,10 @@ class WeightedSource:
         if order is None:
             while len(self._orders) >= _ORDERS_KEPT:
                 self._orders.popitem(last=False)
-            order = EpochOrder(self.sizes, derive_seed(self.seed, "order", self.name, epoch), self.window, lanes)
+            seed = derive_seed(self.seed, "order", self.name, epoch)
+            arrays = self.stream.arrays
+            sequence = None if arrays is None else lay_out_once(self.sizes, self._sizes_digest, seed, arrays)
+            order = EpochOrder(self.sizes, seed, self.window, lanes, sequence)
             self._orders[epoch, lanes] = order
         return order
 

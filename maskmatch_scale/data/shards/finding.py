@@ -8,6 +8,7 @@ Decision: docs/decisions/0064-counts-of-others.md.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from maskmatch_scale.data.remote.fetch import fetch_bytes, read_bytes
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards import foreign
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex
+from maskmatch_scale.data.shards.stored import LARGE_BYTES, large_index, parse_index, share_index, share_tables
 from maskmatch_scale.redact import is_remote, shown
 
 _ENERGON_INFO = (".nv-meta/.info.json", ".nv-meta/.info.yaml")
@@ -43,17 +45,22 @@ def find_index(root: str, options: FetchOptions | None = None) -> ShardIndex:
         root: a folder with ``index.json``, ``.nv-meta/.info.json`` (Energon) or ``sizes.json`` (open_clip); a local one
             with ``NNNNN_stats.json`` beside ``NNNNN.tar`` (img2dataset); or a file: an index of ours, a wids list, or a
             text with a shard a line.
-        options: how it is fetched if it is elsewhere.
+        options: how it is fetched if it is elsewhere, and the cache by which the processes of a node share one that is
+            large. None, for a local one: nothing is shared.
 
     Raises:
         DataError: there is none; it cannot be read; or it is not well formed.
     """
+    if options is not None and not is_remote(root):
+        path = Path(root) if is_index(root) else Path(root) / INDEX_NAME
+        if (index := large_index(path, options)) is not None:
+            return index
     if is_index(root.partition("?")[0] if is_remote(root) else root):
         return _of_file(root, options)
     if is_remote(root):
         assert options is not None
         return _of_address(root, options)
-    return _of_folder(Path(root))
+    return _of_folder(Path(root), options)
 
 
 def modified(root: str) -> tuple[int, int]:
@@ -95,12 +102,30 @@ def _bytes_of(root: str, options: FetchOptions | None) -> bytes:
 def _of_file(root: str, options: FetchOptions | None) -> ShardIndex:
     where = shown(root)
     if is_list(root):
-        return _sized(root, "list", _counted(root, read_list(root, options)), where)
+        return _sized(root, "list", _counted(root, read_list(root, options)), where, options)
     data = _bytes_of(root, options)
+    if options is not None and len(data) >= LARGE_BYTES and _is_complete_wids(data):
+        return share_index(hashlib.sha256(data).hexdigest(), lambda: _of_complete_wids(data, where), options)
     content = foreign.parse_json(data, where)
     read = _reader(root, options, [])
     of_others = foreign.of_json(content, where, lambda: _splits(lambda name: read(name.rpartition("/")[2])))
-    return ShardIndex.parse(data, where) if of_others is None else _sized(root, *of_others, where)
+    if of_others is None:
+        return parse_index(data, root, where, options)
+    return _sized(root, *of_others, where, options)
+
+
+def _is_complete_wids(data: bytes) -> bool:
+    """Whether a JSON is a wids list that says the size of each shard, so that an index follows from it alone."""
+    shards = data.count(b'"nsamples"')
+    return shards > 0 and b'"streams"' not in data and data.count(b'"filesize"') == shards
+
+
+def _of_complete_wids(data: bytes, where: str) -> ShardIndex:
+    """Its index; sizes that are null stay unknown, because the disk may say others at another time."""
+    found = foreign.of_json(foreign.parse_json(data, where), where, lambda: None)
+    if found is None:
+        raise DataError(f"{where}: neither an index of ours nor a wids list; write it again")
+    return foreign.as_index(*found, where)
 
 
 def _reader(root: str, options: FetchOptions | None, missing: list[str]) -> _Read:
@@ -129,7 +154,7 @@ def _splits(read: _Read) -> Any:
 
 def _of_address(root: str, options: FetchOptions) -> ShardIndex:
     missing: list[str] = []
-    index = _of_names(root, _reader(root, options, missing))
+    index = _of_names(root, _reader(root, options, missing), options)
     if index is None:
         raise DataError(
             f"{shown(root)}: no index; looked for {', '.join(_NAMES)} ({missing[0]}). Folders elsewhere cannot be "
@@ -139,12 +164,12 @@ def _of_address(root: str, options: FetchOptions) -> ShardIndex:
     return index
 
 
-def _of_folder(folder: Path) -> ShardIndex:
+def _of_folder(folder: Path, options: FetchOptions | None) -> ShardIndex:
     if not folder.is_dir():
         return ShardIndex.load(folder)  # says what is missing
-    index = _of_names(str(folder), _reader(str(folder), None, []))
+    index = _of_names(str(folder), _reader(str(folder), None, []), options)
     if index is None:
-        index = _of_img2dataset(folder)
+        index = _of_img2dataset(folder, options)
     if index is None:
         raise DataError(
             f"{folder}: {INDEX_NAME}: no index; looked for {', '.join(_NAMES)} and NNNNN_stats.json beside NNNNN.tar "
@@ -154,25 +179,25 @@ def _of_folder(folder: Path) -> ShardIndex:
     return index
 
 
-def _of_names(root: str, read: _Read) -> ShardIndex | None:
+def _of_names(root: str, read: _Read, options: FetchOptions | None) -> ShardIndex | None:
     """The index that is one file, or a few, with known names; None if there is none."""
     where = shown(join(root, INDEX_NAME))
     if (data := read(INDEX_NAME)) is not None:
-        return ShardIndex.parse(data, where)
+        return parse_index(data, root, where, options)
     for name in _ENERGON_INFO:
         if (data := read(name)) is not None:
             where = shown(join(root, name))
             info = foreign.parse_yaml(data, where) if name.endswith(".yaml") else foreign.parse_json(data, where)
-            return _sized(root, "energon", foreign.energon(info, _splits(read), where), where)
+            return _sized(root, "energon", foreign.energon(info, _splits(read), where), where, options)
     if (data := read(_SIZES)) is not None:
         where = shown(join(root, _SIZES))
         content = foreign.parse_json(data, where)
         if isinstance(content, dict):
-            return _sized(root, "open_clip", {foreign.STREAM: foreign.sizes(content)}, where)
+            return _sized(root, "open_clip", {foreign.STREAM: foreign.sizes(content)}, where, options)
     return None
 
 
-def _of_img2dataset(folder: Path) -> ShardIndex | None:
+def _of_img2dataset(folder: Path, options: FetchOptions | None) -> ShardIndex | None:
     """The index of a folder of img2dataset's; None if no shard in it has a ``NNNNN_stats.json``."""
     with os.scandir(folder) as entries:
         names = {entry.name for entry in entries}
@@ -190,7 +215,7 @@ def _of_img2dataset(folder: Path) -> ShardIndex | None:
         raise DataError(f"{folder / lost}_stats.json: there is no {lost}.tar beside it; fetch it, or remove this file")
     rows = [{"file": tar, "samples": None} for tar in tars]
     where = str(folder)
-    return _sized(where, "img2dataset", _counted(where, rows), where)
+    return _sized(where, "img2dataset", _counted(where, rows), where, options)
 
 
 def _counted(root: str, rows: list[foreign.Row]) -> dict[str, list[foreign.Row]]:
@@ -207,23 +232,32 @@ def _counted(root: str, rows: list[foreign.Row]) -> dict[str, list[foreign.Row]]
             )
         return {**row, "samples": foreign.successes(data, stats)}
 
-    counted = in_threads(lambda row: count(row) if row["samples"] is None else row, rows, _THREADS)
-    return {foreign.STREAM: list(counted)}
+    return {foreign.STREAM: _completed(rows, "samples", count)}
 
 
-def _sized(root: str, source: str, streams: dict[str, list[foreign.Row]], where: str) -> ShardIndex:
+def _sized(
+    root: str, source: str, streams: dict[str, list[foreign.Row]], where: str, options: FetchOptions | None
+) -> ShardIndex:
     """An index whose local shards have the sizes that the file system says, where the entries do not say them."""
 
     def size(row: foreign.Row) -> foreign.Row:
         location = join(root, row["file"])
-        if row.get("bytes") or is_remote(location):
+        if is_remote(location):
             return row
         with suppress(OSError):  # it is missed when it is opened
             return {**row, "bytes": Path(location).stat().st_size or None}
         return row
 
-    sized = {name: list(in_threads(size, rows, _THREADS)) for name, rows in streams.items()}
-    return foreign.as_index(source, sized, where)
+    sized = {name: _completed(rows, "bytes", size) for name, rows in streams.items()}
+    return share_tables(foreign.as_index(source, sized, where), options)
+
+
+def _completed(
+    rows: list[foreign.Row], field: str, complete: Callable[[foreign.Row], foreign.Row]
+) -> list[foreign.Row]:
+    """The entries; those without a field are completed in threads, which cost the others ten seconds a million."""
+    completed = iter(in_threads(complete, [row for row in rows if row.get(field) is None], _THREADS))
+    return [next(completed) if row.get(field) is None else row for row in rows]
 
 
 def _read_local(path: Path) -> bytes | None:

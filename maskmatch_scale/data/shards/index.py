@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import builtins
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, overload
 
 import numpy as np
@@ -28,11 +31,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.redact import shown
+from maskmatch_scale.data.node_arrays import Arrays
+from maskmatch_scale.data.shards.columns import SHA256_BYTES, TableReference, Texts, read_table_file
+from maskmatch_scale.redact import PIPE, shown
 
 INDEX_NAME = "index.json"
 FORMAT = 1
-_SHA256_BYTES = 32
+FORMAT_WITH_TABLES = 2
+"""Of an index that names a file for the shards of a large stream, in place of listing them."""
 
 
 class _Frozen(BaseModel):
@@ -56,28 +62,6 @@ class ShardEntry(_Frozen):
 _FIELDS = frozenset(ShardEntry.model_fields)
 
 
-class _Texts:
-    """A column of texts in one piece of memory.
-
-    Args:
-        texts: UTF-8.
-    """
-
-    def __init__(self, texts: Sequence[bytes]) -> None:
-        self.joined = b"".join(texts)
-        self._ends = np.cumsum(np.array([len(text) for text in texts], dtype=np.int64))
-
-    def __getitem__(self, number: int) -> str:
-        start = int(self._ends[number - 1]) if number else 0
-        return self.joined[start : int(self._ends[number])].decode()
-
-    def __iter__(self) -> Iterator[str]:
-        start = 0
-        for end in self._ends.tolist():
-            yield self.joined[start:end].decode()
-            start = end
-
-
 class ShardTable(Sequence[ShardEntry]):
     """The shards of a stream, in columns: a sequence of :class:`ShardEntry`, each made when it is asked for.
 
@@ -92,6 +76,8 @@ class ShardTable(Sequence[ShardEntry]):
     """int64 (shards,): samples per shard."""
     bytes: NDArray[np.int64]
     """int64 (shards,): bytes per shard; 0 where they are not known."""
+    starts: NDArray[np.int64]
+    """int64 (shards + 1,): number in the stream of the first sample of each shard; last, the number of samples."""
 
     def __init__(self, entries: Iterable[Mapping[str, Any] | ShardEntry]) -> None:
         rows = [entry.model_dump() if isinstance(entry, ShardEntry) else entry for entry in entries]
@@ -101,11 +87,11 @@ class ShardTable(Sequence[ShardEntry]):
             sizes = [row.get("bytes") for row in rows]
             self.bytes = np.array([0 if size is None else size or -1 for size in sizes], dtype=np.int64)
             hexes = [row.get("sha256") for row in rows]
-            digests = b"".join([bytes(_SHA256_BYTES) if digest is None else bytes.fromhex(digest) for digest in hexes])
+            digests = b"".join([bytes(SHA256_BYTES) if digest is None else bytes.fromhex(digest) for digest in hexes])
             etags = [row.get("etag") for row in rows]
             encoded = [b"" if etag is None else etag.encode() for etag in etags]
             well_formed = (
-                len(digests) == _SHA256_BYTES * len(rows)
+                len(digests) == SHA256_BYTES * len(rows)
                 and all(row.keys() <= _FIELDS for row in rows)
                 and bool((self.samples >= 1).all() and (self.bytes >= 0).all())
                 and all(files)
@@ -117,12 +103,36 @@ class ShardTable(Sequence[ShardEntry]):
             well_formed = False
         if not well_formed:
             raise ValueError(_first_fault(rows))
-        self._files = _Texts(files)
-        self._etags = _Texts(encoded) if any(encoded) else None
+        self._files = Texts.of(files)
+        self._etags = Texts.of(encoded) if any(encoded) else None
         self._has_digest: NDArray[np.bool_] = np.array([digest is not None for digest in hexes], dtype=np.bool_)
-        self._digests = digests if self._has_digest.any() else b""
-        self.starts: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.samples)])
-        """int64 (shards + 1,): number in the stream of the first sample of each shard; last, the number of samples."""
+        self._digests = np.frombuffer(digests if self._has_digest.any() else b"", dtype=np.uint8)
+        self.starts = _starts(self.samples)
+        self._identities: NDArray[np.uint8] | None = None
+
+    @classmethod
+    def of_columns(cls, columns: Arrays) -> ShardTable:
+        """The table that has these :meth:`columns`; they are not checked again, and not copied."""
+        table = cls.__new__(cls)
+        table.samples, table.bytes = columns["samples"], columns["bytes"]
+        table._files = Texts(columns["files"], columns["file_ends"])
+        table._etags = Texts(columns["etags"], columns["etag_ends"]) if "etags" in columns else None
+        table._has_digest, table._digests = columns["has_sha256"], columns["sha256"]
+        table.starts = columns["starts"] if "starts" in columns else _starts(table.samples)
+        table._identities = columns.get("identities")
+        return table
+
+    def columns(self) -> Arrays:
+        """The columns of a file of this table (:mod:`~maskmatch_scale.data.shards.columns`)."""
+        files, etags = self._files, self._etags
+        known = {"samples": self.samples, "bytes": self.bytes, "has_sha256": self._has_digest, "sha256": self._digests}
+        of_etags: Arrays = {} if etags is None else {"etags": etags.joined, "etag_ends": etags.ends}
+        return {"files": files.joined, "file_ends": files.ends, **known, **of_etags}
+
+    def all_columns(self) -> Arrays:
+        """The columns, and those that are computed from them."""
+        identities = {} if self._has_digest.all() else {"identities": self.identities()}
+        return {**self.columns(), "starts": self.starts, **identities}
 
     def __len__(self) -> int:
         """Number of shards."""
@@ -135,7 +145,7 @@ class ShardTable(Sequence[ShardEntry]):
     @property
     def has_addresses(self) -> bool:
         """Whether some file may be an address and not a path: it has a colon."""
-        return b":" in self._files.joined
+        return re.search(b":", self._files.joined.data) is not None  # without a copy
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, number within it) of a sample, from its number in the stream."""
@@ -150,28 +160,37 @@ class ShardTable(Sequence[ShardEntry]):
         """Hex digest of shard ``number``; None = not known."""
         if not self._has_digest[number]:
             return None
-        return self._digests[number * _SHA256_BYTES : (number + 1) * _SHA256_BYTES].hex()
+        return self._digests.data[number * SHA256_BYTES : (number + 1) * SHA256_BYTES].hex()
 
     def etag(self, number: int) -> str | None:
         """Strong ETag of shard ``number``; None = not known."""
         return (self._etags[number] or None) if self._etags is not None else None
 
-    def identities(self) -> builtins.bytes:
-        """What tells each shard from one with other bytes, 32 bytes a shard.
+    def identities(self) -> NDArray[np.uint8]:
+        """What tells each shard from one with other bytes: uint8 (shards · 32,).
 
         That is its SHA-256. Where it is not known, the name of the shard in the index, its size and its ETag stand in.
         Secrets in an address do not count: they may be new each day.
         """
         if self._has_digest.all():
             return self._digests
-        parts = []
-        for number, known in enumerate(self._has_digest.tolist()):
+        return (
+            np.frombuffer(b"".join(self._each_identity()), np.uint8) if self._identities is None else self._identities
+        )
+
+    def _each_identity(self) -> Iterator[builtins.bytes]:
+        # Written for a million shards, which take two seconds. Few names have anything that is not shown.
+        names, digests = self._files.joined.tobytes(), self._digests.tobytes()
+        is_shown = not any(mark in names for mark in (b"@", b"?", b"#", PIPE.encode()))
+        encode, sha256 = json.JSONEncoder().encode, hashlib.sha256
+        etags: Iterable[str | None] = itertools.repeat(None) if self._etags is None else self._etags
+        rows = zip(self._has_digest.tolist(), self._files, self.bytes.tolist(), etags, strict=False)
+        for number, (known, file, size, etag) in enumerate(rows):
             if known:
-                parts.append(self._digests[number * _SHA256_BYTES : (number + 1) * _SHA256_BYTES])
+                yield digests[number * SHA256_BYTES : (number + 1) * SHA256_BYTES]
             else:
-                facts = [shown(self.file(number)), self.size(number), self.etag(number)]
-                parts.append(hashlib.sha256(json.dumps(facts).encode()).digest())
-        return b"".join(parts)
+                facts = [file if is_shown else shown(file), size or None, etag or None]
+                yield sha256(encode(facts).encode()).digest()
 
     @overload
     def __getitem__(self, number: int) -> ShardEntry: ...
@@ -208,6 +227,10 @@ class ShardTable(Sequence[ShardEntry]):
         return entries
 
 
+def _starts(samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(samples)])
+
+
 def _first_fault(rows: Sequence[Any]) -> str:
     """The first entry that is not well formed, and why."""
     for number, row in enumerate(rows):
@@ -242,9 +265,8 @@ class StreamEntry(_Frozen):
 
 
 class ShardIndex(_Frozen):
-    """The contents of ``index.json``."""
+    """The contents of ``index.json``, and of the files that it names."""
 
-    format: int = FORMAT
     source: str
     """Name of the source that wrote the shards."""
     settings: dict[str, object] = {}
@@ -266,8 +288,6 @@ class ShardIndex(_Frozen):
         labelled = [name for name, stream in self.streams.items() if stream.labelled]
         if labelled and not self.classes:
             raise ValueError(f"classes: stream {labelled[0]!r} is labelled, but no class has a name")
-        if self.format != FORMAT:
-            raise ValueError(f"format {self.format} is unknown; this version reads {FORMAT}")
         return self
 
     @classmethod
@@ -285,35 +305,55 @@ class ShardIndex(_Frozen):
             raise DataError(
                 f"{path}: no index; an interrupted `maskmatch shards write` is finished by running it again"
             )
-        return cls.parse(path.read_bytes(), str(path))
+        return cls.parse(path.read_bytes(), str(path), lambda said: _local_table(path.parent / said.table, said))
 
     @classmethod
-    def parse(cls, data: bytes, where: str) -> ShardIndex:
-        """Read the bytes of an ``index.json``; ``where`` names them in messages.
+    def parse(
+        cls, data: bytes, where: str, read_table: Callable[[TableReference], ShardTable] | None = None
+    ) -> ShardIndex:
+        """Read the bytes of an ``index.json``.
+
+        Args:
+            data: the bytes.
+            where: names them in messages.
+            read_table: reads the tables that it names; None: an index that names one is refused.
 
         Raises:
-            DataError: they do not parse.
+            DataError: they do not parse, or a table cannot be read.
         """
         try:
-            return cls.model_validate(json.loads(data))
+            content = json.loads(data)
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON ({error}); write the shards again") from None
+        try:
+            if isinstance(content, dict):
+                _check_format(content.pop("format", FORMAT), where)
+                _read_tables(content, where, read_table)
+            return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
             at = ".".join(map(str, first["loc"])) or "the file"
             message = first["msg"].removeprefix("Value error, ")
             raise DataError(f"{where}: {at}: {message}; write the shards again") from None
-        except ValueError as error:
-            raise DataError(f"{where}: not JSON ({error}); write the shards again") from None
 
-    def to_json(self) -> bytes:
-        """What :meth:`parse` reads, with one line per shard."""
-        content = self.model_dump(mode="json")
-        streams = content.pop("streams")
+    def to_json(self, tables: Mapping[str, TableReference] = MappingProxyType({})) -> bytes:
+        """What :meth:`parse` reads, with one line per shard.
+
+        Args:
+            tables: by stream, the files in which its shards are; those of the others are listed.
+        """
+        content = {"format": FORMAT_WITH_TABLES if tables else FORMAT} | self.model_dump(
+            mode="json", exclude={"streams"}
+        )
         head = json.dumps(content, indent=1, ensure_ascii=False)[:-2]
         parts = []
-        for name, stream in streams.items():
-            shards = ",\n".join(f"   {json.dumps(shard)}" for shard in stream["shards"])
-            labelled = json.dumps(stream["labelled"])
-            parts.append(f'  {json.dumps(name)}: {{\n  "labelled": {labelled},\n  "shards": [\n{shards}\n  ]}}')
+        for name, stream in self.streams.items():
+            if name in tables:
+                shards = json.dumps(tables[name].model_dump())
+            else:
+                shards = "[\n" + ",\n".join(f"   {json.dumps(shard)}" for shard in stream.shards.as_json()) + "\n  ]"
+            labelled = json.dumps(stream.labelled)
+            parts.append(f'  {json.dumps(name)}: {{\n  "labelled": {labelled},\n  "shards": {shards}}}')
         return f'{head},\n "streams": {{\n{",".join(parts)}\n }}\n}}\n'.encode()
 
     def stream(self, name: str) -> StreamEntry:
@@ -325,3 +365,27 @@ class ShardIndex(_Frozen):
         if name not in self.streams:
             raise DataError(f"stream {name!r} is not in the index; it has: {', '.join(self.streams)}")
         return self.streams[name]
+
+
+def _check_format(number: object, where: str) -> None:
+    if number not in (FORMAT, FORMAT_WITH_TABLES):
+        raise DataError(
+            f"{where}: format {number} is unknown; this version reads {FORMAT} and {FORMAT_WITH_TABLES}: use a newer "
+            "one, or write the shards again"
+        )
+
+
+def _read_tables(
+    content: dict[str, Any], where: str, read_table: Callable[[TableReference], ShardTable] | None
+) -> None:
+    """Put tables where the streams of an index name them."""
+    streams = content.get("streams")
+    for name, stream in streams.items() if isinstance(streams, dict) else ():
+        if isinstance(stream, dict) and isinstance(said := stream.get("shards"), dict):
+            if read_table is None:
+                raise DataError(f"{where}: stream {name!r} is in {said.get('table')}, which is not read here")
+            stream["shards"] = read_table(TableReference.model_validate(said))
+
+
+def _local_table(path: Path, said: TableReference) -> ShardTable:
+    return ShardTable.of_columns(read_table_file(path, said))

@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from maskmatch_scale.data.faults import BadSample, DataError, NotFetched
+from maskmatch_scale.data.node_arrays import NodeArrays
 from maskmatch_scale.data.remote.address import join
 from maskmatch_scale.data.remote.shard_cache import Fetched, ShardCache
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.finding import find_index, modified
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.open_files import keep_open, with_descriptors
+from maskmatch_scale.data.shards.stored import of_node
 from maskmatch_scale.data.shards.tar import TarTable, read_table
 from maskmatch_scale.recipe import DataRecipe
 from maskmatch_scale.redact import is_remote, shown
@@ -82,11 +84,12 @@ def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False
     Raises:
         DataError: there is none, it cannot be fetched, or it does not parse.
     """
+    options = fetch_options(data or DataRecipe(root=root))
     if not is_remote(root):
-        return _local_index(root, modified(root))
+        return _local_index(root, modified(root), options)
     if fresh:
         _remote_index.cache_clear()
-    return _remote_index(root, fetch_options(data or DataRecipe(root=root)))
+    return _remote_index(root, options)
 
 
 @lru_cache(maxsize=8)
@@ -122,9 +125,9 @@ class ShardOpener:
 
 
 @lru_cache(maxsize=2)
-def _local_index(root: str, modified: tuple[int, int]) -> ShardIndex:
+def _local_index(root: str, modified: tuple[int, int], options: FetchOptions) -> ShardIndex:
     """Cached, because each evaluation asks for the index, and reading one of a million shards takes seconds."""
-    return find_index(root)
+    return find_index(root, options)
 
 
 @lru_cache(maxsize=4096)
@@ -175,6 +178,8 @@ class ShardStream:
             raise DataError(f"{shown(self.root)}: stream {name!r} has no labels")
         self.strict = strict
         self._options = fetch_options(data)
+        self.arrays: NodeArrays | None = of_node(self._options)
+        """What the processes of this node share; None: nothing."""
         self._tables: OrderedDict[int, TarTable | BadSample] = OrderedDict()
         self._good: dict[int, int] = {}
         """Cached shards that had a bad sample and were compared with their checksum: the inode of the good file."""

@@ -21,6 +21,7 @@ from maskmatch_scale.data.remote.fetch import ask_size
 from maskmatch_scale.data.remote.shard_cache import ShardCache
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex, ShardTable, StreamEntry
+from maskmatch_scale.data.shards.stored import write_index
 from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.data.tools.listing import Listed, entries_of, listed, with_notes
 from maskmatch_scale.data.tools.survey_notes import Entry, SurveyNotes, entry_of, identity
@@ -123,7 +124,7 @@ def survey(
             for name in found
         },
     )
-    write_whole(out / INDEX_NAME, index.to_json(), mode)
+    write_index(out, index, mode)
     for name, stream in index.streams.items():
         write_whole(out / f"wids-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.json", _wids(name, stream), mode)
     notes.finish([each for of_stream in identities.values() for each in of_stream])

@@ -7,6 +7,7 @@ What lies in it::
     .written.jsonl          the journal: a line for every shard that is done
     labelled-000000.tar     a shard that is done
     skipped.jsonl           at the end: every sample that was left out, if there was one
+    shards-*.safetensors    the list of shards of a stream that has very many
     index.json              last of all; .writing.json and .written.jsonl are removed
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex
+from maskmatch_scale.data.shards.stored import write_index
 from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.data.writing.journal import JOURNAL_NAME, SKIPPED_NAME, Written, read_journal, read_skipped
 from maskmatch_scale.data.writing.protocol import DataSource
@@ -131,7 +133,7 @@ def written_before(out: Path, index: ShardIndex | None, shards: Iterable[Shard])
 
 def finish(out: Path, index: ShardIndex) -> None:
     """Write the index, which marks the folder as finished, and remove what only a writer needs."""
-    write_whole(out / INDEX_NAME, index.to_json())
+    write_index(out, index)
     for name in (_PLAN_NAME, JOURNAL_NAME):
         (out / name).unlink(missing_ok=True)
 

@@ -1,12 +1,18 @@
 """The order of an epoch is a bijection and a pure function."""
 
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskmatch_scale.data.order.epoch import Cut, EpochOrder, permutation
+from maskmatch_scale.data import node_arrays
+from maskmatch_scale.data.node_arrays import NodeArrays
+from maskmatch_scale.data.order import epoch
+from maskmatch_scale.data.order.epoch import Cut, EpochOrder, lay_out_once, permutation
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=12).map(np.array)
 
@@ -25,6 +31,25 @@ def test_every_sample_once_an_epoch(sizes, seed, window, lanes):
     order = EpochOrder(sizes, seed, window, lanes)
     shown = [order[place] for place in range(len(order))]
     assert sorted(shown) == [(shard, place) for shard, size in enumerate(sizes) for place in range(size)]
+
+
+@settings(deadline=None, max_examples=40)  # each writes to a disk
+@given(sizes=sizes, seed=st.integers(0, 2**62), window=st.integers(1, 60), lanes=st.integers(1, 9))
+def test_from_files_bit_for_bit(sizes, seed, window, lanes):
+    """What the processes of a node map, as it is made and as it is found, is what each would compute."""
+    plain = EpochOrder(sizes, seed, window, lanes)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(epoch, "LARGE", 1)
+        for _ in range(2):
+            laid = lay_out_once(sizes, "digest", seed, NodeArrays(Path(folder)))
+            assert isinstance(laid.shards, node_arrays._Mapped)
+            assert laid.shards.tobytes() == plain.shards.tobytes()
+            assert laid.starts.tobytes() == plain.starts.tobytes()
+            order = EpochOrder(sizes, seed, window, lanes, laid)
+            assert [order[place] for place in range(len(order))] == [plain[place] for place in range(len(plain))]
+            for place in range(0, len(order), 7):
+                start, stop = order.window_of(place)
+                assert order.shards_of(start, stop) == plain.shards_of(start, stop)
 
 
 @given(sizes=sizes, seed=st.integers(0, 2**62), window=st.integers(1, 60), lanes=st.integers(1, 9))

@@ -1,0 +1,1 @@
+"""What a million shards cost the processes of a node: opening their index, and holding it and their orders."""

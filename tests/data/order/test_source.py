@@ -1,0 +1,79 @@
+"""Orders of a source that the processes of a node share."""
+
+import re
+
+import pytest
+
+from maskmatch_scale.data import node_arrays
+from maskmatch_scale.data.order import epoch
+from maskmatch_scale.data.order.source import WeightedSource
+from maskmatch_scale.data.shards.reading import ShardStream
+from maskmatch_scale.recipe import DataRecipe
+from tests.data.remote.common import in_processes
+
+EPOCHS = 12
+
+
+@pytest.fixture
+def open_source(shapes, tmp_path, monkeypatch):
+    """Makes a source of eight shards, for which eight are many."""
+    monkeypatch.setattr(epoch, "LARGE", 8)
+
+    def make(*, share=True, name="x", seed=3):
+        stream = ShardStream(shapes, "unlabelled", DataRecipe(root=str(shapes), cache_dir=str(tmp_path)))
+        if not share:
+            stream.arrays = None
+        return WeightedSource(stream, name, seed, 4)
+
+    return make
+
+
+def places(source, number, lanes=2):
+    order = source.order(number, lanes)
+    return [order[place] for place in range(len(order))]
+
+
+def test_orders_are_mapped_and_the_same(open_source, tmp_path):
+    shared, alone = open_source(), open_source(share=False)
+    for number in range(EPOCHS):
+        assert places(shared, number) == places(alone, number)
+        assert isinstance(shared.order(number, 2).starts, node_arrays._Mapped)
+    assert places(shared, 0, lanes=3) == places(alone, 0, lanes=3)
+    assert not isinstance(alone.order(0, 2).starts, node_arrays._Mapped)
+    assert shared.info == alone.info
+    for other in ({"name": "y"}, {"seed": 4}):
+        assert places(open_source(**other), 0) == places(open_source(share=False, **other), 0)
+        assert places(open_source(**other), 0) != places(alone, 0)
+
+
+def test_those_of_past_epochs_are_removed(open_source, tmp_path):
+    source = open_source()
+    for number in range(EPOCHS):
+        source.order(number, 1)
+    (folder,) = tmp_path.glob("arrays-*")
+    names = [path.name for path in folder.iterdir()]
+    assert len(names) == epoch._FILES_OF_A_SOURCE < EPOCHS
+    assert all(re.fullmatch(r"order1-[0-9a-f]{32}-[0-9a-f]{16}\.safetensors", name) for name in names)
+    source.order(EPOCHS - 1, 3)  # other lanes: the same file
+    assert len(names) == len(list(folder.iterdir()))
+
+
+def test_one_process_makes_an_order_for_all(open_source, monkeypatch):
+    source = open_source()
+    expected = places(open_source(share=False), 5)
+    source.order(5, 2)
+    monkeypatch.setattr(epoch, "permutation", lambda *_: pytest.fail("it is there already"))
+
+    def work(_number):
+        # Of a window the order is not shared: it is small.
+        assert open_source().order(5, 2).shards.tolist() == source.order(5, 2).shards.tolist()
+
+    assert in_processes(2, work) == [0, 0]
+    monkeypatch.undo()
+    assert places(source, 5) == expected
+
+
+def test_small_orders_are_not_written(open_source, tmp_path, monkeypatch):
+    monkeypatch.setattr(epoch, "LARGE", 9)
+    open_source().order(0, 1)
+    assert not list(tmp_path.glob("arrays*"))
