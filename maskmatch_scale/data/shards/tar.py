@@ -197,6 +197,11 @@ class GroupedMembers:
         self._fault: tuple[str, str] | None = None
         self._file_size = 0
 
+    @property
+    def begun(self) -> int:
+        """Number of samples of which a member was taken."""
+        return len(self.keys) + (self._key is not None)
+
     def add(self, name: str, flag: int, offset: int, size: int, file_size: int) -> None:
         """Take the next member of the tar; begin a sample if its key is another one.
 
