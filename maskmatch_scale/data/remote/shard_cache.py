@@ -46,6 +46,8 @@ class Fetched:
     failed_tries: int = 0
     damaged: int = 0
     """Shards that were damaged in the cache, and dropped."""
+    ranges: int = 0
+    """Samples that were read by their range of a shard that was not here yet."""
 
     def __add__(self, other: Fetched) -> Fetched:
         return Fetched(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
@@ -152,7 +154,7 @@ class ShardCache:
         """
         damaged = self._folder.drop_if_damaged(_name(url, sha256, etag), sha256)
         if damaged:
-            self._count(Fetched(damaged=1))
+            self.count(Fetched(damaged=1))
         return damaged
 
     def are_here(self, files: Iterable[tuple[str, str | None, str | None]]) -> list[int]:
@@ -167,7 +169,8 @@ class ShardCache:
             figures, here.figures = here.figures, Fetched()
         return figures
 
-    def _count(self, more: Fetched) -> None:
+    def count(self, more: Fetched) -> None:
+        """Add to the figures what was fetched without this object, or by it."""
         here = self._here()
         with here.lock:
             here.figures += more
@@ -254,17 +257,17 @@ class ShardCache:
                     room = error.wanted
                     continue
                 except NotFetched as error:
-                    self._count(Fetched(seconds=time.monotonic() - began))
+                    self.count(Fetched(seconds=time.monotonic() - began))
                     with suppress(OSError):
                         self._failure(name).write_text(json.dumps({"message": str(error), "may_pass": error.may_pass}))
                     raise
-            self._count(Fetched(1, received, time.monotonic() - began))
+            self.count(Fetched(1, received, time.monotonic() - began))
             self._here().arrivals += 1
             self._failure(name).unlink(missing_ok=True)
             return file
 
     def _count_failed_try(self) -> None:
-        self._count(Fetched(failed_tries=1))
+        self.count(Fetched(failed_tries=1))
 
     def _here(self) -> _Process:
         if self._process.pid != os.getpid():  # forked: the lock may be held, and the threads are not there

@@ -255,6 +255,9 @@ class ShardIndex(_Frozen):
     """One RGB colour per class, 0–255, for pictures."""
     ignore_index: int = Field(default=255, ge=0, le=255)
     """Value of ignored pixels in a label map."""
+    offsets: bool = False
+    """Whether shards have side-cars that say where their samples begin
+    (:mod:`~maskmatch_scale.data.shards.offsets`)."""
     streams: dict[str, StreamEntry]
 
     @model_validator(mode="after")
@@ -308,6 +311,8 @@ class ShardIndex(_Frozen):
         """What :meth:`parse` reads, with one line per shard."""
         content = self.model_dump(mode="json")
         streams = content.pop("streams")
+        if not self.offsets:  # older versions do not know the field
+            del content["offsets"]
         head = json.dumps(content, indent=1, ensure_ascii=False)[:-2]
         parts = []
         for name, stream in streams.items():

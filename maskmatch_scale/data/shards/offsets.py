@@ -24,6 +24,7 @@ from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.remote.address import cut_query, is_http
 from maskmatch_scale.data.shards.members import TarMembers, read_at
 from maskmatch_scale.data.shards.tar import GroupedMembers
+from maskmatch_scale.files import write_whole
 from maskmatch_scale.redact import is_remote, shown
 
 FOLDER = "offsets"
@@ -161,6 +162,25 @@ def packed(offsets: Offsets | None, size: int, sha256: str) -> bytes:
         rows[:-1, 1] = offsets.checksums
     data = _HEAD.pack(_MAGIC, size, bytes.fromhex(sha256), 0 if offsets is None else len(offsets)) + rows.tobytes()
     return data + struct.pack("<I", crc32(data))
+
+
+def write_side_car(tar: Path, beside: Path, size: int, sha256: str, *, labelled: bool) -> None:
+    """Write the side-car of a shard.
+
+    Args:
+        tar: the shard, on this machine. All its bytes are read.
+        beside: the side-car; its folder is made if it is not there.
+        size: bytes of the shard.
+        sha256: its hex digest.
+        labelled: see :func:`~maskmatch_scale.data.shards.tar.read_table`.
+
+    Raises:
+        BadSample: it is no tar.
+    """
+    with tar.open("rb") as file:
+        offsets = find_offsets(file, tar.name, labelled=labelled)
+    beside.parent.mkdir(exist_ok=True)
+    write_whole(beside, packed(offsets, size, sha256))
 
 
 def unpacked(data: bytes, samples: int, size: int | None, sha256: str | None) -> Offsets | None:

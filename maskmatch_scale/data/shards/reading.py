@@ -14,7 +14,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from io import FileIO
@@ -28,6 +28,7 @@ from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.finding import find_index, modified
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.open_files import keep_open, with_descriptors
+from maskmatch_scale.data.shards.range_reads import RangeReads
 from maskmatch_scale.data.shards.tar import TarTable, read_table
 from maskmatch_scale.recipe import DataRecipe
 from maskmatch_scale.redact import is_remote, shown
@@ -175,6 +176,7 @@ class ShardStream:
             raise DataError(f"{shown(self.root)}: stream {name!r} has no labels")
         self.strict = strict
         self._options = fetch_options(data)
+        self._ranges = RangeReads(self.root, self.index, self.shards, self._options, labelled=self.labels)
         self._tables: OrderedDict[int, TarTable | BadSample] = OrderedDict()
         self._good: dict[int, int] = {}
         """Cached shards that had a bad sample and were compared with their checksum: the inode of the good file."""
@@ -219,6 +221,9 @@ class ShardStream:
     ) -> Prepared:
         """Read sample number ``place`` of a shard, and prepare it.
 
+        While its shard is being fetched, a sample is read by its range, if that is known; one that then cannot be used
+        is read from the whole shard.
+
         If that fails and the shard lies in the cache, its bytes are compared with the checksum. A shard that was
         damaged there is fetched again. Each file is compared once, however many of its samples are bad.
 
@@ -232,6 +237,12 @@ class ShardStream:
             BadSample: the sample, or its whole shard, cannot be used.
             DataError: with ``strict``: the shard is not as the index says.
         """
+        file, (_, elsewhere) = self.shards.file(shard), _place(self.root, self.shards.file(shard))
+        if elsewhere and patience_s > 0 and shard not in self._tables:
+            sample = self._ranges.sample(shard, place, self.cache)
+            if sample is not None:
+                with suppress(BadSample):
+                    return prepare(RawSample(sample[0], file, *sample[1:]))
         try:
             return prepare(self.read(shard, place, patience_s=patience_s))
         except DataError:
