@@ -37,9 +37,7 @@ _GRACE_S = 10.0
 
 
 @contextmanager
-def reading(
-    url: str, start: int, version: str | None, timeout_s: float, stop: int | None = None
-) -> Iterator[Body]:
+def reading(url: str, start: int, version: str | None, timeout_s: float, stop: int | None = None) -> Iterator[Body]:
     """See :func:`maskmatch_scale.data.remote.stores.reading`."""
     with _process() as process:
         about = process.ask(["read", url, start, version, timeout_s, stop], timeout_s)

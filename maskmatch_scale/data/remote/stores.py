@@ -57,9 +57,7 @@ def are_lost() -> bool:
 
 
 @contextmanager
-def reading(
-    url: str, start: int, version: str | None, timeout_s: float, stop: int | None = None
-) -> Iterator[Body]:
+def reading(url: str, start: int, version: str | None, timeout_s: float, stop: int | None = None) -> Iterator[Body]:
     """Open an object, and read it from a byte on.
 
     Args:

@@ -57,9 +57,7 @@ class Offsets:
         """The first byte of a sample, and the one after its last."""
         return int(self.starts[place]), int(self.starts[place + 1])
 
-    def sample(
-        self, place: int, data: bytes, shard: str, *, labelled: bool
-    ) -> tuple[str, bytes, bytes | None] | None:
+    def sample(self, place: int, data: bytes, shard: str, *, labelled: bool) -> tuple[str, bytes, bytes | None] | None:
         """Key, encoded image and label map of a sample, from its bytes, as the whole shard has them.
 
         Args:

@@ -11,7 +11,6 @@ Decision: docs/decisions/0001-random-access-to-shards.md.
 from __future__ import annotations
 
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from maskmatch_scale.data.faults import BadSample, DataError, NotFetched
 from maskmatch_scale.data.remote.address import join
+from maskmatch_scale.data.remote.cache_place import default_cache
 from maskmatch_scale.data.remote.shard_cache import Fetched, ShardCache
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.finding import find_index, modified
@@ -60,9 +60,8 @@ class RawSample:
 
 def fetch_options(data: DataRecipe) -> FetchOptions:
     """The options of a recipe for fetching remote shards."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return FetchOptions(
-        cache=Path(data.cache_dir) if data.cache_dir else home / "maskmatch_scale" / "shards",
+        cache=Path(data.cache_dir) if data.cache_dir else default_cache(),
         limit_bytes=int(data.cache_gb * 1e9),
         timeout_s=data.fetch_timeout_s,
         attempts=data.fetch_attempts,

@@ -109,7 +109,8 @@ def written_before(out: Path, index: ShardIndex | None, shards: Iterable[Shard])
         for stream in index.streams.values():
             for entry in stream.shards:
                 left_out = tuple(skipped.pop(entry.file, ()))
-                assert entry.bytes is not None and entry.sha256 is not None  # of shards that were written here
+                assert entry.bytes is not None
+                assert entry.sha256 is not None
                 known.setdefault(entry.file, Written(entry.file, entry.samples, entry.bytes, entry.sha256, left_out))
         for file, lines in skipped.items():
             known.setdefault(file, Written(file, 0, 0, "", tuple(lines)))

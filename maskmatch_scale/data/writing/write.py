@@ -106,7 +106,8 @@ def _complete_side_cars(out: Path, index: ShardIndex) -> None:
     for stream in index.streams.values():
         for shard in stream.shards:
             beside = out / side_car(shard.file)
-            assert shard.sha256 is not None and shard.bytes is not None
+            assert shard.bytes is not None
+            assert shard.sha256 is not None
             if not is_side_car_of(beside, shard.sha256):
                 write_side_car(out / shard.file, beside, shard.bytes, shard.sha256, labelled=stream.labelled)
 

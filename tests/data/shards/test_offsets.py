@@ -146,7 +146,8 @@ def test_a_side_car_is_of_one_shard_and_whole(tmp_path):
     offsets = found_in(data, True)
     car = packed(offsets, len(data), SHA)
     read = unpacked(car, 2, len(data), SHA)
-    assert (read.starts == offsets.starts).all() and (read.checksums == offsets.checksums).all()
+    assert (read.starts == offsets.starts).all()
+    assert (read.checksums == offsets.checksums).all()
     assert unpacked(car, 2, None, None) is not None
     assert unpacked(car, 3, len(data), SHA) is None
     assert unpacked(car, 2, len(data) + 512, SHA) is None

@@ -300,7 +300,8 @@ def test_an_index_that_has_side_cars_keeps_them(folder):
     """Called again for more shards, and for one that was written anew."""
     write_tars(folder, (*COUNTS[:1], 41, 20))
     index = survey({"unlabelled": [str(folder / "*.tar")]}, [], folder, fetch_options(DataRecipe(root="")))
-    assert index.offsets and ShardIndex.load(folder).offsets
+    assert index.offsets
+    assert ShardIndex.load(folder).offsets
     for entry in index.streams["unlabelled"].shards:
         data = (folder / side_car(entry.file)).read_bytes()
         assert unpacked(data, entry.samples, entry.bytes, entry.sha256) is not None
