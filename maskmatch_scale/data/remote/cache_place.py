@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 _NAME = "maskmatch_scale"
 _MOUNTS = Path("/proc/self/mounts")
-_ON_A_NETWORK = frozenset(
-    ("acfs", "afs", "autofs", "beegfs", "beegfs_nodev", "ceph", "cifs", "coda", "davfs", "gfs", "gfs2", "glusterfs")
-    + ("gpfs", "lustre", "mmfs", "ncpfs", "nfs", "nfs4", "ocfs2", "orangefs", "panfs", "pvfs2", "smb3", "smbfs")
-    + ("wekafs",)
+_ON_A_NETWORK = re.compile(
+    "acfs|afs|autofs|beegfs|beegfs_nodev|ceph|cifs|coda|davfs|gfs|gfs2|glusterfs|gpfs|lustre|mmfs|ncpfs|nfs|nfs4|ocfs2|"
+    "orangefs|panfs|pvfs2|smb3|smbfs|wekafs"
 )
 _LOCAL_FUSE = frozenset(("fuseblk", "fuse.fuse-overlayfs", "fuse.overlayfs", "fuse.ntfs-3g"))
 """File systems of FUSE that lie on a disk of the machine; most others are on a network."""
@@ -120,7 +119,7 @@ def file_system(path: Path, mounts: Mapping[str, str]) -> str:
 
 
 def _is_on_a_network(kind: str) -> bool:
-    return kind in _ON_A_NETWORK or (kind.partition(".")[0] == "fuse" and kind not in _LOCAL_FUSE)
+    return _ON_A_NETWORK.fullmatch(kind) is not None or (kind.partition(".")[0] == "fuse" and kind not in _LOCAL_FUSE)
 
 
 def _mounts() -> dict[str, str]:

@@ -128,7 +128,8 @@ def read_range(url: str, start: int, stop: int, size: int | None, etag: str | No
         TransferError: they did not come, or are of another file.
         DataError: a library is missing.
     """
-    return (http if is_http(url) else objects).read_range(url, start, stop, size, etag, timeout_s)
+    ask = http.read_range if is_http(url) else objects.read_range
+    return ask(url, start, stop, size, etag, timeout_s)
 
 
 def ask_size(url: str, options: FetchOptions) -> tuple[int | None, str | None]:

@@ -208,7 +208,7 @@ def is_side_car_of(path: Path, sha256: str) -> bool:
             magic, _, digest, _ = _HEAD.unpack(file.read(_HEAD.size))
     except (OSError, struct.error):
         return False
-    return magic == _MAGIC and digest.hex() == sha256
+    return (magic, digest) == (_MAGIC, bytes.fromhex(sha256))
 
 
 def energon_offsets(data: bytes, samples: int, size: int | None) -> Offsets | None:
