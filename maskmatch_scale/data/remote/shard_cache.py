@@ -89,7 +89,7 @@ class ShardCache:
             DataError: see :meth:`open`.
         """
         self.open(url, size, sha256, etag).close()
-        return self._folder.path / _name(url, sha256, etag)
+        return self._folder.path / cached_name(url, sha256, etag)
 
     def open(
         self,
@@ -119,7 +119,7 @@ class ShardCache:
                 is missing.
         """
         refuse_pipe(url, self.options)
-        name = _name(url, sha256, etag)
+        name = cached_name(url, sha256, etag)
         file = self._folder.open(name, size)
         if file is None:
             if patience_s <= 0:
@@ -145,14 +145,14 @@ class ShardCache:
 
     def inode(self, url: str, sha256: str | None, etag: str | None = None) -> int | None:
         """The inode of the file, which tells it from one that takes its place; None if it is not there."""
-        return self._folder.inode(_name(url, sha256, etag))
+        return self._folder.inode(cached_name(url, sha256, etag))
 
     def drop_if_damaged(self, url: str, sha256: str | None, etag: str | None = None) -> bool:
         """Compare the file that is there with its checksum, and drop it if they differ; returns whether it was.
 
         Without a checksum it is compared with what was fetched.
         """
-        damaged = self._folder.drop_if_damaged(_name(url, sha256, etag), sha256)
+        damaged = self._folder.drop_if_damaged(cached_name(url, sha256, etag), sha256)
         if damaged:
             self.count(Fetched(damaged=1))
         return damaged
@@ -160,7 +160,7 @@ class ShardCache:
     def are_here(self, files: Iterable[tuple[str, str | None, str | None]]) -> list[int]:
         """The numbers of those files that are in the cache, of which address, checksum and ETag are given."""
         names = self._folder.names()
-        return [number for number, file in enumerate(files) if _name(*file) in names]
+        return [number for number, file in enumerate(files) if cached_name(*file) in names]
 
     def take_figures(self) -> Fetched:
         """What was fetched by this object in this process since the last call."""
@@ -192,7 +192,7 @@ class ShardCache:
 
     def forget(self, url: str) -> None:
         """Drop a file that is kept under its address, so that it is fetched again."""
-        (self._folder.path / _name(url, None, None)).unlink(missing_ok=True)
+        self._folder.drop(cached_name(url, None, None))
 
     def prefetch(self, url: str, size: int | None = None, sha256: str | None = None, etag: str | None = None) -> bool:
         """Begin to fetch, in the background, a file that will be needed. Never raises and never waits.
@@ -203,7 +203,7 @@ class ShardCache:
             Whether the file is there or will be. False: this process has four prefetches under way; ask again later.
         """
         with suppress(Exception):
-            here, name = self._here(), _name(url, sha256, etag)
+            here, name = self._here(), cached_name(url, sha256, etag)
             if (self._folder.path / name).exists() or (url.startswith(PIPE) and not self.options.allow_pipe):
                 return True
             with here.lock:
@@ -288,7 +288,7 @@ class _Process:
     turns: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_PREFETCHES_AT_ONCE))
 
 
-def _name(url: str, sha256: str | None, etag: str | None) -> str:
+def cached_name(url: str, sha256: str | None, etag: str | None) -> str:
     """Name of a file in the cache folder."""
     if sha256 is not None:
         return f"sha256-{sha256.lower()}"

@@ -1,7 +1,8 @@
 """Reading the encoded samples of a stream by their place, from local and from remote shards.
 
 The place of a sample is (shard, number within the shard). A remote shard is fetched whole into a cache on this machine.
-Each process reads the headers of a shard once; after that, a sample is one read. A local shard stays open, as far as
+A process of this machine reads the headers of a shard, and others what it has found
+(:mod:`~maskmatch_scale.data.shards.tables`); after that, a sample is one read. A local shard stays open, as far as
 descriptors allow (:mod:`~maskmatch_scale.data.shards.open_files`); one in the cache is opened for each sample, which
 takes some microseconds, so that the bound of the cache holds for the disk too.
 
@@ -23,13 +24,14 @@ from typing import Any, BinaryIO, TypeVar
 from maskmatch_scale.data.faults import BadSample, DataError, NotFetched
 from maskmatch_scale.data.remote.address import join
 from maskmatch_scale.data.remote.cache_place import default_cache
-from maskmatch_scale.data.remote.shard_cache import Fetched, ShardCache
+from maskmatch_scale.data.remote.shard_cache import Fetched, ShardCache, cached_name
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.finding import find_index, modified
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.open_files import keep_open, with_descriptors
 from maskmatch_scale.data.shards.range_reads import RangeReads
-from maskmatch_scale.data.shards.tar import TarTable, read_table
+from maskmatch_scale.data.shards.tables import TableFiles
+from maskmatch_scale.data.shards.tar import TarTable
 from maskmatch_scale.recipe import DataRecipe
 from maskmatch_scale.redact import is_remote, shown
 
@@ -175,6 +177,7 @@ class ShardStream:
             raise DataError(f"{shown(self.root)}: stream {name!r} has no labels")
         self.strict = strict
         self._options = fetch_options(data)
+        self._table_files = TableFiles(self._options, labelled=self.labels)
         self._ranges = RangeReads(self.root, self.index, self.shards, self._options, labelled=self.labels)
         self._tables: OrderedDict[int, TarTable | BadSample] = OrderedDict()
         self._good: dict[int, int] = {}
@@ -359,7 +362,8 @@ class ShardStream:
         if found is None:
             location, said = self.location(shard), int(self.shards.samples[shard])
             try:
-                found = read_table(file, shown(location), labelled=self.labels)
+                cached = cached_name(*self._version(shard)) if is_remote(location) else None
+                found = self._table_files.read(file, shown(location), cached)
             except BadSample as bad:
                 self._keep(shard, bad)
                 raise

@@ -96,6 +96,26 @@ class TarTable:
         self._spans = spans
         self._faults = faults
 
+    @classmethod
+    def of_parts(
+        cls,
+        shard: str,
+        labelled: bool,
+        spans: NDArray[np.int64],
+        key_ends: NDArray[np.int64],
+        keys: bytes,
+        faults: dict[int, tuple[str, str]],
+        damage: str,
+    ) -> TarTable:
+        """The table that has these :meth:`parts`."""
+        table = cls(shard, labelled, [], spans, faults, damage)
+        table._keys, table._key_ends = keys, key_ends
+        return table
+
+    def parts(self) -> tuple[NDArray[np.int64], NDArray[np.int64], bytes, dict[int, tuple[str, str]], str]:
+        """What the table consists of: spans; where the keys end, int64 (samples,); all keys; faults; damage."""
+        return self._spans, self._key_ends, self._keys, self._faults, self.damage
+
     def __len__(self) -> int:
         """Number of samples, bad ones included."""
         return len(self._spans)
