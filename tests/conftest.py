@@ -24,6 +24,16 @@ from maskmatch_scale.recipe import Recipe, parse_recipe
 from tests.data import s3_server as s3_servers
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_files_in_the_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What runs keep by default under ~/.cache goes into a folder of the tests; matplotlib keeps its list of fonts."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "MPLCONFIGDIR" not in os.environ:
+            patch.setenv("MPLCONFIGDIR", str(Path.home() / ".cache/matplotlib"))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home-cache")))
+        yield
+
+
 @dataclass(frozen=True)
 class ShapesSource:
     """Images of 96 × 128 px: a noisy ground with a bright square and a striped disc, labelled pixel by pixel."""

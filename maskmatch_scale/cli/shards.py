@@ -133,6 +133,12 @@ def index_command(
     add: Annotated[
         bool, typer.Option("--add", help="Keep the streams of the index that is there, and append to them.")
     ] = False,
+    offsets: Annotated[
+        bool,
+        typer.Option(
+            "--offsets", help="Also write where samples begin, so that a first batch need not wait for whole shards."
+        ),
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: the cores.")] = None,
     cache_dir: _CacheDir = None,
     allow_pipe: _AllowPipe = False,
@@ -171,6 +177,7 @@ def index_command(
         rescan=rescan,
         scan=scan,
         add=add,
+        offsets=offsets,
         workers=workers,
         progress=True,
     )

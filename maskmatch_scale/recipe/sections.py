@@ -108,7 +108,8 @@ class DataRecipe(Section):
     """Rotate and mirror unlabelled images as their EXIF orientation says. Labelled images stay as they are stored, like
     their label maps."""
     cache_dir: str | None = None
-    """Folder for shards fetched from elsewhere, shared by the ranks of a machine; null = ~/.cache/maskmatch_scale."""
+    """Folder for shards fetched from elsewhere, shared by the ranks of a machine; null = maskmatch_scale in the first
+    of $XDG_CACHE_HOME, ~/.cache, $SLURM_TMPDIR, $LOCAL_SCRATCH, $TMPDIR and /tmp that is on a local disk."""
     cache_gb: Positive = 50.0
     """Largest size of `data.cache_dir`, in 10⁹ bytes; shards that were used least recently are deleted first."""
     fetch_timeout_s: Positive = 60.0

@@ -82,11 +82,11 @@ def test_an_index_elsewhere_goes_on_where_it_was_interrupted(shapes, tmp_path, m
     out, looked = tmp_path / "out", []
     plain = survey._look_at
 
-    def stops(location, labelled, options):
+    def stops(location, *others):
         if len(looked) == 3:
             raise KeyboardInterrupt
         looked.append(location)
-        return plain(location, labelled, options)
+        return plain(location, *others)
 
     monkeypatch.setattr(survey, "_look_at", stops)
     assert run("index", shapes / "unlabelled-*.tar", out, "--workers", 1).exit_code != 0

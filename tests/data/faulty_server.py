@@ -41,6 +41,8 @@ class Fault:
 
     times: int | None = None
     """How many requests of a path have this fault; None: all."""
+    of: str = ""
+    """Only requests that ask for "ranges", or for the "whole" file, have this fault."""
     status: int = 0
     """Answer this status and no file."""
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -179,13 +181,15 @@ class FaultyServer:
             number = self._seen[path]
             self._seen[path] += 1
         try:
-            yield request, self._fault(path, number)
+            yield request, self._fault(path, number, "whole" if request.range is None else "ranges")
         finally:
             with self._lock:
                 self.open_requests -= 1
 
-    def _fault(self, path: str, number: int) -> Fault:
+    def _fault(self, path: str, number: int, asked: str) -> Fault:
         for fault in self._faults.get(path, self._faults.get("*", [])):
+            if fault.of not in ("", asked):
+                continue
             if fault.times is None or number < fault.times:
                 return fault
             number -= fault.times

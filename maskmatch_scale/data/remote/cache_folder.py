@@ -5,6 +5,7 @@
     sha256-<hex>              a whole file, named by its checksum …
     url-<hex>                 … or, where no checksum is known, by a hash of its address, server and ETag; the checksum
                               of what was fetched is an extended attribute of the file, if the disk can have those
+    .<name>.<kind>.table      where the samples of that file lie, for readers that need it labelled or not
     .<name>.<random>.part     a file that is being fetched; it has its final size at once, so that its room is counted
     .<name>.lock              locked by the process that fetches the file
     .<name>.failed            why it could not be fetched, for the processes that waited for it
@@ -17,7 +18,6 @@ and the bound may be exceeded for a moment; nothing else happens.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import os
@@ -31,9 +31,11 @@ from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.remote import file_locks
+from maskmatch_scale.data.remote.cache_disk import explained, locked
 
 _WHOLE = re.compile(r"(sha256|url)-[0-9a-f]{64}")
-_PARTIAL = re.compile(r"\.(sha256|url)-[0-9a-f]{64}\.[0-9a-f]{16}\.part")
+_BESIDE = re.compile(rf"\.({_WHOLE.pattern})\.[a-z]+\.table")
+_PARTIAL = re.compile(rf"\.{_WHOLE.pattern}\.[0-9a-f]{{16}}\.part")
 _TOUCHED_EVERY_S = 60.0
 """A use of a file is noted at most this often: thousands of samples are read from one shard."""
 _SILENT_S = 600.0
@@ -72,7 +74,7 @@ class CacheFolder:
     def __init__(self, path: Path, limit_bytes: int) -> None:
         self.path = path
         self.limit_bytes = limit_bytes
-        with _explained(path):
+        with explained(path):
             path.mkdir(parents=True, exist_ok=True)
 
     def open(self, name: str, size: int | None = None) -> FileIO | None:
@@ -85,14 +87,14 @@ class CacheFolder:
         """
         path = self.path / name
         try:
-            with _explained(self.path, FileNotFoundError):
+            with explained(self.path, FileNotFoundError):
                 file = FileIO(path)
         except FileNotFoundError:
             return None
         status = os.fstat(file.fileno())
         if size is not None and status.st_size != size:
             file.close()
-            path.unlink(missing_ok=True)
+            self.drop(name)
             return None
         if time.time() - status.st_mtime > _TOUCHED_EVERY_S:
             with suppress(OSError):  # it was dropped meanwhile, or belongs to another user
@@ -116,7 +118,7 @@ class CacheFolder:
         digest = hashlib.sha256()
         try:
             with FileIO(self.path / name) as file:
-                sha256 = sha256 or _fetched_digest(file)
+                sha256 = sha256 or fetched_digest(file)
                 if sha256 is None:
                     return False
                 while block := file.read(_BLOCK):
@@ -128,12 +130,50 @@ class CacheFolder:
             damaged = True
         if damaged:
             with suppress(OSError):
-                (self.path / name).unlink()
+                self.drop(name)
         return damaged
+
+    def drop(self, name: str) -> None:
+        """Remove a file, and what is kept beside it."""
+        (self.path / name).unlink(missing_ok=True)
+        self.drop_beside(name)
+
+    def drop_beside(self, name: str) -> None:
+        """Remove what is kept beside a file."""
+        for beside in self.path.glob(f".{name}.*.table"):
+            beside.unlink(missing_ok=True)
+
+    def read_beside(self, name: str, kind: str) -> bytes | None:
+        """What is kept beside a file; None if nothing is."""
+        try:
+            return (self.path / f".{name}.{kind}.table").read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def keep_beside(self, name: str, kind: str, content: bytes) -> None:
+        """Keep something small beside a file, unless files that are being fetched take the room.
+
+        Args:
+            name: of the file.
+            kind: of what is kept, in lower case.
+            content: of what is kept.
+
+        Raises:
+            DataError: the folder cannot be written to.
+        """
+        with explained(self.path), locked(self.path / ".room.lock"):
+            if len(content) > self.limit_bytes or not self._make_room(len(content)):
+                return
+            path = self.path / f".{name}.{secrets.token_hex(8)}.part"
+            try:
+                path.write_bytes(content)
+                path.replace(self.path / f".{name}.{kind}.table")
+            finally:
+                path.unlink(missing_ok=True)
 
     def names(self) -> set[str]:
         """The names of all whole files."""
-        with _explained(self.path), os.scandir(self.path) as entries:
+        with explained(self.path), os.scandir(self.path) as entries:
             return {entry.name for entry in entries if _WHOLE.fullmatch(entry.name)}
 
     @contextmanager
@@ -154,9 +194,9 @@ class CacheFolder:
         path, began = self.path / f".{name}.lock", time.time()
         while True:
             # A limited wait looks again and again: the kernel knows no time-out for a lock.
-            with _locked(path, wait=patience_s == math.inf, remove=True) as locked:
-                if locked or time.time() - max(began, self._last_byte(name)) >= patience_s:
-                    yield locked
+            with locked(path, wait=patience_s == math.inf, remove=True) as mine:
+                if mine or time.time() - max(began, self._last_byte(name)) >= patience_s:
+                    yield mine
                     return
             time.sleep(_POLL_S / 5)
 
@@ -178,7 +218,7 @@ class CacheFolder:
             DataError: it could never fit, or the folder cannot be written to.
         """
         self._refuse_too_large(size)
-        with _explained(self.path):
+        with explained(self.path):
             partial = self._begin(name, size)
         try:
             yield partial
@@ -188,9 +228,9 @@ class CacheFolder:
     def _begin(self, name: str, size: int) -> PartialFile:
         # One waits at a time: otherwise small files could take the room again and again, and a large one wait for ever.
         # Files that are being fetched already need no turn to be finished.
-        with _locked(self.path / ".turn.lock"):
+        with locked(self.path / ".turn.lock"):
             while True:
-                with _locked(self.path / ".room.lock"):
+                with locked(self.path / ".room.lock"):
                     if self._make_room(size):
                         path = self.path / f".{name}.{secrets.token_hex(8)}.part"
                         return PartialFile(self, path, self.path / name, size)
@@ -206,13 +246,16 @@ class CacheFolder:
         Returns:
             False if they cannot fit, because files that are being fetched take the room.
         """
-        being_fetched, whole = 0, []
+        being_fetched, whole = 0, {}
+        beside: dict[str, list[tuple[str, int]]] = {}
         with os.scandir(self.path) as entries:
             for entry in entries:
                 with suppress(FileNotFoundError):
                     if _WHOLE.fullmatch(entry.name):
                         status = entry.stat()
-                        whole.append((status.st_mtime, status.st_size, entry.name))
+                        whole[entry.name] = status.st_mtime, status.st_size
+                    elif (match := _BESIDE.fullmatch(entry.name)) is not None:
+                        beside.setdefault(match[1], []).append((entry.path, entry.stat().st_size))
                     elif _PARTIAL.fullmatch(entry.name) and entry.name != (own and own.name):
                         status = entry.stat()
                         if _is_abandoned(entry.path, status.st_mtime):
@@ -222,12 +265,20 @@ class CacheFolder:
         spare = self.limit_bytes - being_fetched - size
         if spare < 0:
             return False
-        used = sum(bytes_ for _, bytes_, _ in whole)
-        for _, bytes_, name in sorted(whole):
+        for name in beside.keys() - whole.keys():  # it was dropped while they were written
+            for path, _ in beside.pop(name):
+                Path(path).unlink(missing_ok=True)
+        used = sum(bytes_ for _, bytes_ in whole.values()) + sum(
+            bytes_ for of_file in beside.values() for _, bytes_ in of_file
+        )
+        for name, (_, bytes_) in sorted(whole.items(), key=lambda item: item[1]):
             if used <= spare:
                 break
             (self.path / name).unlink(missing_ok=True)
             used -= bytes_
+            for path, small in beside.get(name, ()):
+                Path(path).unlink(missing_ok=True)
+                used -= small
         return True
 
     def _refuse_too_large(self, size: int) -> None:
@@ -262,10 +313,10 @@ class PartialFile:
             DataError: it could never fit, or the folder cannot be written to.
         """
         self._folder._refuse_too_large(size)
-        with _explained(self._folder.path):
+        with explained(self._folder.path):
             if size > self._room:
                 # Without waiting: if two processes waited with half a file each, neither would ever end.
-                with _locked(self._folder.path / ".room.lock"):
+                with locked(self._folder.path / ".room.lock"):
                     if not self._folder._make_room(size, own=self._path):
                         raise NoRoom(size)
                     self._file.truncate(size)
@@ -278,7 +329,7 @@ class PartialFile:
         end = at + len(block)
         if end > self._room:
             self.resize(max(end, min(self._room * 3 // 2, self._folder.limit_bytes)))
-        with _explained(self._folder.path):
+        with explained(self._folder.path):
             self._file.seek(at)
             self._file.write(block)
 
@@ -288,13 +339,14 @@ class PartialFile:
         Its bytes are on the disk before it has its name: after a power cut a file may otherwise have its size, but
         zeros in place of what it held. It is opened before it has its name, so that nobody can drop it in between.
         """
-        with _explained(self._folder.path):
+        with explained(self._folder.path):
             self._file.truncate(size)  # also flushes
             with suppress(OSError):  # not every disk has extended attributes
                 os.setxattr(self._file.fileno(), _DIGEST_ATTRIBUTE, sha256.encode())
             os.fsync(self._file.fileno())
             file = FileIO(self._path)
             try:
+                self._folder.drop_beside(self._place.name)  # of a file that somebody has removed by hand
                 self._path.replace(self._place)
             except OSError:
                 file.close()
@@ -310,7 +362,7 @@ class PartialFile:
             self._file.close()
 
 
-def _fetched_digest(file: FileIO) -> str | None:
+def fetched_digest(file: FileIO) -> str | None:
     """Hex digest of what was fetched; None if the disk could not note it."""
     try:
         return os.getxattr(file.fileno(), _DIGEST_ATTRIBUTE).decode()
@@ -325,45 +377,3 @@ def _is_abandoned(path: str, modified: float) -> bool:
     except FileNotFoundError:
         return False
     return time.time() - modified > _SILENT_S if held is None else not held
-
-
-@contextmanager
-def _locked(path: Path, *, wait: bool = True, remove: bool = False) -> Iterator[bool]:
-    """Hold the lock that a file stands for; yields False if another one has it and ``wait`` is False.
-
-    Args:
-        path: the file.
-        wait: whether to wait for the lock.
-        remove: whether the file is removed at the end.
-    """
-    with _explained(path.parent):
-        descriptor = file_locks.take(path, wait=wait, may_be_removed=remove)
-    if descriptor is None:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        if remove:
-            with suppress(OSError):
-                path.unlink()  # before the release: file_locks.take notices it in those that wait
-        file_locks.release(descriptor)
-
-
-@contextmanager
-def _explained(folder: Path, expected: type[OSError] | tuple[()] = ()) -> Iterator[None]:
-    """Turn an OSError into a DataError that says what to do, except those that are expected, and a lack of
-    descriptors.
-    """
-    try:
-        yield
-    except expected:
-        raise
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):  # not the folder's fault: whoever keeps files open mends it
-            raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise DataError(
-            f"{folder}: {'the disk is full' if full else error.strerror or error}; the shards' cache needs a folder "
-            "it can write to: free some room, lower data.cache_gb, or name another folder by data.cache_dir"
-        ) from None

@@ -116,6 +116,22 @@ def fetch_bytes(url: str, options: FetchOptions) -> bytes:
     return bytes(memory.data[:size])
 
 
+def has_ranges(url: str) -> bool:
+    """Whether :func:`read_range` can be tried: at an HTTP server or an object store."""
+    return is_http(url) or objects.is_object(url)
+
+
+def read_range(url: str, start: int, stop: int, size: int | None, etag: str | None, timeout_s: float) -> bytes:
+    """Bytes of a file, in one try; see :func:`maskmatch_scale.data.remote.http.read_range`.
+
+    Raises:
+        TransferError: they did not come, or are of another file.
+        DataError: a library is missing.
+    """
+    ask = http.read_range if is_http(url) else objects.read_range
+    return ask(url, start, stop, size, etag, timeout_s)
+
+
 def ask_size(url: str, options: FetchOptions) -> tuple[int | None, str | None]:
     """Size in bytes and strong ETag of a file, without fetching it; None for what is not said.
 

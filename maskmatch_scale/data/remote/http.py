@@ -60,6 +60,49 @@ def get(transfer: Transfer) -> None:
             response.close()  # the next request must not read what is left of this answer
 
 
+def read_range(url: str, start: int, stop: int, size: int | None, etag: str | None, timeout_s: float) -> bytes:
+    """Bytes ``start`` to ``stop`` of a file, without the last one, in one request.
+
+    Args:
+        url: its address.
+        start: the first byte.
+        stop: the one after the last.
+        size: bytes of the file, if they are known.
+        etag: its strong ETag, if it is known.
+        timeout_s: seconds until the last byte must have come.
+
+    Raises:
+        TransferError: the request has failed, the server does not send ranges, or the file is another one.
+    """
+    due = time.monotonic() + timeout_s
+    headers = {"Range": f"bytes={start}-{stop - 1}", **({"If-Match": etag} if etag else {})}
+    response = _request("GET", url, headers, timeout_s)
+    data = bytearray()
+    try:
+        if response.status != 206:
+            raise _refused(response) if response.status != 200 else TransferError("it does not send ranges")
+        first, total = _content_range(response.headers.get("Content-Range", ""))
+        if first != start or (size is not None and total not in (None, size)):
+            raise TransferError("it answers with another range than was asked for")
+        said = _strong_etag(response.headers)
+        if None not in (etag, said) and said != etag:
+            raise TransferError("it has changed")
+        while len(data) < stop - start and (block := _read(response, timeout_s)):
+            data += block
+            if time.monotonic() > due:
+                raise TransferError(f"stalled: {len(data)} of {stop - start} bytes in {timeout_s:g} s")
+        if len(data) != stop - start:
+            raise TransferError(f"{len(data)} bytes where {stop - start} were asked for")
+    except BaseException:
+        response.close()
+        raise
+    if response.length_remaining == 0:
+        response.release_conn()
+    else:
+        response.close()  # there may be more in this answer, which the next request must not read
+    return bytes(data)
+
+
 def head(url: str, timeout_s: float) -> tuple[int | None, str | None]:
     """Size in bytes and strong ETag of a file, as its server says by HEAD; None for what it does not say.
 

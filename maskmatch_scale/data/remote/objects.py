@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
@@ -49,10 +50,33 @@ def get(transfer: Transfer) -> None:
         raise
 
 
-def reading(url: str, start: int, version: str | None, timeout_s: float) -> AbstractContextManager[Body]:
+def read_range(url: str, start: int, stop: int, size: int | None, etag: str | None, timeout_s: float) -> bytes:
+    """Bytes ``start`` to ``stop`` of an object; see :func:`maskmatch_scale.data.remote.http.read_range`.
+
+    Raises:
+        TransferError: the request has failed, or the object is another one.
+        DataError: obstore is not installed.
+    """
+    due = time.monotonic() + timeout_s
+    data = bytearray()
+    with reading(url, start, etag, timeout_s, stop) as body:
+        if size is not None and body.size != size:
+            raise TransferError("it has changed")
+        for block in body.blocks:
+            data += block
+            if time.monotonic() > due:
+                raise TransferError(f"stalled: {len(data)} of {stop - start} bytes in {timeout_s:g} s")
+    if len(data) != stop - start:
+        raise TransferError(f"{len(data)} bytes where {stop - start} were asked for")
+    return bytes(data)
+
+
+def reading(
+    url: str, start: int, version: str | None, timeout_s: float, stop: int | None = None
+) -> AbstractContextManager[Body]:
     """Open an object, and read it from a byte on; see :func:`maskmatch_scale.data.remote.stores.reading`."""
     ask = stores.reading if _may_be_asked_here() else store_process.reading
-    return ask(url, start, version, timeout_s)
+    return ask(url, start, version, timeout_s, stop)
 
 
 def listing(url: str, timeout_s: float) -> Iterator[list[stores.Found]]:

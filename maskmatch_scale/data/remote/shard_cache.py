@@ -46,6 +46,8 @@ class Fetched:
     failed_tries: int = 0
     damaged: int = 0
     """Shards that were damaged in the cache, and dropped."""
+    ranges: int = 0
+    """Samples that were read by their range of a shard that was not here yet."""
 
     def __add__(self, other: Fetched) -> Fetched:
         return Fetched(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
@@ -87,7 +89,7 @@ class ShardCache:
             DataError: see :meth:`open`.
         """
         self.open(url, size, sha256, etag).close()
-        return self._folder.path / _name(url, sha256, etag)
+        return self._folder.path / cached_name(url, sha256, etag)
 
     def open(
         self,
@@ -117,7 +119,7 @@ class ShardCache:
                 is missing.
         """
         refuse_pipe(url, self.options)
-        name = _name(url, sha256, etag)
+        name = cached_name(url, sha256, etag)
         file = self._folder.open(name, size)
         if file is None:
             if patience_s <= 0:
@@ -143,22 +145,22 @@ class ShardCache:
 
     def inode(self, url: str, sha256: str | None, etag: str | None = None) -> int | None:
         """The inode of the file, which tells it from one that takes its place; None if it is not there."""
-        return self._folder.inode(_name(url, sha256, etag))
+        return self._folder.inode(cached_name(url, sha256, etag))
 
     def drop_if_damaged(self, url: str, sha256: str | None, etag: str | None = None) -> bool:
         """Compare the file that is there with its checksum, and drop it if they differ; returns whether it was.
 
         Without a checksum it is compared with what was fetched.
         """
-        damaged = self._folder.drop_if_damaged(_name(url, sha256, etag), sha256)
+        damaged = self._folder.drop_if_damaged(cached_name(url, sha256, etag), sha256)
         if damaged:
-            self._count(Fetched(damaged=1))
+            self.count(Fetched(damaged=1))
         return damaged
 
     def are_here(self, files: Iterable[tuple[str, str | None, str | None]]) -> list[int]:
         """The numbers of those files that are in the cache, of which address, checksum and ETag are given."""
         names = self._folder.names()
-        return [number for number, file in enumerate(files) if _name(*file) in names]
+        return [number for number, file in enumerate(files) if cached_name(*file) in names]
 
     def take_figures(self) -> Fetched:
         """What was fetched by this object in this process since the last call."""
@@ -167,7 +169,8 @@ class ShardCache:
             figures, here.figures = here.figures, Fetched()
         return figures
 
-    def _count(self, more: Fetched) -> None:
+    def count(self, more: Fetched) -> None:
+        """Add to the figures what was fetched without this object, or by it."""
         here = self._here()
         with here.lock:
             here.figures += more
@@ -189,7 +192,7 @@ class ShardCache:
 
     def forget(self, url: str) -> None:
         """Drop a file that is kept under its address, so that it is fetched again."""
-        (self._folder.path / _name(url, None, None)).unlink(missing_ok=True)
+        self._folder.drop(cached_name(url, None, None))
 
     def prefetch(self, url: str, size: int | None = None, sha256: str | None = None, etag: str | None = None) -> bool:
         """Begin to fetch, in the background, a file that will be needed. Never raises and never waits.
@@ -200,7 +203,7 @@ class ShardCache:
             Whether the file is there or will be. False: this process has four prefetches under way; ask again later.
         """
         with suppress(Exception):
-            here, name = self._here(), _name(url, sha256, etag)
+            here, name = self._here(), cached_name(url, sha256, etag)
             if (self._folder.path / name).exists() or (url.startswith(PIPE) and not self.options.allow_pipe):
                 return True
             with here.lock:
@@ -254,17 +257,17 @@ class ShardCache:
                     room = error.wanted
                     continue
                 except NotFetched as error:
-                    self._count(Fetched(seconds=time.monotonic() - began))
+                    self.count(Fetched(seconds=time.monotonic() - began))
                     with suppress(OSError):
                         self._failure(name).write_text(json.dumps({"message": str(error), "may_pass": error.may_pass}))
                     raise
-            self._count(Fetched(1, received, time.monotonic() - began))
+            self.count(Fetched(1, received, time.monotonic() - began))
             self._here().arrivals += 1
             self._failure(name).unlink(missing_ok=True)
             return file
 
     def _count_failed_try(self) -> None:
-        self._count(Fetched(failed_tries=1))
+        self.count(Fetched(failed_tries=1))
 
     def _here(self) -> _Process:
         if self._process.pid != os.getpid():  # forked: the lock may be held, and the threads are not there
@@ -285,7 +288,7 @@ class _Process:
     turns: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_PREFETCHES_AT_ONCE))
 
 
-def _name(url: str, sha256: str | None, etag: str | None) -> str:
+def cached_name(url: str, sha256: str | None, etag: str | None) -> str:
     """Name of a file in the cache folder."""
     if sha256 is not None:
         return f"sha256-{sha256.lower()}"

@@ -37,10 +37,10 @@ _GRACE_S = 10.0
 
 
 @contextmanager
-def reading(url: str, start: int, version: str | None, timeout_s: float) -> Iterator[Body]:
+def reading(url: str, start: int, version: str | None, timeout_s: float, stop: int | None = None) -> Iterator[Body]:
     """See :func:`maskmatch_scale.data.remote.stores.reading`."""
     with _process() as process:
-        about = process.ask(["read", url, start, version, timeout_s], timeout_s)
+        about = process.ask(["read", url, start, version, timeout_s, stop], timeout_s)
         yield Body(about["size"], about["version"], process.blocks(timeout_s))
 
 

@@ -57,7 +57,7 @@ def are_lost() -> bool:
 
 
 @contextmanager
-def reading(url: str, start: int, version: str | None, timeout_s: float) -> Iterator[Body]:
+def reading(url: str, start: int, version: str | None, timeout_s: float, stop: int | None = None) -> Iterator[Body]:
     """Open an object, and read it from a byte on.
 
     Args:
@@ -65,13 +65,15 @@ def reading(url: str, start: int, version: str | None, timeout_s: float) -> Iter
         start: the first byte that is wanted.
         version: the ETag that the object must have, if it is known.
         timeout_s: seconds to wait for a connection and for the next byte.
+        stop: the byte after the last one that is wanted; None: that after the last one of the object.
 
     Raises:
         TransferError: the try has failed.
         DataError: obstore is not installed.
     """
     store, key = _open(url, timeout_s)
-    ranges = deque([_Range(store, url, key, start, start + RANGE, version)])
+    first_stop = start + RANGE if stop is None else min(start + RANGE, stop)
+    ranges = deque([_Range(store, url, key, start, first_stop, version)])
     try:
         try:
             about = ranges[0].next(timeout_s)
@@ -85,8 +87,9 @@ def reading(url: str, start: int, version: str | None, timeout_s: float) -> Iter
         size, etag = about["size"], about["e_tag"]
         if version is not None:
             _check_version(etag, version)
-        later = (_Range(store, url, key, at, at + RANGE, etag) for at in range(start + RANGE, size, RANGE))
-        yield Body(size, etag, _blocks(ranges, later, size, etag, timeout_s) if size else iter(()))
+        end = size if stop is None else min(stop, size)
+        later = (_Range(store, url, key, at, min(at + RANGE, end), etag) for at in range(start + RANGE, end, RANGE))
+        yield Body(size, etag, _blocks(ranges, later, end, etag, timeout_s) if size else iter(()))
     finally:
         for unread in ranges:
             unread.unwanted = True
@@ -99,7 +102,7 @@ def _check_version(etag: str | None, version: str | None) -> None:
 
 
 def _blocks(
-    ranges: deque[_Range], later: Iterator[_Range], size: int, etag: str | None, timeout_s: float
+    ranges: deque[_Range], later: Iterator[_Range], end: int, etag: str | None, timeout_s: float
 ) -> Iterator[bytes]:
     """The blocks of all ranges in order.
 
@@ -107,7 +110,7 @@ def _blocks(
         ranges: those that are being read; it is filled up from ``later``. What the store says about the object has been
             taken from the first of them.
         later: those that follow.
-        size: bytes of the object.
+        end: the byte after the last one that is wanted.
         etag: its version.
         timeout_s: see :func:`reading`.
     """
@@ -120,7 +123,7 @@ def _blocks(
         if not is_first:
             _check_version(ranges[0].next(timeout_s)["e_tag"], etag)
         is_first = False
-        missing = min(ranges[0].end, size) - ranges[0].start
+        missing = min(ranges[0].end, end) - ranges[0].start
         while (block := ranges[0].next(timeout_s)) is not None:
             missing -= len(block)
             yield block

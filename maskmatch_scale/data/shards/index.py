@@ -277,6 +277,9 @@ class ShardIndex(_Frozen):
     """One RGB colour per class, 0–255, for pictures."""
     ignore_index: int = Field(default=255, ge=0, le=255)
     """Value of ignored pixels in a label map."""
+    offsets: bool = False
+    """Whether shards have side-cars that say where their samples begin
+    (:mod:`~maskmatch_scale.data.shards.offsets`)."""
     streams: dict[str, StreamEntry]
 
     @model_validator(mode="after")
@@ -342,9 +345,8 @@ class ShardIndex(_Frozen):
         Args:
             tables: by stream, the files in which its shards are; those of the others are listed.
         """
-        content = {"format": FORMAT_WITH_TABLES if tables else FORMAT} | self.model_dump(
-            mode="json", exclude={"streams"}
-        )
+        unsaid = {"streams"} if self.offsets else {"streams", "offsets"}  # older versions do not know the field
+        content = {"format": FORMAT_WITH_TABLES if tables else FORMAT} | self.model_dump(mode="json", exclude=unsaid)
         head = json.dumps(content, indent=1, ensure_ascii=False)[:-2]
         parts = []
         for name, stream in self.streams.items():

@@ -104,6 +104,9 @@ class TarMembers:
 
     file_size: int
     """Bytes of the file; known when iteration has begun."""
+    header_at: int
+    """Byte at which the first header of the last member begins, those of its long name included; when iteration has
+    ended, that at which the tar ends."""
     damage: str
     """Why the tar ends early, known when iteration has ended; empty if it does not."""
 
@@ -111,6 +114,7 @@ class TarMembers:
         self.file = file
         self.shard = shard
         self.file_size = 0
+        self.header_at = 0
         self.damage = ""
         self._window = b""
         self._window_at = 0
@@ -129,8 +133,10 @@ class TarMembers:
         long_name: bytes | None = None
         long_size: int | None = None
         sparse = False
+        begun_at = 0
         while True:
             header = self._block(at)
+            self.header_at = begun_at
             if len(header) < _BLOCK or header == _ZEROS or not _is_header(header):
                 if at == 0 and header != _ZEROS:
                     raise BadSample("shard_unreadable", f"{self.shard}: not a tar: {_what_else(header)}")
@@ -187,6 +193,7 @@ class TarMembers:
                     return
                 at += -(-size // _BLOCK) * _BLOCK
             long_name, long_size, sparse = None, None, False
+            begun_at = at
 
     def _ending(self, header: bytes, at: int) -> str:
         """What is wrong with an end at byte ``at``, where ``header`` was read; empty if nothing is."""

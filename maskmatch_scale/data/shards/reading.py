@@ -1,7 +1,8 @@
 """Reading the encoded samples of a stream by their place, from local and from remote shards.
 
 The place of a sample is (shard, number within the shard). A remote shard is fetched whole into a cache on this machine.
-Each process reads the headers of a shard once; after that, a sample is one read. A local shard stays open, as far as
+A process of this machine reads the headers of a shard, and others what it has found
+(:mod:`~maskmatch_scale.data.shards.tables`); after that, a sample is one read. A local shard stays open, as far as
 descriptors allow (:mod:`~maskmatch_scale.data.shards.open_files`); one in the cache is opened for each sample, which
 takes some microseconds, so that the bound of the cache holds for the disk too.
 
@@ -11,10 +12,9 @@ Decision: docs/decisions/0001-random-access-to-shards.md.
 from __future__ import annotations
 
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from io import FileIO
@@ -24,13 +24,16 @@ from typing import Any, BinaryIO, TypeVar
 from maskmatch_scale.data.faults import BadSample, DataError, NotFetched
 from maskmatch_scale.data.node_arrays import NodeArrays
 from maskmatch_scale.data.remote.address import join
-from maskmatch_scale.data.remote.shard_cache import Fetched, ShardCache
+from maskmatch_scale.data.remote.cache_place import default_cache
+from maskmatch_scale.data.remote.shard_cache import Fetched, ShardCache, cached_name
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.finding import find_index, modified
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.open_files import keep_open, with_descriptors
+from maskmatch_scale.data.shards.range_reads import RangeReads
 from maskmatch_scale.data.shards.stored import of_node
-from maskmatch_scale.data.shards.tar import TarTable, read_table
+from maskmatch_scale.data.shards.tables import TableFiles
+from maskmatch_scale.data.shards.tar import TarTable
 from maskmatch_scale.recipe import DataRecipe
 from maskmatch_scale.redact import is_remote, shown
 
@@ -61,9 +64,8 @@ class RawSample:
 
 def fetch_options(data: DataRecipe) -> FetchOptions:
     """The options of a recipe for fetching remote shards."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return FetchOptions(
-        cache=Path(data.cache_dir) if data.cache_dir else home / "maskmatch_scale" / "shards",
+        cache=Path(data.cache_dir) if data.cache_dir else default_cache(),
         limit_bytes=int(data.cache_gb * 1e9),
         timeout_s=data.fetch_timeout_s,
         attempts=data.fetch_attempts,
@@ -180,6 +182,8 @@ class ShardStream:
         self._options = fetch_options(data)
         self.arrays: NodeArrays | None = of_node(self._options)
         """What the processes of this node share; None: nothing."""
+        self._table_files = TableFiles(self._options, labelled=self.labels)
+        self._ranges = RangeReads(self.root, self.index, self.shards, self._options, labelled=self.labels)
         self._tables: OrderedDict[int, TarTable | BadSample] = OrderedDict()
         self._good: dict[int, int] = {}
         """Cached shards that had a bad sample and were compared with their checksum: the inode of the good file."""
@@ -224,6 +228,9 @@ class ShardStream:
     ) -> Prepared:
         """Read sample number ``place`` of a shard, and prepare it.
 
+        While its shard is being fetched, a sample is read by its range, if that is known; one that then cannot be used
+        is read from the whole shard.
+
         If that fails and the shard lies in the cache, its bytes are compared with the checksum. A shard that was
         damaged there is fetched again. Each file is compared once, however many of its samples are bad.
 
@@ -237,6 +244,12 @@ class ShardStream:
             BadSample: the sample, or its whole shard, cannot be used.
             DataError: with ``strict``: the shard is not as the index says.
         """
+        file, (_, elsewhere) = self.shards.file(shard), _place(self.root, self.shards.file(shard))
+        if elsewhere and patience_s > 0 and shard not in self._tables:
+            sample = self._ranges.sample(shard, place, self.cache)
+            if sample is not None:
+                with suppress(BadSample):
+                    return prepare(RawSample(sample[0], file, *sample[1:]))
         try:
             return prepare(self.read(shard, place, patience_s=patience_s))
         except DataError:
@@ -354,7 +367,8 @@ class ShardStream:
         if found is None:
             location, said = self.location(shard), int(self.shards.samples[shard])
             try:
-                found = read_table(file, shown(location), labelled=self.labels)
+                cached = cached_name(*self._version(shard)) if is_remote(location) else None
+                found = self._table_files.read(file, shown(location), cached)
             except BadSample as bad:
                 self._keep(shard, bad)
                 raise

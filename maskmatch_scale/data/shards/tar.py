@@ -96,6 +96,26 @@ class TarTable:
         self._spans = spans
         self._faults = faults
 
+    @classmethod
+    def of_parts(
+        cls,
+        shard: str,
+        labelled: bool,
+        spans: NDArray[np.int64],
+        key_ends: NDArray[np.int64],
+        keys: bytes,
+        faults: dict[int, tuple[str, str]],
+        damage: str,
+    ) -> TarTable:
+        """The table that has these :meth:`parts`."""
+        table = cls(shard, labelled, [], spans, faults, damage)
+        table._keys, table._key_ends = keys, key_ends
+        return table
+
+    def parts(self) -> tuple[NDArray[np.int64], NDArray[np.int64], bytes, dict[int, tuple[str, str]], str]:
+        """What the table consists of: spans; where the keys end, int64 (samples,); all keys; faults; damage."""
+        return self._spans, self._key_ends, self._keys, self._faults, self.damage
+
     def __len__(self) -> int:
         """Number of samples, bad ones included."""
         return len(self._spans)
@@ -196,6 +216,11 @@ class GroupedMembers:
         self._members: dict[str, tuple[int, int]] = {}  # extension → offset, size
         self._fault: tuple[str, str] | None = None
         self._file_size = 0
+
+    @property
+    def begun(self) -> int:
+        """Number of samples of which a member was taken."""
+        return len(self.keys) + (self._key is not None)
 
     def add(self, name: str, flag: int, offset: int, size: int, file_size: int) -> None:
         """Take the next member of the tar; begin a sample if its key is another one.

@@ -21,6 +21,7 @@ from maskmatch_scale.data.remote.fetch import ask_size
 from maskmatch_scale.data.remote.shard_cache import ShardCache
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex, ShardTable, StreamEntry
+from maskmatch_scale.data.shards.offsets import is_side_car_of, side_car, write_side_car
 from maskmatch_scale.data.shards.stored import write_index
 from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.data.tools.listing import Listed, entries_of, listed, with_notes
@@ -59,6 +60,7 @@ def survey(
     rescan: bool = False,
     scan: bool = False,
     add: bool = False,
+    offsets: bool = False,
     workers: int | None = None,
     progress: bool = False,
 ) -> ShardIndex:
@@ -75,6 +77,8 @@ def survey(
             case; a remote one is taken to be as it was.
         scan: whether to open every shard, for its checksum, also those whose number of samples an index says.
         add: whether to keep the streams of the index that is there, and append to them.
+        offsets: whether to write where the samples of each shard begin, which needs every shard opened. An index that
+            has them keeps them.
         workers: processes; None takes one a core. Several are started by `spawn`, so a script that calls this needs
             an `if __name__ == "__main__":` guard.
         progress: whether to show a bar on stderr. In a log it is drawn once, at the end.
@@ -84,6 +88,7 @@ def survey(
             killed.
     """
     before = _index_before(out, needed=add)
+    offsets = offsets or (before is not None and before.offsets)
     found = {name: listed(patterns, name, options) for name, patterns in streams.items()}
     if add and before is not None:
         found, labelled, meaning = _added(before, out, found, labelled, meaning)
@@ -96,8 +101,11 @@ def survey(
 
     def is_known(shard: Listed, name: str) -> bool:
         entry = notes.get(identity(shard.location, name in labelled))
-        return entry is not None and ("sha256" in entry or (not scan and shard.samples in (None, entry["samples"])))
+        if entry is None or (offsets and not is_side_car_of(_side_car(shard.location, out), entry.get("sha256", ""))):
+            return False
+        return "sha256" in entry or (not scan and shard.samples in (None, entry["samples"]))
 
+    scan = scan or offsets
     missing = []
     for name, shards in found.items():
         unknown = [shard for shard in shards if not is_known(shard, name)]
@@ -108,7 +116,7 @@ def survey(
     to_scan = [(shard.location, labels) for shard, labels in missing if shard.samples is None or scan]
     with progress_of("", len(missing), unit="shards", wanted=progress, elsewhere="last bar") as advance:
         _ask(counted, options, notes, advance)
-        _scan(to_scan, options, workers, notes, advance)
+        _scan(to_scan, _LookAt(options, out if offsets else None), workers, notes, advance)
     identities = {
         name: [identity(shard.location, name in labelled) for shard in shards] for name, shards in found.items()
     }
@@ -117,6 +125,7 @@ def survey(
         classes=meaning.classes,
         palette=meaning.palette,
         ignore_index=meaning.ignore_index,
+        offsets=offsets,
         streams={
             name: StreamEntry(
                 labelled=name in labelled, shards=ShardTable(_entry(notes[each], out) for each in identities[name])
@@ -197,7 +206,7 @@ def _ask(
 
 def _scan(
     shards: Sequence[tuple[str, bool]],
-    options: FetchOptions,
+    look_at: _LookAt,
     workers: int | None,
     notes: SurveyNotes,
     advance: Callable[[], None],
@@ -206,7 +215,7 @@ def _scan(
     workers = 1 if len(shards) < 2 else workers or usable_cores()
     killed = "a process was killed (out of memory?); run the same command again: it goes on with the other shards"
     # Not in order: a shard that is slow to fetch must not keep the others waiting, nor out of the notes.
-    with results(_LookAt(options), shards, workers, if_killed=killed, ordered=False) as entries:
+    with results(look_at, shards, workers, if_killed=killed, ordered=False) as entries:
         for entry in entries:
             notes.add([entry])
             advance()
@@ -225,16 +234,22 @@ def _wids(name: str, stream: StreamEntry) -> str:
 
 @dataclass(frozen=True)
 class _LookAt:
-    """Looks at shards, each given as its location and whether it has label maps; picklable."""
+    """Looks at shards, each given as its location and whether it has label maps; picklable.
+
+    Attributes:
+        options: how they are fetched.
+        out: folder of the index, if side-cars with the offsets of samples are to be written beside it.
+    """
 
     options: FetchOptions
+    out: Path | None
 
     def __call__(self, shard: tuple[str, bool]) -> Entry:
         location, labelled = shard
-        return _look_at(location, labelled, self.options)
+        return _look_at(location, labelled, self.options, self.out)
 
 
-def _look_at(location: str, labelled: bool, options: FetchOptions) -> Entry:
+def _look_at(location: str, labelled: bool, options: FetchOptions, out: Path | None) -> Entry:
     """A shard's entry; raises :class:`DataError` for one that is empty or cut off."""
     path = _fetched(location, options) if is_remote(location) else Path(location)
     with path.open("rb") as file:
@@ -243,7 +258,10 @@ def _look_at(location: str, labelled: bool, options: FetchOptions) -> Entry:
         raise DataError(f"{shown(location)}: cut off after {len(table)} samples; write it again, or leave it out")
     if not len(table):
         raise DataError(f"{shown(location)}: holds no sample; leave it out")
-    return entry_of(Listed(location, len(table), path.stat().st_size, sha256(path)), labelled)
+    size, digest = path.stat().st_size, sha256(path)
+    if out is not None:
+        write_side_car(path, _side_car(location, out), size, digest, labelled=labelled)
+    return entry_of(Listed(location, len(table), size, digest), labelled)
 
 
 def _fetched(location: str, options: FetchOptions) -> Path:
@@ -253,10 +271,18 @@ def _fetched(location: str, options: FetchOptions) -> Path:
 
 
 def _entry(found: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """A shard's entry in the index; what lies in the folder of the index is listed by its name alone."""
-    location = str(found["location"])
-    if not is_remote(location):
-        path = Path(location).absolute()
-        location = path.name if path.parent == out.absolute() else str(path)
+    """A shard's entry in the index."""
     facts = {name: value for name, value in found.items() if name not in ("identity", "location")}
-    return {"file": location, **facts}
+    return {"file": _file(str(found["location"]), out), **facts}
+
+
+def _file(location: str, out: Path) -> str:
+    """A shard as the index names it; what lies in the folder of the index is listed by its name alone."""
+    if is_remote(location):
+        return location
+    path = Path(location).absolute()
+    return path.name if path.parent == out.absolute() else str(path)
+
+
+def _side_car(location: str, out: Path) -> Path:
+    return out / side_car(_file(location, out))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from maskmatch_scale.data.faults import BadSample, DataError
+from maskmatch_scale.data.shards.offsets import side_car, write_side_car
 from maskmatch_scale.data.shards.tar import IMAGE_EXTENSIONS
 from maskmatch_scale.data.writing.journal import Journal, Written
 from maskmatch_scale.data.writing.protocol import EncodedSample, StreamItems
@@ -101,6 +102,9 @@ def write_shard(
                 advance()
         file.flush()
         os.fsync(file.fileno())
+        if keys:  # its bytes are still in memory
+            beside = out / side_car(shard.file)
+            write_side_car(begun, beside, digested.bytes, digested.sha256(), labelled=shard.stream.labelled)
     entry = Written(shard.file, len(keys), digested.bytes, digested.sha256(), tuple(skipped))
     if not keys:
         begun.unlink()

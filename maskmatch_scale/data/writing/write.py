@@ -19,6 +19,7 @@ from typing import Any
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.pool import results, usable_cores
 from maskmatch_scale.data.shards.index import ShardEntry, ShardIndex, ShardTable, StreamEntry
+from maskmatch_scale.data.shards.offsets import is_side_car_of, side_car, write_side_car
 from maskmatch_scale.data.writing.folder import begin, finish, is_whole, only_writer, written_before
 from maskmatch_scale.data.writing.journal import JOURNAL_NAME, SKIPPED_NAME, Journal, Written, write_skipped
 from maskmatch_scale.data.writing.protocol import DataSource, EncodedSample, Prepares
@@ -89,13 +90,26 @@ def write_shards(
             classes=source.classes,
             palette=source.palette,
             ignore_index=source.ignore_index,
+            offsets=True,
             streams={
                 name: StreamEntry(labelled=stream.labelled, shards=_table(out, name, shards[name], written))
                 for name, stream in streams.items()
             },
         )
+        _complete_side_cars(out, index)
         finish(out, index)
         return index
+
+
+def _complete_side_cars(out: Path, index: ShardIndex) -> None:
+    """Write those side-cars that are not there: of shards that were written by a version that wrote none."""
+    for stream in index.streams.values():
+        for shard in stream.shards:
+            beside = out / side_car(shard.file)
+            assert shard.bytes is not None
+            assert shard.sha256 is not None
+            if not is_side_car_of(beside, shard.sha256):
+                write_side_car(out / shard.file, beside, shard.bytes, shard.sha256, labelled=stream.labelled)
 
 
 def _render_all(

@@ -9,6 +9,7 @@ import platform
 import torch
 
 from maskmatch_scale import __version__
+from maskmatch_scale.data.batches.cache_room import cache_lines
 from maskmatch_scale.engine.precision import uses_tf32
 from maskmatch_scale.progress import show
 from maskmatch_scale.training.callbacks.base import Callback
@@ -57,6 +58,7 @@ class Opening(Callback):
                 "the student"
             )
         lines += run.notes
+        lines += cache_lines(run.batches, place.local_world_size)
         if uses_tf32(run.runtime.device, engine.precision):
             lines.append("products of fp32 matrices run in TF32")
         if recipe.optim.lr_reference_batch:

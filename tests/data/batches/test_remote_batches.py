@@ -6,6 +6,7 @@ import pytest
 
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.data.batches.training import TrainingBatches
+from maskmatch_scale.data.shards import range_reads
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.train import train
@@ -156,3 +157,19 @@ def test_shards_of_half_a_window_later_are_fetched(shapes, make_recipe, tmp_path
             wait_until(lambda: not source.stream.cache._here().prefetching)
             second = {request.path for request in server.requests} & (windows[1] - windows[0])
             assert bool(second) == (number >= 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_first_batches_come_before_their_shards(shapes, make_recipe, tmp_path, workers, monkeypatch):
+    """Of a new run and of one that continues; they are those of a folder."""
+    monkeypatch.setattr(range_reads, "_SHARE", 0.1)  # these shards have few samples, which come again and again
+    plain = list(load_batches(TrainingBatches(make_recipe(), 3, 0, 1, unlabelled=True), 0, 6))
+    names = [shard.file for stream in ShardIndex.load(shapes).streams.values() for shard in stream.shards]
+    with FaultyServer(shapes, {name: Fault(of="whole", stall_after=0) for name in names}) as server:
+        for start in (0, 3):
+            data = over(server, tmp_path, f"cache-{start}", workers=workers, fetch_timeout_s=10.0, fetch_attempts=1)
+            made = TrainingBatches(make_recipe(data=data, run={"steps": 6}), 3, 0, 1, unlabelled=True)
+            fetched = list(load_batches(made, start, 6))
+            assert all(map(same, plain[start:], fetched))
+            assert [batch.fetched.ranges for batch in fetched] == [4] * len(fetched)
+            assert not any(batch.skipped for batch in fetched)

@@ -1,0 +1,139 @@
+"""Where shards of other machines are kept if the recipe does not say it: on a local disk of this machine.
+
+Home directories of clusters often lie on a network. A cache there would be slow, would fill a quota, and would be one
+for all machines of a job. So candidates are taken by the type of their file system.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+_NAME = "maskmatch_scale"
+_MOUNTS = Path("/proc/self/mounts")
+_ON_A_NETWORK = re.compile(
+    "acfs|afs|autofs|beegfs|beegfs_nodev|ceph|cifs|coda|davfs|gfs|gfs2|glusterfs|gpfs|lustre|mmfs|ncpfs|nfs|nfs4|ocfs2|"
+    "orangefs|panfs|pvfs2|smb3|smbfs|wekafs"
+)
+_LOCAL_FUSE = frozenset(("fuseblk", "fuse.fuse-overlayfs", "fuse.overlayfs", "fuse.ntfs-3g"))
+"""File systems of FUSE that lie on a disk of the machine; most others are on a network."""
+_IN_MEMORY = frozenset(("tmpfs", "ramfs", "devtmpfs"))
+_SCRATCH = ("SLURM_TMPDIR", "LOCAL_SCRATCH", "TMPDIR")
+"""Variables by which clusters name a folder on a disk of the machine."""
+
+
+class Candidate(NamedTuple):
+    """A folder that the cache may lie in.
+
+    Attributes:
+        path: the folder of the cache.
+        is_shared: whether others can write to the folder above it.
+    """
+
+    path: Path
+    is_shared: bool
+
+
+def default_cache() -> Path:
+    """The folder of the cache, by the environment and the file systems that are mounted.
+
+    The first that is on a local disk of: ``$XDG_CACHE_HOME``, ``~/.cache``, ``$SLURM_TMPDIR``, ``$LOCAL_SCRATCH``,
+    ``$TMPDIR``, ``/tmp``. Without such a disk, one in memory; without that, ``/tmp``.
+    """
+    return _chosen(tuple(_candidates(os.environ)))
+
+
+def describe(cache: Path) -> str:
+    """The folder of a cache and the type of its file system, for the log."""
+    kind = file_system(cache, _mounts())
+    return f"{cache} ({kind}{', in memory' if kind in _IN_MEMORY else ''})" if kind else str(cache)
+
+
+def _candidates(environment: Mapping[str, str]) -> list[Candidate]:
+    own = [Path(environment["XDG_CACHE_HOME"])] if environment.get("XDG_CACHE_HOME") else []
+    with suppress(RuntimeError):  # this user has no home
+        own.append(Path.home() / ".cache")
+    scratch = [Path(environment[name]) for name in _SCRATCH if environment.get(name)]
+    user = f"{_NAME}-{os.getuid()}"
+    return [
+        *(Candidate(folder / _NAME / "shards", False) for folder in own),
+        *(Candidate(folder / user / "shards", True) for folder in [*scratch, Path("/tmp")]),
+    ]
+
+
+@lru_cache(maxsize=8)
+def _chosen(candidates: tuple[Candidate, ...]) -> Path:
+    for candidate in candidates:
+        _there(candidate.path)  # what is mounted when it is first looked at
+    return choose(candidates, _mounts())
+
+
+def choose(candidates: tuple[Candidate, ...], mounts: Mapping[str, str]) -> Path:
+    """The first candidate on a local disk; then the first in memory; then the last one.
+
+    Args:
+        candidates: in the order of preference.
+        mounts: types of file systems by the path where they are mounted.
+    """
+    usable = [candidate.path for candidate in candidates if _is_usable(candidate)]
+    kinds = [file_system(path, mounts) for path in usable]
+    for wanted in (False, True):
+        for path, kind in zip(usable, kinds, strict=True):
+            if not _is_on_a_network(kind) and (kind in _IN_MEMORY) == wanted:
+                return path
+    return candidates[-1].path
+
+
+def _is_usable(candidate: Candidate) -> bool:
+    """Whether the folder can be written to, and no other user has made it."""
+    path = candidate.path
+    if (
+        candidate.is_shared
+        and path.parent.exists()
+        and (path.parent.is_symlink() or path.parent.stat().st_uid != os.getuid())
+    ):
+        return False
+    there = _there(path)
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def _there(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next((folder for folder in (path, *path.parents) if folder.exists()), Path("/"))
+
+
+def file_system(path: Path, mounts: Mapping[str, str]) -> str:
+    """Type of the file system that a path lies on, or would lie on; empty if it is not known.
+
+    Args:
+        path: it need not exist.
+        mounts: see :func:`choose`.
+    """
+    real = Path(os.path.realpath(path))
+    return next((mounts[str(folder)] for folder in (real, *real.parents) if str(folder) in mounts), "")
+
+
+def _is_on_a_network(kind: str) -> bool:
+    return _ON_A_NETWORK.fullmatch(kind) is not None or (kind.partition(".")[0] == "fuse" and kind not in _LOCAL_FUSE)
+
+
+def _mounts() -> dict[str, str]:
+    try:
+        return parse_mounts(_MOUNTS.read_text(errors="surrogateescape"))
+    except OSError:  # not on Linux
+        return {}
+
+
+def parse_mounts(table: str) -> dict[str, str]:
+    """Types by path, of lines as in ``/proc/mounts``; of several at one path the last one, which hides the others."""
+    found = {}
+    for fields in map(str.split, table.splitlines()):
+        if len(fields) >= 3:
+            path = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[1])
+            found[path] = fields[2]
+    return found
