@@ -46,6 +46,8 @@ class Fetched:
     failed_tries: int = 0
     damaged: int = 0
     """Shards that were damaged in the cache, and dropped."""
+    left_out: int = 0
+    """Samples of shards without an index that were read, and left out by a source's `where`."""
 
     def __add__(self, other: Fetched) -> Fetched:
         return Fetched(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))

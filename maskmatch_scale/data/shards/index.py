@@ -207,6 +207,10 @@ class ShardTable(Sequence[ShardEntry]):
             entries.append({"file": file, "samples": samples, **known})
         return entries
 
+    def take(self, numbers: Iterable[int]) -> ShardTable:
+        """The table of these shards alone, in this order."""
+        return ShardTable(self[number] for number in numbers)
+
 
 def _first_fault(rows: Sequence[Any]) -> str:
     """The first entry that is not well formed, and why."""
@@ -315,6 +319,14 @@ class ShardIndex(_Frozen):
             labelled = json.dumps(stream["labelled"])
             parts.append(f'  {json.dumps(name)}: {{\n  "labelled": {labelled},\n  "shards": [\n{shards}\n  ]}}')
         return f'{head},\n "streams": {{\n{",".join(parts)}\n }}\n}}\n'.encode()
+
+    def with_shards(self, stream: str, numbers: Sequence[int]) -> ShardIndex:
+        """The same index with only these shards of a stream; the index itself if they are all shards."""
+        entry = self.streams[stream]
+        if list(numbers) == list(range(len(entry.shards))):
+            return self
+        fewer = entry.model_copy(update={"shards": entry.shards.take(numbers)})
+        return self.model_copy(update={"streams": {**self.streams, stream: fewer}})
 
     def stream(self, name: str) -> StreamEntry:
         """The stream called ``name``.

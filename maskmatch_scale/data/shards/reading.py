@@ -143,6 +143,7 @@ class ShardStream:
         data: how remote shards are fetched; None = by the defaults.
         index: of the folder, if it was read already.
         labels: whether label maps are read; None = as the index says.
+        images: whether images are read; otherwise those of all samples are empty.
         strict: whether a shard that is not as the index says is an error. If not, only those of its samples that
             cannot be read are bad.
 
@@ -159,6 +160,7 @@ class ShardStream:
         *,
         index: ShardIndex | None = None,
         labels: bool | None = None,
+        images: bool = True,
         strict: bool = True,
     ) -> None:
         self.root = str(root)
@@ -173,6 +175,7 @@ class ShardStream:
         self.labels = self.entry.labelled if labels is None else labels
         if self.labels and not self.entry.labelled:
             raise DataError(f"{shown(self.root)}: stream {name!r} has no labels")
+        self.images = images
         self.strict = strict
         self._options = fetch_options(data)
         self._tables: OrderedDict[int, TarTable | BadSample] = OrderedDict()
@@ -283,6 +286,26 @@ class ShardStream:
             location, self.shards.size(shard), self.shards.sha256(shard), self.shards.etag(shard)
         )
 
+    def open(self, shard: int) -> FileIO:
+        """Open a shard, to be closed by the caller; several threads may do so at the same time.
+
+        Raises:
+            BadSample: it cannot be opened.
+            DataError: see :meth:`ShardCache.open`.
+        """
+        location, elsewhere = _place(self.root, self.shards.file(shard))
+        if elsewhere:
+            _, sha256, etag = self._version(shard)
+            return self.cache.open(location, self.shards.size(shard), sha256, etag)
+        try:
+            return with_descriptors(partial(FileIO, location))
+        except OSError as error:
+            raise BadSample("shard_unreadable", f"{location}: {error.strerror}; write the shard again") from None
+
+    def identities(self) -> bytes:
+        """What tells its samples from others, see :meth:`ShardTable.identities`."""
+        return self.shards.identities()
+
     def shards_here(self) -> list[int]:
         """The shards that can be read without fetching any."""
         local = [number for number in range(len(self.shards)) if not is_remote(self.location(number))]
@@ -347,18 +370,26 @@ class ShardStream:
         """The table of a shard; it is kept."""
         found = self._tables.get(shard)
         if found is None:
-            location, said = self.location(shard), int(self.shards.samples[shard])
+            said = int(self.shards.samples[shard])
             try:
-                found = read_table(file, shown(location), labelled=self.labels)
+                found = self.read_table(shard, file)
             except BadSample as bad:
                 self._keep(shard, bad)
                 raise
             if self.strict and len(found) != said:
-                raise DataError(f"{shown(location)}: {_other_count(found, said)}")
+                raise DataError(f"{shown(self.location(shard))}: {_other_count(found, said)}")
             self._keep(shard, found)
         assert isinstance(found, TarTable)
         self._tables.move_to_end(shard)
         return found
+
+    def read_table(self, shard: int, file: FileIO) -> TarTable:
+        """Read the headers of a shard that is open.
+
+        Raises:
+            BadSample: it cannot be read, or is no tar.
+        """
+        return read_table(file, shown(self.location(shard)), labelled=self.labels, images=self.images)
 
     def _keep(self, shard: int, found: TarTable | BadSample) -> None:
         while len(self._tables) >= _TABLES_KEPT:
