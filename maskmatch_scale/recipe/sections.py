@@ -47,9 +47,9 @@ class SourceRecipe(Section):
     """Shard folder: a local one, or a URL. Also an archive of img2dataset, wids, Energon or open_clip, or a list of
     shards with their numbers of samples: see docs/streaming.md. A source needs this or `shards`."""
     shards: Shards | None = None
-    """Without `root`: shards without an index, which are read in sequence (docs/streaming.md): a path or URL with braces
-    (`x-{000..127}.tar`) or `*`, or a `pipe:` command. For `data.unlabelled` alone. Beside `root`: which shards of its
-    stream are used, by their numbers in the index, from 0 on: `0-999`, or `0-9,20`; null = all."""
+    """Without `root`: shards without an index, which are read in sequence (docs/streaming.md): a path or URL with
+    braces (`x-{000..127}.tar`) or `*`, or a `pipe:` command. For `data.unlabelled` alone. Beside `root`: which shards
+    of its stream are used, by their numbers in the index, from 0 on: `0-999`, or `0-9,20`; null = all."""
     where: str | None = None
     """Which samples are used, by fields of their `.json` members: `width >= 512 and similarity > 0.3`
     (docs/streaming.md); null = all. Samples without such a field are not."""
@@ -175,8 +175,8 @@ class DataRecipe(Section):
         for source in self.labelled:
             if source.is_sequential:
                 raise ValueError(
-                    f"labelled: {shown(source.shards or '')} as `shards`: labelled samples are drawn and counted, which "
-                    "needs an index (`maskmatch shards index`); give its folder as `root`"
+                    f"labelled: {shown(source.shards or '')} as `shards`: labelled samples are drawn and counted, "
+                    "which needs an index (`maskmatch shards index`); give its folder as `root`"
                 )
         for source in self.unlabelled:
             place = shown(source.root or source.shards or "")

@@ -29,6 +29,7 @@ _GRAMMAR = (
     "comparisons (< <= > >= == !=, in, not in) of fields with numbers, texts, true and false, joined by and, or, not"
 )
 _MISSING = "missing"
+_IF_MISSING = f"FIELD is {_MISSING}, or FIELD is not {_MISSING}"
 _NAMED = {"true": True, "false": False}
 _COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Lt: "<",
@@ -181,18 +182,14 @@ class _Parser:
         nodes = [node.left, *node.comparators]
         for left, sign, right in zip(nodes, node.ops, nodes[1:], strict=False):
             if type(sign) not in _COMPARISONS:
-                raise self._refused(
-                    right, f"can stand after `is` alone: FIELD is {_MISSING}, or FIELD is not {_MISSING}"
-                )
+                raise self._refused(right, f"can stand after `is` alone: {_IF_MISSING}")
             pairs.append(self._pair(left, _COMPARISONS[type(sign)], right))
         return pairs[0] if len(pairs) == 1 else _Join(False, tuple(pairs))
 
     def _missing(self, node: ast.Compare) -> _Condition:
         right = node.comparators[0]
         if len(node.ops) > 1 or not (isinstance(right, ast.Name) and right.id == _MISSING):
-            raise self._refused(
-                right, f"cannot stand after `is`: write FIELD is {_MISSING}, or FIELD is not {_MISSING}"
-            )
+            raise self._refused(right, f"cannot stand after `is`: write {_IF_MISSING}")
         field = self._operand(node.left)
         if not isinstance(field, _Field):
             raise self._refused(node.left, "is no field, so it is never missing")
@@ -223,7 +220,7 @@ class _Parser:
             case ast.Name(id=name) if name in _NAMED:
                 return _NAMED[name]
             case ast.Name(id=name) if name == _MISSING:
-                raise self._refused(node, f"can stand after `is` alone: FIELD is {_MISSING}")
+                raise self._refused(node, f"can stand after `is` alone: {_IF_MISSING}")
             case ast.Name(id="null" | "none") | ast.Constant(value=None):
                 raise self._refused(node, f"equals nothing; write FIELD is {_MISSING}")
             case ast.Name() | ast.Attribute() | ast.Call():
@@ -250,14 +247,16 @@ class _Parser:
         return self._error_at(at, f"`{what}` {why}")
 
     def _syntax_error(self, error: SyntaxError) -> WhereError:
-        at = max(0, (error.offset or 1) - 1)
+        at = (error.offset or 0) - 1
+        if at < 0 or at >= len(
+            self.text
+        ):  # Python says no place, or one in the next line, for an end that is too early
+            return self._error_at(len(self.text), "it ends too early")
         word = re.match(r"\w*", self.text[at:])
         assert word is not None
         if keyword.iskeyword(word[0]) and word[0] not in ("and", "or", "not", "in", "is"):
-            return self._error_at(
-                at, f'`{word[0]}` is a word of the language; a field of this name is field("{word[0]}")'
-            )
-        why = (error.msg or "invalid syntax").partition(". ")[0]
+            return self._error_at(at, f'`{word[0]}` is a word of Python; a field of this name is field("{word[0]}")')
+        why = re.split(r"[;.] | - ", error.msg or "invalid syntax")[0]
         return self._error_at(at, f"it cannot be read from `{self.text[at : at + 60]}` on ({why})")
 
     def _error_at(self, at: int, what: str) -> WhereError:

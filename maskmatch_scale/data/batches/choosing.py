@@ -169,8 +169,8 @@ def _in_ranges(text: str, shards: int, name: str) -> list[int]:
     largest = max(part[-1] for part in ranges)
     if largest >= shards:
         raise DataError(
-            f"source {name!r}: shards={text}: there is no shard {largest}; its index has {shards} shards, numbered from "
-            f"0 to {shards - 1}"
+            f"source {name!r}: shards={text}: there is no shard {largest}; its index has {shards} shards, numbered "
+            f"from 0 to {shards - 1}"
         )
     return sorted({number for part in ranges for number in part})
 

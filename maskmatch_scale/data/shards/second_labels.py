@@ -31,7 +31,7 @@ from maskmatch_scale.redact import shown
 Prepared = TypeVar("Prepared")
 
 MOST_LABELS = 2_000_000
-"""A folder with more label maps is refused: their keys are held in memory while they are matched, some 200 bytes each."""
+"""A folder with more label maps is refused: their keys are in memory while they are matched, some 200 bytes each."""
 
 
 class LabelsElsewhere(ShardStream):
@@ -74,7 +74,8 @@ class LabelsElsewhere(ShardStream):
         where = shown(labels_root)
         if len(self.label_stream) > MOST_LABELS:
             raise DataError(
-                f"{where}: {len(self.label_stream)} label maps; at most {MOST_LABELS} are matched by their keys"
+                f"{where}: {len(self.label_stream)} label maps, and at most {MOST_LABELS} are matched by keys; name an "
+                "index of fewer shards"
             )
         digest = digest_of(self, "labels", digest_of(self.label_stream))
         what = f"source {source!r}: matching keys with {where}"
