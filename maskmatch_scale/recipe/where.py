@@ -248,10 +248,9 @@ class _Parser:
 
     def _syntax_error(self, error: SyntaxError) -> WhereError:
         at = (error.offset or 0) - 1
-        if at < 0 or at >= len(
-            self.text
-        ):  # Python says no place, or one in the next line, for an end that is too early
+        if (at < 0 and error.msg == "invalid syntax") or at >= len(self.text):
             return self._error_at(len(self.text), "it ends too early")
+        at = max(0, at)
         word = re.match(r"\w*", self.text[at:])
         assert word is not None
         if keyword.iskeyword(word[0]) and word[0] not in ("and", "or", "not", "in", "is"):
