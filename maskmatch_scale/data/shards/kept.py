@@ -1,7 +1,7 @@
 """Numbers that take long to find, kept in a folder of this machine: found once, by one process, for all others.
 
 A file is there whole or not at all. It is named by a digest of all that its numbers depend on; so it is never out of
-date, and may be deleted at any time.
+date, and may be deleted at any time. What was found so far may be kept, too, for a start that is interrupted.
 """
 
 from __future__ import annotations
@@ -28,8 +28,39 @@ _POLL_S = 0.2
 _SECONDS_BETWEEN_LINES = 60.0
 
 
+class Unfinished:
+    """What was found so far. Of a process that was interrupted, the next one goes on with it.
+
+    Args:
+        folder: where it is kept.
+        name: of the files.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._path = folder / f"{name}.part.npy"
+
+    def read(self) -> tuple[Numbers, dict[str, Any]] | None:
+        """What :meth:`write` was given last; None: nothing that is whole."""
+        found = _read(self._path)
+        if found is None or found[1].get("numbers") not in range(len(found[0]) + 1):
+            return None
+        numbers, facts = found
+        return numbers[: facts.pop("numbers")], facts
+
+    def write(self, numbers: Numbers, facts: dict[str, Any]) -> None:
+        """Keep it, if the disk takes it: numbers that begin with those of the last time, and facts for JSON."""
+        with suppress(OSError):
+            _write(self._path, numbers, facts | {"numbers": len(numbers)})
+
+    def remove(self) -> None:
+        """It is not needed any more."""
+        for path in (self._path, self._path.with_suffix(".json")):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
 def kept_numbers(
-    folder: Path, name: str, find: Callable[[], tuple[Numbers, dict[str, Any]]], what: str
+    folder: Path, name: str, find: Callable[[Unfinished], tuple[Numbers, dict[str, Any]]], what: str
 ) -> tuple[Numbers, dict[str, Any]]:
     """Read numbers that were found before, or find them and keep them.
 
@@ -39,7 +70,7 @@ def kept_numbers(
     Args:
         folder: made if it is not there.
         name: of the files; with a digest of what the numbers depend on.
-        find: returns int64 (n, …), and facts about them for JSON.
+        find: returns int64 (n, …), and facts about them for JSON; it is given a place for what it has found so far.
         what: what is found, for the log.
 
     Returns:
@@ -55,15 +86,21 @@ def kept_numbers(
     with _only_one(folder, name, what):
         if (found := _read(path)) is not None:  # of another process, meanwhile
             return found
-        numbers, facts = find()
+        unfinished = Unfinished(folder, name)
+        numbers, facts = find(unfinished)
         try:
-            write_whole(path.with_suffix(".json"), json.dumps(facts))
-            with file_whole(path) as beside, beside.open("wb") as file:
-                np.save(file, numbers, allow_pickle=False)
+            _write(path, numbers, facts)
         except OSError as error:
             log.warning("%s: %s; it is not kept for other processes", what, disk_fault(error) or error)
             return numbers, facts
+        unfinished.remove()
     return _read(path) or (numbers, facts)
+
+
+def _write(path: Path, numbers: Numbers, facts: dict[str, Any]) -> None:
+    with file_whole(path) as beside, beside.open("wb") as file:
+        np.save(file, numbers, allow_pickle=False)
+    write_whole(path.with_suffix(".json"), json.dumps(facts))
 
 
 def _read(path: Path) -> tuple[Numbers, dict[str, Any]] | None:

@@ -87,6 +87,17 @@ class MetadataFilter:
                 if isinstance(value, dict):
                     self.names |= {f"{name}.{inner}" for inner in value}
 
+    def as_json(self) -> dict[str, Any]:
+        """Its counts, as :meth:`restore` takes them."""
+        counts = {"samples": self.samples, "chosen": self.chosen, "undecided": self.undecided, "without": self.without}
+        return {**counts, "unseen": sorted(self.unseen), "names": sorted(self.names)}
+
+    def restore(self, counts: dict[str, Any]) -> None:
+        """Go on with the counts of one that had this condition."""
+        self.samples, self.chosen = counts["samples"], counts["chosen"]
+        self.undecided, self.without = counts["undecided"], counts["without"]
+        self.unseen, self.names = set(map(tuple, counts["unseen"])), set(counts["names"])
+
     def add(self, other: MetadataFilter) -> None:
         """Count also what another one with this condition has counted."""
         self.samples += other.samples

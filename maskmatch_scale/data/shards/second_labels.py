@@ -22,7 +22,7 @@ import numpy as np
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.remote.shard_cache import Fetched
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.data.shards.kept import Numbers, kept_numbers
+from maskmatch_scale.data.shards.kept import Numbers, Unfinished, kept_numbers
 from maskmatch_scale.data.shards.reading import RawSample, ShardStream
 from maskmatch_scale.data.shards.selection import digest_of, over_shards
 from maskmatch_scale.recipe import DataRecipe
@@ -87,7 +87,7 @@ class LabelsElsewhere(ShardStream):
         without["label maps without an image"] = len(self.label_stream) - len(found)
         self.unmatched = "".join(f", {count} {words}" for words, count in without.items() if count)
 
-    def _match(self, source: str, others_wait_s: float) -> tuple[Numbers, dict[str, Any]]:
+    def _match(self, source: str, others_wait_s: float, _: Unfinished) -> tuple[Numbers, dict[str, Any]]:
         """int64 (n, 2): numbers of the image and of its label map."""
         labels: dict[str, int] = {}
         pairs: dict[str, tuple[int, int]] = {}
@@ -159,11 +159,8 @@ def _over_keys(stream: ShardStream, note: Callable[[str, int], None], task: str,
         places = islice(range(len(table)), int(stream.shards.samples[shard]))
         return int(stream.shards.starts[shard]), [table.key(place) for place in places]
 
-    def take(found: tuple[int, list[str]] | BadSample) -> None:
-        if isinstance(found, BadSample):
-            return  # its samples are not used, and counted as such
-        start, keys = found
-        for number, key in enumerate(keys, start=start):
-            note(key, number)
-
-    over_shards(stream, look, take, task, others_wait_s)
+    for _, found in over_shards(stream, look, task, others_wait_s):
+        if not isinstance(found, BadSample):  # else its samples are not used, and counted as such
+            start, keys = found
+            for number, key in enumerate(keys, start=start):
+                note(key, number)

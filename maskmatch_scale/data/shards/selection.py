@@ -11,8 +11,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from functools import partial
 from io import FileIO
 from itertools import islice
@@ -23,7 +23,7 @@ import numpy as np
 
 from maskmatch_scale.data.faults import BadSample, DataError, NotFetched
 from maskmatch_scale.data.pool import in_threads
-from maskmatch_scale.data.shards.kept import Numbers, kept_numbers
+from maskmatch_scale.data.shards.kept import Numbers, Unfinished, kept_numbers
 from maskmatch_scale.data.shards.metadata import MetadataFilter, read_metadata
 from maskmatch_scale.data.shards.reading import MOST_CHECKED_AT_START, ShardStream
 from maskmatch_scale.progress import progress_of
@@ -38,6 +38,7 @@ _FORMAT = 1
 _THREADS = 8
 """They wait for disks and servers; the headers are parsed by one at a time."""
 _SECONDS_BEFORE_AN_ESTIMATE = 30.0
+_SECONDS_BETWEEN_SAVES = 60.0
 
 
 def chosen_numbers(
@@ -73,10 +74,15 @@ def chosen_numbers(
     return numbers, "".join(f", {facts[key]} {words}" for key, words in said.items() if facts[key])
 
 
-def _find(stream: ShardStream, where: Where, name: str, others_wait_s: float) -> tuple[Numbers, dict[str, Any]]:
-    total = MetadataFilter(where)
-    unreadable: list[BadSample] = []
+def _find(
+    stream: ShardStream, where: Where, name: str, others_wait_s: float, unfinished: Unfinished
+) -> tuple[Numbers, dict[str, Any]]:
+    total, first, unreadable = MetadataFilter(where), 0, 0
     parts: list[Numbers] = [np.empty(0, np.int64)]
+    if (before := unfinished.read()) is not None:
+        parts, first, unreadable = [before[0]], before[1]["shards"], before[1]["unreadable"]
+        total.restore(before[1]["counts"])
+    saved = time.monotonic()
 
     def look(shard: int, file: FileIO) -> tuple[Numbers, MetadataFilter]:
         own = MetadataFilter(where)
@@ -85,35 +91,36 @@ def _find(stream: ShardStream, where: Where, name: str, others_wait_s: float) ->
         places = [place for place, content in enumerate(read) if own(content)]
         return np.array(places, dtype=np.int64) + stream.shards.starts[shard], own
 
-    def take(found: tuple[Numbers, MetadataFilter] | BadSample) -> None:
+    for done, found in over_shards(stream, look, f"source {name!r}: metadata", others_wait_s, first):
         if isinstance(found, BadSample):
-            unreadable.append(found)
+            unreadable += 1
+            log.warning("source %r: `where` leaves out a whole shard: %s", name, found)
         else:
             parts.append(found[0])
             total.add(found[1])
-
-    over_shards(stream, look, take, f"source {name!r}: metadata", others_wait_s)
-    if unreadable:
-        log.warning("source %r: %d shards are left out by `where`; the first: %s", name, len(unreadable), unreadable[0])
-    counts = {"undecided": total.undecided, "without": total.without, "unreadable": len(unreadable)}
-    return np.concatenate(parts), {"fault": total.fault(), **counts}
+        if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
+            parts = [np.concatenate(parts)]
+            unfinished.write(parts[0], {"shards": done, "unreadable": unreadable, "counts": total.as_json()})
+            saved = time.monotonic()
+    facts = {"undecided": total.undecided, "without": total.without, "unreadable": unreadable}
+    return np.concatenate(parts), {"fault": total.fault(), **facts}
 
 
 def over_shards(
-    stream: ShardStream,
-    look: Callable[[int, FileIO], T],
-    take: Callable[[T | BadSample], None],
-    task: str,
-    others_wait_s: float,
-) -> None:
-    """Look at each shard of a stream, in threads, and take what is found in the order of the shards.
+    stream: ShardStream, look: Callable[[int, FileIO], T], task: str, others_wait_s: float, first: int = 0
+) -> Iterator[tuple[int, T | BadSample]]:
+    """Look at the shards of a stream, in threads.
 
     Args:
         stream: whose shards.
         look: at the shard of this number, which is open.
-        take: what it has returned; or why the shard cannot be read, if the stream is not strict.
         task: name of the task, for the progress.
         others_wait_s: see :func:`chosen_numbers`.
+        first: number of the shard to begin with.
+
+    Yields:
+        In the order of the shards: how many are done, and what was returned for the last of them; or why it cannot be
+        read, if the stream is not strict.
 
     Raises:
         NotFetched: a shard cannot be fetched now.
@@ -134,17 +141,20 @@ def over_shards(
                 raise
             return error
 
-    began, warned = time.monotonic(), False
-    with progress_of(task, len(stream.shards), unit="shards", elsewhere="lines if slow") as advance:
-        for done, found in enumerate(in_threads(one, range(len(stream.shards)), _THREADS), start=1):
-            take(found)
+    began, warned, total = time.monotonic(), False, len(stream.shards)
+    with (
+        progress_of(task, total - first, unit="shards", elsewhere="lines if slow") as advance,
+        closing(in_threads(one, range(first, total), _THREADS)) as looked,
+    ):
+        for done, found in enumerate(looked, start=1):
+            yield first + done, found
             advance()
             spent = time.monotonic() - began
-            if not warned and spent > _SECONDS_BEFORE_AN_ESTIMATE and spent / done * len(stream.shards) > others_wait_s:
+            if not warned and spent > _SECONDS_BEFORE_AN_ESTIMATE and spent / done * (total - first) > others_wait_s:
                 warned = True
                 log.warning(
                     "%s: this may take longer than the %.0f s that other machines wait; raise "
-                    "engine.collective_timeout_s if they have it already",
+                    "engine.collective_timeout_s, or start again after that: it goes on where it was",
                     task,
                     others_wait_s,
                 )

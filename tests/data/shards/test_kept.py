@@ -17,7 +17,7 @@ from maskmatch_scale.data.shards.kept import kept_numbers
 
 
 def find(numbers=(3, 5, 8), calls=None, facts=None):
-    def found():
+    def found(unfinished):
         if calls is not None:
             calls.append(1)
         return np.array(numbers, dtype=np.int64), facts or {"fault": None}
@@ -47,7 +47,7 @@ def test_damaged_files_are_found_again(tmp_path, damage):
 
 
 def test_what_fails_is_not_kept(tmp_path):
-    def fail():
+    def fail(unfinished):
         raise DataError("no")
 
     with pytest.raises(DataError):
@@ -64,8 +64,32 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, caplog):
     assert "not kept for other processes" in caplog.text
 
 
+def test_what_was_found_so_far_is_there_for_the_next_start(tmp_path):
+    def interrupted(unfinished):
+        assert unfinished.read() is None
+        unfinished.write(np.array([1, 2]), {"done": 2})
+        unfinished.write(np.array([1, 2, 3]), {"done": 5})
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept_numbers(tmp_path, "x", interrupted, "looking")
+
+    def going_on(unfinished):
+        numbers, facts = unfinished.read()
+        assert (numbers.tolist(), facts) == ([1, 2, 3], {"done": 5})
+        # A process that is killed between the two files has more numbers than it says.
+        np.save(tmp_path / "x.part.npy", np.array([1, 2, 3, 4]))
+        assert unfinished.read()[0].tolist() == [1, 2, 3]
+        np.save(tmp_path / "x.part.npy", np.array([1, 2]))
+        assert unfinished.read() is None
+        return np.array([1, 2, 3, 4]), {}
+
+    assert kept_numbers(tmp_path, "x", going_on, "looking")[0].tolist() == [1, 2, 3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npy"]
+
+
 def _slowly(folder, started):
-    def slow():
+    def slow(unfinished):
         started.set()
         time.sleep(60)
         return np.empty(0, np.int64), {}
