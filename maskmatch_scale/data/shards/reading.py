@@ -296,7 +296,7 @@ class ShardStream:
         location, elsewhere = _place(self.root, self.shards.file(shard))
         if elsewhere:
             _, sha256, etag = self._version(shard)
-            return self.cache.open(location, self.shards.size(shard), sha256, etag)
+            return with_descriptors(partial(self.cache.open, location, self.shards.size(shard), sha256, etag))
         try:
             return with_descriptors(partial(FileIO, location))
         except OSError as error:

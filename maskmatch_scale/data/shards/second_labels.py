@@ -131,7 +131,8 @@ class LabelsElsewhere(ShardStream):
 
         def with_label(image: RawSample) -> Prepared:
             def prepare_both(raw: RawSample) -> Prepared:
-                return prepare(replace(image, label=raw.label))
+                both = f"{shown(image.shard)}, label map in {shown(raw.shard)}"  # for messages
+                return prepare(replace(image, shard=both, label=raw.label))
 
             return self.label_stream.load(*label, prepare_both, patience_s=patience_s)
 

@@ -4,9 +4,11 @@ import json
 from collections import Counter
 from contextlib import closing
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -178,6 +180,15 @@ def test_another_choice_begins_a_new_epoch(make_source, other, caplog):
     assert {place.epoch for _, place in made.places(made.unlabelled, 3)} == {1}
 
 
+def test_the_example_of_the_documentation_is_a_recipe(make_recipe):
+    page = (Path(__file__).parents[3] / "docs" / "streaming.md").read_text(encoding="utf-8")
+    _, _, section = page.partition("## Parts, filters, second labels")
+    data = yaml.safe_load(section.partition("```yaml")[2].partition("```")[0])["data"]
+    recipe = make_recipe(data=data)
+    assert [source.shards for source in recipe.data.unlabelled][:2] == ["0-999", "1000-1999,5000"]
+    assert recipe.data.labelled[0].labels == "data/labels"
+
+
 def labelled(make_recipe, archive, labels, tmp_path, source=None, **data):
     sources = [{"root": str(archive), "labels": str(labels), **(source or {})}]
     data = {"labelled": sources, "cache_dir": str(tmp_path / "cache")} | data
@@ -230,7 +241,7 @@ def test_a_label_map_that_is_bad(make_recipe, archive, tmp_path):
     made = labelled(make_recipe, archive, labels, tmp_path, bad_labelled="skip")
     reasons = Counter(skip.reason for batch in taken(made, 0, 3) for skip in batch.skipped if skip.source == "labelled")
     assert set(reasons) == {"not_a_label"}
-    with pytest.raises(DataError, match=f"{key(4)}"):
+    with pytest.raises(DataError, match=rf"00001\.tar, label map in l-0\.tar: {key(4)}: "):
         taken(labelled(make_recipe, archive, labels, tmp_path), 0, 3)
 
 
