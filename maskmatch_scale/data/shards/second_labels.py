@@ -160,7 +160,7 @@ def _over_keys(stream: ShardStream, note: Callable[[str, int], None], task: str,
         places = islice(range(len(table)), int(stream.shards.samples[shard]))
         return int(stream.shards.starts[shard]), [table.key(place) for place in places]
 
-    for _, found in over_shards(stream, look, task, others_wait_s):
+    for found in over_shards(stream, look, task, others_wait_s):
         if not isinstance(found, BadSample):  # else its samples are not used, and counted as such
             start, keys = found
             for number, key in enumerate(keys, start=start):

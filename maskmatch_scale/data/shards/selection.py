@@ -77,10 +77,10 @@ def chosen_numbers(
 def _find(
     stream: ShardStream, where: Where, name: str, others_wait_s: float, unfinished: Unfinished
 ) -> tuple[Numbers, dict[str, Any]]:
-    total, first, unreadable = MetadataFilter(where), 0, 0
+    total, done, unreadable = MetadataFilter(where), 0, 0
     parts: list[Numbers] = [np.empty(0, np.int64)]
     if (before := unfinished.read()) is not None:
-        parts, first, unreadable = [before[0]], before[1]["shards"], before[1]["unreadable"]
+        parts, done, unreadable = [before[0]], before[1]["shards"], before[1]["unreadable"]
         total.restore(before[1]["counts"])
     saved = time.monotonic()
 
@@ -91,24 +91,34 @@ def _find(
         places = [place for place, content in enumerate(read) if own(content)]
         return np.array(places, dtype=np.int64) + stream.shards.starts[shard], own
 
-    for done, found in over_shards(stream, look, f"source {name!r}: metadata", others_wait_s, first):
-        if isinstance(found, BadSample):
-            unreadable += 1
-            log.warning("source %r: `where` leaves out a whole shard: %s", name, found)
-        else:
-            parts.append(found[0])
-            total.add(found[1])
-        if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
-            parts = [np.concatenate(parts)]
-            unfinished.write(parts[0], {"shards": done, "unreadable": unreadable, "counts": total.as_json()})
-            saved = time.monotonic()
+    def save() -> None:
+        facts = {"shards": done, "unreadable": unreadable, "counts": total.as_json()}
+        numbers = np.concatenate(parts)
+        # A signal may have come before the last shard was counted.
+        unfinished.write(numbers[: np.searchsorted(numbers, stream.shards.starts[done])], facts)
+
+    try:
+        for found in over_shards(stream, look, f"source {name!r}: metadata", others_wait_s, done):
+            if isinstance(found, BadSample):
+                unreadable += 1
+                log.warning("source %r: `where` leaves out a whole shard: %s", name, found)
+            else:
+                parts.append(found[0])
+                total.add(found[1])
+            done += 1
+            if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
+                save()
+                saved = time.monotonic()
+    except BaseException:
+        save()
+        raise
     facts = {"undecided": total.undecided, "without": total.without, "unreadable": unreadable}
     return np.concatenate(parts), {"fault": total.fault(), **facts}
 
 
 def over_shards(
     stream: ShardStream, look: Callable[[int, FileIO], T], task: str, others_wait_s: float, first: int = 0
-) -> Iterator[tuple[int, T | BadSample]]:
+) -> Iterator[T | BadSample]:
     """Look at the shards of a stream, in threads.
 
     Args:
@@ -119,8 +129,7 @@ def over_shards(
         first: number of the shard to begin with.
 
     Yields:
-        In the order of the shards: how many are done, and what was returned for the last of them; or why it cannot be
-        read, if the stream is not strict.
+        In the order of the shards what was returned for each; or why it cannot be read, if the stream is not strict.
 
     Raises:
         NotFetched: a shard cannot be fetched now.
@@ -147,7 +156,7 @@ def over_shards(
         closing(in_threads(one, range(first, total), _THREADS)) as looked,
     ):
         for done, found in enumerate(looked, start=1):
-            yield first + done, found
+            yield found
             advance()
             spent = time.monotonic() - began
             if not warned and spent > _SECONDS_BEFORE_AN_ESTIMATE and spent / done * (total - first) > others_wait_s:

@@ -63,11 +63,12 @@ def test_read_once_and_then_from_the_file(tmp_path, monkeypatch):
     assert choose(root, cache)[0].tolist() == [number for number in WIDE if WIDTHS[number] != 450]
 
 
-def test_an_interrupted_start_goes_on_where_it_was(tmp_path, monkeypatch):
+@pytest.mark.parametrize("between_saves", [-1.0, 60.0])
+def test_an_interrupted_start_goes_on_where_it_was(tmp_path, monkeypatch, between_saves):
     root, cache = write(tmp_path / "a", (2,) * 40), tmp_path / "cache"
     (root / "00001.tar").write_bytes(b"<html>" * 3000)
     whole = choose(root, tmp_path / "other")
-    monkeypatch.setattr(selection, "_SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(selection, "_SECONDS_BETWEEN_SAVES", between_saves)
     monkeypatch.setattr(selection, "_THREADS", 1)
     read, looked = selection.read_metadata, []
 
