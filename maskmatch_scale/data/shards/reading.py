@@ -286,22 +286,6 @@ class ShardStream:
             location, self.shards.size(shard), self.shards.sha256(shard), self.shards.etag(shard)
         )
 
-    def open(self, shard: int) -> FileIO:
-        """Open a shard, to be closed by the caller; several threads may do so at the same time.
-
-        Raises:
-            BadSample: it cannot be opened.
-            DataError: see :meth:`ShardCache.open`.
-        """
-        location, elsewhere = _place(self.root, self.shards.file(shard))
-        if elsewhere:
-            _, sha256, etag = self._version(shard)
-            return with_descriptors(partial(self.cache.open, location, self.shards.size(shard), sha256, etag))
-        try:
-            return with_descriptors(partial(FileIO, location))
-        except OSError as error:
-            raise BadSample("shard_unreadable", f"{location}: {error.strerror}; write the shard again") from None
-
     def identities(self) -> bytes:
         """What tells its samples from others, see :meth:`ShardTable.identities`."""
         return self.shards.identities()

@@ -25,6 +25,7 @@ from maskmatch_scale.data.faults import BadSample, DataError, NotFetched
 from maskmatch_scale.data.pool import in_threads
 from maskmatch_scale.data.shards.kept import Numbers, Unfinished, kept_numbers
 from maskmatch_scale.data.shards.metadata import MetadataFilter, read_metadata
+from maskmatch_scale.data.shards.open_files import with_descriptors
 from maskmatch_scale.data.shards.reading import MOST_CHECKED_AT_START, ShardStream
 from maskmatch_scale.progress import progress_of
 from maskmatch_scale.recipe.where import Where
@@ -138,7 +139,7 @@ def over_shards(
 
     def one(shard: int) -> T | BadSample:
         try:
-            with stream.open(shard) as file:
+            with _opened(stream, shard) as file:
                 return look(shard, file)
         except NotFetched as error:
             # Other machines may get it, and would choose other samples.
@@ -167,6 +168,23 @@ def over_shards(
                     task,
                     others_wait_s,
                 )
+
+
+def _opened(stream: ShardStream, shard: int) -> FileIO:
+    """A shard, opened anew, because several threads do so at the same time.
+
+    Raises:
+        BadSample: it cannot be opened.
+        DataError: see :meth:`ShardCache.open`.
+    """
+    location, shards = stream.location(shard), stream.shards
+    if is_remote(location):
+        facts = shards.size(shard), shards.sha256(shard), shards.etag(shard)
+        return with_descriptors(partial(stream.cache.open, location, *facts))
+    try:
+        return with_descriptors(partial(FileIO, location))
+    except OSError as error:
+        raise BadSample("shard_unreadable", f"{location}: {error.strerror}; write the shard again") from None
 
 
 def digest_of(stream: ShardStream, *what: str) -> str:
