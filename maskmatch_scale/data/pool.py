@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -69,7 +69,7 @@ def results(
             pool.shutdown(cancel_futures=True)
 
 
-def in_threads(function: Callable[[T], R], items: Sequence[T], threads: int) -> Iterator[R]:
+def in_threads(function: Callable[[T], R], items: Sequence[T], threads: int) -> Generator[R, None, None]:
     """What a function that waits for a disk or a server returns for each item, in order.
 
     Args:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
@@ -26,8 +27,12 @@ from maskmatch_scale.recipe.values import (
     Positive,
     Probability,
     ScaleRange,
+    Shards,
+    Share,
     SidesPx,
+    shard_ranges,
 )
+from maskmatch_scale.recipe.where import Where
 from maskmatch_scale.redact import PIPE, redacted_values, shown
 
 
@@ -41,27 +46,58 @@ class SourceRecipe(Section):
     root: str | None = None
     """Shard folder: a local one, or a URL. Also an archive of img2dataset, wids, Energon or open_clip, or a list of
     shards with their numbers of samples: see docs/streaming.md. A source needs this or `shards`."""
-    shards: str | None = None
-    """Shards without an index, which are read in sequence (docs/streaming.md): a path or URL with braces
-    (`x-{000..127}.tar`) or `*`, or a `pipe:` command. For `data.unlabelled` alone."""
+    shards: Shards | None = None
+    """Without `root`: shards without an index, which are read in sequence (docs/streaming.md): a path or URL with
+    braces (`x-{000..127}.tar`) or `*`, or a `pipe:` command. For `data.unlabelled` alone. Beside `root`: which shards
+    of its stream are used, by their numbers in the index, from 0 on: `0-999`, or `0-9,20`; null = all."""
+    where: str | None = None
+    """Which samples are used, by fields of their `.json` members: `width >= 512 and similarity > 0.3`
+    (docs/streaming.md); null = all. Samples without such a field are not."""
+    part: Share = 1.0
+    """Share of its samples that is used, of those that `shards` and `where` leave: drawn from `data.split_seed` and the
+    source's name, as whole shards if there are many. Of shards without an index: share of the shards."""
+    labels: str | None = None
+    """Shard folder with the label maps of these images, in its stream `labelled`; samples are matched by their keys.
+    For `data.labelled` alone; null = they are beside the images."""
     stream: str | None = None
-    """Stream of its index; null = `labelled` in `data.labelled`, `unlabelled` in `data.unlabelled`."""
+    """Stream of its index; null = `labelled` in `data.labelled` (with `labels`: `unlabelled` if there is no such
+    stream), `unlabelled` in `data.unlabelled`."""
     name: str | None = None
     """Name from which the random order of its samples is drawn; null = the stream's name. The sources of one list need
     different names."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """How often it is read, relative to the weights of the other sources."""
 
+    @property
+    def is_sequential(self) -> bool:
+        """Whether its shards have no index."""
+        return self.root is None
+
     @model_validator(mode="after")
     def _one_place(self) -> SourceRecipe:
-        given = [json.dumps(redacted_values(place)) for place in (self.root, self.shards)]
-        if (self.root is None) == (self.shards is None):
-            raise ValueError(f"root={given[0]} and shards={given[1]}: a source needs one of them, and only one")
-        if self.shards is not None and self.stream is not None:
+        root, shards = (json.dumps(redacted_values(place)) for place in (self.root, self.shards))
+        if self.root is None and self.shards is None:
+            raise ValueError(f"root={root} and shards={shards}: a source needs one of them")
+        if self.root is not None and self.shards is not None:
+            try:
+                shard_ranges(self.shards)
+            except ValueError as error:
+                raise ValueError(
+                    f"root={root} and shards={shards}: beside root, {error}. For shards without an index leave out root"
+                ) from None
+        if self.root is None and self.shards is not None and re.fullmatch(r"[\d\s,-]+", self.shards):
+            raise ValueError(f"shards={shards}: numbers of shards need an index to be numbers in; name it as root")
+        if self.is_sequential and self.stream is not None:
             raise ValueError(
-                f"shards={given[1]} with stream={self.stream!r}: streams are listed in an index, and these shards have "
+                f"shards={shards} with stream={self.stream!r}: streams are listed in an index, and these shards have "
                 "none; leave it out (`name` gives the source a name)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _condition(self) -> SourceRecipe:
+        if self.where is not None:
+            Where(self.where)
         return self
 
 
@@ -85,7 +121,7 @@ class DataRecipe(Section):
     """How many labelled samples are drawn from the labelled sources; null = all of them. 0 = a run without labels,
     which needs a trained model in `model.pretrained` or `method.teacher`."""
     split_seed: int = 0
-    """Seed of the draw of `data.labelled_count` samples."""
+    """Seed of the draw of `data.labelled_count` samples, and of the `part` of each source."""
     unlabelled_per_labelled: Annotated[int, Field(ge=1)] = 1
     """Unlabelled images in a batch for each labelled one. In a run without labels: for each of `engine.micro_batch`."""
     shuffle_window: Annotated[int, Field(ge=1)] = 4096
@@ -138,16 +174,22 @@ class DataRecipe(Section):
     @model_validator(mode="after")
     def _sequential(self) -> DataRecipe:
         for source in self.labelled:
-            if source.shards is not None:
+            if source.is_sequential:
                 raise ValueError(
-                    f"labelled: {shown(source.shards)} as `shards`: labelled samples are drawn and counted, which "
-                    "needs an index (`maskmatch shards index`); give its folder as `root`"
+                    f"labelled: {shown(source.shards or '')} as `shards`: labelled samples are drawn and counted, "
+                    "which needs an index (`maskmatch shards index`); give its folder as `root`"
                 )
         for source in self.unlabelled:
-            if source.shards is not None and source.shards.startswith(PIPE) and not self.allow_pipe:
+            place = shown(source.root or source.shards or "")
+            if source.labels is not None:
                 raise ValueError(
-                    f"unlabelled: {shown(source.shards)}: pipe: runs a shell command, which is off; set "
-                    "data.allow_pipe=true if you trust it"
+                    f"unlabelled: {place} with labels={shown(source.labels)}: labels of unlabelled images are not "
+                    "read; move the source to data.labelled, or leave out its labels"
+                )
+            if source.is_sequential and (source.shards or "").startswith(PIPE) and not self.allow_pipe:
+                raise ValueError(
+                    f"unlabelled: {place}: pipe: runs a shell command, which is off; set data.allow_pipe=true if you "
+                    "trust it"
                 )
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -24,7 +25,27 @@ def _frozen(value: object) -> object:
     raise ValueError("it must be null, backbone, or a number of layers from 1 on")
 
 
+def shard_ranges(text: str) -> tuple[range, ...]:
+    """The numbers of shards that a text like `0-9,20` names.
+
+    Raises:
+        ValueError: it is not like that; says how it is written.
+    """
+    parts = [re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part) for part in text.split(",")]
+    ranges = tuple(range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part is not None)
+    if len(ranges) < len(parts) or not all(ranges):
+        raise ValueError("numbers of shards are written as 0-999, or 0-9,20; each range from the smaller to the larger")
+    return ranges
+
+
+def _as_text(value: object) -> object:
+    """YAML takes a single number for one."""
+    return str(value) if type(value) is int else value
+
+
 Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Shards = Annotated[str, BeforeValidator(_as_text)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 BadSamples = Literal["fail", "skip"]
 SidesPx = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(_pair)]

@@ -41,7 +41,7 @@ def test_every_key_stands_there_once_in_order_with_its_default():
             assert yaml.safe_load(key.default.strip("`")) == recipe[key.name], key.name
     written = [line.split("|")[1].strip(" `") for line in page().splitlines() if line.startswith("| `")]
     entries = [key.name for name, _, keys in sections() if "[]" in name for key in keys]
-    assert entries == ["root", "shards", "stream", "name", "weight"]
+    assert entries == ["root", "shards", "where", "part", "labels", "stream", "name", "weight"]
     assert sorted(written) == sorted([*by_section, *entries])
 
 

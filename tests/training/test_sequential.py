@@ -119,7 +119,7 @@ def test_a_supervised_run_counts_its_labelled_samples(make_recipe, shapes, archi
         (["data.sequential_lanes=3"], "data.sequential_lanes=3: 1 ranks × 2 loader processes"),
         (["data.workers=9"], "8 shards for 9 lanes"),
         (["run.steps=0", "run.epochs=1"], "run.epochs=1: nobody knows"),
-        (["data.unlabelled=[{shards: a.tar, root: b}]"], "needs one of them, and only one"),
+        (["data.unlabelled=[{shards: a.tar, root: b}]"], "beside root, numbers of shards are written as 0-999"),
     ],
 )
 def test_one_line_and_exit_code_2(make_recipe, shapes, archive, tmp_path, capsys, monkeypatch, changed, message):

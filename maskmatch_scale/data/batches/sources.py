@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from maskmatch_scale.data.batches.choosing import choice_of, choose, drawn_samples
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.order.epoch import permutation
 from maskmatch_scale.data.order.mix import Leg, SourceInfo
@@ -19,8 +20,9 @@ from maskmatch_scale.data.order.sequential import Deal, SequentialSource
 from maskmatch_scale.data.order.source import WeightedSource
 from maskmatch_scale.data.remote.patterns import expand
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.data.shards.reading import ShardStream, fetch_options
+from maskmatch_scale.data.shards.reading import fetch_options
 from maskmatch_scale.recipe import Recipe, SourceRecipe
+from maskmatch_scale.recipe.where import Where
 from maskmatch_scale.redact import is_remote, shown
 from maskmatch_scale.seeds import derive_seed
 
@@ -39,6 +41,7 @@ class Side:
         per_rank: images of a rank in one micro-batch.
         start: the first step that takes images of this side.
         leg: the mix, as it is now.
+        notes: what the recipe chose of each source, for people.
     """
 
     name: SideName
@@ -46,6 +49,7 @@ class Side:
     per_rank: int
     start: int
     leg: Leg
+    notes: list[str] = field(default_factory=list)
 
     @property
     def indexed(self) -> list[WeightedSource]:
@@ -112,45 +116,47 @@ def open_side(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"data.{name}: two sources are called {twice!r}; give each a `name` of its own")
-    streams = [
-        None if source.shards is not None else _open_stream(source, name, recipe, index, strict=not skip)
-        for source in wanted
+    chosen = [
+        None if source.is_sequential else choose(source, name, called, recipe, index, strict=not skip)
+        for source, called in zip(wanted, names, strict=True)
     ]
-    numbers: Sequence[NDArray[np.int64] | None] = [None] * len(streams)
+    notes = [one.note for one in chosen if one is not None and one.note is not None]
+    drawn_of: Sequence[NDArray[np.int64] | None] = [None] * len(chosen)
     if labelled:
-        sizes = [len(stream) for stream in streams if stream is not None]
-        numbers = draw_labelled(sizes, data.labelled_count, data.split_seed)
+        drawn_of = draw_labelled([len(one) for one in chosen if one is not None], data.labelled_count, data.split_seed)
     seed = derive_seed(recipe.run.seed, name)
     sources: list[WeightedSource | SequentialSource] = []
-    for stream, source_name, source, drawn in zip(streams, names, wanted, numbers, strict=True):
-        if stream is None:
-            sources.append(_open_sequential(source, source_name, seed, recipe, deal, patience))
+    for one, source_name, source, drawn in zip(chosen, names, wanted, drawn_of, strict=True):
+        if one is None:
+            sequential, note = _open_sequential(source, source_name, seed, recipe, deal, patience)
+            sources.append(sequential)
+            notes += [note] if note is not None else []
         elif drawn is None or len(drawn):
             sources.append(
                 WeightedSource(
-                    stream,
+                    one.stream,
                     source_name,
                     seed,
                     data.shuffle_window,
                     weight=source.weight,
                     skip=skip,
-                    numbers=drawn,
+                    numbers=one.numbers if drawn is None else drawn if one.numbers is None else one.numbers[drawn],
                     patience=patience,
                 )
             )
     per_rank = engine.micro_batch * (1 if labelled else data.unlabelled_per_labelled)
     start = 0 if labelled else recipe.burn_in_steps
     leg = Leg.first(start, lanes, per_rank * world_size * engine.accumulation, _infos(sources))
-    return Side(name, sources, per_rank, start, leg)
+    return Side(name, sources, per_rank, start, leg, notes)
 
 
 def _open_sequential(
     source: SourceRecipe, name: str, seed: int, recipe: Recipe, deal: Deal, patience: Patience
-) -> SequentialSource:
-    """A source without an index.
+) -> tuple[SequentialSource, str | None]:
+    """A source without an index; and what the recipe chose of it, for people.
 
     Raises:
-        DataError: its pattern matches nothing, is a folder, or names a shard twice.
+        DataError: its pattern matches nothing, is a folder, or names a shard twice; or a part of one shard is wanted.
     """
     data = recipe.data
     assert source.shards is not None
@@ -163,8 +169,18 @@ def _open_sequential(
     if len(set(shards)) < len(shards):
         twice = next(shard for shard in shards if shards.count(shard) > 1)
         raise DataError(f"source {name!r}: {shown(twice)} is listed twice")
-    return SequentialSource(
-        shards,
+    used, choice = shards, choice_of(source)
+    if source.part < 1:
+        if len(shards) == 1:
+            raise DataError(
+                f"source {name!r}: part={source.part:g} of a single shard: of shards without an index whole ones are "
+                "taken; name more of them, or index it (`maskmatch shards index`)"
+            )
+        drawn = drawn_samples(source.part, len(shards), derive_seed(data.split_seed, "part", name))
+        used = [shards[number] for number in drawn.tolist()]
+    note = f"unlabelled source {name!r}: {len(used)} of {len(shards)} shards ({choice})"
+    opened = SequentialSource(
+        used,
         name,
         seed,
         data.shuffle_window,
@@ -173,41 +189,13 @@ def _open_sequential(
         weight=source.weight,
         skip=data.bad_unlabelled == "skip",
         patience=patience,
+        where=None if source.where is None else Where(source.where),
     )
+    return opened, note if choice else None
 
 
 def _infos(sources: Sequence[WeightedSource | SequentialSource]) -> list[SourceInfo]:
     return [source.info for source in sources]
-
-
-def _open_stream(
-    source: SourceRecipe, side: SideName, recipe: Recipe, index: ShardIndex, *, strict: bool
-) -> ShardStream:
-    """The stream of shards of a source.
-
-    Args:
-        source: the source.
-        side: its side; also the name of its stream if the source names none.
-        recipe: section data is read.
-        index: of ``data.root``.
-        strict: see :class:`ShardStream`.
-
-    Raises:
-        DataError: the stream is missing or empty, or its labels do not mean what those of ``data.root`` mean.
-    """
-    data, labels = recipe.data, side == "labelled"
-    stream_name = source.stream or side
-    assert source.root is not None
-    own_index = index if source.root == data.root else None
-    stream = ShardStream(source.root, stream_name, data, index=own_index, labels=labels, strict=strict)
-    if len(stream) == 0:
-        raise DataError(f"{shown(source.root)}: stream {stream_name!r} has no samples; training needs at least one")
-    if labels and (stream.index.classes, stream.index.ignore_index) != (index.classes, index.ignore_index):
-        raise DataError(
-            f"{shown(source.root)}: its classes or its ignore_index are not those of {shown(data.root)}; write it "
-            "again with an id map that gives the same"
-        )
-    return stream
 
 
 def count_lanes(recipe: Recipe, world_size: int) -> int:

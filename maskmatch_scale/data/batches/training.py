@@ -138,6 +138,11 @@ class TrainingBatches(Dataset[Batch]):
         """The sources without an index."""
         return self.unlabelled.sequential if self.unlabelled else []
 
+    @property
+    def notes(self) -> list[str]:
+        """What the recipe chose of sources of which it does not use all, in a line each."""
+        return [note for side in (self.labelled, self.unlabelled) if side is not None for note in side.notes]
+
     def state(self, step: int) -> dict[str, Any]:
         """What :meth:`resume` continues from after ``step`` steps: JSON, the same on every rank.
 

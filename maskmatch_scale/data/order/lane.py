@@ -40,7 +40,7 @@ class Cursor(NamedTuple):
     shard: int = 0
     """Number among the shards that the lane has in this epoch."""
     sample: int = 0
-    """Number in the shard, bad ones included."""
+    """Number in the shard, also counting bad ones and those that are not wanted."""
 
 
 class LaneState(NamedTuple):
@@ -144,6 +144,10 @@ class Lane:
         self._to_skip = 0
         self._ready: deque[Entry] = deque()
         self._doubtful: list[Entry] = []
+        self.left_out = 0
+        """Samples that were read and not wanted, since this object was made."""
+        self.left_out_in_a_row = self.shards_in_a_row = 0
+        """Likewise since the last one that was wanted; and how many shards have ended meanwhile."""
 
     @property
     def state(self) -> LaneState:
@@ -242,7 +246,13 @@ class Lane:
     def _come(self, entry: Entry) -> None:
         self._ready.extend(self._doubtful)
         self._doubtful.clear()
+        if entry.found.sample is None:
+            self.left_out += 1
+            self.left_out_in_a_row += 1
+            return
         self._ready.append(entry)
+        if isinstance(entry.found.sample, RawSample):
+            self.left_out_in_a_row = self.shards_in_a_row = 0
 
     def _shard(self) -> int:
         """Number of the shard at the cursor in the list of the source."""
@@ -255,6 +265,7 @@ class Lane:
     def _next_shard(self) -> None:
         assert self._share is not None
         self.close()
+        self.shards_in_a_row += 1
         epoch, shard, _ = self._cursor
         last = shard + 1 == len(self._share[1])
         self._cursor = Cursor(epoch + 1) if last else Cursor(epoch, shard + 1)

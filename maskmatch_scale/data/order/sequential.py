@@ -12,6 +12,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -25,8 +26,10 @@ from maskmatch_scale.data.order.source import Skip
 from maskmatch_scale.data.remote.shard_cache import Fetched
 from maskmatch_scale.data.remote.stream import Readable, RemoteStream, open_stream
 from maskmatch_scale.data.remote.transfer import FetchOptions
+from maskmatch_scale.data.shards.metadata import MetadataFilter
 from maskmatch_scale.data.shards.reading import RawSample
 from maskmatch_scale.data.shards.sequence import Found, read_in_sequence
+from maskmatch_scale.recipe.where import Where
 from maskmatch_scale.redact import PIPE, shown
 from maskmatch_scale.seeds import derive_seed
 
@@ -38,6 +41,12 @@ _MOST_BAD = 1000
 """If so many samples of a lane in a row cannot be used, the source is given up."""
 _MOST_BAD_SHARDS = 48
 """Likewise of shards of which nothing can be read."""
+_LEFT_OUT_WITHOUT_A_FIELD = 1000
+"""If `where` leaves out so many samples of a lane in a row, and no sample has had one of its fields, it is refused."""
+_MOST_LEFT_OUT = 100_000
+"""Likewise of any samples."""
+_MOST_SHARDS_LEFT_OUT = 64
+"""Likewise of all samples of so many shards, or of all shards of the source four times over, whichever is more."""
 _KEPT = 16
 """Samples that a process keeps, encoded, for an outage."""
 _SAMPLES_OF_A_SHARD = 1 << 32
@@ -67,6 +76,7 @@ class SequentialSource:
         weight: its share of the mix, relative to those of the other sources.
         skip: whether bad samples are skipped; otherwise they are errors.
         patience: how long may be waited for shards that do not come; shared by the sources of a run.
+        where: which samples are used; None: all.
     """
 
     def __init__(
@@ -81,12 +91,14 @@ class SequentialSource:
         weight: float = 1.0,
         skip: bool = True,
         patience: Patience | None = None,
+        where: Where | None = None,
     ) -> None:
         self.name, self.seed, self.skip = name, seed, skip
         self._weight, self._window, self._options = weight, window, options
         # One piece of memory, which forked processes share: counting references to a million strings would copy them.
         self._shards = np.array([shard.encode() for shard in shards])
         self._patience = patience or Patience()
+        self._filter = None if where is None else MetadataFilter(where)
         self._list_digest = self._digest_of_list()
         self._figures = Fetched()
         self._kept: deque[Entry] = deque(maxlen=_KEPT)
@@ -107,6 +119,8 @@ class SequentialSource:
         self.states = dict(states or {lane: LaneState() for lane in range(deal.lanes)})
         """Where each lane is: those of this rank as of the last batch that was taken (:meth:`took`)."""
         self._open: dict[int, Lane] = {}
+        self._left_out = 0
+        """Samples that these lanes had left out when the figures were taken last."""
         content = hashlib.blake2b(repr((self.seed, self._window, deal.lanes)).encode(), digest_size=8)
         content.update(self._list_digest)
         self.info = SourceInfo(self.name, self._weight, ENDLESS, content.hexdigest())
@@ -121,6 +135,8 @@ class SequentialSource:
             location = self.location(number)
             # A signed address is another one every day.
             digest.update((location if location.startswith(PIPE) else shown(location)).encode() + b"\n")
+        if self._filter is not None:
+            digest.update(self._filter.where.canonical.encode())
         return digest.digest()
 
     def location(self, shard: int) -> str:
@@ -153,7 +169,7 @@ class SequentialSource:
 
         Raises:
             BadSample: a sample is bad, and this source skips none.
-            DataError: too many samples in a row cannot be used, or nothing can be fetched.
+            DataError: too many samples in a row cannot be used, or nothing can be fetched, or `where` leaves out all.
         """
         lane = self._open.get(number) or self._lane(number)
         skipped: list[Skip] = []
@@ -163,10 +179,12 @@ class SequentialSource:
                 entry = lane.take()
             except OutOfReachError as error:
                 return (*self._given_again(prepare, error, skipped), lane.state)
+            sample = entry.found.sample
+            assert sample is not None
             try:
-                if isinstance(entry.found.sample, BadSample):
-                    raise entry.found.sample
-                prepared = prepare(entry.found.sample)
+                if isinstance(sample, BadSample):
+                    raise sample
+                prepared = prepare(sample)
             except BadSample as bad:
                 if not self.skip:
                     raise
@@ -206,7 +224,7 @@ class SequentialSource:
             number,
             self._deal.lanes,
             Windows(-(-self._window // each), -(-_WINDOW_BYTES // each)),
-            self._read,
+            partial(self._read, number),
             self._patience,
             skip=self.skip,
             state=self.states[number],
@@ -214,17 +232,19 @@ class SequentialSource:
         self._open[number] = lane
         return lane
 
-    def _read(self, shard: int) -> Generator[Found, None, None]:
-        """The samples of a shard, also the bad ones."""
+    def _read(self, lane: int, shard: int) -> Generator[Found, None, None]:
+        """The samples of a shard that a lane reads, also the bad ones."""
         location = self.location(shard)
         stream = open_stream(location, self._options, patience_s=self._patience.for_a_shard_s)
         elsewhere = isinstance(stream, RemoteStream)
         counted = Fetched()
         try:
-            for number, found in enumerate(read_in_sequence(stream, location)):
+            for number, found in enumerate(read_in_sequence(stream, location, self._filter)):
                 if elsewhere and not number:
                     self._patience.recover()
                 counted = self._count(stream, counted)
+                if found.sample is None:
+                    self._check_filter(self._open[lane])
                 yield found
             self._figures += Fetched(shards=int(elsewhere))
         finally:
@@ -239,7 +259,26 @@ class SequentialSource:
         self._figures += Fetched(*(new - old for new, old in zip(astuple(now), astuple(counted), strict=True)))
         return now
 
+    def _check_filter(self, lane: Lane) -> None:
+        """Refuse a condition by which a lane would read on and on.
+
+        Raises:
+            DataError: says what the samples are like.
+        """
+        assert self._filter is not None
+        count = lane.left_out_in_a_row
+        if count >= _LEFT_OUT_WITHOUT_A_FIELD and self._filter.unseen and (fault := self._filter.fault()):
+            raise DataError(f"source {self.name!r}: {fault}")
+        shards = max(_MOST_SHARDS_LEFT_OUT, 4 * len(self))
+        if count >= _MOST_LEFT_OUT or lane.shards_in_a_row >= shards:
+            why = self._filter.fault() or (
+                f"where {self._filter.where.text!r}: none of the last {count} samples is like that; choose another "
+                "filter, or other shards"
+            )
+            raise DataError(f"source {self.name!r}: {why}")
+
     def take_figures(self) -> Fetched:
         """What was fetched in this process since the last call."""
         figures, self._figures = self._figures, Fetched()
-        return figures
+        before, self._left_out = self._left_out, sum(lane.left_out for lane in self._open.values())
+        return figures + Fetched(left_out=self._left_out - before)

@@ -105,7 +105,7 @@ class WeightedSource:
     def _digest(self) -> str:
         digest = hashlib.blake2b(repr((self.seed, self.window)).encode(), digest_size=8)
         digest.update(np.ascontiguousarray(self.sizes, dtype="<i8").data)
-        digest.update(self.stream.shards.identities().data)
+        digest.update(self.stream.identities().data)
         if self.numbers is not None:
             digest.update(np.ascontiguousarray(self.numbers, dtype="<i8").tobytes())
         return digest.hexdigest()

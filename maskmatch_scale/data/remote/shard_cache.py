@@ -48,6 +48,8 @@ class Fetched:
     """Shards that were damaged in the cache, and dropped."""
     ranges: int = 0
     """Samples that were read by their range of a shard that was not here yet."""
+    left_out: int = 0
+    """Samples of shards without an index that were read, and left out by a source's `where`."""
 
     def __add__(self, other: Fetched) -> Fetched:
         return Fetched(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))

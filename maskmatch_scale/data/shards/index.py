@@ -226,6 +226,10 @@ class ShardTable(Sequence[ShardEntry]):
             entries.append({"file": file, "samples": samples, **known})
         return entries
 
+    def take(self, numbers: Iterable[int]) -> ShardTable:
+        """The table of these shards alone, in this order."""
+        return ShardTable(self[number] for number in numbers)
+
 
 def _starts(samples: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(samples)])
@@ -357,6 +361,14 @@ class ShardIndex(_Frozen):
             labelled = json.dumps(stream.labelled)
             parts.append(f'  {json.dumps(name)}: {{\n  "labelled": {labelled},\n  "shards": {shards}}}')
         return f'{head},\n "streams": {{\n{",".join(parts)}\n }}\n}}\n'.encode()
+
+    def with_shards(self, stream: str, numbers: Sequence[int]) -> ShardIndex:
+        """The same index with only these shards of a stream; the index itself if they are all shards."""
+        entry = self.streams[stream]
+        if list(numbers) == list(range(len(entry.shards))):
+            return self
+        fewer = entry.model_copy(update={"shards": entry.shards.take(numbers)})
+        return self.model_copy(update={"streams": {**self.streams, stream: fewer}})
 
     def stream(self, name: str) -> StreamEntry:
         """The stream called ``name``.

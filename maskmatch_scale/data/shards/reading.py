@@ -21,6 +21,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from maskmatch_scale.data.faults import BadSample, DataError, NotFetched
 from maskmatch_scale.data.node_arrays import NodeArrays
 from maskmatch_scale.data.remote.address import join
@@ -33,7 +36,7 @@ from maskmatch_scale.data.shards.open_files import keep_open, with_descriptors
 from maskmatch_scale.data.shards.range_reads import RangeReads
 from maskmatch_scale.data.shards.stored import of_node
 from maskmatch_scale.data.shards.tables import TableFiles
-from maskmatch_scale.data.shards.tar import TarTable
+from maskmatch_scale.data.shards.tar import TarTable, read_table
 from maskmatch_scale.recipe import DataRecipe
 from maskmatch_scale.redact import is_remote, shown
 
@@ -148,6 +151,7 @@ class ShardStream:
         data: how remote shards are fetched; None = by the defaults.
         index: of the folder, if it was read already.
         labels: whether label maps are read; None = as the index says.
+        images: whether images are read; otherwise those of all samples are empty.
         strict: whether a shard that is not as the index says is an error. If not, only those of its samples that
             cannot be read are bad.
 
@@ -164,6 +168,7 @@ class ShardStream:
         *,
         index: ShardIndex | None = None,
         labels: bool | None = None,
+        images: bool = True,
         strict: bool = True,
     ) -> None:
         self.root = str(root)
@@ -178,6 +183,7 @@ class ShardStream:
         self.labels = self.entry.labelled if labels is None else labels
         if self.labels and not self.entry.labelled:
             raise DataError(f"{shown(self.root)}: stream {name!r} has no labels")
+        self.images = images
         self.strict = strict
         self._options = fetch_options(data)
         self.arrays: NodeArrays | None = of_node(self._options)
@@ -245,7 +251,7 @@ class ShardStream:
             DataError: with ``strict``: the shard is not as the index says.
         """
         file, (_, elsewhere) = self.shards.file(shard), _place(self.root, self.shards.file(shard))
-        if elsewhere and patience_s > 0 and shard not in self._tables:
+        if elsewhere and self.images and patience_s > 0 and shard not in self._tables:
             sample = self._ranges.sample(shard, place, self.cache)
             if sample is not None:
                 with suppress(BadSample):
@@ -300,6 +306,10 @@ class ShardStream:
         return self.cache.prefetch(
             location, self.shards.size(shard), self.shards.sha256(shard), self.shards.etag(shard)
         )
+
+    def identities(self) -> NDArray[np.uint8]:
+        """What tells its samples from others, see :meth:`ShardTable.identities`."""
+        return self.shards.identities()
 
     def shards_here(self) -> list[int]:
         """The shards that can be read without fetching any."""
@@ -365,19 +375,30 @@ class ShardStream:
         """The table of a shard; it is kept."""
         found = self._tables.get(shard)
         if found is None:
-            location, said = self.location(shard), int(self.shards.samples[shard])
+            said = int(self.shards.samples[shard])
             try:
-                cached = cached_name(*self._version(shard)) if is_remote(location) else None
-                found = self._table_files.read(file, shown(location), cached)
+                found = self.read_table(shard, file)
             except BadSample as bad:
                 self._keep(shard, bad)
                 raise
             if self.strict and len(found) != said:
-                raise DataError(f"{shown(location)}: {_other_count(found, said)}")
+                raise DataError(f"{shown(self.location(shard))}: {_other_count(found, said)}")
             self._keep(shard, found)
         assert isinstance(found, TarTable)
         self._tables.move_to_end(shard)
         return found
+
+    def read_table(self, shard: int, file: FileIO) -> TarTable:
+        """Read the headers of a shard that is open.
+
+        Raises:
+            BadSample: it cannot be read, or is no tar.
+        """
+        where = shown(self.location(shard))
+        if not self.images:  # tables that are kept are of samples with images
+            return read_table(file, where, labelled=self.labels, images=False)
+        cached = cached_name(*self._version(shard)) if is_remote(self.location(shard)) else None
+        return self._table_files.read(file, where, cached)
 
     def _keep(self, shard: int, found: TarTable | BadSample) -> None:
         while len(self._tables) >= _TABLES_KEPT:

@@ -16,7 +16,7 @@ Decision: docs/decisions/0066-sequential-sources.md.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from tarfile import DIRTYPE, GNU_FORMAT, TarInfo
 from typing import BinaryIO, NamedTuple, cast
 
@@ -25,6 +25,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.remote.stream import Readable
 from maskmatch_scale.data.shards.members import TarMembers, read_at, unsafe_member
+from maskmatch_scale.data.shards.metadata import MAX_METADATA_BYTES, METADATA_EXTENSION
 from maskmatch_scale.data.shards.reading import RawSample
 from maskmatch_scale.data.shards.tar import MAX_MEMBER_BYTES, GroupedMembers, key_and_extension, plain
 from maskmatch_scale.redact import shown
@@ -41,27 +42,35 @@ class Found(NamedTuple):
 
     key: str | None
     """None: what is wrong is not of one sample."""
-    sample: RawSample | BadSample
+    sample: RawSample | BadSample | None
+    """None: it was not wanted."""
 
 
-def read_in_sequence(stream: Readable, shard: str) -> Iterator[Found]:
+Wanted = Callable[[bytes | None], bool]
+"""Whether a sample with this `.json` member is wanted; None: it has none that can be read."""
+
+
+def read_in_sequence(stream: Readable, shard: str, wanted: Wanted | None = None) -> Iterator[Found]:
     """The samples of an unlabelled shard, also the bad ones, in their order.
 
     Args:
         stream: the tar, from its first byte.
         shard: its path or address.
+        wanted: asked for each sample, in their order; None: all are wanted.
 
     Raises:
         BadSample: the shard cannot be read, or not any further; what ``stream`` raised.
         DataError: what ``stream`` raised.
     """
-    sieve = _Sieve(stream, shown(shard))
+    sieve = _Sieve(stream, shown(shard), metadata=wanted is not None)
     samples = sieve.samples
     given, any_truncated = 0, False
 
     def found(image: bytes | None) -> Found:
         """Sample number ``given``, with its image if there is one."""
         key = samples.keys[given].decode()
+        if wanted is not None and not wanted(sieve.metadata.pop(given, None)):
+            return Found(key, None)
         where = f"{sieve.shard}: sample {key!r}"
         if given in samples.faults:
             reason, what = samples.faults[given]
@@ -119,9 +128,10 @@ class _Sieve:
     Args:
         stream: the tar as it is.
         shard: its name in messages.
+        metadata: whether `.json` members are read.
     """
 
-    def __init__(self, stream: Readable, shard: str) -> None:
+    def __init__(self, stream: Readable, shard: str, *, metadata: bool = False) -> None:
         self.shard = shard
         self.samples = GroupedMembers(labelled=False)
         """Of the headers that were read so far."""
@@ -129,6 +139,9 @@ class _Sieve:
         """Why the tar has ended early; empty if it has not."""
         self.failure: Exception | None = None
         """What the stream raised, or that it is no tar. To webdataset, which would change the message, it is an end."""
+        self.metadata: dict[int, bytes] = {}
+        """Place → `.json` member, of samples whose headers were read; whoever has used it removes it."""
+        self._kept_extension = METADATA_EXTENSION if metadata else None
         self._file = cast(BinaryIO, _Forward(stream))
         self._members = TarMembers(self._file, shard)
         self._parts = self._passed_on()
@@ -164,8 +177,12 @@ class _Sieve:
             for long_name, flag, offset, size in self._members:
                 self.samples.add(long_name, flag, offset, size, _ANY_SIZE)
                 name = plain(long_name)
-                is_image = key_and_extension(name)[1] in self.samples.images
-                if not is_image or unsafe_member(name, flag) or size > MAX_MEMBER_BYTES:
+                extension = key_and_extension(name)[1]
+                if unsafe_member(name, flag) or size > MAX_MEMBER_BYTES:
+                    continue
+                if extension is not None and extension == self._kept_extension:
+                    self._keep(offset, size)
+                if extension not in self.samples.images:
                     continue
                 header = TarInfo(_without_nul(name))
                 header.size = size
@@ -184,6 +201,11 @@ class _Sieve:
         self.damage = self._members.damage
         self.samples.end(bool(self.damage))
         yield bytes(2 * _TAR_BLOCK)
+
+    def _keep(self, offset: int, size: int) -> None:
+        """Keep a `.json` member of the sample whose headers are being read."""
+        if size <= MAX_METADATA_BYTES and len(content := read_at(self._file, offset, size)) == size:
+            self.metadata.setdefault(len(self.samples.keys), content)
 
 
 class _Forward:

@@ -140,7 +140,7 @@ class TarTable:
             yield place, self.key(place), fault
 
     def read(self, file: BinaryIO, place: int) -> tuple[bytes, bytes | None]:
-        """The encoded image and label map (None in an unlabelled stream) of the sample at ``place``.
+        """The encoded image (empty if images are not read) and label map (None in an unlabelled stream) of a sample.
 
         Args:
             file: the tar that the table was read from.
@@ -153,7 +153,7 @@ class TarTable:
             raise fault
         offset, size, label_offset, label_size = self._spans[place].tolist()
         try:
-            image = read_at(file, offset, size)
+            image = read_at(file, offset, size) if offset >= 0 else b""
             label = read_at(file, label_offset, label_size) if label_offset >= 0 else None
         except OSError as error:
             raise BadSample("shard_unreadable", f"{self.shard}: cannot be read ({error}); try again") from None
@@ -163,7 +163,7 @@ class TarTable:
         return image, label
 
 
-def read_table(file: BinaryIO, shard: str, *, labelled: bool) -> TarTable:
+def read_table(file: BinaryIO, shard: str, *, labelled: bool, images: bool = True) -> TarTable:
     """Read the headers of a tar and group its members into samples, as webdataset does.
 
     The key of a member is its name up to the first dot of the base name. Its extension is the rest, in lower case. A
@@ -178,12 +178,13 @@ def read_table(file: BinaryIO, shard: str, *, labelled: bool) -> TarTable:
         file: opened for reading. Bodies are skipped, not read.
         shard: its name in messages.
         labelled: whether ``.png`` members are label maps, which every sample needs, or images.
+        images: whether samples have images; otherwise these are not read.
 
     Raises:
         BadSample: ``shard_unreadable``: the file cannot be read, or is no tar.
     """
     members = TarMembers(file, shard)
-    samples = GroupedMembers(labelled)
+    samples = GroupedMembers(labelled, images=images)
     try:
         for name, flag, offset, size in members:
             samples.add(name, flag, offset, size, members.file_size)
@@ -199,15 +200,21 @@ class GroupedMembers:
 
     Args:
         labelled: whether samples have label maps.
+        images: whether they have images.
+        kept: extension of further members whose places are kept; None: of no others.
     """
 
-    def __init__(self, labelled: bool) -> None:
+    def __init__(self, labelled: bool, *, images: bool = True, kept: str | None = None) -> None:
         self.labelled = labelled
+        self.with_images = images
+        self.kept = kept
         self.images = tuple(e for e in IMAGE_EXTENSIONS if not labelled or e != "png")
         # Of finished samples; they become a TarTable.
         self.keys: list[bytes] = []
         self.spans: list[tuple[int, int, int, int]] = []
         self.faults: dict[int, tuple[str, str]] = {}
+        self.kept_spans: list[tuple[int, int]] = []
+        """If members are kept: offset and size of each sample's, in bytes; offset -1 if there is none."""
         self._seen: dict[str, tuple[int, frozenset[str]]] = {}  # key → its first place, all its extensions so far
         self._sets: dict[frozenset[str], frozenset[str]] = {}  # equal sets are kept as one object
         self._pieces: dict[str, list[int]] = {}  # key → places of the pieces of a sample that is not adjacent
@@ -263,12 +270,14 @@ class GroupedMembers:
             return
         place = len(self.keys)
         fault = self._fault
-        image = next((members[e] for e in self.images if e in members), None)
+        image = next((members[e] for e in self.images if e in members), None) if self.with_images else None
         label = members.get("png") if self.labelled else None
         if fault is None:
             fault = self._content_fault(members, image, label, truncated)
         self.keys.append(key.encode())
         self.spans.append((*(image or (-1, 0)), *(label or (-1, 0))))
+        if self.kept is not None:
+            self.kept_spans.append(members.get(self.kept, (-1, 0)))
         if fault is not None:
             self.faults[place] = fault
         extensions = frozenset(members)
@@ -287,7 +296,9 @@ class GroupedMembers:
         truncated: bool,
     ) -> tuple[str, str] | None:
         """Reason and message if the image or the label map is missing or cannot be read; None if both can be."""
-        for what, span in (("image", image), ("label map", label if self.labelled else (0, 1))):
+        there = (0, 1)
+        image, label = image if self.with_images else there, label if self.labelled else there
+        for what, span in (("image", image), ("label map", label)):
             if span is None:
                 pickled = next((e for e in members if e.rpartition(".")[2] in PICKLED_EXTENSIONS), None)
                 if truncated:

@@ -16,8 +16,8 @@ _NAMES = tuple(field.name for field in fields(Fetched))
 
 
 class Fetching(Callback):
-    """Adds `fetched: {shards, mb, failed_tries, damaged, ranges}` of this rank to a step's figures, and totals of all
-    ranks to the state.
+    """Adds `fetched: {shards, mb, failed_tries, damaged, ranges, left_out}` of this rank to a step's figures, and
+    totals of all ranks to the state.
 
     Rank 0 writes the record, so that the figures of a step are those of its own loader processes. The ranks of a
     machine share a cache: what another rank has fetched, rank 0 does not fetch.
@@ -38,6 +38,7 @@ class Fetching(Callback):
         figures.known["fetched/failed_tries"] = fetched.failed_tries
         figures.known["fetched/damaged"] = fetched.damaged
         figures.known["fetched/ranges"] = fetched.ranges
+        figures.known["fetched/left_out"] = fetched.left_out
 
     def state(self) -> dict[str, Any]:
         """`fetched`, summed over ranks and over all starts of the run; all ranks call it together."""

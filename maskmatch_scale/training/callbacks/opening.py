@@ -48,6 +48,7 @@ class Opening(Callback):
             f"{recipe.model.backbone}: {parameters / 1e6:.2f} M parameters{of_them}, {run.engine.name}, "
             f"{engine.precision} ({run.precision_reason})",
             f"{run.batches.labelled_samples} labelled samples, {self._unlabelled()}, from step {run.start}",
+            *run.batches.notes,
         ]
         if run.frozen_teacher is not None and run.frozen_facts is not None:
             module = run.frozen_teacher.module

@@ -265,7 +265,7 @@ def test_other_shards_begin_a_new_epoch(make_recipe, archive, caplog):
     ("data", "message"),
     [
         ({"unlabelled": [{"name": "x"}]}, r"root=null and shards=null: a source needs one of them"),
-        ({"unlabelled": [{"root": "a", "shards": "b.tar"}]}, r'root="a" and shards="b\.tar": a source needs one'),
+        ({"unlabelled": [{"root": "a", "shards": "b.tar"}]}, r'root="a" and shards="b\.tar": beside root, numbers'),
         ({"unlabelled": [{"shards": "b.tar", "stream": "c"}]}, r"stream='c': streams are listed in an index"),
         ({"labelled": [{"shards": "b.tar"}]}, r"labelled: b\.tar as `shards`: .*shards index"),
         ({"unlabelled": [{"shards": "pipe:curl -H SECRET x"}]}, r"pipe:curl: pipe: runs.*data\.allow_pipe=true"),

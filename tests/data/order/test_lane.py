@@ -190,3 +190,85 @@ def test_where_nothing_may_be_skipped_a_shard_that_does_not_come_is_an_outage():
     with pytest.raises(OutOfReachError) as caught:
         lane.take()
     assert caught.value.cause is fault
+
+
+def filtered(sizes, wanted):
+    """Shards in memory of which only some samples are wanted."""
+
+    def read(shard):
+        for found in reader(sizes)(shard):
+            yield found if wanted(found.key) else found._replace(sample=None)
+
+    return read
+
+
+@given(sizes, st.sampled_from([1, 3]), st.sampled_from([1, 7]), st.integers(2, 5), st.data())
+@settings(max_examples=60, deadline=None)
+def test_what_is_not_wanted_is_as_if_it_was_not_there(sizes, lanes, window, every, data):
+    """But places keep their numbers, and a lane goes on after any stop."""
+
+    def wanted(key):
+        return sum(map(int, key.split("-"))) % every != 1
+
+    def in_order():
+        for epoch in range(1000):
+            for shard in permutation(derive_seed(SEED, "shards", epoch), len(sizes))[number::lanes].tolist():
+                keys_of = [(f"{shard}-{n}", n) for n in range(sizes[shard])]
+                yield from ((key, n) for key, n in keys_of if wanted(key))
+
+    def plain():
+        samples = in_order()
+        for block_number in range(1000):
+            block = list(islice(samples, window))
+            order = permutation(derive_seed(SEED, "window", number, block_number), window)
+            yield from (block[i] for i in order)
+
+    number = data.draw(st.integers(0, lanes - 1))
+    read, following = filtered(sizes, wanted), plain()
+    lane = make(sizes, number, lanes, window, read=read)
+    for _ in range(data.draw(st.integers(1, 4))):
+        for key, place in islice(following, data.draw(st.integers(0, 25))):
+            entry = lane.take()
+            assert (entry.found.key, entry.at.sample) == (key, place)
+        state = LaneState.from_json(json.loads(json.dumps(lane.state.as_json())))
+        lane = make(sizes, number, lanes, window, state, read=read)
+
+
+def test_what_is_not_wanted_is_counted_once_and_in_a_row():
+    lane = make([10] * 4, window=1, read=filtered([10] * 4, lambda key: key.endswith("-9")))
+    lane.take()  # and the next one is read ahead
+    assert (lane.left_out, lane.left_out_in_a_row) == (18, 0)
+    again = make([10] * 4, window=1, state=lane.state, read=filtered([10] * 4, lambda key: key.endswith("-9")))
+    again.take()
+    assert again.left_out == 9  # those before the first sample of its window are skipped, not counted
+    never = iter(range(45))
+
+    def read(shard):
+        for found in reader([10] * 4)(shard):
+            next(never)  # or a lane would read for ever
+            yield found._replace(sample=None)
+
+    endless = make([10] * 4, window=1, read=read)
+    with pytest.raises(RuntimeError):
+        endless.take()
+    assert (endless.left_out_in_a_row, endless.shards_in_a_row) == (45, 4)
+
+
+def test_a_shard_of_which_nothing_is_wanted_has_come():
+    """So those before it that could not be fetched are lost, and in an outage the lane does not go back to them."""
+    order, patience = permutation(derive_seed(SEED, "shards", 0), 4).tolist(), Patience()
+
+    def read(shard):
+        if shard == order[2]:
+            patience.give_up()
+        if shard in (order[0], order[2]):
+            raise NotFetched("no", may_pass=True)
+        yield from (found._replace(sample=None) for found in reader([3] * 4)(shard))
+
+    lane = make([3] * 4, window=1, read=read, patience=patience)
+    first = lane.take()
+    assert first.shard == order[0]
+    assert isinstance(first.found.sample, NotFetched)
+    with pytest.raises(OutOfReachError):
+        lane.take()
+    assert lane.state.start.shard == 2
