@@ -157,6 +157,7 @@ class RemoteStream:
                 patience_s=self._patience_s,
                 tried=self._count_failed_try,
                 in_a_row=True,
+                digest=False,
             )
         except _ClosedError:
             pass
