@@ -131,7 +131,7 @@ def _header(name: str) -> bytes:
 def _frame() -> tuple[bytes, bytes, int]:
     """What stands between name and checksum of a header, what follows the checksum, and the checksum without a name."""
     header = _written_header("")
-    return header[_NAME_BYTES:_CHECKSUM.start], header[_CHECKSUM.stop :], int(header[_CHECKSUM][:6], 8)
+    return header[_NAME_BYTES : _CHECKSUM.start], header[_CHECKSUM.stop :], int(header[_CHECKSUM][:6], 8)
 
 
 def _written_header(name: str) -> bytes:
@@ -259,7 +259,8 @@ class _Forward:
     def read(self, size: int) -> bytes:
         """``size`` bytes from the position on; fewer at the end only."""
         start = self._at - self._held_at
-        blocks, missing = [self._held], start + size - len(self._held)
+        blocks: list[bytes | memoryview] = [self._held]
+        missing = start + size - len(self._held)
         while missing > 0 and (block := self._stream.read(min(missing, _BLOCK))):
             blocks.append(block)
             missing -= len(block)
