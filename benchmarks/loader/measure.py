@@ -58,6 +58,7 @@ def measure_rates(
     variants = [Variant(name, n) for name in ("bare", "ours", "webdataset") for n in counts]
     variants += [Variant("ours", options.processes, "http"), Variant("ours", options.processes, "http, cached")]
     variants += [Variant("webdataset", options.processes, "http")]
+    variants += [Variant("sequential", n, over) for over in ("local", "http") for n in counts]
     theirs = [name for name in PEERS if name not in skipped]
     variants += [Variant(name, n, environment="peers" if apart else "main") for name in theirs for n in counts]
     if apart and theirs:
