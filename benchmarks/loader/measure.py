@@ -81,7 +81,12 @@ def measure_rates(
                     continue
                 cold = variant.over == "http" and variant.name == "ours"
                 setting = replace(remote if variant.over != "local" else task, workers=variant.processes, cold=cold)
-                request = {"variant": variant.name, "warm": 0 if cold else WARM_BATCHES, "step_s": step_s}
+                warm = WARM_BATCHES
+                if (
+                    variant.name == "sequential"
+                ):  # while windows grow, samples are read ahead faster than they are given
+                    warm += task.window // task.batch
+                request = {"variant": variant.name, "warm": 0 if cold else warm, "step_s": step_s}
                 request |= {"count": count if round_ else max(1, count // 8)}
                 request |= {"paced": max(1, count // 5) if variant.processes and round_ else 0}
                 try:
