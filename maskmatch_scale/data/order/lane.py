@@ -33,6 +33,9 @@ _MOST_DOUBTFUL = 48
 """After so many shards in a row that could not be fetched they count as lost, however much patience is left."""
 
 
+_READ_AT_ONCE = 16
+"""Samples that are read ahead when as many were given. Between two samples an image is decoded, and the processor's
+caches have nothing left of what reads: each one alone takes three times as long."""
 _MOST_DOUBLED = 40
 """Windows are as large as they become long before this one."""
 
@@ -178,10 +181,12 @@ class Lane:
         entry, self._window[number] = self._window[number], None
         assert entry is not None
         self._state = self._state._replace(given=self._state.given + 1)
-        number, windows = self._state.window, self._windows
-        with suppress(OutOfReachError):  # there are others to be given out before
-            for _ in range(1 if windows.size(number + 1) == windows.size(number) else 2):
-                self._read_ahead()
+        if self._state.given % _READ_AT_ONCE == 0:
+            number, windows = self._state.window, self._windows
+            grows = windows.size(number + 1) > windows.size(number)
+            with suppress(OutOfReachError):  # there are others to be given out before
+                for _ in range(2 * _READ_AT_ONCE if grows else _READ_AT_ONCE):
+                    self._read_ahead()
         return entry
 
     def close(self) -> None:

@@ -96,22 +96,21 @@ def test_a_window_ends_at_its_bytes_too():
 def test_a_new_run_waits_for_a_small_window_only():
     """And no window has to be read in one go when the one before has been given out."""
     read = []
-    give = reader([1000])
 
     def counted(shard):
-        for found in give(shard):
+        for found in reader([5000])(shard):
             read.append(found.key)
             yield found
 
-    lane = make([1000], window=100, first=4, read=counted)
+    lane = make([5000], window=200, read=counted)
     before, most = 0, []
-    for _ in range(300):
+    for _ in range(64 + 128 + 200 + 100):
         lane.take()
         most.append(len(read) - before)
         before = len(read)
-    assert most[0] == 4 + 2
-    assert max(most[1:]) <= 2
-    assert len(read) == (4 + 8 + 16 + 32 + 64 + 100 + 100) + 76  # of the last window 76 were given
+    assert most[0] == 64
+    assert max(most[1:]) == 32  # two for each of 16
+    assert len(read) == 64 + 128 + 200 + 200 + 96  # of the last window 100 were given, and as many read ahead, by 16
 
 
 def test_going_on_reads_a_window_and_the_beginning_of_a_shard_again():
