@@ -81,8 +81,11 @@ class _Readings:
         return getattr(self._made, name)
 
     def __getitem__(self, number: int) -> Batch:
+        return self.make(number)
+
+    def make(self, number: int, memory: Batch | None = None) -> Batch:
         self._read.clear()
-        batch = self._made[number]
+        batch = self._made.make(number, memory)
         self._note("read", number=number, samples=self._read)
         return batch
 

@@ -58,6 +58,7 @@ def measure_rates(
     variants = [Variant(name, n) for name in ("bare", "ours", "webdataset") for n in counts]
     variants += [Variant("ours", options.processes, "http"), Variant("ours", options.processes, "http, cached")]
     variants += [Variant("webdataset", options.processes, "http")]
+    variants += [Variant("sequential", n, over) for over in ("local", "http") for n in counts]
     theirs = [name for name in PEERS if name not in skipped]
     variants += [Variant(name, n, environment="peers" if apart else "main") for name in theirs for n in counts]
     if apart and theirs:
@@ -80,7 +81,12 @@ def measure_rates(
                     continue
                 cold = variant.over == "http" and variant.name == "ours"
                 setting = replace(remote if variant.over != "local" else task, workers=variant.processes, cold=cold)
-                request = {"variant": variant.name, "warm": 0 if cold else WARM_BATCHES, "step_s": step_s}
+                warm = WARM_BATCHES
+                if (
+                    variant.name == "sequential"
+                ):  # while windows grow, samples are read ahead faster than they are given
+                    warm += task.window // task.batch
+                request = {"variant": variant.name, "warm": 0 if cold else warm, "step_s": step_s}
                 request |= {"count": count if round_ else max(1, count // 8)}
                 request |= {"paced": max(1, count // 5) if variant.processes and round_ else 0}
                 try:

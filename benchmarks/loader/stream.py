@@ -22,8 +22,8 @@ from maskmatch_scale.recipe import Recipe, parse_recipe
 _SEED = 1
 
 
-def _recipe(task: Task, micro_batch: int) -> Recipe:
-    data = {
+def _recipe(task: Task, micro_batch: int, *, sequential: bool = False) -> Recipe:
+    data: dict[str, Any] = {
         "root": task.root,
         "labelled_count": 0,
         "crop_px": task.crop_px,
@@ -31,6 +31,9 @@ def _recipe(task: Task, micro_batch: int) -> Recipe:
         "workers": task.workers,
         "cache_dir": task.cache,
     }
+    if sequential:
+        names = ",".join(Path(shard).name for shard in task.shards)
+        data["unlabelled"] = [{"shards": f"{task.root}/{{{names}}}"}]
     return parse_recipe(
         {
             "data": data,
@@ -42,9 +45,15 @@ def _recipe(task: Task, micro_batch: int) -> Recipe:
     )
 
 
-def make_batches(task: Task, world_size: int = 1, index: ShardIndex | None = None) -> TrainingBatches:
-    """The training batches of rank 0; no labelled images, `task.batch` unlabelled ones a step and rank."""
-    return TrainingBatches(_recipe(task, task.batch), 2, 0, world_size, unlabelled=True, index=index)
+def make_batches(
+    task: Task, world_size: int = 1, index: ShardIndex | None = None, *, sequential: bool = False
+) -> TrainingBatches:
+    """The training batches of rank 0; no labelled images, `task.batch` unlabelled ones a step and rank.
+
+    With ``sequential`` their shards are read in sequence, as if they had no index.
+    """
+    recipe = _recipe(task, task.batch, sequential=sequential)
+    return TrainingBatches(recipe, 2, 0, world_size, unlabelled=True, index=index)
 
 
 def _pss_mb() -> float:

@@ -116,6 +116,14 @@ def ours(task: Task) -> Iterator[Any]:
     return load_batches(make_batches(task), 0, 1 << 30)
 
 
+def sequential(task: Task) -> Iterator[Any]:
+    """The same, from shards without an index, which are read in sequence."""
+    from benchmarks.loader.stream import make_batches
+    from maskmatch_scale.data.batches.loading import load_batches
+
+    return load_batches(make_batches(task, sequential=True), 0, 1 << 30)
+
+
 def _keyed(sample: tuple[str, bytes], crop_px: int) -> tuple[Tensor, Tensor]:
     return prepare(sample[1], crop_px, sample[0])
 
@@ -181,6 +189,7 @@ def streaming(task: Task) -> Iterable[Any]:
 VARIANTS: dict[str, Callable[[Task], Iterable[Any]]] = {
     "bare": bare,
     "ours": ours,
+    "sequential": sequential,
     "webdataset": webdataset,
     "litdata": litdata,
     "streaming": streaming,

@@ -48,7 +48,9 @@ def test_the_whole_run_but_for_the_peers(loader, tmp_path, capsys):
     result = json.loads(out.read_text())
     rows = {(row["variant"], row["over"], row["processes"]): row for row in result["rows"]}
     local = [(name, "local", n) for name in ("bare", "ours", "webdataset") for n in (0, 2)]
+    local += [("sequential", "local", n) for n in (0, 2)]
     http = [("ours", "http", 2), ("ours", "http, cached", 2), ("webdataset", "http", 2)]
+    http += [("sequential", "http", n) for n in (0, 2)]
     for key in local + http:
         row = rows[key]
         assert row["samples_per_core_s"] == pytest.approx(16 / min(row["cpu_s"]))
@@ -76,7 +78,7 @@ def test_the_whole_run_but_for_the_peers(loader, tmp_path, capsys):
 def test_every_loader_makes_the_same_batches_of_the_same_images(loader, task):
     from benchmarks.loader import variants
 
-    for name in ("bare", "ours", "webdataset"):
+    for name in ("bare", "ours", "sequential", "webdataset"):
         images, valid = _first(variants.VARIANTS[name](task))
         assert (images.shape, images.dtype) == ((4, 3, 32, 32), torch.uint8)
         assert (valid.shape, valid.dtype) == ((4, 32, 32), torch.bool)

@@ -1,17 +1,22 @@
 """`maskmatch shards index` where others have counted the samples: no shard is opened."""
 
 import json
+from hashlib import md5
 from pathlib import Path
 
 import pytest
 
+from maskmatch_scale.data.remote import store_process
+from maskmatch_scale.data.remote.patterns import Location
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.files import sha256
+from maskmatch_scale.recipe.sections import DataRecipe
 from tests.cli.test_shards import run
 from tests.data import foreign_shards
-from tests.data.faulty_server import Fault, FaultyServer
+from tests.data.faulty_server import Fault, FaultyProxy, FaultyServer
+from tests.data.s3_server import SIGNED, Bucket
 
 FILLED = [count for count in foreign_shards.COUNTS if count]
 
@@ -171,10 +176,36 @@ def test_notes_with_secrets_stay_private(tmp_path):
 def test_a_pattern_without_an_ending_is_no_folder(monkeypatch):
     from maskmatch_scale.data.tools import listing
 
-    monkeypatch.setattr(listing, "expand", lambda pattern: [f"{pattern[:-1]}a.tar"])
-    assert [shard.location for shard in listing.listed(["s3://bucket/x/*"], "unlabelled", None)] == [
-        "s3://bucket/x/a.tar"
-    ]
+    monkeypatch.setattr(listing, "expand_with_facts", lambda pattern: [Location(f"{pattern[:-1]}a.tar", 5)])
+    assert listing.listed(["s3://bucket/x/*"], "unlabelled", None) == [listing.Listed("s3://bucket/x/a.tar", bytes=5)]
+
+
+def test_a_list_of_an_object_store_has_sizes_and_etags(s3_server, tmp_path, monkeypatch):
+    """No object is asked for but the notes beside the shards."""
+    store_process.end_all()  # those of other tests have another environment
+    for name, value in SIGNED.items():
+        monkeypatch.setenv(name, value)
+    bucket, folder = Bucket(s3_server, "indexed").make(), tmp_path / "theirs"
+    foreign_shards.img2dataset(folder, (3, 5))
+    for path in folder.iterdir():
+        bucket.put(f"a/{path.name}", path.read_bytes())
+    pattern = f"s3://{bucket.name}/a/*.tar"
+    with FaultyProxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        found = index(pattern, tmp_path / "out")
+        assert not [request for request in proxy.requests if request.path.endswith(".tar")]
+    tars = sorted(folder.glob("*.tar"))
+    assert [entry["bytes"] for entry in found] == [path.stat().st_size for path in tars]
+    assert [entry["etag"] for entry in found] == [f'"{md5(path.read_bytes()).hexdigest()}"' for path in tars]
+    assert not any("sha256" in entry for entry in found)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{s3_server}")
+    store_process.end_all()
+    stream = ShardStream(tmp_path / "out", "unlabelled", DataRecipe(root="x", cache_dir=str(tmp_path / "cache")))
+    assert [stream[number].key for number in range(8)] == [f"{number:09d}" for number in range(8)]
+    bucket.put("a/00001.tar", b"")
+    with pytest.raises(UserError, match=r"s3://indexed/a/00001\.tar: an empty file, where 5 samples are noted"):
+        index(pattern, tmp_path / "again")
+    store_process.end_all()
 
 
 def test_an_index_without_the_stream(shapes, tmp_path):

@@ -10,7 +10,7 @@ from tests.docs.pages import ROOT, read_blocks, run_blocks
 
 FAST = ("own_data",)
 SLOW = (
-    "binary_masks", "remote_sensing", "own_backbone", "sweep",
+    "webdataset", "binary_masks", "remote_sensing", "own_backbone", "sweep",
     "predict", "fine_tuning", "from_the_hub", "trackers", "evaluation", "export",
 )  # fmt: skip
 NEEDS = {
@@ -22,6 +22,7 @@ NEEDS = {
 """Libraries of extras."""
 NOT_RUN = {
     "predict": ("it installs packages; tests/predict/test_run.py predicts without DeepSpeed",),
+    "webdataset": ("wids is not in webdataset 1",),
     "from_the_hub": ("a download; a tiny model stands in its place",),
 }
 """Blocks that are not run, and the reasons that their pages give."""

@@ -2,7 +2,7 @@
 
 A process hands a batch over in shared memory. The loader of torch allocates new memory for each batch, and the first
 access to each page of it can take longer than writing the batch. Here the memory is allocated once, in *slots* for one
-batch each: batch n is put in slot n mod slots, and only the rest of the batch goes through the queue of the loader. A
+batch each: batch n is made in slot n mod slots, and only the rest of the batch goes through the queue of the loader. A
 slot may be used again when its batch was copied out of it, which is before the loader is asked for the next batch.
 
 Decision: docs/decisions/0003-batches-in-reused-shared-memory.md.
@@ -17,7 +17,6 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from maskmatch_scale.data.batches.batch import Batch
@@ -40,7 +39,7 @@ _LOCKS_BYTES = 1 << 20
 class _Slot:
     """Shared memory for one batch, large enough for the largest."""
 
-    tensors: tuple[Tensor, ...]
+    memory: Batch
 
     @classmethod
     def like(cls, batch: Batch) -> _Slot:
@@ -48,17 +47,16 @@ class _Slot:
         tensors = tuple(torch.empty_like(tensor) for tensor in batch.tensors)
         for tensor in tensors:
             tensor.share_memory_()  # type: ignore[no-untyped-call]
-        return cls(tensors)
+        return cls(batch.with_tensors(tensors))
 
-    def put(self, batch: Batch) -> _Rest:
-        """Copy the tensors of a batch into this slot; returns the rest of the batch."""
-        for shared, tensor in zip(self.tensors, batch.tensors, strict=True):
-            shared[: len(tensor)].copy_(tensor)
+    def fill(self, made: TrainingBatches, number: int) -> _Rest:
+        """Make a batch in this slot; returns the rest of the batch."""
+        batch = made.make(number, self.memory)
         return _Rest(tuple(map(len, batch.tensors)), batch.positions, batch.skipped, batch.fetched, batch.lanes)
 
     def take(self, rest: _Rest, *, pin_memory: bool) -> Batch:
         """A copy of the batch in this slot, in page-locked memory if asked."""
-        found = [shared[:size] for shared, size in zip(self.tensors, rest.sizes, strict=True)]
+        found = [shared[:size] for shared, size in zip(self.memory.tensors, rest.sizes, strict=True)]
         images, labels, views, valid, draws = (part.pin_memory() if pin_memory else part.clone() for part in found)
         return Batch(images, labels, views, valid, draws, rest.positions, rest.skipped, rest.fetched, rest.lanes)
 
@@ -76,17 +74,17 @@ class _Rest:
 
 
 class _Filling(Dataset["_Rest | DataError"]):
-    """Maps the number of a micro-batch to its rest, after its tensors were put in their slot."""
+    """Maps the number of a micro-batch to its rest; its tensors are made in their slot."""
 
     def __init__(self, made: TrainingBatches, start: int, slots: list[_Slot]) -> None:
         self.made, self.start, self.slots = made, start, slots
 
     def __getitem__(self, number: int) -> _Rest | DataError:
+        slot = self.slots[(number - self.start) % len(self.slots)]
         try:
-            batch = self.made[number]
+            return slot.fill(self.made, number)
         except DataError as error:
             return error  # returned, because torch would add a traceback to the message of one that is raised
-        return self.slots[(number - self.start) % len(self.slots)].put(batch)
 
 
 def check_shared_memory(made: TrainingBatches, batches: int, ranks: int) -> None:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -217,32 +216,49 @@ class TrainingBatches(Dataset[Batch]):
         self._class_pixels.count_on_all_ranks(self.rank, self.world_size, sum_over_ranks)
 
     def __getitem__(self, number: int) -> Batch:
+        """Micro-batch ``number`` of the run, in memory of its own; see :meth:`make`."""
+        return self.make(number)
+
+    def make(self, number: int, memory: Batch | None = None) -> Batch:
         """Micro-batch ``number`` of the run: step · accumulation + micro-step.
+
+        Args:
+            number: of the micro-batch.
+            memory: a batch at least as large, whose tensors are overwritten: those that are returned are the beginnings
+                of its own. None: new memory. Each view is copied there when it is made, and not once more with others.
 
         Raises:
             DataError: a sample cannot be used, and it may not be skipped or nothing can replace it.
         """
-        images, labels, views, valid, draws = self._empty(0, 0).tensors
+        step = number // self.recipe.engine.accumulation
+        labelled = self.labelled
+        unlabelled = self.unlabelled if self.unlabelled is not None and step >= self.unlabelled.start else None
+        sizes = [side.per_rank if side else 0 for side in (labelled, unlabelled)]
+        memory = memory or self._empty(*sizes)
+        images, labels = memory.labelled_images[: sizes[0]], memory.labels[: sizes[0]]
+        views, valid = memory.unlabelled_images[: sizes[1]], memory.unlabelled_valid[: sizes[1]]
         skipped: list[Skip] = []
         positions: list[int] = []
         lanes: dict[tuple[str, int], LaneState] = {}
-        step = number // self.recipe.engine.accumulation
-        if self.labelled is not None:
-            places = list(self.places(self.labelled, number))
-            made = [self._views.labelled(source, place) for source, place in places]
-            images, labels = torch.stack([view for view, _, _ in made]), torch.stack([label for _, label, _ in made])
-            skipped += [skip for _, _, skips in made for skip in skips]
+        if labelled is not None:
+            places = list(self.places(labelled, number))
+            for row, (source, place) in enumerate(places):
+                images[row], labels[row], skips = self._views.labelled(source, place)
+                skipped += skips
             if self.unlabelled is None and self._draw is not None and step >= self.recipe.burn_in_steps:
                 positions = self._positions("labelled place", places)
-                draws = self._draw(positions)
-        if self.unlabelled is not None and step < self.unlabelled.start:
+        if unlabelled is not None:
+            taken: list[tuple[WeightedSource | SequentialSource, SamplePlace]] = []
+            for row, one in enumerate(self._unlabelled(unlabelled, number, lanes)):
+                views[row], valid[row] = one.view, one.valid
+                skipped += one.skipped
+                taken.append((one.source, one.place))
+            positions = self._positions("place", taken)
+        elif self.unlabelled is not None:
             self._prefetch_side(self.unlabelled, number)
-        if self.unlabelled is not None and step >= self.unlabelled.start:
-            drawn = list(self._unlabelled(self.unlabelled, number, lanes))
-            views, valid = torch.stack([one.view for one in drawn]), torch.stack([one.valid for one in drawn])
-            skipped += [skip for one in drawn for skip in one.skipped]
-            positions = self._positions("place", [(one.source, one.place) for one in drawn])
-            draws = self._draw(positions) if self._draw else draws.new_empty(len(positions), 0)
+        draws = memory.draws[: len(positions)]
+        if positions and self._draw is not None:
+            draws.copy_(self._draw(positions))
         found = tuple((name, lane, where) for (name, lane), where in lanes.items())
         return Batch(images, labels, views, valid, draws, tuple(positions), tuple(skipped), self._take_figures(), found)
 

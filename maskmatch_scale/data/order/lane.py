@@ -2,7 +2,7 @@
 
 In every epoch the shards of the source are shuffled, and each lane is dealt its share of them. A lane goes through its
 epochs by itself. It reads a *window* of samples and gives them out in an order that is drawn for this window, while it
-reads the next one. Bad samples have their places in the windows too.
+reads the next one. The first windows of a run are small. Bad samples have their places in the windows too.
 
 So where a lane is, is told by five numbers: where its window begins (epoch, shard, sample), which window it is, and how
 many samples of it were given out. To continue there, the window is read again, from the beginning of the shard in which
@@ -31,6 +31,13 @@ from maskmatch_scale.seeds import derive_seed
 
 _MOST_DOUBTFUL = 48
 """After so many shards in a row that could not be fetched they count as lost, however much patience is left."""
+
+
+_READ_AT_ONCE = 16
+"""Samples that are read ahead when as many were given. Between two samples an image is decoded, and the processor's
+caches have nothing left of what reads: each one alone takes three times as long."""
+_MOST_DOUBLED = 40
+"""Windows are as large as they become long before this one."""
 
 
 class Cursor(NamedTuple):
@@ -79,11 +86,18 @@ class Entry(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """How large a window of a lane is: whichever is reached first."""
+    """How large the windows of a lane are: whichever is reached first."""
 
     samples: int
     bytes: int
     """Of encoded images."""
+    first: int = 64
+    """Samples of the first window, for which a new run waits. Each one has twice as many as the one before, until
+    `samples` are reached."""
+
+    def size(self, number: int) -> int:
+        """Most samples of window ``number``."""
+        return min(self.samples, self.first << min(number, _MOST_DOUBLED))
 
 
 class OutOfReachError(Exception):
@@ -171,8 +185,12 @@ class Lane:
         entry, self._window[number] = self._window[number], None
         assert entry is not None
         self._state = self._state._replace(given=self._state.given + 1)
-        with suppress(OutOfReachError):  # there are others to be given out before
-            self._read_ahead()
+        if self._state.given % _READ_AT_ONCE == 0:
+            number, windows = self._state.window, self._windows
+            grows = windows.size(number + 1) > windows.size(number)
+            with suppress(OutOfReachError):  # there are others to be given out before
+                for _ in range(2 * _READ_AT_ONCE if grows else _READ_AT_ONCE):
+                    self._read_ahead()
         return entry
 
     def close(self) -> None:
@@ -194,7 +212,8 @@ class Lane:
 
     def _read_ahead(self) -> bool:
         """Read one more sample of the next window; returns whether there was room."""
-        if len(self._ahead) >= self._windows.samples or self._ahead_bytes >= self._windows.bytes:
+        following = self._state.window + (self._window is not None)
+        if len(self._ahead) >= self._windows.size(following) or self._ahead_bytes >= self._windows.bytes:
             return False
         while not self._ready:
             self._read()

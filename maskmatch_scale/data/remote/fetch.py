@@ -37,6 +37,7 @@ def fetch(
     patience_s: float = math.inf,
     tried: Callable[[], None] = lambda: None,
     in_a_row: bool = False,
+    digest: bool = True,
 ) -> tuple[int, str]:
     """Fetch a whole file.
 
@@ -51,9 +52,10 @@ def fetch(
         tried: called after every try that failed.
         in_a_row: whether only tries count that bring nothing further. A file that is read slowly takes hours, in which
             servers close the connection again and again.
+        digest: whether the checksum of its bytes is wanted, also where none is expected.
 
     Returns:
-        Its size in bytes, and the hex SHA-256 of its bytes.
+        Its size in bytes, and the hex SHA-256 of its bytes; empty if it is not wanted.
 
     Raises:
         NotFetched: all tries failed, or one failed in a way that no other try can mend. The message names the address,
@@ -61,7 +63,7 @@ def fetch(
         DataError: a library is missing, or the sink raised it.
     """
     get = _protocol(url).get
-    transfer = Transfer(url, sink, size, sha256, options.timeout_s, etag)
+    transfer = Transfer(url, sink, size, sha256, options.timeout_s, etag, digest=digest)
     attempt, furthest = 0, 0
     while True:
         attempt += 1
@@ -112,7 +114,7 @@ def fetch_bytes(url: str, options: FetchOptions) -> bytes:
     """
     pipe.refuse_pipe(url, options)
     memory = _Memory(url)
-    size, _ = fetch(url, memory, None, None, options)
+    size, _ = fetch(url, memory, None, None, options, digest=False)
     return bytes(memory.data[:size])
 
 

@@ -9,15 +9,19 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 from braceexpand import braceexpand
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.remote import filesystems, objects
 from maskmatch_scale.data.remote.address import cut_query, is_http, scrubbed
+from maskmatch_scale.data.remote.stores import Found
 from maskmatch_scale.data.remote.transfer import TransferError
+from maskmatch_scale.errors import of_this_rank
 from maskmatch_scale.redact import PIPE, is_remote, shown
 
 _MOST_NAMES = 10_000_000
@@ -30,8 +34,22 @@ _PAUSE_S = 2.0
 """Between two tries to list, each from the beginning."""
 
 
+class Location(NamedTuple):
+    """A path or address, and what is known of it without asking for it."""
+
+    url: str
+    bytes: int | None = None
+    etag: str | None = None
+    """A strong one."""
+
+
 def expand(pattern: str) -> list[str]:
-    """All the locations that a pattern stands for, in order.
+    """All the locations that a pattern stands for, in order; see :func:`expand_with_facts`."""
+    return [found.url for found in expand_with_facts(pattern)]
+
+
+def expand_with_facts(pattern: str) -> list[Location]:
+    """All the locations that a pattern stands for, in order, and what a list of an object store says of them.
 
     Args:
         pattern: a path or an address. Both may have braces (``x-{000..127}.tar``, ``{a,b}.tar``). A path may also have
@@ -43,7 +61,7 @@ def expand(pattern: str) -> list[str]:
         DataError: nothing matches, a path does not exist, an address cannot be listed, or a list is too long.
     """
     if not is_remote(pattern) and os.path.exists(pattern):  # noqa: PTH110 - Path's raises if a name is too long
-        return [pattern]
+        return [Location(pattern)]
     numbers = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
     if math.prod(abs(int(last) - int(first)) + 1 for first, last in numbers) > _MOST_NAMES:
         raise DataError(f"{shown(pattern)}: stands for more than {_MOST_NAMES} files; is a number in braces too large?")
@@ -51,17 +69,17 @@ def expand(pattern: str) -> list[str]:
         names = list(braceexpand(pattern))
     except ValueError:
         raise DataError(f"{shown(pattern)}: its braces do not match; write x-{{000..127}}.tar") from None
-    found = []
+    found: list[Location] = []
     for name in names:
         if name.startswith(PIPE):
-            found.append(name)
+            found.append(Location(name))
         elif is_remote(name):
             path = cut_query(name)[0] if is_http(name) else name
-            found.extend(_listed(name) if "*" in path else [name])
+            found.extend(_listed(name) if "*" in path else [Location(name)])
         elif Path(name).exists():
-            found.append(name)
+            found.append(Location(name))
         elif matches := sorted(glob.glob(name, recursive=True)):  # noqa: PTH207 - absolute patterns too
-            found.extend(matches)
+            found.extend(map(Location, matches))
         else:
             raise DataError(f"{name}: no such file" + (f" (from {pattern})" if name != pattern else ""))
     if not found:
@@ -69,30 +87,35 @@ def expand(pattern: str) -> list[str]:
     return found
 
 
-def _listed(pattern: str) -> list[str]:
+def _listed(pattern: str) -> list[Location]:
     if is_http(pattern):
         raise DataError(f"{shown(pattern)}: web servers do not list their files; write x-{{000..127}}.tar")
     for attempt in itertools.count(1):
         try:
-            found = _objects(pattern) if objects.is_object(pattern) else filesystems.names(pattern, _TIMEOUT_S)
+            if objects.is_object(pattern):
+                found = _objects(pattern)
+            else:
+                found = list(map(Location, filesystems.names(pattern, _TIMEOUT_S)))
             break
         except TransferError as error:
             if error.final or attempt >= _TRIES:
                 advice = error.advice or "check the network and the address, or try later"
-                raise DataError(f"{pattern}: cannot be listed: {scrubbed(str(error), pattern)}; {advice}") from None
+                # Ranks list by themselves. What is final all of them are told; a network may fail for one alone.
+                with nullcontext() if error.final else of_this_rank():
+                    raise DataError(f"{pattern}: cannot be listed: {scrubbed(str(error), pattern)}; {advice}") from None
             time.sleep(_PAUSE_S)
     if not found:
         raise DataError(f"{pattern}: matches no file; check bucket and folder")
     return sorted(found)
 
 
-def _objects(pattern: str) -> list[str]:
+def _objects(pattern: str) -> list[Location]:
     # An ordinary folder is listed whole: stores know beginnings of names only, and obstore only whole folders.
     folder = pattern[: re.search(r"[*?\[]", pattern).start()].rpartition("/")[0]  # type: ignore[union-attr]
     if folder.endswith(":/"):
         raise DataError(f"{pattern}: the name of the bucket has a pattern; name one bucket")
     parts = pattern.split("/")
-    found: list[str] = []
+    found: list[Location] = []
     listed = 0
     for some in objects.listing(folder, _TIMEOUT_S):
         listed += len(some)
@@ -101,8 +124,14 @@ def _objects(pattern: str) -> list[str]:
                 f"{pattern}: more than {_MOST_LISTED} names lie below {folder}/; write x-{{000..127}}.tar, or name a "
                 "folder that has fewer"
             )
-        found.extend(about.url for about in some if _match(about.url.split("/"), parts))
+        found.extend(_location(about) for about in some if _match(about.url.split("/"), parts))
     return found
+
+
+def _location(about: Found) -> Location:
+    # Only what is in quotes is a strong ETag, and what the store will say when the object is read.
+    etag = about.version if about.version is not None and about.version.startswith('"') else None
+    return Location(about.url, about.bytes, etag)
 
 
 def _match(names: Sequence[str], patterns: Sequence[str]) -> bool:

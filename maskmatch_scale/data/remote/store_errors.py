@@ -17,6 +17,7 @@ PREFIXES = {"s3": "AWS", "gcs": "GOOGLE", "azure": "AZURE"}
 """By kind of store, how the names of its variables in the environment begin."""
 
 _STATUS = re.compile(r"status code: (\d{3})")
+_EMPTY_PART = re.compile(r'Path "([^"]*)" contained empty path segment')
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _OWN_CREDENTIALS = re.compile(r"/latest/api/token|/latest/meta-data|/computeMetadata/|/metadata/identity|token request")
 """Where a machine of a cloud asks for its own credentials, which it does if the environment has none."""
@@ -74,6 +75,12 @@ def transfer_error(error: BaseException, url: str) -> TransferError:
             advice,
             final=300 <= number < 500 and number not in _MAY_PASS,
             restart=number == 416,
+        )
+    if name := _EMPTY_PART.search(text):
+        return TransferError(
+            f"the name {name[1]!r} has an empty part (//), and cannot be read",
+            "rename the object, or name a folder that has none of them",
+            final=True,
         )
     for texts in (_FINAL, _PASSING):
         for part, message, advice in texts:

@@ -28,7 +28,7 @@ _AHEAD_BYTES = 8 << 20
 class Readable(Protocol):
     """Bytes in sequence."""
 
-    def read(self, size: int, /) -> bytes:
+    def read(self, size: int, /) -> bytes | memoryview:
         """At most ``size`` bytes, and none at the end only."""
 
     def close(self) -> None:
@@ -92,7 +92,7 @@ class RemoteStream:
         # A daemon thread: a process that ends does not wait for it.
         threading.Thread(target=self._fetch, name="shard stream", daemon=True).start()
 
-    def read(self, size: int, /) -> bytes:
+    def read(self, size: int, /) -> memoryview:
         """At most ``size`` bytes, and none at the end only. It waits until some have come.
 
         Raises:
@@ -104,14 +104,15 @@ class RemoteStream:
             if not self._blocks:
                 if self._error is not None:
                     raise self._error
-                return b""
+                return memoryview(b"")
             block = self._blocks.popleft()
             if len(block) > size:
                 self._blocks.appendleft(block[size:])
                 block = block[:size]
             self._held -= len(block)
-            self._changed.notify_all()
-            return bytes(block)
+            if self._held <= _AHEAD_BYTES:  # the thread need not wake before
+                self._changed.notify_all()
+            return block
 
     def close(self) -> None:
         """End the fetch. What has come and was not read is dropped."""
@@ -157,6 +158,7 @@ class RemoteStream:
                 patience_s=self._patience_s,
                 tried=self._count_failed_try,
                 in_a_row=True,
+                digest=False,
             )
         except _ClosedError:
             pass

@@ -86,10 +86,19 @@ class Transfer:
         sha256: the hex digest that it must have, or None if that is not known.
         timeout_s: seconds; see :class:`FetchOptions`.
         etag: the strong ETag that it must have, or None if that is not known; looked at where a source says one.
+        digest: whether `digest` is wanted, also if ``sha256`` is None.
     """
 
     def __init__(
-        self, url: str, sink: Sink, size: int | None, sha256: str | None, timeout_s: float, etag: str | None = None
+        self,
+        url: str,
+        sink: Sink,
+        size: int | None,
+        sha256: str | None,
+        timeout_s: float,
+        etag: str | None = None,
+        *,
+        digest: bool = True,
     ) -> None:
         self.url, self.timeout_s = url, timeout_s
         self._etag = etag
@@ -98,6 +107,7 @@ class Transfer:
         self.furthest = 0
         """Most bytes that have arrived by the end of any try."""
         self._sink, self._size, self._sha256 = sink, size, sha256
+        self._with_digest = digest or sha256 is not None
         self.restart()
 
     def restart(self) -> None:
@@ -107,7 +117,7 @@ class Transfer:
         self.version: str | None = None
         """What tells this version of the file from another one (an ETag), if the source says so."""
         self._total = self._size
-        self._digest = hashlib.sha256()
+        self._digest = hashlib.sha256() if self._with_digest else None
 
     def begin_try(self) -> None:
         """Prepare for the next try. Keep what the last one brought if the rest can be told to be of the same file."""
@@ -145,8 +155,8 @@ class Transfer:
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 of what has arrived."""
-        return self._digest.hexdigest()
+        """Hex SHA-256 of what has arrived; empty if it is not wanted."""
+        return self._digest.hexdigest() if self._digest else ""
 
     def write(self, block: bytes) -> None:
         """Take the next bytes of the file.
@@ -165,7 +175,8 @@ class Transfer:
         # A sink may keep the source waiting for as long as it likes: that is no stall of the source.
         self.advanced_at += now - began
         self._marked_at += now - began
-        self._digest.update(block)
+        if self._digest is not None:
+            self._digest.update(block)
         self.received += len(block)
         self.furthest = max(self.furthest, self.received)
         self._since_mark += len(block)

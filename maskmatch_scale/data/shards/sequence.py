@@ -7,6 +7,9 @@ writes itself. What it keeps back are faults of samples, the same and in the sam
 :func:`~maskmatch_scale.data.shards.tar.read_table`. webdataset then splits the tar (`tar_file_expander`) and groups its
 members (`group_by_keys`). Nothing is decoded, extracted or unpickled.
 
+The bytes of an image do not go through `tarfile`, which would copy them six times. In the tar that the sieve passes on,
+each image has a number as its content, and the sieve keeps the bytes under this number.
+
 Two things differ from a table, because nothing is known of what is still to come. A shard that ends too early has its
 fault at its end. And of a sample whose members are not adjacent, the first piece is used if it has the image.
 
@@ -16,7 +19,8 @@ Decision: docs/decisions/0066-sequential-sources.md.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from tarfile import DIRTYPE, GNU_FORMAT, TarInfo
 from typing import BinaryIO, NamedTuple, cast
 
@@ -31,8 +35,11 @@ from maskmatch_scale.data.shards.tar import MAX_MEMBER_BYTES, GroupedMembers, ke
 from maskmatch_scale.redact import shown
 
 _BLOCK = 1 << 20
-_LEAST_READ = 64 << 10
 _TAR_BLOCK = 512
+_NAME_BYTES = 100
+_CHECKSUM = slice(148, 156)
+_DIGITS = 10
+"""Of the number that is passed on in place of an image."""
 _ANY_SIZE = 1 << 62
 """Nobody knows how long a stream is."""
 
@@ -80,8 +87,8 @@ def read_in_sequence(stream: Readable, shard: str, wanted: Wanted | None = None)
             return Found(key, RawSample(key, shard, image, None))
         return Found(key, BadSample(reason, f"{where}: {what}"))
 
-    # Of what the sieve passes on, nothing but an early end can be wrong; and of a group, nothing but a member that is
-    # there twice, which is among the faults.
+    # Of what the sieve passes on, nothing can be wrong; and of a group, nothing but a member that is there twice, which
+    # is among the faults.
     errors: list[Exception] = []
     files = tar_file_expander([{"url": sieve.shard, "stream": sieve}], handler=errors.append)
     for group in group_by_keys(files, keys=_key_and_extension, handler=lambda error: True):
@@ -96,7 +103,7 @@ def read_in_sequence(stream: Readable, shard: str, wanted: Wanted | None = None)
         while given < place:
             yield found(None)
             given += 1
-        yield found(next((group[extension] for extension in samples.images if extension in group), None))
+        yield found(sieve.image([group[extension] for extension in samples.images if extension in group]))
         given += 1
     if sieve.failure is not None:
         raise sieve.failure
@@ -115,6 +122,31 @@ def read_in_sequence(stream: Readable, shard: str, wanted: Wanted | None = None)
 def _without_nul(name: str) -> str:
     """A name as it can be in a header of a tar; only a pax header can have another one."""
     return name.replace("\0", "\\0")
+
+
+def _header(name: str) -> bytes:
+    """What stands in a tar before a file of this name that has `_DIGITS` bytes.
+
+    A header is made once, and another name put in: `tarfile` takes ten times as long to write one.
+    """
+    encoded = name.encode("utf-8", "surrogateescape")
+    if len(encoded) > _NAME_BYTES:
+        return _written_header(name)
+    before, after, total = _frame()
+    return b"%s%s%06o\0 %s" % (encoded.ljust(_NAME_BYTES, b"\0"), before, total + sum(encoded), after)
+
+
+@cache
+def _frame() -> tuple[bytes, bytes, int]:
+    """What stands between name and checksum of a header, what follows the checksum, and the checksum without a name."""
+    header = _written_header("")
+    return header[_NAME_BYTES : _CHECKSUM.start], header[_CHECKSUM.stop :], int(header[_CHECKSUM][:6], 8)
+
+
+def _written_header(name: str) -> bytes:
+    header = TarInfo(name)
+    header.size = _DIGITS
+    return header.tobuf(GNU_FORMAT, "utf-8", "surrogateescape")
 
 
 def _key_and_extension(name: str) -> tuple[str | None, str | None]:
@@ -144,17 +176,30 @@ class _Sieve:
         self._kept_extension = METADATA_EXTENSION if metadata else None
         self._file = cast(BinaryIO, _Forward(stream))
         self._members = TarMembers(self._file, shard)
+        self._bodies: dict[int, bytes] = {}
+        """Images that were passed on, by their numbers, until webdataset gives their sample."""
+        self._passed = 0
         self._parts = self._passed_on()
         self._rest = memoryview(b"")
 
     def read(self, size: int) -> bytes:
-        """The next ``size`` bytes; fewer at the end only."""
-        blocks = []
-        while size and (self._rest or self._next_part()):
-            block, self._rest = self._rest[:size], self._rest[size:]
-            blocks.append(block)
-            size -= len(block)
-        return b"".join(blocks)
+        """At most the next ``size`` bytes, and none at the end only. They reach no further than one image."""
+        if not self._rest and not self._next_part():
+            return b""
+        block, self._rest = self._rest[:size], self._rest[size:]
+        return bytes(block)
+
+    def image(self, numbers: Sequence[bytes]) -> bytes | None:
+        """The first of the images of a sample; None if there are none. All images up to these are forgotten.
+
+        Args:
+            numbers: what was passed on in place of the images, the preferred one first.
+        """
+        wanted = [int(number) for number in numbers]
+        image = self._bodies[wanted[0]] if wanted else None
+        for number in [number for number in self._bodies if number <= max(wanted, default=-1)]:
+            del self._bodies[number]
+        return image
 
     def _next_part(self) -> bool:
         """Begin with the next part; returns whether there is one."""
@@ -184,18 +229,15 @@ class _Sieve:
                     self._keep(offset, size)
                 if extension not in self.samples.images:
                     continue
-                header = TarInfo(_without_nul(name))
-                header.size = size
-                yield header.tobuf(GNU_FORMAT, "utf-8", "surrogateescape")
-                for at in range(offset, offset + size, _BLOCK):
-                    wanted = min(_BLOCK, offset + size - at)
-                    block = read_at(self._file, at, wanted)
-                    yield block
-                    if len(block) < wanted:
-                        self.damage = f"it ends {offset + size - at - len(block)} bytes too early"
-                        self.samples.end(True)
-                        return
-                yield bytes(-size % _TAR_BLOCK)
+                body = read_at(self._file, offset, size)
+                if len(body) < size:
+                    self.damage = f"it ends {size - len(body)} bytes too early"
+                    self.samples.end(True)
+                    return
+                self._bodies[self._passed] = body
+                number = b"%0*d" % (_DIGITS, self._passed)
+                self._passed += 1
+                yield _header(_without_nul(name)) + number.ljust(_TAR_BLOCK, b"\0")
         except OSError as error:
             raise BadSample("shard_unreadable", f"{self.shard}: cannot be read ({error}); try again") from None
         self.damage = self._members.damage
@@ -239,11 +281,13 @@ class _Forward:
     def read(self, size: int) -> bytes:
         """``size`` bytes from the position on; fewer at the end only."""
         start = self._at - self._held_at
-        blocks, missing = [self._held], start + size - len(self._held)
-        while missing > 0 and (block := self._stream.read(max(missing, _LEAST_READ))):
+        blocks: list[bytes | memoryview] = [self._held]
+        missing = start + size - len(self._held)
+        while missing > 0 and (block := self._stream.read(min(missing, _BLOCK))):
             blocks.append(block)
             missing -= len(block)
-        self._held = b"".join(blocks)
+        if len(blocks) > 1:
+            self._held = b"".join(blocks)
         found = self._held[start : start + size]
         self._at += len(found)
         return found

@@ -11,7 +11,7 @@ from maskmatch_scale.data.faults import DataError, NotFetched
 from maskmatch_scale.data.pool import in_threads
 from maskmatch_scale.data.remote.address import is_index, join
 from maskmatch_scale.data.remote.fetch import fetch_bytes
-from maskmatch_scale.data.remote.patterns import expand
+from maskmatch_scale.data.remote.patterns import expand_with_facts
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards import foreign
 from maskmatch_scale.data.shards.finding import find_index, is_list, read_list
@@ -72,7 +72,7 @@ def _of_pattern(pattern: str, stream: str, options: FetchOptions) -> list[Listed
         rows = read_list(pattern, options)
         return [Listed(join(pattern, row["file"]), row["samples"], row["bytes"]) for row in rows]
     if not _is_root(pattern):
-        return [Listed(location) for location in expand(pattern)]
+        return [Listed(found.url, bytes=found.bytes, etag=found.etag) for found in expand_with_facts(pattern)]
     index = find_index(pattern, options)
     name = stream if stream in index.streams or len(index.streams) != 1 else next(iter(index.streams))
     if name not in index.streams:

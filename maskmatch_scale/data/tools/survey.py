@@ -182,13 +182,13 @@ def _ask(
         known, labels = shard
         if not is_remote(known.location):
             known = replace(known, bytes=Path(known.location).stat().st_size)
-            if not known.bytes:
-                raise DataError(
-                    f"{known.location}: an empty file, where {known.samples} samples are noted; write it again"
-                )
         elif known.bytes is None:
             size, etag = ask_size(known.location, options)
             known = replace(known, bytes=size, etag=etag)
+        if known.bytes == 0:
+            raise DataError(
+                f"{shown(known.location)}: an empty file, where {known.samples} samples are noted; write it again"
+            )
         return entry_of(known, labels)
 
     waiting: list[Entry] = []

@@ -25,6 +25,17 @@ def test_a_batch_stays_as_it_is_when_later_ones_are_loaded(make_recipe):
     assert all(map(same, plain, kept))
 
 
+def test_a_batch_is_made_in_memory_that_is_given(make_recipe):
+    made = make_batches(make_recipe, method={"burn_in": 0.5}, run={"steps": 8})
+    memory = made.largest_batch()
+    for number in (6, 0, 7):  # with unlabelled images, and without
+        batch = made.make(number, memory)
+        assert same(batch, made[number])
+        assert [part.data_ptr() for part in batch.tensors if len(part)] == [
+            whole.data_ptr() for part, whole in zip(batch.tensors, memory.tensors, strict=True) if len(part)
+        ]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_labelled_sample_is_one_line_also_from_a_worker(make_recipe, spoilt, workers):
     bad = make_batches(make_recipe, data={"root": str(spoilt), "workers": workers})

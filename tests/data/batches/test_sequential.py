@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.remote import store_process, stream
-from maskmatch_scale.data.shards import sequence
 from maskmatch_scale.recipe import RecipeError
 from tests.conftest import recipe_maker
 from tests.data import bad_shards
@@ -303,7 +302,6 @@ def test_two_sources_of_one_name_are_refused(make_recipe, shapes, archive):
 def test_when_batches_end_nothing_is_fetched_any_more(make_recipe, archive, monkeypatch):
     """Also if the objects live on; and if more batches are wanted they are those that follow."""
     monkeypatch.setattr(stream, "_AHEAD_BYTES", 1000)  # less than a shard has
-    monkeypatch.setattr(sequence, "_LEAST_READ", 512)
     plain = taken(make(make_recipe, archive), 0, 12)
     with FaultyServer(archive) as server:
         made = make(make_recipe, server.url)

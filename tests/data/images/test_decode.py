@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from maskmatch_scale.data.faults import BadSample
+from maskmatch_scale.data.images import image as images
 from maskmatch_scale.data.images.decode import decode_image, decode_label
 from maskmatch_scale.data.images.label import decode_raw_values, is_8_bit_grey_png
 from tests.data.bad_shards import encode, png_header
@@ -229,6 +230,14 @@ def test_bombs_are_not_decoded(monkeypatch):
     webp = bytearray(FORMATS["webp alpha"])
     webp[24:30] = b"\xff\x3f\0\xff\x3f\0"
     assert fault(decode_image, bytes(webp)) in ("too_large", "not_an_image")
+
+
+@pytest.mark.parametrize("piece", [1, 3, 1 << 22])
+def test_scans_are_counted_wherever_they_begin(monkeypatch, piece):
+    monkeypatch.setattr(images, "_PIECE", piece)
+    for length in range(40):
+        data = bytes(RANDOM.choice([0xFF, 0xDA, 0], length).tolist())
+        assert images._count_scans(data) == data.count(b"\xff\xda")
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])

@@ -35,9 +35,9 @@ def reader(sizes, gone=(), reads=None):
     return read
 
 
-def make(sizes, lane=0, lanes=1, window=7, state=LaneState(), patience=None, most_bytes=10**9, **how):  # noqa: B008
+def make(sizes, lane=0, lanes=1, window=7, state=LaneState(), patience=None, most_bytes=10**9, first=64, **how):  # noqa: B008
     read = how.pop("read", None) or reader(sizes, how.pop("gone", ()), how.pop("reads", None))
-    windows = Windows(window, most_bytes)
+    windows = Windows(window, most_bytes, first)
     return Lane(SEED, len(sizes), lane, lanes, windows, read, patience or Patience(), state=state, **how)
 
 
@@ -45,7 +45,7 @@ def keys(lane, count):
     return [lane.take().found.key for _ in range(count)]
 
 
-def expected(sizes, lane, lanes, window):
+def expected(sizes, lane, lanes, window, first):
     """What a lane gives, without end, said as plainly as can be."""
 
     def in_order():
@@ -55,22 +55,21 @@ def expected(sizes, lane, lanes, window):
 
     samples = in_order()
     for number in range(1000):
-        block = list(islice(samples, window))
-        yield from (block[i] for i in permutation(derive_seed(SEED, "window", lane, number), window))
+        block = list(islice(samples, min(window, first * 2**number)))
+        yield from (block[i] for i in permutation(derive_seed(SEED, "window", lane, number), len(block)))
 
 
-@given(sizes, st.sampled_from([1, 3, 8]), st.sampled_from([1, 7, 50]), st.data())
-@settings(max_examples=60, deadline=None)
-def test_a_lane_is_the_plain_reference_and_goes_on_after_any_stop(sizes, lanes, window, data):
+@given(sizes, st.sampled_from([1, 3, 8]), st.sampled_from([1, 7, 50]), st.sampled_from([1, 3, 64]), st.data())
+@settings(max_examples=80, deadline=None)
+def test_a_lane_is_the_plain_reference_and_goes_on_after_any_stop(sizes, lanes, window, first, data):
     number = data.draw(st.integers(0, lanes - 1))
-    plain = expected(sizes, number, lanes, window)
-    lane = make(sizes, number, lanes, window)
+    plain = expected(sizes, number, lanes, window, first)
+    lane = make(sizes, number, lanes, window, first=first)
     for _ in range(data.draw(st.integers(1, 5))):
         count = data.draw(st.integers(0, 40))
         assert keys(lane, count) == list(islice(plain, count))
-        lane = make(
-            sizes, number, lanes, window, LaneState.from_json(json.loads(json.dumps(lane.state.as_json())))
-        )  # of another process
+        state = LaneState.from_json(json.loads(json.dumps(lane.state.as_json())))
+        lane = make(sizes, number, lanes, window, state, first=first)  # of another process
 
 
 @given(sizes, st.sampled_from([1, 3, 8]), st.sampled_from([1, 7, 50]))
@@ -92,6 +91,26 @@ def test_all_lanes_together_have_every_sample_of_an_epoch_once(sizes, lanes, win
 def test_a_window_ends_at_its_bytes_too():
     sizes = [10] * 4
     assert keys(make(sizes, window=50, most_bytes=7), 30) == keys(make(sizes, window=3), 30)  # of 3 bytes each
+
+
+def test_a_new_run_waits_for_a_small_window_only():
+    """And no window has to be read in one go when the one before has been given out."""
+    read = []
+
+    def counted(shard):
+        for found in reader([5000])(shard):
+            read.append(found.key)
+            yield found
+
+    lane = make([5000], window=200, read=counted)
+    before, most = 0, []
+    for _ in range(64 + 128 + 200 + 100):
+        lane.take()
+        most.append(len(read) - before)
+        before = len(read)
+    assert most[0] == 64
+    assert max(most[1:]) == 32  # two for each of 16
+    assert len(read) == 64 + 128 + 200 + 200 + 96  # of the last window 100 were given, and as many read ahead, by 16
 
 
 def test_going_on_reads_a_window_and_the_beginning_of_a_shard_again():

@@ -4,7 +4,9 @@ import pytest
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.remote import patterns
+from maskmatch_scale.data.remote.fetch import read_bytes
 from maskmatch_scale.data.remote.patterns import expand
+from maskmatch_scale.errors import is_of_this_rank
 from tests.data.faulty_server import Fault, FaultyProxy
 
 
@@ -70,8 +72,26 @@ def test_a_list_is_asked_for_again(bucket, either_way, monkeypatch):
         assert len(expand(f"s3://{bucket.name}/shards/*.tar")) == 8
         assert proxy.gets() == 4
         proxy.set_faults({"*": Fault(status=403)})
-        with pytest.raises(DataError, match="cannot be listed: HTTP 403; check the permissions; set AWS_ACCESS_KEY_ID"):
+        with pytest.raises(
+            DataError, match="cannot be listed: HTTP 403; check the permissions; set AWS_ACCESS_KEY_ID"
+        ) as caught:
             expand(f"s3://{bucket.name}/shards/*.tar")
+        assert not is_of_this_rank(caught.value)
+        proxy.set_faults({"*": Fault(status=503)})
+        with pytest.raises(DataError, match="cannot be listed: HTTP 503; check the network") as caught:
+            expand(f"s3://{bucket.name}/shards/*.tar")
+        assert is_of_this_rank(caught.value)  # other ranks may have had their list
+
+
+def test_names_with_empty_parts(bucket, either_way, options):
+    url = f"s3://{bucket.name}"
+    bucket.put("shards//b.tar", b"x")
+    for read in (lambda: expand(f"{url}/shards/*.tar"), lambda: read_bytes(f"{url}/shards//b.tar", options)):
+        with pytest.raises(
+            DataError, match=r"the name 'shards//b\.tar' has an empty part \(//\), .*; rename the object"
+        ) as caught:
+            read()
+        assert "\n" not in str(caught.value)
 
 
 def test_patterns_on_file_systems(folder):

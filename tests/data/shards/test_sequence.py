@@ -8,6 +8,7 @@ import pytest
 import webdataset
 
 from maskmatch_scale.data.faults import BadSample, NotFetched
+from maskmatch_scale.data.shards import sequence
 from maskmatch_scale.data.shards.sequence import read_in_sequence
 from maskmatch_scale.data.shards.tar import read_table
 from tests.data import bad_shards
@@ -171,3 +172,25 @@ def test_shards_of_webdataset_writers(tmp_path):
     data = (tmp_path / "w.tar").read_bytes()
     assert in_sequence(data) == by_table(data)
     assert [key for key, _ in in_sequence(data)] == ["k0", "k1", "k2"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "x/y.z.webp", "é" * 50, "k" * 96 + ".jpg", "k" * 97 + ".jpg", "f/" * 90 + "a.png"]
+)
+def test_headers_are_those_that_tarfile_writes(name):
+    header = tarfile.TarInfo(name)
+    header.size = sequence._DIGITS
+    assert sequence._header(name) == header.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+def test_an_image_is_held_no_longer_than_its_sample(monkeypatch):
+    """And the sieve is no more than one image ahead of what was given."""
+    made = []
+    make = sequence._Sieve.__init__
+    monkeypatch.setattr(sequence._Sieve, "__init__", lambda self, *of: (made.append(self), make(self, *of))[1])
+    data = bad_shards.tar_bytes(
+        [(f"{n:02d}.{kind}", b"%d" % n) for n in range(20) for kind in ("jpg", "png", "jpg")[: 1 + n % 3]]
+    )
+    held = [len(made[0]._bodies) for _ in sequence.read_in_sequence(Pieces(data), "x.tar")]
+    assert len(held) == 20
+    assert max(held) <= 3

@@ -10,13 +10,38 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import ShardStream
+from maskmatch_scale.data.shards.sequence import read_in_sequence
 from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.data.writing import EncodedSample, StreamItems, write_shards
 
 NAME = st.text("abcXYZ012 -äé", min_size=1, max_size=12).filter(lambda name: name == name.strip())
 KEY = st.one_of(NAME, st.tuples(NAME, NAME).map("/".join), NAME.map(lambda name: "/".join([name[:8]] * 9)))
+FOLDER = st.one_of(NAME, st.tuples(NAME, NAME).map(".".join))
+ODD_KEY = st.one_of(
+    NAME,
+    st.tuples(FOLDER, FOLDER, NAME).map("/".join),  # dots in folders are none of the key's end
+    NAME.map(lambda name: "/".join([(name * 12)[:12]] * 6)),  # longer than the field of a header
+)
+MEMBERS = st.tuples(
+    st.one_of(st.none(), st.tuples(st.sampled_from(["jpg", "JPG", "jpeg", "webp", "png"]), st.binary(max_size=900))),
+    st.dictionaries(st.sampled_from(["json", "txt", "cls", "seg.png", "0.jpg", "npy"]), st.binary(max_size=50)),
+)
+"""The image of a sample, which may be missing or empty, and what else it has."""
+
+
+@st.composite
+def odd_samples(draw):
+    """By key, the members of samples in any order."""
+    found = {}
+    for key, (image, others) in draw(st.dictionaries(ODD_KEY, MEMBERS, min_size=1, max_size=5)).items():
+        members = [*others.items(), *([image] if image else [])] or [("txt", b"alone")]
+        found[key] = dict(draw(st.permutations(members)))
+    return found
+
+
 SAMPLES = st.dictionaries(
     KEY, st.tuples(st.binary(min_size=1, max_size=1500), st.booleans()), min_size=1, max_size=5
 ).map(
@@ -81,6 +106,56 @@ def test_every_writer_is_read_alike(writer, samples):
     assert list(read) == list(samples)
     assert [sample["__key__"].removeprefix("./") for sample in theirs] == list(read)
     assert list(read.values()) == [members["jpg"] for members in samples.values()]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@given(samples=odd_samples())
+@settings(max_examples=15, deadline=None)
+def test_odd_samples_are_read_alike(writer, samples):
+    """By table, in sequence and by webdataset: the same keys, images and faults."""
+    if writer == "bsdtar" and not shutil.which("bsdtar"):
+        pytest.skip("bsdtar is not installed")
+    with tempfile.TemporaryDirectory() as name:
+        paths = WRITERS[writer](samples, Path(name))
+        by_table, in_sequence = [], []
+        for path in paths:
+            with path.open("rb") as file:
+                table = read_table(file, path.name, labelled=False)
+                for place in range(len(table)):
+                    fault = table.fault(place)
+                    by_table.append((table.key(place), str(fault) if fault else table.read(file, place)[0]))
+            with path.open("rb") as file:
+                for found in read_in_sequence(file, path.name):
+                    bad = isinstance(found.sample, BadSample)
+                    in_sequence.append((found.key, str(found.sample) if bad else found.sample.image))
+        theirs = list(webdataset.WebDataset(list(map(str, paths)), shardshuffle=False, empty_check=False))
+    assert [key for key, _ in by_table] == list(samples)
+    assert in_sequence == by_table
+    assert [sample["__key__"].removeprefix("./") for sample in theirs] == list(samples)
+    for (_, ours), sample, members in zip(by_table, theirs, samples.values(), strict=True):
+        assert {ext: sample[ext] for ext in sample if not ext.startswith("__")} == {
+            ext.lower(): data for ext, data in members.items()
+        }
+        image = next((sample[ext] for ext in ("jpg", "jpeg", "webp", "png") if ext in sample), None)
+        if image:
+            assert ours == image
+        else:
+            assert ("no image member" if image is None else "its image has no bytes") in ours
+
+
+@pytest.mark.parametrize("writer", [name for name in WRITERS if "ustar" not in name])
+def test_names_longer_than_any_field(writer, tmp_path):
+    if writer == "bsdtar" and not shutil.which("bsdtar"):
+        pytest.skip("bsdtar is not installed")
+    samples = {"/".join([f"{'é' * 10}{number}"] * 40): {"jpg": b"%d" % number} for number in range(3)}
+    found = []
+    for path in WRITERS[writer](samples, tmp_path):
+        with path.open("rb") as file:
+            table = read_table(file, path.name, labelled=False)
+            found += [(table.key(place), table.read(file, place)[0]) for place in range(len(table))]
+        with path.open("rb") as file:
+            assert [each.key for each in read_in_sequence(file, path.name)] == [table.key(n) for n in range(len(table))]
+    assert found == [(key, members["jpg"]) for key, members in samples.items()]
 
 
 class _Given:
