@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from io import FileIO
 from itertools import islice
@@ -23,6 +23,7 @@ import numpy as np
 
 from maskmatch_scale.data.faults import BadSample, DataError, NotFetched
 from maskmatch_scale.data.pool import in_threads
+from maskmatch_scale.data.remote import store_process
 from maskmatch_scale.data.shards.kept import Numbers, Unfinished, kept_numbers
 from maskmatch_scale.data.shards.metadata import MetadataFilter, read_metadata
 from maskmatch_scale.data.shards.open_files import with_descriptors
@@ -153,6 +154,7 @@ def over_shards(
 
     began, warned, total = time.monotonic(), False, len(stream.shards)
     with (
+        _store_processes_ended(),
         progress_of(task, total - first, unit="shards", elsewhere="lines if slow") as advance,
         closing(in_threads(one, range(first, total), _THREADS)) as looked,
     ):
@@ -168,6 +170,15 @@ def over_shards(
                     task,
                     others_wait_s,
                 )
+
+
+@contextmanager
+def _store_processes_ended() -> Iterator[None]:
+    """End the processes that ask object stores when the body is done: there is one for each thread."""
+    try:
+        yield
+    finally:
+        store_process.end_all()
 
 
 def _opened(stream: ShardStream, shard: int) -> FileIO:

@@ -28,7 +28,7 @@ SHARDS = np.repeat(np.arange(4), COUNTS)
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     """img2dataset's, of four shards; sample n is 100 n px wide."""
-    folder, first = tmp_path_factory.mktemp("archive") / "a", 0
+    folder, first = tmp_path_factory.mktemp("widths") / "a", 0
     foreign_shards.img2dataset(folder, COUNTS)
     for shard, count in enumerate(COUNTS):
         members = [

@@ -22,7 +22,7 @@ WANTED = {(shard, number) for shard, size in enumerate(SIZES) for number in rang
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     """As `write_archive` has it, but samples whose shard and number make a multiple of 3 are narrow."""
-    folder = tmp_path_factory.mktemp("archive")
+    folder = tmp_path_factory.mktemp("widths")
     for shard, size in enumerate(SIZES):
         members = [
             member

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from maskmatch_scale.data.faults import BadSample, DataError, NotFetched
+from maskmatch_scale.data.remote import store_process
 from maskmatch_scale.data.shards import selection
 from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.data.shards.selection import chosen_numbers
@@ -14,6 +15,7 @@ from maskmatch_scale.recipe import DataRecipe
 from maskmatch_scale.recipe.where import Where
 from tests.data import bad_shards, foreign_shards
 from tests.data.faulty_server import Fault, FaultyServer
+from tests.data.s3_server import SIGNED, Bucket
 
 COUNTS = (3, 5, 4)
 WIDTHS = {number: 100 + number * 50 for number in range(80)}
@@ -105,6 +107,19 @@ def test_from_a_server(tmp_path):
         server.set_faults({"00002.tar": Fault(status=503)})
         with pytest.raises(NotFetched, match=r"00002\.tar"):
             choose(address, tmp_path / "other", fetch_attempts=1)
+
+
+def test_from_an_object_store(tmp_path, s3_server, monkeypatch):
+    store_process.end_all()  # those of other tests have another environment
+    for name, value in {**SIGNED, "AWS_ENDPOINT_URL": f"http://{s3_server}"}.items():
+        monkeypatch.setenv(name, value)
+    root, bucket = write(tmp_path / "a"), Bucket(s3_server, "selection").make()
+    bucket.put("list.txt", "\n".join(f"{shard:05d}.tar {count}" for shard, count in enumerate(COUNTS)).encode())
+    for shard in root.glob("*.tar"):
+        bucket.put(shard.name, shard.read_bytes())
+    assert choose("s3://selection/list.txt", tmp_path / "cache")[0].tolist() == WIDE
+    assert not store_process._all  # each of the threads had one
+    assert len(list((tmp_path / "cache").glob("url-*"))) == len(COUNTS)
 
 
 def test_a_shard_that_cannot_be_read(tmp_path, caplog):
