@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from maskmatch_scale.data.batches.held_out import EvaluationSample, evaluation_samples
 from maskmatch_scale.data.batches.sources import draw_labelled
-from maskmatch_scale.data.shards.reading import load_index
+from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.evaluation.boundary import BoundaryIou
 from maskmatch_scale.evaluation.calibration import Reliability
 from maskmatch_scale.evaluation.miou import ConfusionMatrix

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from benchmarks.ablation.arms import Arm
 from benchmarks.ablation.start import run_of
 from benchmarks.harness import ROOT
-from maskmatch_scale.data.shards.reading import load_index
+from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.recipe import Recipe, load_recipe, parse_recipe
 

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.drill.evidence import compare_losses, compare_samples, compare_states, steps_again
 from benchmarks.drill.job import Job
 from benchmarks.harness import say
-from maskmatch_scale.data.shards.reading import load_index
+from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.data.writing import write_shards
 from maskmatch_scale.seeds import derive_seed
 from tests.conftest import TINY_SEGFORMER, ShapesSource

@@ -15,7 +15,8 @@ from typing import Any
 from maskmatch_scale.data.order.epoch import EpochOrder, permutation
 from maskmatch_scale.data.order.source import WeightedSource
 from maskmatch_scale.data.shards.finding import find_index
-from maskmatch_scale.data.shards.reading import ShardStream, fetch_options
+from maskmatch_scale.data.shards.folder import fetch_options
+from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.memory import return_freed_memory
 from maskmatch_scale.recipe import DataRecipe
 

@@ -43,7 +43,7 @@ def verify(
     allow_pipe: _AllowPipe = False,
 ) -> None:
     """Check every shard and every sample against the index, and name each fault."""
-    from maskmatch_scale.data.shards.reading import ShardOpener, load_index
+    from maskmatch_scale.data.shards.folder import ShardOpener, load_index
     from maskmatch_scale.data.tools.verify import verify as faults_of
 
     data = _data(root, cache_dir, allow_pipe)
@@ -80,7 +80,7 @@ def show(
     allow_pipe: _AllowPipe = False,
 ) -> None:
     """Draw a contact sheet: samples of each stream, with label maps in the colours of their classes."""
-    from maskmatch_scale.data.shards.reading import ShardOpener, load_index
+    from maskmatch_scale.data.shards.folder import ShardOpener, load_index
     from maskmatch_scale.data.tools.show import contact_sheet
 
     data = _data(root, cache_dir, allow_pipe)
@@ -149,7 +149,7 @@ def index_command(
     have (img2dataset, wids, Energon, open_clip). If interrupted, it continues where it stopped. Called again with more
     shards, it looks only at the new ones.
     """
-    from maskmatch_scale.data.shards.reading import fetch_options
+    from maskmatch_scale.data.shards.folder import fetch_options
     from maskmatch_scale.data.tools.survey import Meaning, survey
     from maskmatch_scale.data.writing.sources.classes import load_classes
 

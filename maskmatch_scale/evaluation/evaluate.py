@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskmatch_scale.data.batches.held_out import evaluation_samples
 from maskmatch_scale.data.faults import NotFetched
-from maskmatch_scale.data.shards.reading import load_index
+from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.evaluation.inference import Inference
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.recipe import DataRecipe

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maskmatch_scale.data.batches.held_out import evaluation_samples
-from maskmatch_scale.data.shards.reading import load_index
+from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.evaluation.boundary import BoundaryIou, NearBoundary
 from maskmatch_scale.evaluation.calibration import Reliability
 from maskmatch_scale.evaluation.inference import Inference

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskmatch_scale.data.batches.held_out import evaluation_samples
-from maskmatch_scale.data.shards.reading import load_index
+from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.evaluation.inference import Inference
 from maskmatch_scale.files import write_whole
 from maskmatch_scale.models.segmenter import Segmenter

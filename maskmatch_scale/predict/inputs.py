@@ -10,8 +10,8 @@ from pathlib import Path
 
 from maskmatch_scale.data.remote.address import join
 from maskmatch_scale.data.remote.patterns import expand
+from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.data.shards.index import INDEX_NAME
-from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.data.writing.sources.listing import files_below
 from maskmatch_scale.data.writing.sources.store_image import EXTENSIONS
 from maskmatch_scale.errors import UserError

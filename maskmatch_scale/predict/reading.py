@@ -21,7 +21,7 @@ from maskmatch_scale.data.images.image import decode_large
 from maskmatch_scale.data.images.opening import bad
 from maskmatch_scale.data.remote.fetch import read_bytes
 from maskmatch_scale.data.remote.shard_cache import ShardCache
-from maskmatch_scale.data.shards.reading import fetch_options
+from maskmatch_scale.data.shards.folder import fetch_options
 from maskmatch_scale.data.shards.tar import TarTable, read_table
 from maskmatch_scale.evaluation.inference import WholeImage
 from maskmatch_scale.predict.inputs import Shard, Share

@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from maskmatch_scale.checkpoints.layout import CheckpointError
+from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.models.weights import SEGMENTER_FILE
 from maskmatch_scale.recipe import Recipe, load_recipe

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from maskmatch_scale.checkpoints.finding import opened
-from maskmatch_scale.data.shards.reading import load_index
+from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.engine.precision import autocast, autocast_dtype, uses_tf32
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.evaluation.evaluate import evaluate_split

@@ -20,8 +20,9 @@ from maskmatch_scale.checkpoints.finding import Checkpoint, damage, find, first_
 from maskmatch_scale.checkpoints.fit import check_fit, model_facts
 from maskmatch_scale.data.batches.loading import check_shared_memory
 from maskmatch_scale.data.batches.training import TrainingBatches
+from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.data.shards.reading import ShardStream, load_index
+from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.engine.build import check_settings
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.precision import choose_precision

@@ -9,7 +9,7 @@ import numpy as np
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.order.source import WeightedSource
 from maskmatch_scale.data.remote.cache_place import describe
-from maskmatch_scale.data.shards.reading import fetch_options
+from maskmatch_scale.data.shards.folder import fetch_options
 
 
 def cache_lines(batches: TrainingBatches, local_ranks: int) -> list[str]:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.order.epoch import permutation
+from maskmatch_scale.data.shards.folder import fetch_options, load_index
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.data.shards.reading import ShardStream, fetch_options, load_index
+from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.data.shards.second_labels import LabelsElsewhere
 from maskmatch_scale.data.shards.selection import chosen_numbers
 from maskmatch_scale.recipe import Recipe, SourceRecipe

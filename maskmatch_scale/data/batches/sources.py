@@ -19,8 +19,8 @@ from maskmatch_scale.data.order.patience import Patience
 from maskmatch_scale.data.order.sequential import Deal, SequentialSource
 from maskmatch_scale.data.order.source import WeightedSource
 from maskmatch_scale.data.remote.patterns import expand
+from maskmatch_scale.data.shards.folder import fetch_options
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.data.shards.reading import fetch_options
 from maskmatch_scale.recipe import Recipe, SourceRecipe
 from maskmatch_scale.recipe.where import Where
 from maskmatch_scale.redact import is_remote, shown

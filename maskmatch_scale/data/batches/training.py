@@ -35,8 +35,8 @@ from maskmatch_scale.data.order.queue import SamplePlace
 from maskmatch_scale.data.order.sequential import SequentialSource
 from maskmatch_scale.data.order.source import Skip, WeightedSource
 from maskmatch_scale.data.remote.shard_cache import Fetched
+from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.seeds import derive_seed
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.images.decode import decode_image, decode_label
+from maskmatch_scale.data.shards.folder import ShardOpener, load_index
 from maskmatch_scale.data.shards.index import ShardIndex, StreamEntry
-from maskmatch_scale.data.shards.reading import ShardOpener, load_index
 from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.data.tools.overlay import legend, overlaid, thumbnail
 from maskmatch_scale.data.tools.shard_check import OpenShard

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.images.opening import MAX_PIXELS
 from maskmatch_scale.data.pool import results, usable_cores
+from maskmatch_scale.data.shards.folder import ShardOpener, load_index
 from maskmatch_scale.data.shards.index import ShardIndex, StreamEntry
-from maskmatch_scale.data.shards.reading import ShardOpener, load_index
 from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.data.tools.shard_check import Fault, OpenShard, ShardCheck, ShardToCheck
 from maskmatch_scale.progress import progress_of

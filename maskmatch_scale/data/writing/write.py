@@ -19,7 +19,7 @@ from typing import Any
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.pool import results, usable_cores
 from maskmatch_scale.data.shards.index import ShardEntry, ShardIndex, ShardTable, StreamEntry
-from maskmatch_scale.data.shards.offsets import is_side_car_of, side_car, write_side_car
+from maskmatch_scale.data.shards.offsets import FOLDER, is_side_car_of, side_car, write_side_car
 from maskmatch_scale.data.writing.folder import begin, finish, is_whole, only_writer, written_before
 from maskmatch_scale.data.writing.journal import JOURNAL_NAME, SKIPPED_NAME, Journal, Written, write_skipped
 from maskmatch_scale.data.writing.protocol import DataSource, EncodedSample, Prepares
@@ -102,7 +102,12 @@ def write_shards(
 
 
 def _complete_side_cars(out: Path, index: ShardIndex) -> None:
-    """Write those side-cars that are not there: of shards that were written by a version that wrote none."""
+    """Write those side-cars that are not there: of shards that were written by a version that wrote none.
+
+    What a writer has left that was killed while it wrote one is removed.
+    """
+    for unfinished in (out / FOLDER).glob(".*"):
+        unfinished.unlink()
     for stream in index.streams.values():
         for shard in stream.shards:
             beside = out / side_car(shard.file)

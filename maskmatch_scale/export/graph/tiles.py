@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from maskmatch_scale.data.batches.held_out import evaluation_samples
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.images.decode import decode_image
-from maskmatch_scale.data.shards.reading import load_index
+from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.recipe import DataRecipe
 from maskmatch_scale.redact import redacted

@@ -7,8 +7,8 @@ import pytest
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.shards import range_reads
+from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.data.shards.reading import load_index
 from maskmatch_scale.train import train
 from tests.data.batches.common import same
 from tests.data.faulty_server import Fault, FaultyServer

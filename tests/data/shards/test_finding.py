@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.shards.reading import ShardStream, load_index
+from maskmatch_scale.data.shards.folder import load_index
+from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.recipe import DataRecipe
 from tests.data import foreign_shards

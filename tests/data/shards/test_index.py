@@ -6,8 +6,9 @@ import pytest
 from pydantic import ValidationError
 
 from maskmatch_scale.data.order.source import WeightedSource
+from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.data.shards.index import ShardEntry, ShardIndex, ShardTable
-from maskmatch_scale.data.shards.reading import ShardStream, load_index
+from maskmatch_scale.data.shards.reading import ShardStream
 from tests.conftest import ShapesSource, write_shards
 
 BARE = {"file": "a.tar", "samples": 3}

@@ -10,9 +10,10 @@ import pytest
 from maskmatch_scale.data.faults import BadSample, NotFetched
 from maskmatch_scale.data.remote.shard_cache import ShardCache
 from maskmatch_scale.data.shards import range_reads
+from maskmatch_scale.data.shards.folder import fetch_options
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.offsets import side_car, unpacked
-from maskmatch_scale.data.shards.reading import ShardStream, fetch_options
+from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.data.tools.survey import survey
 from maskmatch_scale.recipe import DataRecipe
 from tests.data import s3_server as s3
@@ -67,8 +68,10 @@ def test_a_sample_comes_before_its_shard(folder, tmp_path):
     with FaultyServer(folder, {"00000.tar": WAIT}) as server:
         stream = stream_of(server.url, tmp_path)
         assert stream.load(0, 7, kept) == local.read(0, 7)
-        (asked,) = ranges_of(server)
-        sample = asked.sent
+        size, car = (folder / "00000.tar").stat().st_size, (folder / side_car("00000.tar")).read_bytes()
+        start, stop = unpacked(car, COUNTS[0], size, None).span(7)
+        sample = stop - start
+        assert [asked.range for asked in ranges_of(server)] == [f"bytes={start}-{stop - 1}"]
         assert {request.path for request in server.requests} <= {"index.json", side_car("00000.tar"), "00000.tar"}
         server.wait_for("00000.tar")
         wait_until(lambda: any(r.path == "00000.tar" and r.range is None for r in server.requests))

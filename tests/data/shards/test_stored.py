@@ -16,8 +16,9 @@ from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.shards import finding, foreign, stored
 from maskmatch_scale.data.shards.columns import packed, reference, unpacked
 from maskmatch_scale.data.shards.finding import find_index
+from maskmatch_scale.data.shards.folder import fetch_options
 from maskmatch_scale.data.shards.index import ShardIndex, ShardTable
-from maskmatch_scale.data.shards.reading import ShardStream, fetch_options
+from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.recipe import DataRecipe
 from tests.conftest import ShapesSource, write_shards
 from tests.data import foreign_shards

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,4 +130,9 @@ def shards() -> type[Shards]:
 @pytest.fixture
 def contents() -> Callable[[Path], dict[str, bytes]]:
     """Bytes of all files of a folder but the lock."""
-    return lambda root: {e.name: Path(e.path).read_bytes() for e in os.scandir(root) if e.name != ".lock"}
+
+    def read(root: Path) -> dict[str, bytes]:
+        files = (path for path in root.rglob("*") if path.is_file() and path.name != ".lock")
+        return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+    return read
