@@ -281,11 +281,7 @@ def test_recipes_that_are_refused(make_recipe, data, message):
     ("source", "data", "message"),
     [
         ({"shards": "{}/none-*.tar"}, {}, r"none-\*\.tar: no such file"),
-        (
-            {"shards": "{}"},
-            {},
-            r"'archive': .*archive\d is a folder; name its shards \(.*/archive\d/\*\.tar\), or give",
-        ),
+        ({"shards": "{}"}, {}, r"'archive': .*archive\d is a folder; name .*\(.*/archive\d/\*\.tar\), or give"),
         ({"shards": "{}/{{a-000,a-000}}.tar"}, {}, r"a-000\.tar is listed twice"),
         ({}, {"sequential_lanes": 9}, r"source 'archive': 8 shards for 9 lanes"),
         ({}, {"sequential_lanes": 3, "workers": 2}, r"sequential_lanes=3: 1 ranks × 2 loader .* a multiple of 2"),
