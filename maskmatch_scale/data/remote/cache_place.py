@@ -48,6 +48,14 @@ def default_cache() -> Path:
     return _chosen(tuple(_candidates(os.environ)))
 
 
+def on_this_machine(cache: Path) -> Path:
+    """The folder of a cache, or the default one if it lies on a network: for files that are mapped.
+
+    What another machine removes there while it is mapped here ends this process by SIGBUS.
+    """
+    return default_cache() if _is_on_a_network(file_system(cache, _mounts())) else cache
+
+
 def describe(cache: Path) -> str:
     """The folder of a cache and the type of its file system, for the log."""
     kind = file_system(cache, _mounts())

@@ -22,6 +22,7 @@ import numpy as np
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.node_arrays import LARGE, Arrays, NodeArrays
 from maskmatch_scale.data.remote.address import join
+from maskmatch_scale.data.remote.cache_place import on_this_machine
 from maskmatch_scale.data.remote.shard_cache import ShardCache
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.columns import TableReference, packed, read_table_file, reference, unpacked
@@ -68,8 +69,8 @@ def write_index(folder: Path, index: ShardIndex, mode: int = 0o666) -> None:
 
 
 def of_node(options: FetchOptions) -> NodeArrays:
-    """The arrays that the processes of this user on this node share, in the folder of the cache."""
-    return NodeArrays(options.cache / f"arrays-{os.getuid()}")
+    """The arrays that the processes of this user on this node share, in the folder of the cache if that is local."""
+    return NodeArrays(on_this_machine(options.cache) / f"arrays-{os.getuid()}")
 
 
 def parse_index(data: bytes, root: str, where: str, options: FetchOptions | None) -> ShardIndex:

@@ -106,3 +106,10 @@ def test_the_nearest_mount_counts(tmp_path):
     assert file_system(tmp_path / "ab", mounts) == "nfs"
     assert file_system(tmp_path.parent, mounts) == "ext4"
     assert file_system(tmp_path, {}) == ""
+
+
+def test_what_is_mapped_lies_on_this_machine(places, monkeypatch, tmp_path):
+    far, near = places["scratch"] / "shards", places["tmpdir"] / "shards"
+    mounted(monkeypatch, tmp_path, {"/": "ext4", places["scratch"]: "nfs4"})
+    assert cache_place.on_this_machine(far) == places["home"] / ".cache/maskmatch_scale/shards"
+    assert cache_place.on_this_machine(near) == near
