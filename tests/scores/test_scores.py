@@ -103,7 +103,8 @@ def test_written_shards_are_the_same_for_any_number_of_workers(tmp_path: Path) -
     source = ScoresSource(labelled=2, unlabelled=2, dev=0, val=0, val_font=1, size=256)
     for workers in (1, 2):
         write_shards(source, tmp_path / str(workers), workers=workers, progress=False)
-    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    files = (path for path in (tmp_path / "1").rglob("*") if path.is_file())
+    names = sorted(str(path.relative_to(tmp_path / "1")) for path in files)
     assert [name for name in names if name.startswith("dev")] == []
     for name in names:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()

@@ -105,12 +105,12 @@ def write_shard(
         if keys:  # its bytes are still in memory
             beside = out / side_car(shard.file)
             write_side_car(begun, beside, digested.bytes, digested.sha256(), labelled=shard.stream.labelled)
-    entry = Written(shard.file, len(keys), digested.bytes, digested.sha256(), tuple(skipped))
-    if not keys:
-        begun.unlink()
-        entry = Written(shard.file, 0, 0, "", tuple(skipped))
-    # The journal first: it alone knows what was left out. A line without its shard does no harm.
-    journal.enter(entry)
+        entry = Written(shard.file, len(keys), digested.bytes, digested.sha256(), tuple(skipped))
+        if not keys:
+            begun.unlink()
+            entry = Written(shard.file, 0, 0, "", tuple(skipped))
+        # The journal first: it alone knows what was left out. A line without its shard does no harm.
+        journal.enter(entry)
     if keys:
         begun.replace(out / shard.file)
     return entry
