@@ -121,6 +121,17 @@ def test_a_maker_that_is_killed(arrays, tmp_path, where):
     assert [path.name for path in arrays.folder.iterdir()] == ["a-0.safetensors"]
 
 
+def test_what_killed_makers_of_other_files_have_left(arrays):
+    """Nobody may ever ask for the same ones again."""
+    arrays.folder.mkdir(parents=True)
+    left, written = (arrays.folder / f".a-{number}.safetensors.0123abcd.new" for number in range(2))
+    for path in (left, written):
+        path.write_bytes(b"half")
+    os.utime(left, (time.time() - 4000,) * 2)
+    arrays.get("a", "2", lambda: ARRAYS, most=3)
+    assert sorted(arrays.folder.iterdir()) == [written, arrays.folder / "a-2.safetensors"]
+
+
 @pytest.mark.parametrize("damage", [b"", b"12345678", b"\xff" * 200, "shorter", "header"])
 def test_a_damaged_file_is_made_again(arrays, damage):
     arrays.get("a", "0", lambda: ARRAYS, most=3)

@@ -44,6 +44,9 @@ def default_cache() -> Path:
 
     The first that is on a local disk of: ``$XDG_CACHE_HOME``, ``~/.cache``, ``$SLURM_TMPDIR``, ``$LOCAL_SCRATCH``,
     ``$TMPDIR``, ``/tmp``. Without such a disk, one in memory; without that, ``/tmp``.
+
+    Where others can write to the folder above it, one is made here that is this user's alone: they are not to read the
+    shards.
     """
     return _chosen(tuple(_candidates(os.environ)))
 
@@ -70,32 +73,34 @@ def _candidates(environment: Mapping[str, str]) -> list[Candidate]:
 def _chosen(candidates: tuple[Candidate, ...]) -> Path:
     for candidate in candidates:
         _there(candidate.path)  # what is mounted when it is first looked at
-    return choose(candidates, _mounts())
+    path, is_shared = choose(candidates, _mounts())
+    if is_shared:
+        with suppress(OSError):  # it is said when the cache is used
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+    return path
 
 
-def choose(candidates: tuple[Candidate, ...], mounts: Mapping[str, str]) -> Path:
+def choose(candidates: tuple[Candidate, ...], mounts: Mapping[str, str]) -> Candidate:
     """The first candidate on a local disk; then the first in memory; then the last one.
 
     Args:
         candidates: in the order of preference.
         mounts: types of file systems by the path where they are mounted.
     """
-    usable = [candidate.path for candidate in candidates if _is_usable(candidate)]
-    kinds = [file_system(path, mounts) for path in usable]
+    usable = [candidate for candidate in candidates if _is_usable(candidate)]
+    kinds = [file_system(candidate.path, mounts) for candidate in usable]
     for wanted in (False, True):
-        for path, kind in zip(usable, kinds, strict=True):
+        for candidate, kind in zip(usable, kinds, strict=True):
             if not _is_on_a_network(kind) and (kind in _IN_MEMORY) == wanted:
-                return path
-    return candidates[-1].path
+                return candidate
+    return candidates[-1]
 
 
 def _is_usable(candidate: Candidate) -> bool:
     """Whether the folder can be written to, and no other user has made it."""
     path = candidate.path
-    if (
-        candidate.is_shared
-        and path.parent.exists()
-        and (path.parent.is_symlink() or path.parent.stat().st_uid != os.getuid())
+    if candidate.is_shared and (
+        path.parent.is_symlink() or (path.parent.exists() and path.parent.stat().st_uid != os.getuid())
     ):
         return False
     there = _there(path)
