@@ -8,7 +8,8 @@ A folder on a local disk holds them, a file for each set of arrays, in safetenso
     .KIND-KEY.safetensors.<hex>.new    being written; what a process leaves that is killed, later ones remove
 
 A file is there whole or not at all, and is never changed. It may be removed at any time: who has mapped it keeps its
-arrays, and others make it again. Where the folder cannot be written to, each process has arrays of its own.
+arrays, and others make it again. Where the folder cannot be written to, each process has arrays of its own. So it has
+on a disk on a network: what another machine removes or replaces there ends a process that has mapped it (SIGBUS).
 
 Decision: docs/decisions/0069-arrays-of-a-node.md.
 """
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from maskmatch_scale.data.remote import file_locks
+from maskmatch_scale.data.remote.cache_place import is_shared_by_machines
 from maskmatch_scale.files import disk_fault, name_of_unfinished, write_whole
 from maskmatch_scale.memory import return_freed_memory
 
@@ -173,10 +176,11 @@ def _reopened(path: Path, name: str) -> NDArray[Any]:
 
 
 def _mapped(path: Path) -> Arrays | None:
-    """The arrays of a file; None if it is not there, or damaged."""
+    """The arrays of a file, mapped if that is safe; None if it is not there, or damaged."""
     try:
         with path.open("rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            read = _is_shared_by_machines(path.parent)
+            memory = file.read() if read else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         begin = 8 + int.from_bytes(memory[:8], "little")
         arrays = {}
         for name, entry in json.loads(memory[8:begin]).items():
@@ -191,6 +195,9 @@ def _mapped(path: Path) -> Arrays | None:
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return arrays
+
+
+_is_shared_by_machines = lru_cache(maxsize=8)(is_shared_by_machines)
 
 
 def _lock_of(path: Path) -> Path:

@@ -123,6 +123,11 @@ def file_system(path: Path, mounts: Mapping[str, str]) -> str:
     return next((mounts[str(folder)] for folder in (real, *real.parents) if str(folder) in mounts), "")
 
 
+def is_shared_by_machines(path: Path) -> bool:
+    """Whether a path lies on a network, where other machines may remove or replace a file that this one has mapped."""
+    return _is_on_a_network(file_system(path, _mounts()))
+
+
 def _is_on_a_network(kind: str) -> bool:
     return _ON_A_NETWORK.fullmatch(kind) is not None or (kind.partition(".")[0] == "fuse" and kind not in _LOCAL_FUSE)
 
