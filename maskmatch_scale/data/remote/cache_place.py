@@ -98,18 +98,24 @@ def choose(candidates: tuple[Candidate, ...], mounts: Mapping[str, str]) -> Cand
 
 def _is_usable(candidate: Candidate) -> bool:
     """Whether the folder can be written to, and no other user has made it."""
-    path = candidate.path
-    if candidate.is_shared and (
-        path.parent.is_symlink() or (path.parent.exists() and path.parent.stat().st_uid != os.getuid())
-    ):
-        return False
-    there = _there(path)
+    own = candidate.path.parent
+    if candidate.is_shared:
+        try:
+            if own.is_symlink() or own.stat().st_uid != os.getuid():
+                return False
+        except OSError:  # it is not there, as a rule
+            pass
+    there = _there(candidate.path)
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _there(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    return next((folder for folder in (path, *path.parents) if folder.exists()), Path("/"))
+    """The path, or the nearest folder above it that exists, as far as this user may see."""
+    for folder in (path, *path.parents):
+        with suppress(PermissionError):  # a home directory of another user, say, that a container leaves to this one
+            if folder.exists():
+                return folder
+    return Path("/")
 
 
 def file_system(path: Path, mounts: Mapping[str, str]) -> str:

@@ -232,10 +232,11 @@ class ShardTable(Sequence[ShardEntry]):
         files, etags, has_digest = self._files.take(at), self._etags, self._has_digest[at]
         of_etags = None if etags is None else etags.take(at)
         digests = self._digests.reshape(-1, SHA256_BYTES)[at].ravel() if has_digest.any() else self._digests[:0]
-        columns = {"files": files.joined, "file_ends": files.ends, "has_sha256": has_digest, "sha256": digests}
+        columns: dict[str, NDArray[Any]] = {"files": files.joined, "file_ends": files.ends, "sha256": digests}
         if of_etags is not None and len(of_etags.joined):
             columns |= {"etags": of_etags.joined, "etag_ends": of_etags.ends}
-        return ShardTable.of_columns({**columns, "samples": self.samples[at], "bytes": self.bytes[at]})
+        numbers_of = {"samples": self.samples[at], "bytes": self.bytes[at], "has_sha256": has_digest}
+        return ShardTable.of_columns({**columns, **numbers_of})
 
 
 def _starts(samples: NDArray[np.int64]) -> NDArray[np.int64]:

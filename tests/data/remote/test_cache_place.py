@@ -2,12 +2,14 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from maskmatch_scale.data.remote import cache_place
 from maskmatch_scale.data.remote.cache_folder import CacheFolder
 from maskmatch_scale.data.remote.cache_place import Candidate, choose, default_cache, file_system, parse_mounts
+from tests.data.remote.common import in_processes
 
 NETWORK = ["nfs", "nfs4", "lustre", "gpfs", "ceph", "fuse.ceph-fuse", "beegfs", "fuse.sshfs", "cifs", "fuse", "autofs"]
 LOCAL = ["ext4", "xfs", "btrfs", "overlay", "zfs", "fuseblk", "fuse.fuse-overlayfs", ""]
@@ -105,6 +107,23 @@ def test_nobody_else_reads_what_lies_in_a_shared_folder(places, monkeypatch, tmp
         os.umask(before)
     (own,) = places["tmpdir"].iterdir()
     assert own.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_of_another_user_that_cannot_be_looked_into(tmp_path):
+    """As the home directory that a container leaves to a user who is not root."""
+    locked, free = tmp_path / "locked", Path("/tmp/maskmatch_scale-nobody/shards")
+    locked.mkdir(mode=0)
+    candidates = (*(Candidate(locked / "a/shards", is_shared) for is_shared in (False, True)), Candidate(free, True))
+
+    def work(_number):
+        if os.getuid() == 0:
+            os.setuid(65534)
+        assert choose(candidates, {}).path == free
+
+    try:
+        assert in_processes(1, work) == [0]
+    finally:
+        locked.chmod(0o700)
 
 
 def test_without_a_table_of_mounts(places, monkeypatch, tmp_path):
