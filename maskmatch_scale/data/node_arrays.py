@@ -5,10 +5,11 @@ A folder on a local disk holds them, a file for each set of arrays, in safetenso
 
     KIND-KEY.safetensors               named arrays
     .KIND-KEY.safetensors.lock         locked by the process that makes them
-    .KIND-KEY.safetensors.<hex>.new    being written; what a process leaves that is killed, the next one removes
+    .KIND-KEY.safetensors.<hex>.new    being written; what a process leaves that is killed, later ones remove
 
 A file is there whole or not at all, and is never changed. It may be removed at any time: who has mapped it keeps its
-arrays, and others make it again. Where the folder cannot be written to, each process has arrays of its own.
+arrays, and others make it again. Where the folder cannot be written to, each process has arrays of its own. So it has
+on a disk on a network: what another machine removes or replaces there ends a process that has mapped it (SIGBUS).
 
 Decision: docs/decisions/0069-arrays-of-a-node.md.
 """
@@ -19,9 +20,11 @@ import json
 import logging
 import mmap
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from maskmatch_scale.data.remote import file_locks
+from maskmatch_scale.data.remote.cache_place import is_shared_by_machines
 from maskmatch_scale.files import disk_fault, name_of_unfinished, write_whole
 from maskmatch_scale.memory import return_freed_memory
 
@@ -42,6 +46,8 @@ LARGE = 50_000
 
 _MOST_BYTES = 2_000_000_000
 """Of all files of a folder; beyond it, those that were opened least recently are removed."""
+_ABANDONED_S = 3600.0
+"""A file that is being written, but has not grown for so long, is one that a process left that was killed."""
 _ENDING = ".safetensors"
 _DTYPES = {"I64": np.int64, "U8": np.uint8, "BOOL": np.bool_}
 _warned: set[Path] = set()
@@ -109,15 +115,21 @@ class NodeArrays:
     def _keep(self, path: Path, made: Arrays, kind: str, most: int) -> Arrays | None:
         """Write arrays and map them; None if they cannot be written."""
         try:
-            for other in self.folder.iterdir():
-                if name_of_unfinished(other.name) == path.name:
-                    other.unlink(missing_ok=True)
+            self._drop_unfinished(path)
             write_whole(path, save({name: np.ascontiguousarray(array) for name, array in made.items()}), mode=0o600)
             self._drop_old(path, kind, most)
         except OSError as error:
             self._warn(error)
             return None
         return _mapped(path)
+
+    def _drop_unfinished(self, path: Path) -> None:
+        """Remove what processes have left that were killed: of the file that is locked, and of any others."""
+        for other in self.folder.iterdir():
+            if (whole := name_of_unfinished(other.name)) is not None:
+                with suppress(FileNotFoundError):
+                    if whole == path.name or time.time() - other.stat().st_mtime > _ABANDONED_S:
+                        other.unlink()
 
     def _drop_old(self, new: Path, kind: str, most: int) -> None:
         """Remove what is beyond the bounds, but not the file that was just made."""
@@ -164,10 +176,11 @@ def _reopened(path: Path, name: str) -> NDArray[Any]:
 
 
 def _mapped(path: Path) -> Arrays | None:
-    """The arrays of a file; None if it is not there, or damaged."""
+    """The arrays of a file, mapped if that is safe; None if it is not there, or damaged."""
     try:
         with path.open("rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            read = _is_shared_by_machines(path.parent)
+            memory = file.read() if read else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         begin = 8 + int.from_bytes(memory[:8], "little")
         arrays = {}
         for name, entry in json.loads(memory[8:begin]).items():
@@ -182,6 +195,9 @@ def _mapped(path: Path) -> Arrays | None:
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return arrays
+
+
+_is_shared_by_machines = lru_cache(maxsize=8)(is_shared_by_machines)
 
 
 def _lock_of(path: Path) -> Path:

@@ -8,8 +8,12 @@ import pytest
 
 from maskmatch_scale.data.remote import store_process
 from maskmatch_scale.data.remote.patterns import Location
+from maskmatch_scale.data.shards.folder import fetch_options
 from maskmatch_scale.data.shards.index import ShardIndex
+from maskmatch_scale.data.shards.offsets import is_side_car_of, side_car
 from maskmatch_scale.data.shards.reading import ShardStream
+from maskmatch_scale.data.shards.tar import read_table
+from maskmatch_scale.data.tools import survey
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.files import sha256
 from maskmatch_scale.recipe.sections import DataRecipe
@@ -80,6 +84,26 @@ def test_sizes_are_asked_of_a_server(tmp_path):
         server.set_faults({"00002.tar": Fault(status=404)})
         with pytest.raises(UserError, match=r"00002\.tar: tried once and failed: HTTP 404"):
             index(pattern, out, "--rescan")
+
+
+def test_shards_that_are_dropped_from_a_full_cache_while_they_are_looked_at(tmp_path, monkeypatch):
+    """By other processes of the same command, which need the room."""
+    served, out, cache = (tmp_path / name for name in ("served", "out", "cache"))
+    foreign_shards.write_tar(served / "a.tar", 3)
+
+    def read_then_drop(*arguments, **options):
+        table = read_table(*arguments, **options)
+        (fetched,) = cache.glob("url-*")
+        fetched.unlink()
+        return table
+
+    monkeypatch.setattr(survey, "read_table", read_then_drop)
+    options = fetch_options(DataRecipe(root="", cache_dir=str(cache)))
+    with FaultyServer(served) as server:
+        survey.survey({"unlabelled": [f"{server.url}/a.tar"]}, [], out, options, offsets=True, workers=1)
+    (entry,) = entries(out)
+    assert entry["sha256"] == sha256(served / "a.tar")
+    assert is_side_car_of(out / side_car(entry["file"]), entry["sha256"])
 
 
 def test_a_wids_list_is_written_beside_the_index(shapes, tmp_path):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from maskmatch_scale.data import node_arrays
 from maskmatch_scale.data.node_arrays import NodeArrays
+from maskmatch_scale.data.remote import cache_place
 from tests.data.remote.common import FORK, in_processes, wait_until
 
 ARRAYS = {"x": np.arange(1000), "none": np.zeros(0, np.uint8), "some": np.array([True, False]), "text": b"\x93abc"}
@@ -44,6 +45,7 @@ def arrays(tmp_path):
 @pytest.fixture(autouse=True)
 def warned_anew(monkeypatch):
     monkeypatch.setattr(node_arrays, "_warned", set())
+    node_arrays._is_shared_by_machines.cache_clear()
 
 
 def test_made_once_then_mapped(arrays):
@@ -52,6 +54,21 @@ def test_made_once_then_mapped(arrays):
     assert same(arrays.get("a", "0", unmade, most=3))
     assert [path.name for path in arrays.folder.iterdir()] == ["a-0.safetensors"]
     assert (arrays.folder / "a-0.safetensors").stat().st_mode & 0o777 == 0o600  # addresses in it may have secrets
+
+
+def test_on_a_network_they_are_read_into_memory(arrays, tmp_path, monkeypatch):
+    """Where another machine may take away what is mapped: a process that touches it then ends by SIGBUS."""
+    (tmp_path / "mounts").write_text(f"server {tmp_path} nfs4 rw 0 0\n")
+    monkeypatch.setattr(cache_place, "_MOUNTS", tmp_path / "mounts")
+    large = {"x": np.arange(100_000)}
+    arrays.get("a", "0", lambda: large, most=3)
+
+    def work(_number):
+        found = arrays.get("a", "0", unmade, most=3)
+        os.truncate(arrays.folder / "a-0.safetensors", 0)
+        assert same(found, large)
+
+    assert in_processes(1, work) == [0]
 
 
 columns = st.dictionaries(
@@ -119,6 +136,17 @@ def test_a_maker_that_is_killed(arrays, tmp_path, where):
         process.join()
     assert waiting.exitcode == 0
     assert [path.name for path in arrays.folder.iterdir()] == ["a-0.safetensors"]
+
+
+def test_what_killed_makers_of_other_files_have_left(arrays):
+    """Nobody may ever ask for the same ones again."""
+    arrays.folder.mkdir(parents=True)
+    left, written = (arrays.folder / f".a-{number}.safetensors.0123abcd.new" for number in range(2))
+    for path in (left, written):
+        path.write_bytes(b"half")
+    os.utime(left, (time.time() - 4000,) * 2)
+    arrays.get("a", "2", lambda: ARRAYS, most=3)
+    assert sorted(arrays.folder.iterdir()) == [written, arrays.folder / "a-2.safetensors"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"12345678", b"\xff" * 200, "shorter", "header"])

@@ -89,7 +89,7 @@ def lay_out_once(sizes: NDArray[np.int64], digest: str, seed: int, arrays: NodeA
 
     Args:
         sizes: as there.
-        digest: hex, of the sizes.
+        digest: hex, of the sizes and of whose they are.
         seed: as there.
         arrays: what the processes of this node share.
     """

@@ -112,7 +112,10 @@ class WeightedSource:
 
     @cached_property
     def _sizes_digest(self) -> str:
-        return hashlib.sha256(np.ascontiguousarray(self.sizes, dtype="<i8").data).hexdigest()[:32]
+        """Of sizes and name: sources of equal sizes must not push each other's orders from the disk."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.sizes, dtype="<i8").data)
+        digest.update(self.name.encode())
+        return digest.hexdigest()[:32]
 
     def order(self, epoch: int, lanes: int) -> EpochOrder:
         """The order of an epoch that is dealt to this number of lanes."""

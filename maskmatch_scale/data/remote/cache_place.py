@@ -44,6 +44,9 @@ def default_cache() -> Path:
 
     The first that is on a local disk of: ``$XDG_CACHE_HOME``, ``~/.cache``, ``$SLURM_TMPDIR``, ``$LOCAL_SCRATCH``,
     ``$TMPDIR``, ``/tmp``. Without such a disk, one in memory; without that, ``/tmp``.
+
+    Where others can write to the folder above it, one is made here that is this user's alone: they are not to read the
+    shards.
     """
     return _chosen(tuple(_candidates(os.environ)))
 
@@ -53,7 +56,7 @@ def on_this_machine(cache: Path) -> Path:
 
     What another machine removes there while it is mapped here ends this process by SIGBUS.
     """
-    return default_cache() if _is_on_a_network(file_system(cache, _mounts())) else cache
+    return default_cache() if is_shared_by_machines(cache) else cache
 
 
 def describe(cache: Path) -> str:
@@ -78,41 +81,49 @@ def _candidates(environment: Mapping[str, str]) -> list[Candidate]:
 def _chosen(candidates: tuple[Candidate, ...]) -> Path:
     for candidate in candidates:
         _there(candidate.path)  # what is mounted when it is first looked at
-    return choose(candidates, _mounts())
+    path, is_shared = choose(candidates, _mounts())
+    if is_shared:
+        with suppress(OSError):  # it is said when the cache is used
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+    return path
 
 
-def choose(candidates: tuple[Candidate, ...], mounts: Mapping[str, str]) -> Path:
+def choose(candidates: tuple[Candidate, ...], mounts: Mapping[str, str]) -> Candidate:
     """The first candidate on a local disk; then the first in memory; then the last one.
 
     Args:
         candidates: in the order of preference.
         mounts: types of file systems by the path where they are mounted.
     """
-    usable = [candidate.path for candidate in candidates if _is_usable(candidate)]
-    kinds = [file_system(path, mounts) for path in usable]
+    usable = [candidate for candidate in candidates if _is_usable(candidate)]
+    kinds = [file_system(candidate.path, mounts) for candidate in usable]
     for wanted in (False, True):
-        for path, kind in zip(usable, kinds, strict=True):
+        for candidate, kind in zip(usable, kinds, strict=True):
             if not _is_on_a_network(kind) and (kind in _IN_MEMORY) == wanted:
-                return path
-    return candidates[-1].path
+                return candidate
+    return candidates[-1]
 
 
 def _is_usable(candidate: Candidate) -> bool:
     """Whether the folder can be written to, and no other user has made it."""
-    path = candidate.path
-    if (
-        candidate.is_shared
-        and path.parent.exists()
-        and (path.parent.is_symlink() or path.parent.stat().st_uid != os.getuid())
-    ):
-        return False
-    there = _there(path)
+    own = candidate.path.parent
+    if candidate.is_shared:
+        try:
+            if own.is_symlink() or own.stat().st_uid != os.getuid():
+                return False
+        except OSError:  # it is not there, as a rule
+            pass
+    there = _there(candidate.path)
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _there(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    return next((folder for folder in (path, *path.parents) if folder.exists()), Path("/"))
+    """The path, or the nearest folder above it that exists, as far as this user may see."""
+    for folder in (path, *path.parents):
+        with suppress(PermissionError):  # a home directory of another user, say, that a container leaves to this one
+            if folder.exists():
+                return folder
+    return Path("/")
 
 
 def file_system(path: Path, mounts: Mapping[str, str]) -> str:
@@ -124,6 +135,11 @@ def file_system(path: Path, mounts: Mapping[str, str]) -> str:
     """
     real = Path(os.path.realpath(path))
     return next((mounts[str(folder)] for folder in (real, *real.parents) if str(folder) in mounts), "")
+
+
+def is_shared_by_machines(path: Path) -> bool:
+    """Whether a path lies on a network, where other machines may remove or replace a file that this one has mapped."""
+    return _is_on_a_network(file_system(path, _mounts()))
 
 
 def _is_on_a_network(kind: str) -> bool:

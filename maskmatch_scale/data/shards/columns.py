@@ -69,6 +69,15 @@ class Texts:
         start = int(self.ends[number - 1]) if number else 0
         return str(self.joined.data[start : int(self.ends[number])], "utf-8")
 
+    def take(self, numbers: NDArray[np.int64]) -> Texts:
+        """The column of these texts, int64 (n,), in this order."""
+        starts, ends = np.concatenate([np.zeros(1, np.int64), self.ends]), self.ends[numbers]
+        lengths = ends - starts[numbers]
+        taken = np.cumsum(lengths)
+        # Of each byte of the new column, its place in this one.
+        places = np.arange(int(lengths.sum())) + np.repeat(ends - taken, lengths)
+        return Texts(self.joined[places], taken)
+
     def __iter__(self) -> Iterator[str]:
         start, joined = 0, self.joined.tobytes()
         for end in self.ends.tolist():
@@ -119,6 +128,8 @@ def unpacked(data: bytes, said: TableReference, where: str) -> Arrays:
         columns: Arrays = load(data)
     except SafetensorError as error:
         raise DataError(f"{where}: not in safetensors' format ({error}); write the index again") from None
+    except KeyError as error:  # a type that NumPy does not have
+        raise DataError(f"{where}: a column is {error.args[0]}; write the index again") from None
     if (fault := _fault(columns, said)) is not None:
         raise DataError(f"{where}: {fault}; write the index again")
     return columns
@@ -136,7 +147,7 @@ def _fault(columns: Arrays, said: TableReference) -> str | None:
         if column.dtype != wanted or column.ndim != 1 or (not texts and len(column) != said.shards):
             return f"column {name} is {column.dtype} {column.shape}"
     samples, sizes = columns["samples"], columns["bytes"]
-    if (samples < 1).any() or (sizes < 0).any() or int(samples.sum()) != said.samples:
+    if (samples < 1).any() or (sizes < 0).any() or sum(samples.tolist()) != said.samples:  # not modulo 2⁶⁴
         return "numbers of samples or bytes out of range"
     if len(columns["sha256"]) != (SHA256_BYTES * said.shards if columns["has_sha256"].any() else 0):
         return "it has not a checksum for each shard"

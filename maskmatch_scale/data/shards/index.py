@@ -226,9 +226,17 @@ class ShardTable(Sequence[ShardEntry]):
             entries.append({"file": file, "samples": samples, **known})
         return entries
 
-    def take(self, numbers: Iterable[int]) -> ShardTable:
+    def take(self, numbers: Sequence[int]) -> ShardTable:
         """The table of these shards alone, in this order."""
-        return ShardTable(self[number] for number in numbers)
+        at = np.array(numbers, dtype=np.int64)
+        files, etags, has_digest = self._files.take(at), self._etags, self._has_digest[at]
+        of_etags = None if etags is None else etags.take(at)
+        digests = self._digests.reshape(-1, SHA256_BYTES)[at].ravel() if has_digest.any() else self._digests[:0]
+        columns: dict[str, NDArray[Any]] = {"files": files.joined, "file_ends": files.ends, "sha256": digests}
+        if of_etags is not None and len(of_etags.joined):
+            columns |= {"etags": of_etags.joined, "etag_ends": of_etags.ends}
+        numbers_of = {"samples": self.samples[at], "bytes": self.bytes[at], "has_sha256": has_digest}
+        return ShardTable.of_columns({**columns, **numbers_of})
 
 
 def _starts(samples: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -365,7 +373,7 @@ class ShardIndex(_Frozen):
     def with_shards(self, stream: str, numbers: Sequence[int]) -> ShardIndex:
         """The same index with only these shards of a stream; the index itself if they are all shards."""
         entry = self.streams[stream]
-        if list(numbers) == list(range(len(entry.shards))):
+        if np.array_equal(numbers, np.arange(len(entry.shards))):
             return self
         fewer = entry.model_copy(update={"shards": entry.shards.take(numbers)})
         return self.model_copy(update={"streams": {**self.streams, stream: fewer}})

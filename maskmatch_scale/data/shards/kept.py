@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskmatch_scale.data.remote import file_locks
+from maskmatch_scale.data.remote.cache_place import is_shared_by_machines
 from maskmatch_scale.files import disk_fault, file_whole, write_whole
 
 log = logging.getLogger("maskmatch_scale")
@@ -107,8 +108,9 @@ def _read(path: Path) -> tuple[Numbers, dict[str, Any]] | None:
     """None: it is not there, or damaged."""
     try:
         facts = json.loads(path.with_suffix(".json").read_bytes())
-        # Nothing can be mapped from a file without numbers.
-        numbers = np.load(path, mmap_mode="r" if path.stat().st_size > 200 else None, allow_pickle=False)
+        # Nothing can be mapped from a file without numbers; and what another machine replaces would end this process.
+        mapped = path.stat().st_size > 200 and not is_shared_by_machines(path)
+        numbers = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
     if not isinstance(facts, dict) or numbers.dtype != np.int64:

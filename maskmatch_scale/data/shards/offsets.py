@@ -162,11 +162,11 @@ def packed(offsets: Offsets | None, size: int, sha256: str) -> bytes:
     return data + struct.pack("<I", crc32(data))
 
 
-def write_side_car(tar: Path, beside: Path, size: int, sha256: str, *, labelled: bool) -> None:
+def write_side_car(tar: BinaryIO, beside: Path, size: int, sha256: str, *, labelled: bool) -> None:
     """Write the side-car of a shard.
 
     Args:
-        tar: the shard, on this machine. All its bytes are read.
+        tar: the shard, opened for reading. All its bytes are read.
         beside: the side-car; its folder is made if it is not there.
         size: bytes of the shard.
         sha256: its hex digest.
@@ -175,8 +175,7 @@ def write_side_car(tar: Path, beside: Path, size: int, sha256: str, *, labelled:
     Raises:
         BadSample: it is no tar.
     """
-    with tar.open("rb") as file:
-        offsets = find_offsets(file, tar.name, labelled=labelled)
+    offsets = find_offsets(tar, beside.stem, labelled=labelled)
     beside.parent.mkdir(exist_ok=True)
     write_whole(beside, packed(offsets, size, sha256))
 

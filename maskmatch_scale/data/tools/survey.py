@@ -9,9 +9,11 @@ Decision: docs/decisions/0064-counts-of-others.md.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from maskmatch_scale.data.shards.stored import write_index
 from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.data.tools.listing import Listed, entries_of, listed, with_notes
 from maskmatch_scale.data.tools.survey_notes import Entry, SurveyNotes, entry_of, identity
-from maskmatch_scale.files import sha256, write_whole
+from maskmatch_scale.files import sha256_of, write_whole
 from maskmatch_scale.progress import progress_of
 from maskmatch_scale.redact import has_secret, is_remote, shown
 
@@ -251,23 +253,23 @@ class _LookAt:
 
 def _look_at(location: str, labelled: bool, options: FetchOptions, out: Path | None) -> Entry:
     """A shard's entry; raises :class:`DataError` for one that is empty or cut off."""
-    path = _fetched(location, options) if is_remote(location) else Path(location)
-    with path.open("rb") as file:
+    # It is opened once: others that fetch may drop it from a full cache meanwhile.
+    with _fetched(location, options) if is_remote(location) else FileIO(location) as file:
         table = read_table(file, shown(location), labelled=labelled)
-    if table.truncated:
-        raise DataError(f"{shown(location)}: cut off after {len(table)} samples; write it again, or leave it out")
-    if not len(table):
-        raise DataError(f"{shown(location)}: holds no sample; leave it out")
-    size, digest = path.stat().st_size, sha256(path)
-    if out is not None:
-        write_side_car(path, _side_car(location, out), size, digest, labelled=labelled)
+        if table.truncated:
+            raise DataError(f"{shown(location)}: cut off after {len(table)} samples; write it again, or leave it out")
+        if not len(table):
+            raise DataError(f"{shown(location)}: holds no sample; leave it out")
+        size, digest = os.fstat(file.fileno()).st_size, sha256_of(file)
+        if out is not None:
+            write_side_car(file, _side_car(location, out), size, digest, labelled=labelled)
     return entry_of(Listed(location, len(table), size, digest), labelled)
 
 
-def _fetched(location: str, options: FetchOptions) -> Path:
+def _fetched(location: str, options: FetchOptions) -> FileIO:
     cache = ShardCache(options)
     cache.forget(location)  # it may have changed since, and there is no checksum to compare it with
-    return cache.fetch(location)
+    return cache.open(location)
 
 
 def _entry(found: Mapping[str, Any], out: Path) -> dict[str, Any]:

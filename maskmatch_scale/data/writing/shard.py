@@ -104,7 +104,8 @@ def write_shard(
         os.fsync(file.fileno())
         if keys:  # its bytes are still in memory
             beside = out / side_car(shard.file)
-            write_side_car(begun, beside, digested.bytes, digested.sha256(), labelled=shard.stream.labelled)
+            with begun.open("rb") as written:
+                write_side_car(written, beside, digested.bytes, digested.sha256(), labelled=shard.stream.labelled)
         entry = Written(shard.file, len(keys), digested.bytes, digested.sha256(), tuple(skipped))
         if not keys:
             begun.unlink()

@@ -114,7 +114,8 @@ def _complete_side_cars(out: Path, index: ShardIndex) -> None:
             assert shard.bytes is not None
             assert shard.sha256 is not None
             if not is_side_car_of(beside, shard.sha256):
-                write_side_car(out / shard.file, beside, shard.bytes, shard.sha256, labelled=stream.labelled)
+                with (out / shard.file).open("rb") as tar:
+                    write_side_car(tar, beside, shard.bytes, shard.sha256, labelled=stream.labelled)
 
 
 def _render_all(

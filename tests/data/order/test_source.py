@@ -99,6 +99,15 @@ def test_those_of_past_epochs_are_removed(open_source, tmp_path):
     assert len(names) == len(list(folder.iterdir()))
 
 
+def test_sources_of_equal_sizes_keep_their_orders(open_source, tmp_path):
+    """All of them are needed at a time, however many there are."""
+    sources = [open_source(name=f"s{number}") for number in range(epoch._FILES_OF_A_SOURCE + 1)]
+    for source in sources:
+        source.order(0, 1)
+    (folder,) = tmp_path.glob("arrays-*")
+    assert len(list(folder.iterdir())) == len(sources)
+
+
 def test_one_process_makes_an_order_for_all(open_source, monkeypatch):
     source = open_source()
     expected = places(open_source(share=False), 5)

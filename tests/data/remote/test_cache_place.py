@@ -1,11 +1,15 @@
 """The cache's folder, by tables of mounts as clusters have them."""
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
 from maskmatch_scale.data.remote import cache_place
+from maskmatch_scale.data.remote.cache_folder import CacheFolder
 from maskmatch_scale.data.remote.cache_place import Candidate, choose, default_cache, file_system, parse_mounts
+from tests.data.remote.common import in_processes
 
 NETWORK = ["nfs", "nfs4", "lustre", "gpfs", "ceph", "fuse.ceph-fuse", "beegfs", "fuse.sshfs", "cifs", "fuse", "autofs"]
 LOCAL = ["ext4", "xfs", "btrfs", "overlay", "zfs", "fuseblk", "fuse.fuse-overlayfs", ""]
@@ -50,7 +54,7 @@ def test_a_home_on_a_network_never_has_it(places, monkeypatch, tmp_path, kind):
     for variable, name in (("TMPDIR", "tmpdir"), ("LOCAL_SCRATCH", "scratch"), ("SLURM_TMPDIR", "slurm")):
         monkeypatch.setenv(variable, str(places[name]))
         assert default_cache() == places[name] / user
-    (places["slurm"]).rmdir()  # of a job that has ended
+    shutil.rmtree(places["slurm"])  # of a job that has ended
     (tmp_path / "slurm").write_text("a file")
     cache_place._chosen.cache_clear()
     assert default_cache() == places["scratch"] / user
@@ -80,14 +84,46 @@ def test_a_folder_that_another_user_has_made_is_not_used(tmp_path):
     theirs, other = tmp_path / "theirs", tmp_path / "other"
     theirs.symlink_to(tmp_path)
     candidates = (Candidate(theirs / "shards", True), Candidate(other / "shards", True))
-    assert choose(candidates, {}) == other / "shards"
+    assert choose(candidates, {}).path == other / "shards"
+    theirs.unlink()
+    theirs.symlink_to(tmp_path / "not there yet")
+    assert choose(candidates, {}).path == other / "shards"
     if os.getuid() == 0:
         theirs.unlink()
         theirs.mkdir()
         os.chown(theirs, 12345, 12345)
-        assert choose(candidates, {}) == other / "shards"
+        assert choose(candidates, {}).path == other / "shards"
     own = (Candidate(theirs / "shards", False), Candidate(other / "shards", True))
-    assert choose(own, {}) == theirs / "shards"
+    assert choose(own, {}).path == theirs / "shards"
+
+
+def test_nobody_else_reads_what_lies_in_a_shared_folder(places, monkeypatch, tmp_path):
+    mounted(monkeypatch, tmp_path, {"/": "ext4", places["home"]: "nfs"})
+    monkeypatch.setenv("TMPDIR", str(places["tmpdir"]))
+    before = os.umask(0o002)  # as groups have that share files
+    try:
+        CacheFolder(default_cache(), 100)
+    finally:
+        os.umask(before)
+    (own,) = places["tmpdir"].iterdir()
+    assert own.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_of_another_user_that_cannot_be_looked_into(tmp_path):
+    """As the home directory that a container leaves to a user who is not root."""
+    locked, free = tmp_path / "locked", Path("/tmp/maskmatch_scale-nobody/shards")
+    locked.mkdir(mode=0)
+    candidates = (*(Candidate(locked / "a/shards", is_shared) for is_shared in (False, True)), Candidate(free, True))
+
+    def work(_number):
+        if os.getuid() == 0:
+            os.setuid(65534)
+        assert choose(candidates, {}).path == free
+
+    try:
+        assert in_processes(1, work) == [0]
+    finally:
+        locked.chmod(0o700)
 
 
 def test_without_a_table_of_mounts(places, monkeypatch, tmp_path):

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.remote import file_locks
+from maskmatch_scale.data.remote import cache_place, file_locks
 from maskmatch_scale.data.shards import kept
 from maskmatch_scale.data.shards.kept import kept_numbers
+from tests.data.remote.common import in_processes
 
 
 def find(numbers=(3, 5, 8), calls=None, facts=None):
@@ -34,6 +35,20 @@ def test_found_once_and_read_then(tmp_path, numbers):
         assert facts == {"n": 1}
     assert len(calls) == 1
     assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == ["x.json", "x.npy"]
+
+
+def test_on_a_network_they_are_read_into_memory(tmp_path, monkeypatch):
+    """What is mapped may be replaced there by another machine, which ends the process (SIGBUS)."""
+    kept_numbers(tmp_path, "x", find(range(100_000)), "looking")
+
+    def work(_number):
+        got, _ = kept_numbers(tmp_path, "x", find(), "looking")
+        os.truncate(tmp_path / "x.npy", 0)
+        assert got.sum() == sum(range(100_000))
+
+    (tmp_path / "mounts").write_text(f"server {tmp_path} lustre rw 0 0\n")
+    monkeypatch.setattr(cache_place, "_MOUNTS", tmp_path / "mounts")
+    assert in_processes(1, work) == [0]
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", b"rubbish" * 100])

@@ -172,6 +172,7 @@ def test_an_index_that_cannot_be_written_leaves_the_one_before(folder, small_dis
     [
         ({"samples": np.array([1, 1, 0])}, "out of range"),
         ({"samples": np.array([1, 1, 2])}, "out of range"),
+        ({"samples": np.array([2**63 - 1, 2**63 - 1, 5])}, "out of range"),  # 3, modulo 2⁶⁴
         ({"samples": np.array([1, 1])}, r"column samples is int64 \(2,\)"),
         ({"samples": np.ones(3, np.uint8)}, "column samples is uint8"),
         ({"bytes": np.array([0, -1, 0])}, "out of range"),
@@ -191,6 +192,30 @@ def test_a_table_that_is_not_well_formed(change, message):
     data = packed({**whole, **change})
     said = said.model_copy(update={"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
     with pytest.raises(DataError, match=f"x: .*{message}.*; write the index again"):
+        unpacked(data, said, "x")
+
+
+@given(entries, st.data())
+def test_some_of_the_shards(rows, data):
+    """They are taken column by column: entry by entry, half of a million shards take each rank half a minute."""
+    numbers = data.draw(st.lists(st.integers(0, len(rows) - 1), unique=True) if rows else st.just([]))
+    table, expected = ShardTable(rows), ShardTable(rows[number] for number in numbers)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardTable, "__getitem__", None)
+        taken = table.take(numbers)
+    assert taken == expected
+    assert taken.starts.tolist() == expected.starts.tolist()
+    assert taken.identities().tobytes() == expected.identities().tobytes()
+    assert {name: column.tolist() for name, column in taken.columns().items()} == {
+        name: column.tolist() for name, column in expected.columns().items()
+    }
+
+
+def test_a_type_that_numpy_does_not_have():
+    header = json.dumps({"files": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(2)
+    said = reference("x", data, {"samples": np.ones(3, np.int64)})
+    with pytest.raises(DataError, match="x: a column is BF16; write the index again"):
         unpacked(data, said, "x")
 
 

@@ -34,12 +34,15 @@ def options(tmp_path):
     return FetchOptions(tmp_path / "cache", limit_bytes=10_000_000, timeout_s=5, attempts=2)
 
 
+@pytest.fixture(autouse=True)
+def settled(monkeypatch):
+    """Shards that were written just now are taken for old ones."""
+    monkeypatch.setattr(tables, "_SETTLED_S", 0.0)
+
+
 @pytest.fixture
 def shard(tmp_path):
-    """A local shard that was written some time ago."""
-    path = write_tar(tmp_path / "a.tar", 20)
-    backdate(path)
-    return path
+    return write_tar(tmp_path / "a.tar", 20)
 
 
 @pytest.fixture
@@ -48,10 +51,6 @@ def scans(monkeypatch):
     found = []
     monkeypatch.setattr(tables, "read_table", lambda file, name, **k: found.append(name) or read_table(file, name, **k))
     return found
-
-
-def backdate(path, seconds=100):
-    os.utime(path, (time.time() - seconds,) * 2)
 
 
 def of(table):
@@ -115,7 +114,8 @@ def changed(path):
 
 CHANGES = {
     "size": lambda path: path.write_bytes(tar_bytes(sample("a", labelled=False))),
-    "time": lambda path: path.write_bytes(path.read_bytes()),
+    "time": lambda path: os.utime(path, (1e9, 1e9)),
+    "bytes in place": lambda path: path.write_bytes(changed(path)),
     "inode": lambda path: shutil.copy2(path, path.with_suffix(".new")).replace(path),
 }
 
@@ -125,16 +125,17 @@ def test_a_local_shard_that_was_changed_is_scanned_again(options, shard, scans, 
     read(options, shard)
     times = shard.stat()
     CHANGES[what](shard)
-    if what == "time":
-        backdate(shard, 50)
-    else:
+    if what != "time":  # as copies have that keep times
         os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert of(read(options, shard)) == of(read_table(io.BytesIO(shard.read_bytes()), str(shard), labelled=False))
     assert len(scans) == 2
 
 
-def test_a_shard_that_is_being_written_has_no_file(options, shard, scans):
-    os.utime(shard)
+@pytest.mark.parametrize("is_set_back", [False, True])
+def test_a_shard_that_is_being_written_has_no_file(options, shard, scans, monkeypatch, is_set_back):
+    monkeypatch.setattr(tables, "_SETTLED_S", 100.0)
+    if is_set_back:
+        os.utime(shard, (1e9, 1e9))
     for _ in range(2):
         read(options, shard)
     assert len(scans) == 2
@@ -281,7 +282,6 @@ def test_a_folder_that_cannot_be_written_to(options, shard, scans, how):
 def test_a_shard_that_is_no_tar(options, tmp_path):
     path = tmp_path / "a.tar"
     path.write_bytes(b"<html>" * 200)
-    backdate(path)
     for _ in range(2):
         with pytest.raises(BadSample, match="web page"):
             read(options, path)
@@ -326,8 +326,6 @@ def test_a_stream_takes_it(tmp_path, scans, monkeypatch):
     from tests.data.writing.test_write import Squares
 
     write_shards(Squares(), tmp_path / "x", workers=1, progress=False)
-    for path in (tmp_path / "x").glob("*.tar"):
-        backdate(path)
     data = DataRecipe(root=str(tmp_path / "x"), cache_dir=str(tmp_path / "cache"))
     one, other = (ShardStream(tmp_path / "x", "unlabelled", data) for _ in range(2))
     assert [one[n] for n in range(len(one))] == [other[n] for n in range(len(other))]
