@@ -38,6 +38,8 @@ _READ_AT_ONCE = 16
 caches have nothing left of what reads: each one alone takes three times as long."""
 _MOST_DOUBLED = 40
 """Windows are as large as they become long before this one."""
+FIRST_WINDOW = 64
+"""Samples of the first window of a lane, for which a new run waits."""
 
 
 class Cursor(NamedTuple):
@@ -91,9 +93,8 @@ class Windows(NamedTuple):
     samples: int
     bytes: int
     """Of encoded images."""
-    first: int = 64
-    """Samples of the first window, for which a new run waits. Each one has twice as many as the one before, until
-    `samples` are reached."""
+    first: int = FIRST_WINDOW
+    """Samples of the first window. Each one has twice as many as the one before, until `samples` are reached."""
 
     def size(self, number: int) -> int:
         """Most samples of window ``number``."""
