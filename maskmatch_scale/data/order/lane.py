@@ -162,7 +162,7 @@ class Lane:
         self.left_out = 0
         """Samples that were read and not wanted, since this object was made."""
         self.left_out_in_a_row = self.shards_in_a_row = 0
-        """Likewise since the last one that was wanted; and how many shards have ended meanwhile."""
+        """Likewise since the last one that was wanted; and how many shards were read to their ends meanwhile."""
 
     @property
     def state(self) -> LaneState:
@@ -256,6 +256,7 @@ class Lane:
             self._next_shard()
             return
         if found is None:
+            self.shards_in_a_row += 1
             self._next_shard()
         elif self._to_skip:
             self._to_skip -= 1
@@ -285,7 +286,6 @@ class Lane:
     def _next_shard(self) -> None:
         assert self._share is not None
         self.close()
-        self.shards_in_a_row += 1
         epoch, shard, _ = self._cursor
         last = shard + 1 == len(self._share[1])
         self._cursor = Cursor(epoch + 1) if last else Cursor(epoch, shard + 1)

@@ -255,8 +255,8 @@ def test_what_is_not_wanted_is_as_if_it_was_not_there(sizes, lanes, window, ever
 
 def test_what_is_not_wanted_is_counted_once_and_in_a_row():
     lane = make([10] * 4, window=1, read=filtered([10] * 4, lambda key: key.endswith("-9")))
-    lane.take()  # and the next one is read ahead
-    assert (lane.left_out, lane.left_out_in_a_row) == (18, 0)
+    lane.take()
+    assert (lane.left_out, lane.left_out_in_a_row) == (9, 0)
     again = make([10] * 4, window=1, state=lane.state, read=filtered([10] * 4, lambda key: key.endswith("-9")))
     again.take()
     assert again.left_out == 9  # those before the first sample of its window are skipped, not counted
@@ -271,6 +271,10 @@ def test_what_is_not_wanted_is_counted_once_and_in_a_row():
     with pytest.raises(RuntimeError):
         endless.take()
     assert (endless.left_out_in_a_row, endless.shards_in_a_row) == (45, 4)
+    # Of shards that cannot be read, nothing was left out.
+    lost = make([10] * 4, gone={shard: (0, BadSample("shard_unreadable", "no tar")) for shard in range(4)})
+    assert [lost.take().found.key for _ in range(5)] == [None] * 5
+    assert lost.shards_in_a_row == 0
 
 
 def test_a_shard_of_which_nothing_is_wanted_has_come():
