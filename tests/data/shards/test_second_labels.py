@@ -1,6 +1,7 @@
 """Label maps from another folder, joined by key."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -105,6 +106,19 @@ def test_from_a_server_that_fails(archive, labels, tmp_path):
 
         assert stream.load(*stream.locate(7), decoded).label == bad_shards.label_png(107)
         assert stream.take_figures().damaged == 1
+
+
+def test_a_label_map_is_never_that_of_another_image(archive, labels, tmp_path):
+    """A shard that was replaced without a trace: an index without checksums, and the same size and time."""
+    join(archive, labels, tmp_path / "cache")
+    shard = labels / "l-0.tar"
+    before, other = shard.stat(), (labels / "l-1.tar").stat()
+    write_labels(labels, [[key(40), key(7), key(1)], [key(11), key(0)]])
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(labels / "l-1.tar", ns=(other.st_atime_ns, other.st_mtime_ns))
+    stream = join(archive, labels, tmp_path / "cache")
+    with pytest.raises(DataError, match=rf"of '{key(7)}' was is that of '{key(40)}': .*; remove .*/labels-\w+\.npy, and"):
+        stream.load(*stream.locate(7), lambda raw: raw)
 
 
 @pytest.mark.parametrize(
