@@ -105,6 +105,7 @@ def test_what_is_decided_without_a_field_is_so_whatever_the_field_is(text, sampl
         ("width > 0", {"width": float("nan")}, False),
         ("width >\n 0\n", {"width": 1}, True),
         ("tag == '#1'", {"tag": "#1"}, True),
+        ("é == 1 and \u00b5m > 1 and (a . \ufb01 == 3)", {"é": 1, "\u00b5m": 2, "a": {"\ufb01": 3}}, True),
         ("tag == 'a\u2028b'", {"tag": "a\u2028b"}, True),
     ],
 )

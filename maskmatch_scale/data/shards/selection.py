@@ -218,10 +218,10 @@ def digest_of(stream: ShardStream, *what: str) -> str:
 
 
 def _changed(stream: ShardStream, shard: int) -> list[int]:
-    """Size and time of a local shard; zeros for others."""
+    """Size and times of a local shard; zeros for others. Tools that copy set one of the times back."""
     location = stream.location(shard)
     if not is_remote(location):
         with suppress(OSError):
             status = Path(location).stat()
-            return [status.st_size, status.st_mtime_ns]
-    return [0, 0]
+            return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return [0, 0, 0]

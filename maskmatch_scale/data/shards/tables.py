@@ -33,7 +33,7 @@ _MAGIC = b"mm-tabl1"
 _HEAD = struct.Struct("<8s32sQQQ")
 """Magic, of which shard, number of samples, bytes of the keys, bytes of the faults."""
 _SETTLED_S = 2.0
-"""A local shard that was changed so recently may be changed again without a change of its times."""
+"""A local shard that was written to so recently may be written to again without a change of its time."""
 _LOCAL = "tables"
 _MOST_LOCAL_BYTES = 1 << 29
 _MOST_LOCAL = 8192
@@ -92,10 +92,9 @@ class TableFiles:
         status = os.fstat(file.fileno())
         facts: list[object] = [self._labelled, cached or shard, status.st_dev, status.st_ino, status.st_size]
         if cached is None:
-            # Both times: tools that copy set that of the data back, and some network disks have no other.
-            if time.time() - max(status.st_mtime, status.st_ctime) < _SETTLED_S:
+            if time.time() - status.st_mtime < _SETTLED_S:
                 return None
-            facts += [status.st_mtime_ns, status.st_ctime_ns]
+            facts.append(status.st_mtime_ns)
         elif not cached.startswith("sha256-"):  # its time says when it was used
             if (digest := fetched_digest(file)) is None:
                 return None
