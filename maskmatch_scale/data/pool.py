@@ -69,15 +69,18 @@ def results(
             pool.shutdown(cancel_futures=True)
 
 
-def in_threads(function: Callable[[T], R], items: Sequence[T], threads: int) -> Generator[R, None, None]:
+def in_threads(
+    function: Callable[[T], R], items: Sequence[T], threads: int, at_once: int = _ITEMS_A_THREAD
+) -> Generator[R, None, None]:
     """What a function that waits for a disk or a server returns for each item, in order.
 
     Args:
         function: of one item; called by several threads at once. What it raises is raised here.
         items: all of them.
         threads: how many.
+        at_once: items that a thread takes at once, at most; what they give is not seen before the last one is done.
     """
-    chunk = max(1, min(_ITEMS_A_THREAD, len(items) // (4 * threads)))
+    chunk = max(1, min(at_once, len(items) // (4 * threads)))
     chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
     pool = ThreadPoolExecutor(threads, thread_name_prefix="asking")
     ended = threading.Event()

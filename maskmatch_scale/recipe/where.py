@@ -15,9 +15,11 @@ and `and` and `or` are undecided unless the other side decides. A sample is chos
 from __future__ import annotations
 
 import ast
+import io
 import keyword
 import operator
 import re
+import tokenize
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -136,7 +138,7 @@ class _Parser:
     """Reads a condition from a text."""
 
     def __init__(self, text: str) -> None:
-        self.text = " ".join(text.splitlines()).strip()
+        self.text = re.sub(r"\r\n|[\r\n]", " ", text).strip()
         self.fields: list[tuple[str, ...]] = []
         if not self.text:
             raise WhereError("where: the filter is empty; leave it out, or write one like `width >= 512`")
@@ -152,12 +154,23 @@ class _Parser:
             raise self._syntax_error(error) from None
         except (ValueError, MemoryError, RecursionError):
             raise self._error_at(0, "it cannot be read, or is nested too deeply") from None
+        self._refuse_what_is_lost()
         try:
             self.condition = self._condition(tree, 0)
         except RecursionError:
             raise self._error_at(0, "it is nested too deeply") from None
         if not self.fields:
             raise WhereError(f"where {self._shown()}: it names no field of the samples' .json members")
+
+    def _refuse_what_is_lost(self) -> None:
+        """Refuse what Python's parser drops without a word: comments, and a comma between texts that is not there."""
+        before = 0
+        for token in tokenize.generate_tokens(io.StringIO(self.text).readline):
+            if token.type == tokenize.COMMENT:
+                raise self._error_at(token.start[1], "a `#` and what follows it would have no effect; leave them out")
+            if token.type == before == tokenize.STRING:
+                raise self._error_at(token.start[1], "two texts in a row would be one; write a comma between them")
+            before = token.type
 
     def _condition(self, node: ast.expr, depth: int) -> _Condition:
         if depth > _MOST_NESTED:
@@ -231,18 +244,22 @@ class _Parser:
 
     def _path(self, node: ast.expr) -> tuple[str, ...]:
         match node:
-            case ast.Name(id=name):
-                return (name,)
-            case ast.Attribute(value=inner, attr=name):
-                return (*self._path(inner), name)
+            # As it is written: Python's parser makes other letters of some (NFKC, such as µ).
+            case ast.Name():
+                return (self._written(node),)
+            case ast.Attribute(value=inner):
+                return (*self._path(inner), self._written(node).rpartition(".")[2].strip())
             case ast.Call(func=ast.Name(id="field"), args=[ast.Constant(value=str() as name)], keywords=[]):
                 return (name,)
         raise self._refused(node, 'is no field: write its name, or field("a name") for one with other characters')
 
+    def _written(self, node: ast.expr) -> str:
+        # Positions of nodes count bytes.
+        return self.text.encode()[node.col_offset : node.end_col_offset].decode(errors="replace")
+
     def _refused(self, node: ast.expr, why: str) -> WhereError:
-        encoded = self.text.encode()  # positions of nodes count bytes
-        what = encoded[node.col_offset : node.end_col_offset].decode(errors="replace")
-        at = len(encoded[: node.col_offset].decode(errors="replace"))
+        what = self._written(node)
+        at = len(self.text.encode()[: node.col_offset].decode(errors="replace"))
         what = what if len(what) <= 60 else f"{what[:60]} …"
         return self._error_at(at, f"`{what}` {why}")
 

@@ -104,6 +104,9 @@ def test_what_is_decided_without_a_field_is_so_whatever_the_field_is(text, sampl
         ("width < height", {"width": 3, "height": 4}, True),
         ("width > 0", {"width": float("nan")}, False),
         ("width >\n 0\n", {"width": 1}, True),
+        ("tag == '#1'", {"tag": "#1"}, True),
+        ("é == 1 and \u00b5m > 1 and (a . \ufb01 == 3)", {"é": 1, "\u00b5m": 2, "a": {"\ufb01": 3}}, True),
+        ("tag == 'a\u2028b'", {"tag": "a\u2028b"}, True),
     ],
 )
 def test_examples(text, sample, chosen):
@@ -152,6 +155,8 @@ def test_what_it_names():
         ("a" + ".b" * 4000 + " > 1", "nested too deeply"),
         ("a > 1 or " * 2000, "18000 characters|17999 characters"),
         ("a > " + "9" * 5000, "cannot be read"),
+        ("a > 1 # or b\nand c > 2", "at character 7: a `#` and what follows it would have no effect"),
+        ("a in ['b' 'c']", "at character 11: two texts in a row would be one; write a comma"),
     ],
 )
 def test_mistakes_are_one_line_that_points_at_them(text, message):

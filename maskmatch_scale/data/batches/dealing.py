@@ -21,6 +21,8 @@ from maskmatch_scale.data.order.mix import Leg, counts
 from maskmatch_scale.data.order.sequential import Deal, SequentialSource
 from maskmatch_scale.recipe import Recipe
 
+_WHOLE_WINDOW = 1 << 40
+"""First window of runs whose checkpoints say nothing of it: all windows had the size of the recipe then."""
 _TURNS_LOOKED_AT = 64
 """For so many turns a lane, on average, it is looked at whether each lane has one."""
 
@@ -47,13 +49,13 @@ def deal_lanes(recipe: Recipe, world_size: int, before: Mapping[str, Any] | None
             f"{least}" + ("" if data.sequential_lanes else ": then these sources begin a new epoch")
         )
     if before and int(before["lanes"]) == lanes:
-        return Deal(lanes, int(before["per_rank"]))
+        return Deal(lanes, int(before["per_rank"]), int(before.get("first_window", _WHOLE_WINDOW)))
     return Deal(lanes, lanes // world_size)
 
 
 def state_of(deal: Deal) -> dict[str, int]:
     """What a checkpoint says of the lanes, the same on every rank."""
-    return {"lanes": deal.lanes, "per_rank": deal.per_rank}
+    return {"lanes": deal.lanes, "per_rank": deal.per_rank, "first_window": deal.first_window}
 
 
 def check_shards(sources: Iterable[SequentialSource], deal: Deal) -> None:

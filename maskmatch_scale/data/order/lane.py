@@ -38,6 +38,8 @@ _READ_AT_ONCE = 16
 caches have nothing left of what reads: each one alone takes three times as long."""
 _MOST_DOUBLED = 40
 """Windows are as large as they become long before this one."""
+FIRST_WINDOW = 64
+"""Samples of the first window of a lane, for which a new run waits."""
 
 
 class Cursor(NamedTuple):
@@ -91,9 +93,8 @@ class Windows(NamedTuple):
     samples: int
     bytes: int
     """Of encoded images."""
-    first: int = 64
-    """Samples of the first window, for which a new run waits. Each one has twice as many as the one before, until
-    `samples` are reached."""
+    first: int = FIRST_WINDOW
+    """Samples of the first window. Each one has twice as many as the one before, until `samples` are reached."""
 
     def size(self, number: int) -> int:
         """Most samples of window ``number``."""
@@ -161,7 +162,7 @@ class Lane:
         self.left_out = 0
         """Samples that were read and not wanted, since this object was made."""
         self.left_out_in_a_row = self.shards_in_a_row = 0
-        """Likewise since the last one that was wanted; and how many shards have ended meanwhile."""
+        """Likewise since the last one that was wanted; and how many shards were read to their ends meanwhile."""
 
     @property
     def state(self) -> LaneState:
@@ -255,6 +256,7 @@ class Lane:
             self._next_shard()
             return
         if found is None:
+            self.shards_in_a_row += 1
             self._next_shard()
         elif self._to_skip:
             self._to_skip -= 1
@@ -284,7 +286,6 @@ class Lane:
     def _next_shard(self) -> None:
         assert self._share is not None
         self.close()
-        self.shards_in_a_row += 1
         epoch, shard, _ = self._cursor
         last = shard + 1 == len(self._share[1])
         self._cursor = Cursor(epoch + 1) if last else Cursor(epoch, shard + 1)

@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from maskmatch_scale.data.faults import BadSample, DataError
-from maskmatch_scale.data.order.lane import Cursor, Entry, Lane, LaneState, OutOfReachError, Windows
+from maskmatch_scale.data.order.lane import FIRST_WINDOW, Cursor, Entry, Lane, LaneState, OutOfReachError, Windows
 from maskmatch_scale.data.order.mix import SourceInfo
 from maskmatch_scale.data.order.patience import Patience
 from maskmatch_scale.data.order.queue import ENDLESS, SamplePlace
@@ -61,6 +61,8 @@ class Deal:
     """Of all ranks."""
     per_rank: int
     """Lanes of a rank when the sources began. It decides how large the windows are, which then stay so."""
+    first_window: int = FIRST_WINDOW
+    """Samples of the first window of a lane, see :class:`Windows`."""
 
 
 class SequentialSource:
@@ -223,7 +225,7 @@ class SequentialSource:
             len(self),
             number,
             self._deal.lanes,
-            Windows(-(-self._window // each), -(-_WINDOW_BYTES // each)),
+            Windows(-(-self._window // each), -(-_WINDOW_BYTES // each), self._deal.first_window),
             partial(self._read, number),
             self._patience,
             skip=self.skip,

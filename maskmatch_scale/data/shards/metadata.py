@@ -6,7 +6,7 @@ A member is read if it is a plain file of at most a megabyte; what is in it may 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from maskmatch_scale.data.faults import BadSample
@@ -19,6 +19,8 @@ MAX_METADATA_BYTES = 1 << 20
 _MOST_NAMES = 200
 """Names of fields that are remembered for a message."""
 _SHOWN_NAMES = 20
+_SHOWN_CHARACTERS = 60
+"""Of a name."""
 
 
 def read_metadata(file: BinaryIO, shard: str) -> Iterator[bytes | None]:
@@ -81,11 +83,13 @@ class MetadataFilter:
 
     def _look(self, metadata: dict[str, Any]) -> None:
         self.unseen = {path for path in self.unseen if not _has(metadata, path)}
-        if len(self.names) < _MOST_NAMES:
-            for name, value in metadata.items():
-                self.names.add(name)
-                if isinstance(value, dict):
-                    self.names |= {f"{name}.{inner}" for inner in value}
+        self._remember(_names(metadata))
+
+    def _remember(self, names: Iterable[str]) -> None:
+        for name in names:
+            if len(self.names) >= _MOST_NAMES:
+                return
+            self.names.add(name)
 
     def as_json(self) -> dict[str, Any]:
         """Its counts, as :meth:`restore` takes them."""
@@ -105,7 +109,7 @@ class MetadataFilter:
         self.undecided += other.undecided
         self.without += other.without
         self.unseen &= other.unseen
-        self.names |= other.names
+        self._remember(sorted(other.names))
 
     def fault(self) -> str | None:
         """Why it is useless for the samples that it was asked for, and what to do; None: it is not."""
@@ -114,7 +118,7 @@ class MetadataFilter:
             return f"{where}: {asked} has a .json member with metadata; leave the filter out"
         if self.unseen:
             name = ".".join(min(self.unseen))
-            names = sorted(self.names)
+            names = [_shown(name) for name in sorted(self.names)]
             more = ", …" if len(names) > _SHOWN_NAMES else ""
             return f"{where}: {asked} has a field {name!r}; there are {', '.join(names[:_SHOWN_NAMES])}{more}"
         if not self.chosen:
@@ -127,6 +131,20 @@ def _has(metadata: dict[str, Any], path: tuple[str, ...]) -> bool:
     """Whether there is such a field; it may be null."""
     inside = value_of(metadata, path[:-1]) if len(path) > 1 else metadata
     return isinstance(inside, dict) and path[-1] in inside
+
+
+def _names(metadata: dict[str, Any]) -> Iterator[str]:
+    """The names of its fields, and of those of objects in it."""
+    for name, value in metadata.items():
+        yield name
+        if isinstance(value, dict):
+            yield from (f"{name}.{inner}" for inner in value)
+
+
+def _shown(name: str) -> str:
+    """A name for a message in one line, whatever its characters and length are."""
+    name = name if len(name) <= _SHOWN_CHARACTERS else f"{name[:_SHOWN_CHARACTERS]} …"
+    return name if name.isprintable() else repr(name)
 
 
 def _parsed(content: bytes | None) -> dict[str, Any] | None:

@@ -80,7 +80,8 @@ class LabelsElsewhere(ShardStream):
             )
         digest = digest_of(self, "labels", digest_of(self.label_stream))
         what = f"source {source!r}: matching keys with {where}"
-        found, facts = kept_numbers(cache, f"labels-{digest}", partial(self._match, source, others_wait_s), what)
+        self._kept = cache / f"labels-{digest}.npy"
+        found, facts = kept_numbers(cache, self._kept.stem, partial(self._match, source, others_wait_s), what)
         if facts["fault"] is not None:
             raise DataError(f"source {source!r}: {facts['fault']}")
         self.numbers, self._label_numbers = found[:, 0], found[:, 1]
@@ -124,7 +125,11 @@ class LabelsElsewhere(ShardStream):
     def load(
         self, shard: int, place: int, prepare: Callable[[RawSample], Prepared], *, patience_s: float = math.inf
     ) -> Prepared:
-        """See :meth:`ShardStream.load`; the sample must be one of :attr:`numbers`."""
+        """See :meth:`ShardStream.load`; the sample must be one of :attr:`numbers`.
+
+        Raises:
+            DataError: also if a shard has changed since keys were matched, so that the label map is of another image.
+        """
         number = int(self.shards.starts[shard]) + place
         at = int(np.searchsorted(self.numbers, number))
         assert self.numbers[at] == number
@@ -133,6 +138,11 @@ class LabelsElsewhere(ShardStream):
         def with_label(image: RawSample) -> Prepared:
             def prepare_both(raw: RawSample) -> Prepared:
                 both = f"{shown(image.shard)}, label map in {shown(raw.shard)}"  # for messages
+                if raw.key != image.key:
+                    raise DataError(
+                        f"{both}: where the label map of {image.key!r} was is that of {raw.key!r}: a shard has changed "
+                        f"since keys were matched; remove {self._kept}, and start again"
+                    )
                 return prepare(replace(image, shard=both, label=raw.label))
 
             return self.label_stream.load(*label, prepare_both, patience_s=patience_s)

@@ -39,6 +39,9 @@ T = TypeVar("T")
 _FORMAT = 1
 _THREADS = 8
 """They wait for disks and servers; the headers are parsed by one at a time."""
+_MOST_TASKS = 50_000
+"""Of threads, 1 kB each. Up to so many shards they take them one by one: a shard may take seconds to fetch, and what an
+interrupted start keeps are those that are done."""
 _SECONDS_BEFORE_AN_ESTIMATE = 30.0
 _SECONDS_BETWEEN_SAVES = 60.0
 
@@ -156,7 +159,7 @@ def over_shards(
     with (
         _store_processes_ended(),
         progress_of(task, total - first, unit="shards", elsewhere="lines if slow") as advance,
-        closing(in_threads(one, range(first, total), _THREADS)) as looked,
+        closing(in_threads(one, range(first, total), _THREADS, 1 + total // _MOST_TASKS)) as looked,
     ):
         for done, found in enumerate(looked, start=1):
             yield found
@@ -215,10 +218,10 @@ def digest_of(stream: ShardStream, *what: str) -> str:
 
 
 def _changed(stream: ShardStream, shard: int) -> list[int]:
-    """Size and time of a local shard; zeros for others."""
+    """Size and times of a local shard; zeros for others. Tools that copy set one of the times back."""
     location = stream.location(shard)
     if not is_remote(location):
         with suppress(OSError):
             status = Path(location).stat()
-            return [status.st_size, status.st_mtime_ns]
-    return [0, 0]
+            return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return [0, 0, 0]

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.order.epoch import permutation
 from maskmatch_scale.data.remote import store_process, stream
 from maskmatch_scale.recipe import RecipeError
+from maskmatch_scale.seeds import derive_seed
 from tests.conftest import recipe_maker
 from tests.data import bad_shards
 from tests.data.batches.archive import SIZES, make, place_of, sequential, state_of_all, taken, write_archive
@@ -118,6 +120,30 @@ def test_a_run_goes_on_after_any_batch_with_any_processes(make_recipe, archive, 
     with closing(load_batches(again, stop, 30)) as loaded:
         for one, other in zip(loaded, plain[stop:], strict=True):
             assert same(one, other)
+
+
+def test_a_run_whose_windows_did_not_begin_small_goes_on(make_recipe, tmp_path):
+    """Checkpoints of before say nothing of the first window; all had the size of the recipe."""
+    for shard in range(4):
+        (tmp_path / f"a-{shard}.tar").write_bytes(bad_shards.whole(30, labelled=False))
+    how = {"source": [{"shards": f"{tmp_path}/a-*.tar"}], "sequential_lanes": 1}
+    in_order = positions(taken(make(make_recipe, tmp_path, shuffle_window=1, **how), 0, 50))
+    made = make(make_recipe, tmp_path, shuffle_window=100, **how)
+    (source,) = made.sequential
+    order = permutation(derive_seed(derive_seed(source.seed, "order", source.name), "window", 0, 0), 100)
+    state = state_of_all([made], 20)
+    del state["sequential"]["first_window"]
+    state["ranks"] = [{"lanes": {source.name: {"0": [0, 0, 0, 0, 40]}}}]
+    for step in (20, 30):  # and then from a checkpoint of its own
+        again = make(make_recipe, tmp_path, shuffle_window=100, **how)
+        again.resume(json.loads(json.dumps(state)))
+        found = positions(taken(again, step, step + 10))
+        assert found == [in_order[number] for number in order[2 * step : 2 * step + 20]]
+        state = state_of_all([again], step + 10)
+
+
+def positions(batches):
+    return [position for batch in batches for position in batch.positions]
 
 
 def test_mixed_with_an_indexed_source_at_exact_weights(make_recipe, shapes, archive):

@@ -271,6 +271,10 @@ def test_what_is_not_wanted_is_counted_once_and_in_a_row():
     with pytest.raises(RuntimeError):
         endless.take()
     assert (endless.left_out_in_a_row, endless.shards_in_a_row) == (45, 4)
+    # Of shards that cannot be read, nothing was left out.
+    lost = make([10] * 4, gone={shard: (0, BadSample("shard_unreadable", "no tar")) for shard in range(4)})
+    assert [lost.take().found.key for _ in range(5)] == [None] * 5
+    assert lost.shards_in_a_row == 0
 
 
 def test_a_shard_of_which_nothing_is_wanted_has_come():

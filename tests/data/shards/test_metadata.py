@@ -112,3 +112,24 @@ def test_conditions_that_are_of_no_use(where, contents, message):
     assert fault is not None
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(fault)
+
+
+def test_names_of_fields_may_be_anything():
+    """They come from strangers: they make no second line, no escape sequence, and no long message."""
+    chosen = MetadataFilter(Where("b > 3"))
+    chosen(json.dumps({"a\nline": 1, "\x1b[31m": 1, "\ud800": 1, "x" * 10_000: 1, "größe": 1}).encode())
+    fault = chosen.fault()
+    assert fault is not None
+    assert fault.isprintable()
+    assert r"there are '\x1b[31m', 'a\nline', größe, xxx" in fault
+    assert len(fault) < 300
+
+
+def test_few_names_of_fields_are_kept_however_many_there_are():
+    total = MetadataFilter(Where("b > 3"))
+    for shard in range(5):
+        own = MetadataFilter(Where("b > 3"))
+        for sample in range(3):
+            own(json.dumps({f"{shard}-{sample}-{n}": {"a": n, "c": n} for n in range(150)}).encode())
+        total.add(own)
+        assert len(own.names) == len(total.names) == 200

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maskmatch_scale.data.faults import BadSample, DataError
-from maskmatch_scale.data.shards import second_labels
+from maskmatch_scale.data.shards import second_labels, selection
 from maskmatch_scale.data.shards.reading import ShardStream
 from maskmatch_scale.data.shards.second_labels import LabelsElsewhere
 from maskmatch_scale.recipe import DataRecipe
@@ -105,6 +105,16 @@ def test_from_a_server_that_fails(archive, labels, tmp_path):
 
         assert stream.load(*stream.locate(7), decoded).label == bad_shards.label_png(107)
         assert stream.take_figures().damaged == 1
+
+
+def test_a_label_map_is_never_that_of_another_image(archive, labels, tmp_path, monkeypatch):
+    """A shard that was replaced without a trace: of a stream of many, by an index without checksums."""
+    monkeypatch.setattr(selection, "MOST_CHECKED_AT_START", 1)
+    join(archive, labels, tmp_path / "cache")
+    write_labels(labels, [[key(40), key(7), key(1)], [key(11), key(0)]])
+    stream = join(archive, labels, tmp_path / "cache")
+    with pytest.raises(DataError, match=rf"of '{key(7)}' was is that of '{key(40)}': .*; remove .*/labels-\w+\.npy, and"):
+        stream.load(*stream.locate(7), lambda raw: raw)
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,9 @@ def test_read_once_and_then_from_the_file(tmp_path, monkeypatch):
     other = write(tmp_path / "b", (5, 3, 4))
     assert choose(other, cache)[0].tolist() == WIDE
     shard = root / "00001.tar"
+    times = shard.stat().st_atime_ns, shard.stat().st_mtime_ns
     shard.write_bytes(shard.read_bytes().replace(b'"width": 450', b'"width": 200'))
-    os.utime(shard, ns=(1, 1))
+    os.utime(shard, ns=times)  # as tools that copy do
     assert choose(root, cache)[0].tolist() == [number for number in WIDE if WIDTHS[number] != 450]
 
 
@@ -89,7 +90,7 @@ def test_an_interrupted_start_goes_on_where_it_was(tmp_path, monkeypatch, betwee
         patched.setattr(selection, "read_metadata", lambda file, shard: looked.append(shard) or read(file, shard))
         numbers, said = choose(root, cache)
     assert (numbers.tolist(), said) == (whole[0].tolist(), whole[1])
-    assert 5 < len(looked) < 30
+    assert len(looked) == 40 - 24
     assert before | set(looked) == {str(file) for file in root.glob("*.tar")}
 
 
