@@ -115,8 +115,6 @@ def test_a_label_map_is_never_that_of_another_image(archive, labels, tmp_path, m
     stream = join(archive, labels, tmp_path / "cache")
     said = rf"of '{key(7)}' was is that of '{key(40)}': .*; remove .*/labels-\w+\.npy, and"
     with pytest.raises(DataError, match=said):
-        DataError, match=rf"of '{key(7)}' was is that of '{key(40)}': .*; remove .*/labels-\w+\.npy, and"
-    ):
         stream.load(*stream.locate(7), lambda raw: raw)
 
 
