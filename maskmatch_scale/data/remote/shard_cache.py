@@ -192,9 +192,9 @@ class ShardCache:
         """The file that tells the last failure to those that wait."""
         return self._folder.path / f".{name}.failed"
 
-    def forget(self, url: str) -> None:
-        """Drop a file that is kept under its address, so that it is fetched again."""
-        self._folder.drop(cached_name(url, None, None))
+    def forget(self, url: str, sha256: str | None = None) -> None:
+        """Drop a file that is kept under its address or checksum, so that it is fetched again."""
+        self._folder.drop(cached_name(url, sha256, None))
 
     def prefetch(self, url: str, size: int | None = None, sha256: str | None = None, etag: str | None = None) -> bool:
         """Begin to fetch, in the background, a file that will be needed. Never raises and never waits.

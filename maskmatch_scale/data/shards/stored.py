@@ -15,6 +15,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy as np
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.node_arrays import LARGE, Arrays, NodeArrays
 from maskmatch_scale.data.remote.address import join
+from maskmatch_scale.data.remote.cache_disk import explained
 from maskmatch_scale.data.remote.cache_place import on_this_machine
 from maskmatch_scale.data.remote.shard_cache import ShardCache
 from maskmatch_scale.data.remote.transfer import FetchOptions
@@ -95,10 +97,14 @@ def parse_index(data: bytes, root: str, where: str, options: FetchOptions | None
         if options is None or said.shards < LARGE:
             return ShardTable.of_columns(make())
         kind, arrays = f"shards{_VERSION}", of_node(options)
-        if is_remote(location) and arrays.find(kind, said.sha256) is None:
+        is_to_fetch = is_remote(location) and arrays.find(kind, said.sha256) is None
+        if is_to_fetch:
             # Before the lock: if it cannot be fetched, those who wait for it there are told so, and do not try again.
-            ShardCache(options).open(location, said.bytes, said.sha256).close()
-        return ShardTable.of_columns(arrays.get(kind, said.sha256, make, most=_KEPT))
+            _cache_of_tables(options).open(location, said.bytes, said.sha256).close()
+        found = arrays.get(kind, said.sha256, make, most=_KEPT)
+        if is_to_fetch and arrays.find(kind, said.sha256) is not None:
+            _cache_of_tables(options).forget(location, said.sha256)
+        return ShardTable.of_columns(found)
 
     def parse() -> ShardIndex:
         return ShardIndex.parse(data, where, read_table)
@@ -172,8 +178,20 @@ def _columns(location: str, said: TableReference, options: FetchOptions | None) 
     if not is_remote(location):
         return read_table_file(Path(location), said)
     assert options is not None
-    with ShardCache(options).open(location, said.bytes, said.sha256) as file:
+    with _cache_of_tables(options).open(location, said.bytes, said.sha256) as file:
         return unpacked(file.readall(), said, shown(location))
+
+
+def _cache_of_tables(options: FetchOptions) -> ShardCache:
+    """Where tables are fetched to: a folder that this user alone may read, because addresses in them may have secrets.
+
+    Raises:
+        DataError: it cannot be made.
+    """
+    folder = of_node(options).folder
+    with explained(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return ShardCache(replace(options, cache=folder))
 
 
 def _as_arrays(index: ShardIndex) -> Arrays:

@@ -275,6 +275,17 @@ def test_a_table_of_a_server_is_fetched_once_by_a_node(folder, tmp_path):
             find_index(server.url, fetch_options(DataRecipe(root="x", cache_dir=str(tmp_path / "b"), fetch_attempts=1)))
 
 
+def test_nobody_else_reads_a_table_that_was_fetched(folder, tmp_path):
+    """Addresses in it may have secrets."""
+    with FaultyServer(folder) as server:
+        find_index(server.url, options(tmp_path))
+    (own,) = (tmp_path / "cache").iterdir()
+    assert own.stat().st_mode & 0o777 == 0o700
+    kept = [path.name for path in own.iterdir() if not path.name.endswith(".lock")]
+    assert len([name for name in kept if name.startswith("shards1-")]) == 1
+    assert not [name for name in kept if name.startswith("sha256-")]
+
+
 def test_processes_that_wait_for_a_table_are_told_that_it_cannot_be_fetched(folder, tmp_path, monkeypatch):
     """They do not try again one after the other, which would take each of them minutes."""
     monkeypatch.setattr(stored, "LARGE_BYTES", 1 << 20)  # as ever: the JSON is small
