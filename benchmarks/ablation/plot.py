@@ -1,4 +1,7 @@
-"""The plot: every draw as a point, paired differences with their intervals, learning curves by steps and by cost."""
+"""The plot: every draw as a point, paired differences with their intervals, learning curves by steps and by cost.
+
+Where runs were scored at their end alone, there are no curves.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from benchmarks.ablation.gather import BASELINES, MARKS, by_arm, main_split, value_of
 
@@ -38,9 +41,11 @@ def draw(
         for n, arm in enumerate(arms)
     }
     height = max(2.2, 0.9 + 0.42 * len(arms))
-    figure = Figure(figsize=(13, height + 5.2), layout="constrained")
+    has_curves = len({point["step"] for point in curves}) > 1
+    figure = Figure(figsize=(13, height + (5.2 if has_curves else 0.6)), layout="constrained")
     figure.suptitle(title)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[height, 4.6], squeeze=False).flat
+    heights = [height, 4.6] if has_curves else [height]
+    upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat
     scores, *against = upper.subplots(1, 3, sharey=True, width_ratios=[1.2, 1, 1])
     both = any(MARKS[1] in cell["results"] for cell in cells)
     _scores(scores, arms, colours, both=both)
@@ -50,7 +55,19 @@ def draw(
             continue
         _against(panel, list(arms), baseline, differences, colours, both=both)
         panel.set_xlabel(f"mIoU minus that of {arms[baseline][0]['title']}")
-    by_steps, by_cost = lower.subplots(1, 2, sharey=True)
+    for part in lower:
+        _draw_curves(part, cells, arms, curves, colours)
+    return figure
+
+
+def _draw_curves(
+    part: SubFigure,
+    cells: Sequence[dict[str, Any]],
+    arms: Mapping[str, Sequence[dict[str, Any]]],
+    curves: Sequence[Mapping[str, Any]],
+    colours: Mapping[str, Any],
+) -> None:
+    by_steps, by_cost = part.subplots(1, 2, sharey=True)
     _curves(by_steps, arms, curves, colours, "step", "steps")
     if all(point["cost_cpu_s"] is not None for point in curves):
         _curves(
@@ -66,7 +83,6 @@ def draw(
         title="bold: mean; faint: each draw" + (f"\n(the last {left_out} arms are not drawn)" if left_out else ""),
         title_fontsize=8,
     )
-    return figure
 
 
 def _heights(count: int, mark: str, *, both: bool) -> list[float]:

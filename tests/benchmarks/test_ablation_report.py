@@ -120,3 +120,5 @@ def test_the_plot_names_its_split_and_baselines() -> None:
     assert labels[0].startswith("mIoU on dev:")
     assert labels[1:3] == ["mIoU minus that of supervised", "mIoU minus that of FixMatch"]
     assert figure.get_axes()[3].get_ylabel() == "mIoU of the teacher on dev (3 images)"
+    scored_at_the_end = draw("grid", cells, rows, [point for point in curves if point["step"] == 2])
+    assert [panel.get_xlabel() for panel in scored_at_the_end.get_axes()] == labels[:3]
