@@ -90,6 +90,11 @@ UNSAFE = {
     "marshal.load", "marshal.loads", "shelve.open", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "np.load",
     "numpy.load", "pandas.read_pickle", "pd.read_pickle", "eval", "exec", "torch.hub.load", "torch.jit.load",
 }  # fmt: skip
+MADE_SAFE = {
+    ("torch.load", "weights_only", "True"),
+    ("np.load", "allow_pickle", "False"),
+}
+"""Calls that are not unsafe with this argument."""
 OWN = {
     # What torch's flight recorder of this very process has just pickled.
     ("maskmatch_scale/engine/watch.py", "pickle.loads"),
@@ -101,8 +106,8 @@ def unsafe_calls(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            only_tensors = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
-            if name in UNSAFE or (name == "torch.load" and not only_tensors):
+            made_safe = any((name, k.arg, ast.unparse(k.value)) in MADE_SAFE for k in node.keywords)
+            if name in {*UNSAFE, "torch.load"} and not made_safe:
                 yield name
 
 
@@ -110,6 +115,8 @@ def test_the_search_finds_calls():
     source = "import torch, pickle\ntorch.load(f)\ntorch.load(f, weights_only=False)\ntorch.load(f, weights_only=True)"
     assert list(unsafe_calls(source)) == ["torch.load", "torch.load"]
     assert list(unsafe_calls("yaml.load(a); pickle.loads(b)")) == ["yaml.load", "pickle.loads"]
+    numpy = "np.load(f); np.load(f, allow_pickle=True); np.load(f, allow_pickle=False); pickle.load(f, allow_pickle=False)"
+    assert list(unsafe_calls(numpy)) == ["np.load", "np.load", "pickle.load"]
 
 
 @pytest.mark.parametrize("folder", ["maskmatch_scale", "benchmarks", "launch"])

@@ -187,7 +187,12 @@ def test_an_image_is_held_no_longer_than_its_sample(monkeypatch):
     """And the sieve is no more than one image ahead of what was given."""
     made = []
     make = sequence._Sieve.__init__
-    monkeypatch.setattr(sequence._Sieve, "__init__", lambda self, *of: (made.append(self), make(self, *of))[1])
+
+    def noted(self, *of, **more):
+        made.append(self)
+        make(self, *of, **more)
+
+    monkeypatch.setattr(sequence._Sieve, "__init__", noted)
     data = bad_shards.tar_bytes(
         [(f"{n:02d}.{kind}", b"%d" % n) for n in range(20) for kind in ("jpg", "png", "jpg")[: 1 + n % 3]]
     )
