@@ -115,7 +115,7 @@ def test_the_search_finds_calls():
     source = "import torch, pickle\ntorch.load(f)\ntorch.load(f, weights_only=False)\ntorch.load(f, weights_only=True)"
     assert list(unsafe_calls(source)) == ["torch.load", "torch.load"]
     assert list(unsafe_calls("yaml.load(a); pickle.loads(b)")) == ["yaml.load", "pickle.loads"]
-    numpy = "np.load(f); np.load(f, allow_pickle=True); np.load(f, allow_pickle=False); pickle.load(f, allow_pickle=False)"
+    numpy = "np.load(f); np.load(f, allow_pickle=True); np.load(f, allow_pickle=False); pickle.load(f, allow_pickle=0)"
     assert list(unsafe_calls(numpy)) == ["np.load", "np.load", "pickle.load"]
 
 
