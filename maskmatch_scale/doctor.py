@@ -11,12 +11,12 @@ import importlib.util
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from maskmatch_scale.errors import UserError
+from maskmatch_scale.hosts.facts import version_of
 
 if TYPE_CHECKING:
     from maskmatch_scale.models import Segmenter
@@ -42,7 +42,7 @@ def describe_machine() -> dict[str, str]:
         "cores": f"{usable} usable of {os.cpu_count()}",
         "threads of torch": f"{torch.get_num_threads()} (OMP_NUM_THREADS {asked or 'not set'})",
         "between ranks": _describe_backends(),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: version_of(name) for name in _PACKAGES},
         "C++ compiler": compiler or "none: DeepSpeed cannot build its own operators",
         "CUDA compiler": "nvcc" if shutil.which("nvcc") else "none",
         "ninja": "found" if ninja else "none: DeepSpeed cannot build its own operators",
@@ -67,13 +67,6 @@ def _describe_backends() -> str:
         return "none: this torch has no torch.distributed"
     names = {"nccl": torch.distributed.is_nccl_available(), "gloo": torch.distributed.is_gloo_available()}
     return ", ".join(name for name, there in names.items() if there) or "neither nccl nor gloo"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def examine(backbone: str, image_size: int | None = None, keep: float = 0.3) -> dict[str, Any]:

@@ -129,10 +129,33 @@ class Runtime:
             transfers.append(dist.P2POp(dist.isend, own, peer))
         if self.rank == 0 and self.world_size % 2 == 1:
             transfers.append(dist.P2POp(dist.isend, first.contiguous(), self.world_size - 1))
+        self._transfer(transfers)
+        return got
+
+    def swap(self, own: Tensor, peer: int) -> Tensor:
+        """Exchange a tensor with one other rank, and wait for the device; both ranks call it together.
+
+        Args:
+            own: of this rank; of the same shape and dtype as the peer's.
+            peer: the other rank.
+
+        Returns:
+            The peer's tensor.
+        """
+        got = torch.empty_like(require_device(own, self.device))
+        self._transfer([dist.P2POp(dist.irecv, got, peer), dist.P2POp(dist.isend, own, peer)])
+        self.wait_for_device()
+        return got
+
+    def wait_for_device(self) -> None:
+        """Wait until the device has done all that was launched."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _transfer(self, transfers: list[dist.P2POp]) -> None:
         self.transfers.count += len(transfers)
         for work in dist.batch_isend_irecv(transfers):
             work.wait()
-        return got
 
     def collectives_called(self) -> dict[str, int]:
         """How many collectives this rank has called in each process group of all ranks; any thread may ask.

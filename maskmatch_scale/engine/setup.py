@@ -57,10 +57,30 @@ def start(place: Place, recipe: EngineRecipe) -> Runtime:
     """
     threads = recipe.threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     torch.set_num_threads(threads)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", gpu_of(place.local_rank, torch.cuda.device_count()))
+    device = device_of(place)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
+    announce(place)
+    if uses_tf32(device, recipe.precision):
+        torch.set_float32_matmul_precision("high")
+    _init_process_group(device, recipe)
+    if dist.get_world_size() != place.world_size:
+        raise RuntimeError(f"the process group has {dist.get_world_size()} ranks, the launcher said {place.world_size}")
+    if place.world_size == 1:
+        return Runtime(place, device, threads)
+    store = connect(recipe.collective_timeout_s)
+    return Runtime(place, device, threads, meet(store, place.rank, place.world_size, Member.here(device)))
+
+
+def announce(place: Place) -> None:
+    """Set the variables by which torch, DeepSpeed and accelerate find the other ranks, where the launcher has not.
+
+    Args:
+        place: of this rank.
+
+    Raises:
+        UserError: the launcher does not say which rank this is.
+    """
     if place.world_size > 1 and "RANK" not in os.environ:
         # Started by a scheduler, which has variables of its own; torch, DeepSpeed and accelerate read these.
         os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.world_size)}
@@ -79,15 +99,6 @@ def start(place: Place, recipe: EngineRecipe) -> Runtime:
             "MASTER_ADDR is set, but RANK is not: the launcher started one process, or has variables of its own for "
             "ranks; use RANKS=2 launch/accelerate.sh, torchrun or deepspeed (launch/README.md)"
         )
-    if uses_tf32(device, recipe.precision):
-        torch.set_float32_matmul_precision("high")
-    _init_process_group(device, recipe)
-    if dist.get_world_size() != place.world_size:
-        raise RuntimeError(f"the process group has {dist.get_world_size()} ranks, the launcher said {place.world_size}")
-    if place.world_size == 1:
-        return Runtime(place, device, threads)
-    store = connect(recipe.collective_timeout_s)
-    return Runtime(place, device, threads, meet(store, place.rank, place.world_size, Member.here(device)))
 
 
 @contextmanager
@@ -108,6 +119,17 @@ def environment_kept(place: Place) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def device_of(place: Place) -> torch.device:
+    """The device that a rank takes: its GPU, or the CPU of a machine without GPUs.
+
+    Raises:
+        UserError: the machine has GPUs, but not one for each rank.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", gpu_of(place.local_rank, torch.cuda.device_count()))
 
 
 def gpu_of(local_rank: int, visible: int) -> int:

@@ -13,13 +13,16 @@ from maskmatch_scale.checkpoints.layout import folder_name
 from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.data.batches.loading import load_batches
 from maskmatch_scale.engine import setup
+from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.watch import Watch, watch_ranks
 from maskmatch_scale.errors import RESUMABLE, TrainingStopped
 from maskmatch_scale.files import disk_fault
+from maskmatch_scale.hosts.meeting import telling_others
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.runs.folder import open_folder, rank_log
 from maskmatch_scale.training import preflight
 from maskmatch_scale.training.callbacks import CALLBACKS, Callback
+from maskmatch_scale.training.host_checks import check_hosts, measure_links
 from maskmatch_scale.training.preflight import Checked
 from maskmatch_scale.training.run import Run, build_run
 from maskmatch_scale.training.signals import Signals, listening
@@ -54,12 +57,20 @@ def train(recipe: Recipe, resume: str | None = None, *, callbacks: Sequence[Call
 def _train(
     recipe: Recipe, resume: str | None, callbacks: Sequence[Callable[[Run], Callback]], signals: Signals | None
 ) -> Path:
-    checked = preflight.check(recipe, resume)
-    with setup.environment_kept(checked.place):
-        return _run(checked, callbacks, signals)
+    place = Place.from_environment()
+    with telling_others(place):
+        checked = preflight.check(recipe, resume)
+    with setup.environment_kept(place):
+        notes = check_hosts(checked.recipe, place)
+        return _run(checked, notes, callbacks, signals)
 
 
-def _run(checked: Checked, callbacks: Sequence[Callable[[Run], Callback]], signals: Signals | None) -> Path:
+def _run(
+    checked: Checked,
+    notes: tuple[str, ...],
+    callbacks: Sequence[Callable[[Run], Callback]],
+    signals: Signals | None,
+) -> Path:
     recipe, folder = checked.recipe, checked.folder
     if checked.place.world_size > 1:  # where NCCL's watchdog writes its record; it appends the rank
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.collectives(0)).removesuffix("0"))
@@ -70,6 +81,7 @@ def _run(checked: Checked, callbacks: Sequence[Callable[[Run], Callback]], signa
             runtime, recipe, checked.batches, checked.checkpoint, deferred=deferred, frozen=checked.frozen_facts
         )
         checked = preflight.verify_checkpoint(runtime, checked)
+        notes += measure_links(runtime)
         preflight.count_class_pixels(runtime, recipe, checked.batches)
         log, collectives = folder.log(runtime.rank), folder.collectives(runtime.rank)
         with (
@@ -77,7 +89,7 @@ def _run(checked: Checked, callbacks: Sequence[Callable[[Run], Callback]], signa
             rank_log(log),
             watch.logging_to(log, collectives),
         ):
-            run = build_run(checked, runtime)
+            run = build_run(checked, runtime, notes)
             makers: list[Callable[[Run], Callback]] = [*CALLBACKS, *callbacks]
             run.callbacks = [make(run) for make in makers]
             if signals is not None:

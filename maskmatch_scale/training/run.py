@@ -70,8 +70,9 @@ class Run:
     resumed: dict[str, Any]
     """`state.json` of the checkpoint that the run continues from; empty in a new run."""
     notes: tuple[str, ...]
-    """Lines on the checkpoint that the run continues from: damaged ones that were passed over, and what is different
-    now. In a new run, on the weights that it starts from: what of them was not loaded."""
+    """Lines on the hosts and the links between them. On the checkpoint that the run continues from: damaged ones that
+    were passed over, and what is different now. In a new run, on the weights that it starts from: what of them was not
+    loaded."""
     model: dict[str, Any]
     """What a checkpoint says of the model (`checkpoints/fit.py`)."""
     frozen_facts: dict[str, Any] | None
@@ -150,8 +151,13 @@ class Run:
         return {name: value for callback in self.callbacks for name, value in callback.summary().items()}
 
 
-def build_run(checked: Checked, runtime: Runtime) -> Run:
+def build_run(checked: Checked, runtime: Runtime, notes: tuple[str, ...] = ()) -> Run:
     """Build the engine and the teacher, and restore both if the run continues; all ranks call it together.
+
+    Args:
+        checked: what the run's checks have made.
+        runtime: this rank.
+        notes: lines on its hosts, for those who watch the run.
 
     Decision: docs/decisions/0018-teacher-copied-before-averaged-after.md.
     Decision: docs/decisions/0022-models-built-whole.md.
@@ -210,6 +216,7 @@ def build_run(checked: Checked, runtime: Runtime) -> Run:
         metrics=MetricsLog(checked.folder.metrics if runtime.rank == 0 else None, lambda line: run.say(line)),
         resumed=resumed,
         notes=(
+            *notes,
             *(f"passed over: {line}" for line in (checked.checkpoint.passed_over if checked.checkpoint else ())),
             *(() if checked.checkpoint else student.start_notes),
             *changes(resumed, recipe, runtime.world_size),

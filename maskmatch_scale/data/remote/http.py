@@ -13,7 +13,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 
-from maskmatch_scale.data.remote.transfer import Transfer, TransferError
+from maskmatch_scale.data.remote.transfer import NoRanges, Transfer, TransferError
 
 _BLOCK = 1 << 20
 _LONGEST_RETRY_AFTER_S = 60.0
@@ -80,7 +80,7 @@ def read_range(url: str, start: int, stop: int, size: int | None, etag: str | No
     data = bytearray()
     try:
         if response.status != 206:
-            raise _refused(response) if response.status != 200 else TransferError("it does not send ranges")
+            raise _refused(response) if response.status != 200 else NoRanges("it does not send ranges")
         first, total = _content_range(response.headers.get("Content-Range", ""))
         if first != start or (size is not None and total not in (None, size)):
             raise TransferError("it answers with another range than was asked for")

@@ -54,6 +54,10 @@ class TransferError(Exception):
         self.advice, self.final, self.wait_s, self.restart = advice, final, wait_s, restart
 
 
+class NoRanges(TransferError):  # noqa: N818 - named after what it is about
+    """The server answers, with the whole file: it does not send parts."""
+
+
 @dataclass(frozen=True)
 class Body:
     """A file from one of its bytes on, as one try reads it."""

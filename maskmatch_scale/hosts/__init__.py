@@ -1,0 +1,1 @@
+"""What the hosts of a job are, and whether they fit together: compared when a run starts, and by hand before."""
