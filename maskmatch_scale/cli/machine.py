@@ -1,4 +1,4 @@
-"""`maskmatch doctor`: this machine, other hosts, what a backbone costs. Large libraries are imported only when it runs."""
+"""`maskmatch doctor`: this machine, other hosts, what a backbone costs. Nothing large is imported before it runs."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def _survey(hostfile: Path, recipe: Path | None, overrides: list[str], *, bandwi
     stops = sum(finding.stops for finding in found.findings)
     if stops:
         raise UserError(
-            f"--hosts {hostfile}: a run would not start or be wrong for {stops} reason{'s' if stops > 1 else ''}: "
-            + "; ".join(finding.line for finding in found.findings if finding.stops)
+            f"--hosts {hostfile}: a run would not start, or be wrong, for {stops} reason{'s' if stops > 1 else ''}, "
+            "listed on stdout"
         )
 
 
@@ -143,5 +143,9 @@ def _show(found: Survey, title: str) -> None:
     console = Console()
     console.print(table)
     for finding in found.findings:
-        if not finding.stops:  # the others end the command
-            console.print(finding.line, soft_wrap=True, highlight=False, markup=False)
+        line = f"{'error' if finding.stops else 'warning'}: {finding.line}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if not found.findings:
+        console.print("the hosts fit together")
+    if found.links:
+        console.print(found.links, soft_wrap=True, highlight=False, markup=False)

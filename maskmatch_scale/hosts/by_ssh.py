@@ -53,6 +53,8 @@ class Survey:
     slots: Mapping[str, int]
     answers: Sequence[Answer]
     findings: Sequence[Finding]
+    links: str = ""
+    """How fast they reach each other, in one line; empty: not measured."""
 
     def values(self) -> dict[str, Any]:
         """As values of JSON."""
@@ -60,7 +62,8 @@ class Survey:
             answer.host: {"slots": self.slots[answer.host], "error": answer.fault or None} | (answer.values or {})
             for answer in self.answers
         }
-        return {"hosts": hosts, "findings": [{"line": one.line, "stops": one.stops} for one in self.findings]}
+        findings = [{"line": one.line, "stops": one.stops} for one in self.findings]
+        return {"hosts": hosts, "findings": findings, "links": self.links or None}
 
 
 def survey(slots: Mapping[str, int], arguments: Sequence[str], token: str, *, with_links: bool = False) -> Survey:
@@ -72,7 +75,7 @@ def survey(slots: Mapping[str, int], arguments: Sequence[str], token: str, *, wi
         token: path of a file that was just written in the place of `run.dir`; empty: there is none.
         with_links: whether the links between hosts are measured too, by a job of one rank on each.
     """
-    first = next(iter(slots))
+    first = next(iter(slots)).rpartition("@")[2]
     asked = json.dumps({"token": token, "towards": first})
     words = ["doctor", "--as-host", asked, *arguments]
     answers = _ask(list(slots), lambda host: remote_command(words), "asking")
@@ -89,24 +92,27 @@ def survey(slots: Mapping[str, int], arguments: Sequence[str], token: str, *, wi
     if reports:
         found += [*compare_slots(reports, slots), *compare(reports, "this machine")]
         found += compare_clocks({answer.host: answer.values["clock"] for answer in answers if answer.values})
+    links = ""
     if with_links and len(slots) > 1 and not any(finding.stops for finding in found):
-        found += _measure_links(list(slots))
-    return Survey(slots, answers, sorted(found, key=lambda finding: not finding.stops))
+        links, more = _measure_links(list(slots))
+        found += more
+    return Survey(slots, answers, sorted(found, key=lambda finding: not finding.stops), links)
 
 
-def _measure_links(hosts: Sequence[str]) -> list[Finding]:
-    """Start a rank on each host to measure the links between them; lines on what was found."""
+def _measure_links(hosts: Sequence[str]) -> tuple[str, list[Finding]]:
+    """Start a rank on each host to measure the links between them: a line on them, and those on slow ones."""
     port = str(_FIRST_PORT + secrets.randbelow(_PORTS))
-    job = {"WORLD_SIZE": str(len(hosts)), "MASTER_ADDR": hosts[0], "MASTER_PORT": port}
+    job = {"WORLD_SIZE": str(len(hosts)), "MASTER_ADDR": hosts[0].rpartition("@")[2], "MASTER_PORT": port}
     ranks = {host: {"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_SIZE": "1"} for rank, host in enumerate(hosts)}
-    answers = _ask(
-        hosts, lambda host: remote_command(["doctor", "--as-rank"], job | ranks[host]), "measuring", at_once=len(hosts)
-    )
-    faults = [Finding(f"{answer.host}: links could not be measured: {answer.fault}", True) for answer in answers if
-              answer.fault]  # fmt: skip
+
+    def command(host: str) -> str:
+        return remote_command(["doctor", "--as-rank"], job | ranks[host])
+
+    answers = _ask(hosts, command, "measuring", at_once=len(hosts))
+    faults = [answer for answer in answers if answer.fault]
     if faults or answers[0].values is None:
-        return faults
-    return [Finding(line, False) for line in answers[0].values["lines"]]
+        return "", [Finding(f"{one.host}: its links could not be measured: {one.fault}", True) for one in faults]
+    return answers[0].values["links"], [Finding(line, False) for line in answers[0].values["slow"]]
 
 
 def _ask(hosts: Sequence[str], command: Callable[[str], str], task: str, *, at_once: int = _AT_ONCE) -> list[Answer]:

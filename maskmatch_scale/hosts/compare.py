@@ -185,20 +185,23 @@ def _of_job(reports: Sequence[Report], writer: str) -> list[Finding]:
 
 
 def _of_room(reports: Sequence[Report]) -> list[Finding]:
+    shared = {report.label: report.facts.shared_memory_gib for report in reports}
     jobs = {report.label: report.job for report in reports if report.job is not None}
-    elsewhere = "free some, or set data.cache_dir to another disk"
-    wanted = [
-        ("/dev/shm", _SHARED_MEMORY_GIB, "give the container more", {r.label: r.facts.shared_memory_gib for r in reports}),
-        ("run.dir", _RUN_GIB, "free some, or name another disk", {label: job.run_free_gib for label, job in jobs.items()}),
-        ("the cache of shards", _CACHE_GIB, elsewhere, {label: job.cache_free_gib for label, job in jobs.items()}),
-    ]  # fmt: skip
-    found = []
-    for what, least, remedy, free in wanted:
-        little = {label: value for label, value in free.items() if value is not None and value < least}
-        if little:
-            line = f"{_some(list(little))}: {min(little.values()):.2g} GiB are free for {what}; {remedy}"
-            found.append(Finding(line, False))
-    return found
+    runs = {label: job.run_free_gib for label, job in jobs.items()}
+    caches = {label: job.cache_free_gib for label, job in jobs.items()}
+    return [
+        *_little("/dev/shm", shared, _SHARED_MEMORY_GIB, "give the container more"),
+        *_little("run.dir", runs, _RUN_GIB, "free some, or name another disk"),
+        *_little("the cache of shards", caches, _CACHE_GIB, "free some, or set data.cache_dir to another disk"),
+    ]
+
+
+def _little(what: str, free: Mapping[str, float | None], least: float, remedy: str) -> list[Finding]:
+    """A line on hosts with less than ``least`` GiB free; None: not known."""
+    little = {label: value for label, value in free.items() if value is not None and value < least}
+    if not little:
+        return []
+    return [Finding(f"{_some(list(little))}: {min(little.values()):.2g} GiB are free for {what}; {remedy}", False)]
 
 
 def compare_clocks(offsets: Mapping[str, float]) -> list[Finding]:
