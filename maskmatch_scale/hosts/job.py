@@ -97,10 +97,13 @@ def data_facts(data: DataRecipe) -> tuple[dict[str, str], tuple[str, ...]]:
             if len(stream.shards):
                 faults += _fault(join(root, stream.shards[0].file), data)
     for source in _sources(data):
-        # A pattern with * would be listed, which may take minutes.
-        if source.shards is not None and source.root is None and "*" not in source.shards:
-            with suppress(DataError):  # which is found when the run opens its sources
-                faults += _fault(expand(source.shards)[0], data)
+        pattern = source.shards if source.root is None else None
+        # A pattern with * would be listed by the store, which may take minutes.
+        if pattern is not None and not (is_remote(pattern) and "*" in pattern):
+            try:
+                faults += _fault(expand(pattern)[0], data)
+            except DataError as error:
+                faults.append(str(error))
     return digests, tuple(dict.fromkeys(faults))
 
 
