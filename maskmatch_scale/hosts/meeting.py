@@ -12,13 +12,15 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistStoreError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from maskmatch_scale.engine.launchers import Place
@@ -31,6 +33,8 @@ _TELLING_S = 30.0
 host that never comes."""
 _LEAVING_S = 10.0
 """How long rank 0 waits for the others to read why the job ends: its process holds what they read."""
+_LOOK_S = 5.0
+"""How often a rank that waits for the verdict looks whether rank 0 has called anew."""
 _MEETINGS = itertools.count()
 """Of this process: all ranks of a job have had as many."""
 
@@ -95,13 +99,12 @@ def meet(
         store = _open(place, timeout_s)
         if place.rank == 0:
             with prepared as word:
-                store.set("word", word)
-                _report(store, place, report, word)
-                verdict = _judged(store, place, timeout_s, judge)
-            store.set("verdict", json.dumps(asdict(verdict)))
+                called = _call(store, word)
+                _report(called, place, report, word)
+                verdict = _judged(store, called, place, timeout_s, judge)
+            called.set("verdict", json.dumps(asdict(verdict)))
         else:
-            _report(store, place, report, store.get("word").decode())
-            verdict = Verdict(**json.loads(store.get("verdict")))
+            verdict = _answered(store, place, timeout_s, report)
     except RuntimeError as error:  # of the store
         if place.rank == 0:
             raise
@@ -131,22 +134,59 @@ _SERVED: list[TCPStore] = []
 """Kept for the life of the process: a store ends with its object."""
 
 
-def _report(store: Store, place: Place, report: Callable[[str], str], word: str) -> None:
+def _call(store: Store, word: str) -> Store:
+    """Call the others, on rank 0; returns the part of the store for what they answer to this call.
+
+    Under torchrun with an elastic number of hosts the store outlives the ranks, and has what those of an earlier round
+    wrote. So each call has a name of its own.
+    """
+    name = secrets.token_hex(6)
+    called = PrefixStore(name, store)
+    called.set("word", word)
+    store.set("call", name)
+    return called
+
+
+def _answered(store: Store, place: Place, timeout_s: float, report: Callable[[str], str]) -> Verdict:
+    """Answer the call of rank 0, and wait for its verdict. A call may turn out to be one of an earlier round."""
+    until, answered = time.monotonic() + timeout_s, ""
+    while time.monotonic() < until:
+        name = store.get("call").decode()
+        called = PrefixStore(name, store)
+        if name != answered:
+            if called.check(["verdict"]) and not _read(called).refusal:
+                time.sleep(0.1)  # it was given before this rank had answered: an old one
+                continue
+            _report(called, place, report, called.get("word").decode())
+            answered = name
+        with suppress(DistStoreError):
+            called.wait(["verdict"], timedelta(seconds=_LOOK_S))
+            return _read(called)
+    raise RuntimeError("no verdict")
+
+
+def _read(called: Store) -> Verdict:
+    return Verdict(**json.loads(called.get("verdict")))
+
+
+def _report(called: Store, place: Place, report: Callable[[str], str], word: str) -> None:
     if place.local_rank == 0:
         text = report(word)
-        store.set(f"report/{store.add('reports', 1)}", text)
-    store.add("passed", 1)
+        called.set(f"report/{called.add('reports', 1)}", text)
+    called.add("passed", 1)
 
 
-def _judged(store: Store, place: Place, timeout_s: float, judge: Callable[[Sequence[str]], Verdict]) -> Verdict:
+def _judged(
+    store: Store, called: Store, place: Place, timeout_s: float, judge: Callable[[Sequence[str]], Verdict]
+) -> Verdict:
     """Wait until all ranks have passed their checks or one has failed, and judge."""
     until, pause = time.monotonic() + timeout_s, 0.01
     while not store.check(["refused"]):
-        passed = store.add("passed", 0)
+        passed = called.add("passed", 0)
         if passed == place.world_size:
-            return judge([text.decode() for text in _reports(store)])
+            return judge([text.decode() for text in _reports(called)])
         if time.monotonic() > until:
-            hosts = ", ".join(sorted(json.loads(text)["label"] for text in _reports(store)))
+            hosts = ", ".join(sorted(json.loads(text)["label"] for text in _reports(called)))
             return Verdict(
                 f"only {passed} of {place.world_size} ranks have come within {timeout_s:g} s, those of {hosts}; look "
                 "at the output of the others' launchers",
@@ -157,8 +197,8 @@ def _judged(store: Store, place: Place, timeout_s: float, judge: Callable[[Seque
     return Verdict(**json.loads(store.get("refused")))
 
 
-def _reports(store: Store) -> list[bytes]:
-    return list(store.multi_get([f"report/{number + 1}" for number in range(store.add("reports", 0))]))
+def _reports(called: Store) -> list[bytes]:
+    return list(called.multi_get([f"report/{number + 1}" for number in range(called.add("reports", 0))]))
 
 
 def _tell(place: Place, error: Exception) -> None:
@@ -168,8 +208,7 @@ def _tell(place: Place, error: Exception) -> None:
     verdict = Verdict(f"{where} has failed its checks: {text}", exit_code=2 if isinstance(error, UserError) else 1)
     store.set("refused", json.dumps(asdict(verdict)))
     if place.rank == 0:
-        store.set("word", "")
-        store.set("verdict", json.dumps(asdict(verdict)))
+        _call(store, "").set("verdict", json.dumps(asdict(verdict)))
     _leave(store, place)
 
 

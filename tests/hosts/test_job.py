@@ -91,5 +91,3 @@ def test_the_token_lies_where_the_run_will_be_and_is_gone_afterwards(tmp_path, s
 def test_a_token_that_another_host_wrote_elsewhere_is_not_seen(tmp_path, monkeypatch):
     monkeypatch.setattr("maskmatch_scale.hosts.job._TOKEN_S", 0.1)
     assert not sees(tmp_path / "gone")
-
-

@@ -1,8 +1,10 @@
 """Ranks of three hosts meet, on real processes: what each of them ends with."""
 
 import contextlib
+import itertools
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import distributed as dist
 
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.errors import CommandFailed, UserError
+from maskmatch_scale.hosts import meeting
 from maskmatch_scale.hosts.meeting import Verdict, has_several_hosts, meet, telling_others
 from tests.spawned import answers_of
 
@@ -61,6 +64,11 @@ def on_a_rank(rank, port, found):
     place = place_of(rank, port)
     for doing in ("first", "refuse", "second", *MISTAKE, "rank 0 fails"):
         found.put((rank, doing, met(place, doing)))
+    # As after a change of hosts under torchrun: other processes, which count anew, and what the earlier ones wrote.
+    meeting._MEETINGS = itertools.count()
+    time.sleep(1.0 if rank == 0 else 0.0)
+    found.put((rank, "anew", met(place, "anew")))
+    meeting._MEETINGS = itertools.count(100)
     dist.init_process_group("gloo")  # on the port where this package's store is served
     total = torch.ones(1)
     dist.all_reduce(total)
@@ -78,7 +86,7 @@ def answers():
 
 
 def test_ranks_that_pass_meet_as_often_as_they_like_and_join_then(answers):
-    for doing in ("first", "second"):
+    for doing in ("first", "second", "anew"):
         assert answers[0, doing] == ["met word-0, word-1, word-2"]
         assert answers[1, doing] == answers[2, doing] == []
     assert [answers[rank, "sum"] for rank in range(RANKS)] == [RANKS] * RANKS
@@ -91,7 +99,12 @@ def test_a_refusal_reaches_every_rank(answers):
 @pytest.mark.parametrize(
     ("doing", "kind", "own", "text"),
     [
-        ("a mistake", "UserError", ["UserError", "data.root=/x: no such folder", False], "data.root=/x: no such folder"),
+        (
+            "a mistake",
+            "UserError",
+            ["UserError", "data.root=/x: no such folder", False],
+            "data.root=/x: no such folder",
+        ),
         ("a bug", "CommandFailed", ["KeyError"], "KeyError: 'x'"),
     ],
 )
