@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import maskmatch_scale
+from benchmarks.drill_hosts.hosts import Hosts, why_no_hosts
 from maskmatch_scale.engine.setup import _free_port
 from tests.conftest import ShapesSource, recipe_maker, write_shards
 from tests.distributed.launching import BIN, environment, records
@@ -123,3 +124,23 @@ def test_hosts_that_are_alike_train_as_one_host_does(recipe, tmp_path):
     losses = [[record["loss"] for record in records(folder)] for folder in (run, alone)]
     assert len(losses[0]) == 3
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_no_hosts("pdsh") is not None, reason=str(why_no_hosts("pdsh")))
+def test_deepspeed_over_ssh_ends_with_the_line_that_names_the_host(recipe, tmp_path):
+    variables = tmp_path / "variables"
+    variables.write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
+    with Hosts(2) as hosts:
+        hosts[1].do(f"mount -t tmpfs tmpfs {tmp_path}/run")
+        command = [
+            BIN / "deepspeed", "--hostfile", hosts.write_hostfile(tmp_path / "hostfile"), "--force_multi",
+            "--no_local_rank", "--master_port", _free_port(), "--module", "maskmatch_scale", "train", recipe,
+        ]  # fmt: skip
+        env = environment(PYTHONPATH=str(PACKAGE.parent), DS_ENV_FILE=str(variables))
+        done = hosts[0].run(command, env=env, timeout=400)
+    assert done.returncode == 2, done.stderr
+    line = "run.dir is not shared: host-2 (rank 1) cannot see what host-1 (rank 0) writes there; put it on a disk that"
+    assert f"host-1: maskmatch: error: {line}" in done.stderr
+    assert f"host-2: maskmatch: error: rank 1: {line}" in done.stderr
+    assert list((tmp_path / "run").iterdir()) == []
