@@ -161,12 +161,11 @@ def compare_slots(reports: Sequence[Report], slots: Mapping[str, int]) -> list[F
 def _of_job(reports: Sequence[Report], writer: str) -> list[Finding]:
     jobs = {report.label: report.job for report in reports if report.job is not None}
     found = []
-    faults: dict[str, list[str]] = {}
-    for label, job in jobs.items():
-        for fault in job.faults:
-            faults.setdefault(fault, []).append(label)
-    for fault, labels in faults.items():
+    for fault, labels in _by_line({label: job.faults for label, job in jobs.items()}).items():
         found.append(Finding(f"{_some(labels)}: {fault}", True))
+    for fault, labels in _by_line({label: job.unreached for label, job in jobs.items()}).items():
+        # What no host can read may be meant to be skipped.
+        found.append(Finding(f"{_some(labels)}: {fault}", len(labels) < len(jobs)))
     for root in dict.fromkeys(root for job in jobs.values() for root in job.data):
         values = {label: job.data[root] for label, job in jobs.items() if root in job.data}
         if odd := differing(values):
@@ -182,6 +181,15 @@ def _of_job(reports: Sequence[Report], writer: str) -> list[Finding]:
         )
         found.append(Finding(line, True))
     return found
+
+
+def _by_line(lines: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The hosts that each line is of, by the line."""
+    labels: dict[str, list[str]] = {}
+    for label, own in lines.items():
+        for line in own:
+            labels.setdefault(line, []).append(label)
+    return labels
 
 
 def _of_room(reports: Sequence[Report]) -> list[Finding]:

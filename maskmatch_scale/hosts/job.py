@@ -31,6 +31,7 @@ _TOKEN_S = 3.0
 """How long a file may take until another host sees it, on a network disk that is slow to tell."""
 _STORE_S = 10.0
 """How long a store may take to answer."""
+_TRIES, _PAUSE_S = 3, 0.5
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class JobFacts:
     data: dict[str, str]
     """Digest of each index by its address: of the shards that it lists, by their checksums."""
     faults: tuple[str, ...]
-    """What cannot be read from this host, a line each: an index, or the first shard of a source."""
+    """Why no run can start on this host, a line each: an index that cannot be read, a precision that it lacks."""
+    unreached: tuple[str, ...]
+    """First shards of sources that cannot be read from this host, a line each. A run may be made to skip them."""
     sees_run_dir: bool | None
     """Whether it sees what rank 0 has just written in the place of `run.dir`; None: nothing could be written."""
     run_free_gib: float | None
@@ -59,7 +62,7 @@ class JobFacts:
             recipe: of the job.
             token: path of the file that rank 0 has written (:func:`token_written`); empty: it has written none.
         """
-        digests, faults = data_facts(recipe.data)
+        digests, faults, unreached = data_facts(recipe.data)
         try:
             precision: str = choose_precision(recipe, batchnorm=False)[0]
         except UserError as error:
@@ -67,25 +70,26 @@ class JobFacts:
         cache = fetch_options(recipe.data).cache
         run_free, cache_free = (free_gib(path) for path in (Path(recipe.run.dir).absolute(), cache))
         seen = sees(Path(token)) if token else None
-        return cls(precision, digests, faults, seen, run_free, str(cache), cache_free)
+        return cls(precision, digests, faults, unreached, seen, run_free, str(cache), cache_free)
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> JobFacts:
         """Read what :meth:`values` gave."""
-        return cls(**values | {"faults": tuple(values["faults"])})
+        return cls(**values | {name: tuple(values[name]) for name in ("faults", "unreached")})
 
     def values(self) -> dict[str, Any]:
         """As values of JSON."""
         return asdict(self)
 
 
-def data_facts(data: DataRecipe) -> tuple[dict[str, str], tuple[str, ...]]:
+def data_facts(data: DataRecipe) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
     """Look at the data of a recipe from this host.
 
     Returns:
-        Digests of its indexes by their addresses; and lines on what cannot be read.
+        Digests of its indexes by their addresses; lines on indexes and patterns that stand for nothing; lines on first
+        shards that cannot be read.
     """
-    digests, faults = {}, []
+    digests, faults, unreached = {}, [], []
     for root in dict.fromkeys((data.root, *(source.root for source in _sources(data) if source.root is not None))):
         try:
             index = load_index(root, data)
@@ -95,16 +99,16 @@ def data_facts(data: DataRecipe) -> tuple[dict[str, str], tuple[str, ...]]:
         digests[shown(root)] = _digest(index)
         for stream in index.streams.values():
             if len(stream.shards):
-                faults += _fault(join(root, stream.shards[0].file), data)
+                unreached += _fault(join(root, stream.shards[0].file), data)
     for source in _sources(data):
         pattern = source.shards if source.root is None else None
         # A pattern with * would be listed by the store, which may take minutes.
         if pattern is not None and not (is_remote(pattern) and "*" in pattern):
             try:
-                faults += _fault(expand(pattern)[0], data)
+                unreached += _fault(expand(pattern)[0], data)
             except DataError as error:
                 faults.append(str(error))
-    return digests, tuple(dict.fromkeys(faults))
+    return digests, tuple(faults), tuple(dict.fromkeys(unreached))
 
 
 def _sources(data: DataRecipe) -> Iterator[Any]:
@@ -128,13 +132,20 @@ def _fault(shard: str, data: DataRecipe) -> list[str]:
     if not has_ranges(shard):
         return []
     timeout_s = min(data.fetch_timeout_s, _STORE_S)
-    try:
-        call_within(lambda: read_range(shard, 0, 1, None, None, timeout_s), 2 * timeout_s, name="store-check")
-    except NoRanges:
-        return []
-    except (TransferError, UserError, TimeoutError) as error:
-        return [f"{shown(shard)}: {error}"]
-    return []
+    fault = ""
+    for attempt in range(min(data.fetch_attempts, _TRIES)):
+        time.sleep(attempt * _PAUSE_S)
+        try:
+            call_within(lambda: read_range(shard, 0, 1, None, None, timeout_s), 2 * timeout_s, name="store-check")
+        except NoRanges:
+            return []
+        except (TransferError, UserError, TimeoutError) as error:
+            fault = f"{shown(shard)}: {error}"
+            if not isinstance(error, TransferError) or error.final:
+                break
+        else:
+            return []
+    return [fault]
 
 
 @contextmanager

@@ -18,9 +18,8 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 
-from torch.distributed import DistStoreError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from maskmatch_scale.engine.launchers import Place
@@ -33,8 +32,8 @@ _TELLING_S = 30.0
 host that never comes."""
 _LEAVING_S = 10.0
 """How long rank 0 waits for the others to read why the job ends: its process holds what they read."""
-_LOOK_S = 5.0
-"""How often a rank that waits for the verdict looks whether rank 0 has called anew."""
+_LOOK_S = 1.0
+"""How often a rank looks for the verdict at least."""
 _MEETINGS = itertools.count()
 """Of this process: all ranks of a job have had as many."""
 
@@ -149,19 +148,20 @@ def _call(store: Store, word: str) -> Store:
 
 def _answered(store: Store, place: Place, timeout_s: float, report: Callable[[str], str]) -> Verdict:
     """Answer the call of rank 0, and wait for its verdict. A call may turn out to be one of an earlier round."""
-    until, answered = time.monotonic() + timeout_s, ""
+    until, pause, answered = time.monotonic() + timeout_s, 0.01, ""
     while time.monotonic() < until:
-        name = store.get("call").decode()
-        called = PrefixStore(name, store)
-        if name != answered:
-            if called.check(["verdict"]) and not _read(called).refusal:
-                time.sleep(0.1)  # it was given before this rank had answered: an old one
-                continue
-            _report(called, place, report, called.get("word").decode())
-            answered = name
-        with suppress(DistStoreError):
-            called.wait(["verdict"], timedelta(seconds=_LOOK_S))
-            return _read(called)
+        # Looked at again and again: a signal is not heard in a call that waits.
+        if store.check(["call"]):
+            name = store.get("call").decode()
+            called = PrefixStore(name, store)
+            verdict = _read(called) if called.check(["verdict"]) else None
+            if verdict is not None and (verdict.refusal or name == answered):
+                return verdict
+            if verdict is None and name != answered:  # a verdict that did not wait for this rank is an old one
+                _report(called, place, report, called.get("word").decode())
+                answered, pause = name, 0.01
+        time.sleep(pause)
+        pause = min(2 * pause, _LOOK_S)
     raise RuntimeError("no verdict")
 
 

@@ -96,7 +96,7 @@ def test_other_code_other_data_and_a_run_folder_of_its_own_are_named_before_anyt
     assert list((tmp_path / "run").iterdir()) == []
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_rank_whose_own_checks_fail_ends_the_others_too(recipe, tmp_path, failing):
     arguments = [[recipe], [recipe]]
     arguments[failing].append("data.root=/nowhere")

@@ -10,7 +10,7 @@ from maskmatch_scale.hosts.job import JobFacts
 
 GPU = Gpu("H100", 80, 1980, 700)
 HERE = replace(Facts.here(), gpus=(GPU,) * 8, shared_memory_gib=10.0, addresses={})
-JOB = JobFacts("bf16", {"/data": "aa"}, (), True, 100.0, "/cache", 100.0)
+JOB = JobFacts("bf16", {"/data": "aa"}, (), (), True, 100.0, "/cache", 100.0)
 
 
 def reports(*changed, hosts=4):
@@ -64,7 +64,8 @@ def test_packages_of_one_environment_are_one_line():
         ({}, {"run_free_gib": 1.0}, "c: 1 GiB are free for run.dir; free some", False),
         ({}, {"cache_free_gib": 1.5}, "c: 1.5 GiB are free for the cache of shards", False),
         ({}, {"data": {"/data": "bb"}}, "the index of /data is bb on c, and aa on a, b, d; every host needs", True),
-        ({}, {"faults": ("s3://x: no connection",)}, "c: s3://x: no connection", True),
+        ({}, {"faults": ("/data: no index",)}, "c: /data: no index", True),
+        ({}, {"unreached": ("s3://x: no connection",)}, "c: s3://x: no connection", True),
         ({}, {"precision": "fp32"}, "engine.precision is fp32 on c, and bf16 on a, b, d", True),
         ({}, {"sees_run_dir": False}, "run.dir is not shared: c cannot see what a writes there; put it on a", True),
         (
@@ -90,6 +91,8 @@ def test_what_stops_a_run_comes_first_and_many_hosts_are_counted():
 def test_a_mistake_that_all_hosts_share_is_one_line():
     ((line, _),) = found_in(*((name, {}, {"faults": ("no such folder",)}) for name in "abcd"))
     assert line == "a, b, c, d: no such folder"
+    ((line, stops),) = found_in(*((name, {}, {"unreached": ("x.tar: no such file",)}) for name in "abcd"))
+    assert (line, stops) == ("a, b, c, d: x.tar: no such file", False)  # a run may be made to skip it
 
 
 def test_clocks():

@@ -18,7 +18,7 @@ def test_facts_survive_json(make_recipe, tmp_path):
     with token_written(tmp_path) as token:
         facts = JobFacts.here(recipe, token)
     assert JobFacts.from_values(json.loads(json.dumps(facts.values()))) == facts
-    assert (facts.faults, facts.sees_run_dir) == ((), True)
+    assert (facts.faults, facts.unreached, facts.sees_run_dir) == ((), (), True)
     assert facts.precision in ("fp32", "bf16", "autocast-bf16")  # what auto means here
     assert list(facts.data) == [recipe.data.root]
     assert JobFacts.here(recipe, "").sees_run_dir is None
@@ -31,7 +31,7 @@ def test_a_precision_that_this_host_lacks_is_a_fault(make_recipe):
 
 def test_the_digest_is_of_the_shards_and_not_of_where_they_are(make_recipe, shapes, tmp_path):
     copy = shutil.copytree(shapes, tmp_path / "copy")
-    (first,), _ = (data_facts(with_root(make_recipe, root).data)[0].values() for root in (shapes, copy))
+    (first,) = data_facts(with_root(make_recipe, shapes).data)[0].values()
     assert list(data_facts(with_root(make_recipe, copy).data)[0].values()) == [first]
     content = json.loads((copy / "index.json").read_text())
     content["streams"]["val"]["shards"][0]["sha256"] = "0" * 64
@@ -43,9 +43,9 @@ def test_what_cannot_be_read_is_said(make_recipe, shapes, tmp_path):
     copy = shutil.copytree(shapes, tmp_path / "copy")
     (first, *_) = sorted(copy.glob("labelled*.tar"))
     first.unlink()
-    digests, faults = data_facts(with_root(make_recipe, copy).data)
-    assert (list(digests), faults) == ([str(copy)], (f"{first}: no such file",))
-    digests, faults = data_facts(with_root(make_recipe, tmp_path / "nowhere").data)
+    digests, faults, unreached = data_facts(with_root(make_recipe, copy).data)
+    assert (list(digests), faults, unreached) == ([str(copy)], (), (f"{first}: no such file",))
+    digests, faults, _ = data_facts(with_root(make_recipe, tmp_path / "nowhere").data)
     assert digests == {}
     assert faults[0].startswith(f"data.root={tmp_path}/nowhere: no such folder")
     lists = {"unlabelled": [{"shards": f"{tmp_path}/gone-{{0..3}}.tar", "name": "a"}, {"shards": "s3://b/*.tar"}]}
@@ -57,6 +57,7 @@ def test_what_cannot_be_read_is_said(make_recipe, shapes, tmp_path):
     ("fault", "said"),
     [
         (None, None),
+        (Fault(times=1, status=503), None),
         (Fault(status=403), "403"),
         (Fault(reset=True, cut_after=0), "the connection was cut"),
     ],
@@ -65,7 +66,7 @@ def test_a_store_is_asked_for_one_byte(make_recipe, shapes, tmp_path, fault, sai
     names = [path.name for path in shapes.glob("*.tar")]
     with FaultyServer(shapes, {} if fault is None else {name: [fault] for name in names}) as server:
         recipe = with_root(make_recipe, server.url, cache_dir=str(tmp_path / "cache"))
-        digests, faults = data_facts(recipe.data)
+        digests, _, faults = data_facts(recipe.data)
         assert list(digests) == [server.url]
         assert all(request.sent <= 1 for request in server.requests if request.path.endswith(".tar"))
     assert (not faults) if said is None else (faults and all(said in line and ".tar: " in line for line in faults))
@@ -74,7 +75,7 @@ def test_a_store_is_asked_for_one_byte(make_recipe, shapes, tmp_path, fault, sai
 def test_a_server_without_ranges_is_reached(make_recipe, shapes, tmp_path):
     with FaultyServer(shapes, ranges=False) as server:
         recipe = with_root(make_recipe, server.url, cache_dir=str(tmp_path / "cache"))
-        assert data_facts(recipe.data)[1] == ()
+        assert data_facts(recipe.data)[1:] == ((), ())
 
 
 def test_the_token_lies_where_the_run_will_be_and_is_gone_afterwards(tmp_path, small_disk):
