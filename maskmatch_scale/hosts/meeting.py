@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from maskmatch_scale.engine.launchers import Place
@@ -99,12 +99,12 @@ def meet(
         if place.rank == 0:
             with prepared as word:
                 called = _call(store, word)
-                _report(called, place, report, word)
+                _report(store, called, place, report, word)
                 verdict = _judged(store, called, place, timeout_s, judge)
             called.set("verdict", json.dumps(asdict(verdict)))
         else:
             verdict = _answered(store, place, timeout_s, report)
-    except RuntimeError as error:  # of the store
+    except (DistError, TimeoutError) as error:  # of the store
         if place.rank == 0:
             raise
         raise CommandFailed(
@@ -158,20 +158,24 @@ def _answered(store: Store, place: Place, timeout_s: float, report: Callable[[st
             if verdict is not None and (verdict.refusal or name == answered):
                 return verdict
             if verdict is None and name != answered:  # a verdict that did not wait for this rank is an old one
-                _report(called, place, report, called.get("word").decode())
+                _report(store, called, place, report, called.get("word").decode())
                 answered, pause = name, 0.01
         time.sleep(pause)
         pause = min(2 * pause, _LOOK_S)
-    raise RuntimeError("no verdict")
+    raise TimeoutError("no verdict")
 
 
 def _read(called: Store) -> Verdict:
     return Verdict(**json.loads(called.get("verdict")))
 
 
-def _report(called: Store, place: Place, report: Callable[[str], str], word: str) -> None:
+def _report(store: Store, called: Store, place: Place, report: Callable[[str], str], word: str) -> None:
     if place.local_rank == 0:
-        text = report(word)
+        try:
+            text = report(word)
+        except Exception as error:
+            _refuse(store, called, place, error)
+            raise
         called.set(f"report/{called.add('reports', 1)}", text)
     called.add("passed", 1)
 
@@ -203,12 +207,17 @@ def _reports(called: Store) -> list[bytes]:
 
 def _tell(place: Place, error: Exception) -> None:
     store = _open(place, _TELLING_S)
+    _refuse(store, _call(store, "") if place.rank == 0 else store, place, error)
+
+
+def _refuse(store: Store, called: Store, place: Place, error: Exception) -> None:
+    """Let all ranks end because this one has failed."""
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    where = f"rank {place.rank} on {socket.gethostname()}"
-    verdict = Verdict(f"{where} has failed its checks: {text}", exit_code=2 if isinstance(error, UserError) else 1)
-    store.set("refused", json.dumps(asdict(verdict)))
+    line = f"rank {place.rank} on {socket.gethostname()} has failed its checks: {text}"
+    verdict = json.dumps(asdict(Verdict(line, exit_code=2 if isinstance(error, UserError) else 1)))
+    store.set("refused", verdict)
     if place.rank == 0:
-        _call(store, "").set("verdict", json.dumps(asdict(verdict)))
+        called.set("verdict", verdict)
     _leave(store, place)
 
 

@@ -45,6 +45,8 @@ def met(place, doing, timeout_s=60.0):
     """Meet the others, and say what came of it."""
 
     def report(word):
+        if doing == f"report of {place.rank} fails":
+            raise RuntimeError("disk")
         return json.dumps({"label": f"{word}-{place.rank}{'-refuse' if doing == 'refuse' and place.rank == 2 else ''}"})
 
     try:
@@ -56,13 +58,13 @@ def met(place, doing, timeout_s=60.0):
         return list(meet(place, timeout_s, report, prepared(), judge))
     except (UserError, CommandFailed) as error:
         return [type(error).__name__, str(error), error.on_all_ranks]
-    except KeyError:
-        return ["KeyError"]
+    except (KeyError, RuntimeError) as error:
+        return [type(error).__name__]
 
 
 def on_a_rank(rank, port, found):
     place = place_of(rank, port)
-    for doing in ("first", "refuse", "second", *MISTAKE, "rank 0 fails"):
+    for doing in ("first", "refuse", "second", *MISTAKE, "rank 0 fails", *(f"report of {n} fails" for n in range(2))):
         found.put((rank, doing, met(place, doing)))
     # As after a change of hosts under torchrun: other processes, which count anew, and what the earlier ones wrote.
     meeting._MEETINGS = itertools.count()
@@ -118,6 +120,15 @@ def test_rank_0_tells_the_others_too(answers):
     assert answers[0, "rank 0 fails"] == ["UserError", "wrong", False]
     line = f"rank 0 on {os.uname().nodename} has failed its checks: wrong"
     assert answers[1, "rank 0 fails"] == answers[2, "rank 0 fails"] == ["UserError", line, True]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_report_that_cannot_be_made_ends_all_ranks(answers, failing):
+    doing = f"report of {failing} fails"
+    assert answers[failing, doing] == ["RuntimeError"]
+    line = f"rank {failing} on {os.uname().nodename} has failed its checks: RuntimeError: disk"
+    for rank in {0, 1, 2} - {failing}:
+        assert answers[rank, doing] == ["CommandFailed", line, True]
 
 
 def test_ranks_that_do_not_come_are_counted_and_those_that_came_are_named(answers):
