@@ -17,7 +17,7 @@ from benchmarks.drill_hosts.report import Cut
 from benchmarks.harness import say
 from benchmarks.small_runs import compare_losses, compare_states
 
-LIMIT_S = 15.0
+LIMIT_S = 15
 STEPS, CUT_AFTER, ALONE = 18, 7, 4
 """Of a run; when the host is cut off; how many the other host then does alone."""
 _SHORT_S = 6.0
