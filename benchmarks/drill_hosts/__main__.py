@@ -21,6 +21,7 @@ PHASES: Mapping[str, Callable[..., Iterator[Any]]] = {
     "steps": links.run,
     "collectives": collectives.run,
 }
+TOOLS = ("pdsh", "tc", "nft", "pgrep", "taskset")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -49,7 +50,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the phases, and write each row as it comes; 1 if something is not as it should be."""
     options = parse(arguments)
-    reason = why_no_hosts("pdsh", "tc", "nft", "pgrep", "taskset")
+    reason = why_no_hosts(*TOOLS)
     if reason is not None:
         say(f"skipped: {reason}")
         return 0
