@@ -22,9 +22,9 @@ from maskmatch_scale.models import build_segmenter
 LINKS = tuple(Link(mbit) for mbit in (None, 500.0, 200.0, 50.0))
 LOSSY = tuple(Link(None, loss, single=True) for loss in (0.0, 0.001, 0.01))
 """At stages 1 and 3."""
-_ROUNDS, _STEPS, _SETTLE = 3, 3, 1
+_ROUNDS, _STEPS, _SETTLE = 3, 2, 1
 """Rounds over all links; steps of each that count; steps after a change that do not, beside the one it comes in."""
-_ON_ONE_HOST, _FIRST = 12, 4
+_ON_ONE_HOST, _FIRST = 8, 2
 """Steps of the runs on one host that count, and steps before them."""
 _BACKBONE = "transformers/segformer-b0"
 _CLASSES = 3
@@ -34,6 +34,8 @@ def run(work: Path, shards: Path, *, short: bool) -> Iterator[Steps]:
     """One rank per core: on one host with all cores, and on two hosts with one core each."""
     parameters = sum(p.numel() for p in build_segmenter(_BACKBONE, _CLASSES).parameters())
     for stage in (3,) if short else (1, 2, 3):
+        links = LINKS[1:2] if short else LINKS if stage == 2 else (*LINKS, *LOSSY)
+        yield from _two_hosts(_job(work / f"steps-{stage}-hosts", shards, stage), stage, links, parameters, short)
         for ranks in (1,) if short else (1, 2, 4):
             job = _job(work / f"steps-{stage}-{ranks}", shards, stage)
             with Hosts(1) as hosts:
@@ -45,8 +47,6 @@ def run(work: Path, shards: Path, *, short: bool) -> Iterator[Steps]:
             yield Steps(
                 ranks, 1, stage, None, 0.0, False, median(seconds), min(seconds), len(seconds), None, parameters
             )
-        links = LINKS[1:2] if short else LINKS if stage == 2 else (*LINKS, *LOSSY)
-        yield from _two_hosts(_job(work / f"steps-{stage}-hosts", shards, stage), stage, links, parameters, short)
 
 
 def _job(folder: Path, shards: Path, stage: int) -> Job:
