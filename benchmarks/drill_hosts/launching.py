@@ -127,7 +127,7 @@ class Start:
         """Exit codes of the launchers that have ended."""
         return {code for process in self._processes if (code := process.poll()) is not None}
 
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 240.0) -> bool:
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 900.0) -> bool:
         """Wait until something is so; False if the launchers have ended before, or it takes too long."""
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -136,7 +136,7 @@ class Start:
             time.sleep(0.02)
         return True
 
-    def end(self, timeout_s: float = 300.0) -> int:
+    def end(self, timeout_s: float = 900.0) -> int:
         """Wait until it has ended by itself on all hosts; what lives later is killed. Returns how many processes."""
         deadline = time.monotonic() + timeout_s
         while self.running and time.monotonic() < deadline:

@@ -33,9 +33,10 @@ _CLASSES = 3
 def run(work: Path, shards: Path, *, short: bool) -> Iterator[Steps]:
     """One rank per core: on one host with all cores, and on two hosts with one core each."""
     parameters = sum(p.numel() for p in build_segmenter(_BACKBONE, _CLASSES).parameters())
-    for stage in (3,) if short else (1, 2, 3):
+    for stage in (3,) if short else (1, 3, 2):
         links = LINKS[1:2] if short else LINKS if stage == 2 else (*LINKS, *LOSSY)
         yield from _two_hosts(_job(work / f"steps-{stage}-hosts", shards, stage), stage, links, parameters, short)
+    for stage in (3,) if short else (1, 3, 2):
         for ranks in (1,) if short else (1, 2, 4):
             job = _job(work / f"steps-{stage}-{ranks}", shards, stage)
             with Hosts(1) as hosts:
