@@ -44,7 +44,7 @@ class Cut:
     left: int
     """Processes that had not ended by themselves."""
     tolerance: float = 0.0
-    """Largest difference that is right, of losses and of weights."""
+    """Largest difference of losses that is right. At 0 weights must be identical too."""
     note: str = ""
     line: str = ""
     """What was printed of the host."""
