@@ -227,5 +227,7 @@ class Host:
             "mount --bind /etc/ssh/hosts /etc/hosts\n"
             # A configuration of the user's own would come before the host's.
             "[[ ! -d ~/.ssh ]] || mount -t tmpfs tmpfs ~/.ssh\n"
+            # bash reads it at each command over ssh. What it starts may take locks that all hosts share.
+            "[[ ! -f ~/.bashrc ]] || mount --bind /dev/null ~/.bashrc\n"
             f"{pinned}{tool('sshd')} -f /etc/ssh/sshd_config </dev/null >/dev/null 2>&1"
         )
