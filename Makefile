@@ -9,7 +9,7 @@ SEED ?= 0
 KILLS ?= 50
 WORK ?= runs/ablation
 
-.PHONY: help install quickstart test test-all test-gpu lint bench bench-gpu drill ablation clean
+.PHONY: help install quickstart test test-all test-gpu lint bench bench-gpu drill drill-hosts ablation clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,6 +65,9 @@ bench-gpu: install ## masked_vs_full, train_step, engine_overhead on a GPU into 
 
 drill: install ## runs killed, stopped, moved, damaged and cut off, into benchmarks/results, over 40 minutes (KILLS=50, SEED=…)
 	$(BIN)/python -m benchmarks.drill --out benchmarks/results/drill.json --kills $(KILLS) --seed $(SEED)
+
+drill-hosts: install ## runs over two hosts of namespaces, one cut off, slow links, into benchmarks/results, 40 minutes (root)
+	$(BIN)/python -m benchmarks.drill_hosts --out benchmarks/results/drill_hosts.json
 
 ABLATION = --task camvid --data $(DATA) --weights $(WEIGHTS) --arms $(ARMS)
 ARMS ?= supervised fixmatch maskmatch

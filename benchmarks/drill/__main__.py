@@ -15,8 +15,9 @@ from typing import NoReturn
 from benchmarks.drill import damage, disk, elastic, folder, kills, network, signals
 from benchmarks.drill.job import LAUNCHERS, PRELOADED, left_over
 from benchmarks.drill.report import Row, earlier_rows, write_report
-from benchmarks.drill.setting import Setting, write_samples
+from benchmarks.drill.setting import Setting
 from benchmarks.harness import check_out, say
+from benchmarks.small_runs import write_samples
 from tests.data.faulty_server import FaultyServer
 
 PHASES: Mapping[str, Callable[[Setting], Iterator[Row]]] = {

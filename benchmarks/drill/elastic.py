@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.drill.evidence import compare_losses, compare_samples, compare_states, steps_again
+from benchmarks.drill.evidence import compare_samples, steps_again
 from benchmarks.drill.report import Row
 from benchmarks.drill.setting import Sections, Setting, outlived
 from benchmarks.harness import say
+from benchmarks.small_runs import compare_losses, compare_states
 from maskmatch_scale.errors import RESUMABLE
 
 STEPS, STOP_AFTER = 24, 5
@@ -97,7 +98,7 @@ def run(setting: Setting) -> Iterator[Row]:
             weights = float("inf")
             if job.checkpoint(STEPS).is_dir():
                 weights = compare_states(job.checkpoint(STEPS), other.checkpoint(STEPS), ("student", "ema"))
-            figures |= {"losses": compare_losses(job, other, STEPS), "weights": weights}
+            figures |= {"losses": compare_losses(job.run, other.run, STEPS), "weights": weights}
             figures["moved_steps"] = samples.moved_steps
         yield Row(
             "elastic", case.name, 2, moved, STEPS, steps_again(job), tolerance=TOLERANCE,

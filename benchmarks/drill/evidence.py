@@ -6,16 +6,11 @@ an earlier session took do not count. So step s counts in the last session that 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 
 from benchmarks.drill.job import Job, Note
-from maskmatch_scale.checkpoints.reading import StoredTensors
 
 Sample = tuple[str, int, str]
 """Source, epoch, key."""
@@ -92,47 +87,3 @@ def steps_again(job: Job) -> int:
     """How many of the steps that rank 0 took it had taken before."""
     steps = [note["step"] for note in job.notes("step") if note["rank"] == 0]
     return len(steps) - len(set(steps))
-
-
-def losses(job: Job) -> dict[int, float]:
-    """The loss of each step, of the record that counts: the last one."""
-    return {record["step"]: record["loss"] for record in job.records()}
-
-
-def compare_losses(job: Job, other: Job, steps: int) -> float:
-    """The largest relative difference of the losses of two runs; infinite if a step has no record."""
-    ours, theirs = losses(job), losses(other)
-    if not all(step in ours and step in theirs for step in range(1, steps + 1)):
-        return float("inf")
-    return max(abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in range(1, steps + 1))
-
-
-def compare_states(ours: Path, theirs: Path, kinds: tuple[str, ...] = ()) -> float:
-    """The relative difference of the tensors of two checkpoints, all elements together: 0 if all bits are the same.
-
-    It is ‖ours - theirs‖ / ‖theirs‖. Single tensors may differ wholly: a key's bias in attention has a gradient that is
-    zero but for rounding, so what AdamW makes of it is rounding too.
-
-    Args:
-        ours: folder of a checkpoint.
-        theirs: the other one's.
-        kinds: `student`, `ema`, …; none: all, moments too.
-
-    Returns:
-        Infinite if one has a tensor that the other has not, or of another shape.
-    """
-    mine, right = StoredTensors(ours), StoredTensors(theirs)
-    names = {name for name in right.names() if not kinds or name.split("/")[0] in kinds}
-    if names != {name for name in mine.names() if not kinds or name.split("/")[0] in kinds}:
-        return float("inf")
-    same, difference, size = True, 0.0, 0.0
-    for name in names:
-        a, b = mine.read(name), right.read(name)
-        if mine.shape(name) != right.shape(name) or a.dtype != b.dtype:
-            return float("inf")
-        same = same and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-        difference += float((a.double() - b.double()).square().sum())
-        size += float(b.double().square().sum())
-    # Other bits are a difference, also where the numbers are equal or no numbers.
-    relative = math.sqrt(difference / max(size, 1e-30)) if math.isfinite(difference) else float("inf")
-    return 0.0 if same else max(relative, 1e-30)

@@ -19,6 +19,7 @@ import yaml
 from benchmarks.drill.preloaded import Forked
 from benchmarks.drill.witness import NOTES, SESSION
 from benchmarks.harness import COMMANDS, ROOT, deepspeed_command, free_port, launch_environment
+from benchmarks.small_runs import records
 from maskmatch_scale.recipe import parse_recipe
 
 MODULE = "benchmarks.drill.rank"
@@ -100,9 +101,7 @@ class Job:
 
     def records(self, kind: str = "train") -> list[dict[str, Any]]:
         """The records of `metrics.jsonl`; a last line that was cut off is left out."""
-        path = self.run / "metrics.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        return [r for r in map(json.loads, (line for line in lines if line.endswith(b"\n"))) if r["kind"] == kind]
+        return records(self.run, kind)
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step is."""

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.harness import describe_machine, markdown, write_json
 
-SOURCES = ("benchmarks/drill", "benchmarks/harness.py", "tests/conftest.py", "tests/data/faulty_server.py",
-           "maskmatch_scale")  # fmt: skip
+SOURCES = ("benchmarks/drill", "benchmarks/small_runs.py", "benchmarks/harness.py", "tests/conftest.py",
+           "tests/data/faulty_server.py", "maskmatch_scale")  # fmt: skip
 COLUMNS = ("phase", "case", "faults", "survived", "steps", "steps again", "samples lost", "samples repeated",
            "losses", "weights", "processes left", "met")  # fmt: skip
 

@@ -10,34 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.drill.evidence import compare_losses, compare_samples, compare_states, steps_again
+from benchmarks.drill.evidence import compare_samples, steps_again
 from benchmarks.drill.job import Job
 from benchmarks.harness import say
+from benchmarks.small_runs import RECIPE, compare_losses, compare_states
 from maskmatch_scale.data.shards.folder import load_index
-from maskmatch_scale.data.writing import write_shards
 from maskmatch_scale.seeds import derive_seed
-from tests.conftest import TINY_SEGFORMER, ShapesSource
 from tests.data.faulty_server import FaultyServer
 
-SAVE_EVERY = 3
+SAVE_EVERY = RECIPE["run"]["checkpoint_every"]
 """Steps between checkpoints. All runs end after a multiple of it, where the run that nothing happens to has one too."""
 
 _LEAST_STEPS = 6 * SAVE_EVERY
 """Of the run that nothing happens to: as many as the first phases of a short drill need."""
-
-SAMPLES = {"labelled": 16, "unlabelled": 40, "dev": 8, "val": 2}
-
-RECIPE: dict[str, dict[str, Any]] = {
-    # A few shards fit into the cache, so that some are fetched all the time.
-    "data": {"crop_px": 64, "workers": 1, "shuffle_window": 8, "cache_gb": 0.001, "fetch_timeout_s": 5.0},
-    "model": {"backbone": "transformers/segformer-b0", "backbone_options": TINY_SEGFORMER},
-    "method": {"scales": [1.0], "threshold": 0.3},
-    # A constant rate: so a shorter run does the same steps as a longer one, and one run is compared with all.
-    "optim": {"lr": 1e-3, "schedule": "constant"},
-    "engine": {"micro_batch": 1, "threads": 1, "precision": "fp32", "zero_stage": 1, "collective_timeout_s": 120},
-    "run": {"checkpoint_every": SAVE_EVERY, "evaluate_every": 4, "log_every": 1, "keep_best": 0},
-}
-"""Two ranks take one labelled and one unlabelled image each. The smallest model that has every part."""
 
 Sections = Mapping[str, Mapping[str, Any]]
 
@@ -126,7 +111,7 @@ class Setting:
             "lost": samples.lost,
             "repeated": samples.repeated,
             "moved_steps": samples.moved_steps,
-            "losses": compare_losses(job, other, steps),
+            "losses": compare_losses(job.run, other.run, steps),
             "weights": weights,
             "outlived": outlived(job),
         }
@@ -135,8 +120,3 @@ class Setting:
 def outlived(job: Job) -> int:
     """Processes that outlived their sessions."""
     return sum(session.outlived for session in job.sessions)
-
-
-def write_samples(folder: Path) -> None:
-    """Write the shards: four samples each."""
-    write_shards(ShapesSource(SAMPLES), folder, workers=1, samples_per_shard=4, progress=False)

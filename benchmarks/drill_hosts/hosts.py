@@ -74,7 +74,7 @@ class Hosts:
 
     def __enter__(self) -> Hosts:
         with self._stack:
-            switch = self._stack.enter_context(Namespaces())
+            switch = self._switch = self._stack.enter_context(Namespaces())
             # The keys of ssh, made in memory.
             switch.do(
                 "mount -t tmpfs tmpfs /run\n"
@@ -110,6 +110,14 @@ class Hosts:
         """Write a hostfile as the deepspeed launcher reads it, with all hosts; returns its path."""
         path.write_text("".join(f"{host.name} slots={slots}\n" for host in self))
         return path
+
+    def send_larger_packets(self) -> None:
+        """Raise the largest packet of all links from 1,500 bytes to 9,000, as many clusters have it."""
+        self._switch.do(
+            "for port in bridge $(seq -f port-%g " + str(len(self)) + "); do ip link set $port mtu 9000; done"
+        )
+        for host in self:
+            host.do("ip link set dev eth0 mtu 9000")
 
 
 class Host:
@@ -176,6 +184,18 @@ class Host:
                 f"nft 'add rule inet lossy in iifname eth0 numgen random mod 100000 < {round(share * 100000)} drop'"
             )
 
+    def set_link(self, mbit: float | None, loss: float, *, single: bool) -> None:
+        """Set what it may send (:meth:`limit`), which packets do not come (:meth:`lose`), and what a packet is.
+
+        Args:
+            mbit: 10⁶ bits a second; None: no limit.
+            loss: share of the packets, 0–1.
+            single: each packet crosses the link by itself. Else up to 64 KiB of a connection cross it as one.
+        """
+        self.do(f"ip link set dev eth0 gso_max_segs {1 if single else 65535}")
+        self.limit(mbit)
+        self.lose(loss)
+
     def sent_bytes(self) -> int:
         """What it has sent so far, headers included."""
         (link,) = json.loads(self.do("ip -json -statistics link show eth0"))
@@ -207,5 +227,7 @@ class Host:
             "mount --bind /etc/ssh/hosts /etc/hosts\n"
             # A configuration of the user's own would come before the host's.
             "[[ ! -d ~/.ssh ]] || mount -t tmpfs tmpfs ~/.ssh\n"
+            # bash reads it at each command over ssh. What it starts may take locks that all hosts share.
+            "[[ ! -f ~/.bashrc ]] || mount --bind /dev/null ~/.bashrc\n"
             f"{pinned}{tool('sshd')} -f /etc/ssh/sshd_config </dev/null >/dev/null 2>&1"
         )

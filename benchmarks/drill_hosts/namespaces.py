@@ -80,10 +80,11 @@ class Namespaces:
         """
         assert self._shell.stdin is not None
         assert self._shell.stdout is not None
-        end = f"end-{uuid.uuid4().hex}"
+        mark = uuid.uuid4().hex
+        end = f"end-{mark}"
         # In a shell of its own, so that the first error ends the script and not the host. It has no input, or its
         # commands would read what is written here next.
-        self._shell.stdin.write(f"bash -e -c \"$(cat <<'{end}'\n{script}\n{end}\n)\" </dev/null\necho {end} $?\n")
+        self._shell.stdin.write(f"bash -e -c \"$(cat <<'{mark}'\n{script}\n{mark}\n)\" </dev/null\necho {end} $?\n")
         self._shell.stdin.flush()
         printed: list[str] = []
         for line in self._shell.stdout:

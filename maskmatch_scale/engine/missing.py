@@ -95,11 +95,18 @@ def find_missing(
     if not missing:
         return _waiting_for_each_other(waiting, members, states, now, timeout_s)
     limit = f"(engine.collective_timeout_s={timeout_s:g})"
-    names = "; ".join(_named(r, members[r], states[r], now[r]) for r in missing[:_NAMED])
-    more = f"; and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+    lost = _lost_hosts(members, states, silent)
+    named = [r for r in missing if lost.get(members[r].host, r) == r][:_NAMED]
+    names = "; ".join(_named(r, members[r], states[r], now[r]) for r in named)
+    more = f"; and {len(missing) - len(named)} more" if len(missing) > len(named) else ""
     first = now[waiting[0]]
     assert first is not None
-    remedies = "; ".join(dict.fromkeys(_remedy(states[r], silent=r in silent) for r in missing))
+    remedies = "; ".join(
+        dict.fromkeys(
+            _host_remedy(list(lost)) if members[r].host in lost else _remedy(states[r], silent=r in silent)
+            for r in missing
+        )
+    )
     who, them = ("another rank", "it") if len(missing) == 1 else ("other ranks", "them")
     return Finding(
         missing,
@@ -127,6 +134,30 @@ def store_lost(member: Member, state: State, timeout_s: float, address: str) -> 
 def died(rank: int, member: Member) -> str:
     """What to say of a rank whose process has ended without a word from itself."""
     return f"another rank has died: rank {rank} ({_identity(member, 'ended')}); {_remedy('ended', silent=True)}"
+
+
+def died_elsewhere(
+    members: Sequence[Member], earlier: Sequence[Heartbeat | None] | None, now: Sequence[Heartbeat | None] | None
+) -> str | None:
+    """What to say if a connection was closed and ranks of other machines write nothing any more; None: all write.
+
+    Args:
+        members: the ranks.
+        earlier: what each had written soon after the connection was closed; None: rank 0's address does not answer.
+        now: what each has written since, so much later that a rank that lives has written again.
+    """
+    if earlier is None or now is None:
+        silent = [0]
+    else:
+        silent = [r for r in range(len(members)) if _silent("unknown", earlier[r], now[r])]
+    silent = [r for r in silent if not members[r].process.is_near]
+    if not silent:
+        return None
+    names = "; ".join(f"rank {r} ({_identity(members[r], 'unknown')})" for r in silent[:_NAMED])
+    more = f"; and {len(silent) - _NAMED} more" if len(silent) > _NAMED else ""
+    who = "another rank has" if len(silent) == 1 else "other ranks have"
+    remedy = _remedy("ended", silent=True)
+    return f"{who} died: {names}{more}; a connection was closed, and nothing was heard since; {remedy}"
 
 
 def _out_of_step(now: Sequence[Heartbeat | None], timeout_s: float) -> tuple[int, ...]:
@@ -167,6 +198,25 @@ def _ahead(one: Heartbeat | None, other: Heartbeat | None) -> bool:
         return False
     called = {} if other is None else other.collectives
     return any(count > called.get(group, 0) for group, count in one.collectives.items())
+
+
+def _lost_hosts(members: Sequence[Member], states: Sequence[State], silent: set[int]) -> dict[str, int]:
+    """Other machines of which no rank writes any more, and the first rank of each."""
+    first: dict[str, int] = {}
+    for rank, member in enumerate(members):
+        first.setdefault(member.host, rank)
+    for rank, member in enumerate(members):
+        if rank not in silent or states[rank] != "unknown":
+            first.pop(member.host, None)
+    return first
+
+
+def _host_remedy(hosts: Sequence[str]) -> str:
+    names = ", ".join(hosts[:_NAMED]) + (f" and {len(hosts) - _NAMED} more" if len(hosts) > _NAMED else "")
+    which, it = (f"host {names}", "it") if len(hosts) == 1 else (f"hosts {names}", "each of them")
+    return (
+        f"no rank of {which} is heard of: {it} is down or cut off from the network, or its processes hang: look there"
+    )
 
 
 def _named(rank: int, member: Member, state: State, beat: Heartbeat | None) -> str:

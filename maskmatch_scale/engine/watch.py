@@ -36,7 +36,7 @@ from typing import Literal
 from torch.distributed.distributed_c10d import Store
 
 from maskmatch_scale.engine.members import connect
-from maskmatch_scale.engine.missing import Finding, Heartbeat, died, find_missing, is_behind, store_lost
+from maskmatch_scale.engine.missing import Finding, Heartbeat, died, died_elsewhere, find_missing, is_behind, store_lost
 from maskmatch_scale.engine.processes import Ends
 from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.errors import is_of_lost_rank
@@ -53,6 +53,8 @@ _FIRST_LOOK = 0.25
 end of the limit is taken for lost."""
 _LOOKS = 20
 """How often in a short time limit a rank looks again while nobody waits for another."""
+_BEATS_UNTIL_SILENT = 2.5
+"""A rank of another machine that writes nothing for so many beats after a connection was closed has ended."""
 _WRITING_S = 60.0
 """How long the log may take at the end; its disk may be what hangs."""
 _NOTICED_S = 1.0
@@ -117,6 +119,7 @@ class Watch:
                     time.sleep(_NOTICED_S)  # the thread may see which rank it was, and end this process
                     if self._gone is not None:
                         self._end_after_death_of(self._gone)
+                    self._end_after_death_elsewhere()
                 raise
             finally:
                 faulthandler.disable()
@@ -235,6 +238,21 @@ class Watch:
         self._report(f"error: {died(rank, members[rank])}", aloud=self._runtime.rank == min(near, default=None))
         self._closed.wait(4 * self._beat_s)
         os._exit(1)
+
+    def _end_after_death_elsewhere(self) -> None:
+        """A connection was closed. If ranks of other machines have ended without a word, print it and end this one."""
+        members = self._runtime.members
+        if all(member.process.is_near for member in members):
+            return
+        earlier = self._read()
+        if earlier is not None and any(beat is not None and beat.left == "failed" for beat in earlier):
+            return  # its own message says why
+        time.sleep(_BEATS_UNTIL_SILENT * self._beat_s)
+        now = self._read()
+        line = died_elsewhere(members, earlier, now)
+        if line is not None:
+            self._report(f"error: {line}", aloud=self._runtime.place.local_rank == 0)
+            os._exit(1)
 
     def _end(self, finding: Finding) -> None:
         rank = self._runtime.rank

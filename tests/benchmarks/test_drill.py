@@ -22,7 +22,8 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def setting(tmp_path: Path) -> Iterator[Any]:
     from benchmarks.drill.job import left_over
-    from benchmarks.drill.setting import Setting, write_samples
+    from benchmarks.drill.setting import Setting
+    from benchmarks.small_runs import write_samples
 
     write_samples(tmp_path / "shards")
     with FaultyServer(tmp_path / "shards") as server:

@@ -1,15 +1,20 @@
-"""Hosts of namespaces on one machine: what they are to each other, and that nothing of them is left."""
+"""Hosts of namespaces on one machine, and the drill that trains over them."""
 
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from benchmarks.drill_hosts import __main__
 from benchmarks.drill_hosts.hosts import Hosts, why_no_hosts
+from benchmarks.drill_hosts.report import Collective, Cut, Results, Steps, earlier, write_report
+
+WITHOUT = why_no_hosts(*__main__.TOOLS)
 
 needs_hosts = pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts()))
 needs_traffic_control = pytest.mark.skipif(
@@ -105,3 +110,60 @@ def test_nothing_is_left_if_their_process_is_killed():
     while alive := [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.05)
+
+
+def cut(**changes: Any) -> Any:
+    where = {"case": "cut", "ranks": "1+1", "launched_from": "host-1", "lost": "host-2", "limit_s": 15, "steps": 18}
+    right = {"ended_s": 20.0, "named": True, "went_on": True, "losses": 0.0, "weights": 0.0, "left": 0}
+    return Cut(**where | right | changes)
+
+
+def test_a_cut_is_met_only_if_all_is_as_it_should_be():
+    assert cut().met
+    assert cut(ended_s=None, named=None, lost=None).met
+    for wrong in (
+        {"ended_s": 80.0},
+        {"named": False},
+        {"went_on": False},
+        {"losses": 1e-9},
+        {"weights": 1e-9},
+        {"left": 1},
+        {"tolerance": 1e-6, "losses": 1e-5},
+    ):
+        assert not cut(**wrong).met, wrong
+    assert cut(tolerance=1e-6, losses=1e-7, weights=1e-7).met
+
+
+def test_rows_of_other_phases_are_kept(tmp_path):
+    out = tmp_path / "drill_hosts.json"
+    steps = Steps(2, 2, 3, 200.0, 0.0, False, 0.5, 0.4, 9, 10_000_000, 3_700_000)
+    write_report(out, Results([cut()], [steps], [Collective(None, 0.01, True, 1_000_000, 0.1)]))
+    page = out.with_suffix(".md").read_text()
+    assert "| 2 | 2 | 3 | 200 | to 64 KiB | 0 % | 0.5 | 0.4 | 9 | 10 |" in page
+    assert "| no limit | 9 kB | 1 % | 1 | 0.1 | 80 |" in page
+    kept = earlier(out, ["cuts"])
+    assert (kept.cuts, kept.steps, len(kept.collectives)) == ([], [steps], 1)
+    assert earlier(out, ["steps", "collectives"]).cuts == [cut()]
+
+
+def test_it_is_skipped_with_the_reason(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(__main__, "why_no_hosts", lambda *tools: "namespaces of the network need root")
+    assert __main__.main(["--out", str(tmp_path / "out.json")]) == 0
+    assert "skipped: namespaces of the network need root" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.skipif(WITHOUT is not None, reason=str(WITHOUT))
+def test_a_short_drill(tmp_path, capsys):
+    """Two hosts against one, one that is cut off or killed and comes back, a step and a sum over a link."""
+    out = tmp_path / "drill_hosts.json"
+    assert __main__.main(["--out", str(out), "--short", "--work", str(tmp_path / "work")]) == 0, capsys.readouterr()
+    found = earlier(out, [])
+    assert [row.lost for row in found.cuts] == [None, "host-2", "host-2"]
+    assert all(row.losses == 0 and row.weights == 0 for row in found.cuts)
+    assert all("host host-2" in row.line for row in found.cuts[1:])
+    assert [(row.ranks, row.hosts) for row in found.steps] == [(2, 2), (1, 1)]
+    assert found.steps[0].bytes > 4 * found.steps[0].parameters
+    assert all(row.seconds > 0 for row in found.collectives)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from maskmatch_scale.engine.members import Member
-from maskmatch_scale.engine.missing import Heartbeat, died, find_missing, is_behind
+from maskmatch_scale.engine.missing import Heartbeat, died, died_elsewhere, find_missing, is_behind
 from maskmatch_scale.engine.processes import Process
 
 LIMIT_S = 100
@@ -121,3 +121,52 @@ def test_many_ranks_are_not_all_listed():
 
 def test_a_death():
     assert died(3, members(4)[3]).startswith("another rank has died: rank 3 (host host-1, process 1003, ended); ")
+
+
+def test_a_host_of_which_nothing_is_heard_is_named_once():
+    """Ranks 2–3 are on host-1, 4–5 on host-2."""
+    now = [beat(9, 101), beat(9, 101), *[beat(9, 3)] * 4]
+    earlier = [beat(9, 50, at=0.0), beat(9, 50, at=0.0), *[beat(9, 3)] * 4]
+    found = find(now, earlier, ["running"] * 2 + ["unknown"] * 4)
+    assert found.missing == (2, 3, 4, 5)
+    assert "rank 2 (host host-1, process 1002)" in found.line
+    assert "rank 4 (host host-2, process 1004)" in found.line
+    assert "rank 3" not in found.line
+    assert "; and 2 more; rank 0 waits for them" in found.line
+    assert found.line.endswith(
+        "no rank of hosts host-1, host-2 is heard of: each of them is down or cut off from the network, or its "
+        "processes hang: look there"
+    )
+
+
+def test_a_host_of_which_one_rank_is_heard_is_not_lost():
+    now = [beat(9, 101), beat(9, 101), beat(9, 101), beat(9, 3)]
+    earlier = [*[beat(9, 50, at=0.0)] * 3, beat(9, 3)]
+    found = find(now, earlier)
+    assert found.missing == (3,)
+    assert "no rank of host" not in found.line
+    assert "its process hangs" in found.line
+
+
+def test_a_death_on_another_machine():
+    def wrote(*at):
+        return [beat(9, 3, at=when) for when in at]
+
+    assert died_elsewhere(members(4), wrote(1, 1, 1, 1), wrote(2, 2, 2, 2)) is None
+    line = died_elsewhere(members(4), wrote(1, 1, 1, 1), wrote(2, 2, 1, 2))
+    assert line.startswith("another rank has died: rank 2 (host host-1, process 1002); a connection was closed")
+    line = died_elsewhere(members(20), wrote(*[1] * 20), wrote(2, *[1] * 19))
+    assert line.startswith("other ranks have died: rank 1 (")
+    assert "rank 8 (" in line
+    assert "rank 9 (" not in line
+    assert "; and 11 more; " in line
+
+
+def test_a_death_of_the_rank_whose_address_all_write_to():
+    assert died_elsewhere(members(4), None, None).startswith("another rank has died: rank 0 (host host-0, ")
+
+
+def test_a_death_on_this_machine_is_not_taken_for_one_elsewhere():
+    near = [Member("here", Process.own(), None)] * 2
+    assert died_elsewhere(near, [beat(9, 3)] * 2, [beat(9, 3)] * 2) is None
+    assert died_elsewhere(near, None, None) is None

@@ -3,11 +3,14 @@
 import faulthandler
 import os
 import re
+import sys
 import threading
 from pathlib import Path
 
+import pytest
 import torch
 
+from benchmarks.drill_hosts.hosts import Hosts, why_no_hosts
 from maskmatch_scale.engine import watch
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.ranks import Runtime
@@ -45,3 +48,47 @@ def test_the_place_of_a_thread_is_its_innermost_functions_of_the_package(monkeyp
     go_on.set()
     thread.join()
     assert re.fullmatch(r"engine\.test_watch\.outer:\d+ > engine\.test_watch\.inner:\d+", found)
+
+
+_RANK = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from torch import distributed
+from maskmatch_scale.engine.launchers import Place
+from maskmatch_scale.engine.setup import start
+from maskmatch_scale.engine.watch import watch_ranks
+from maskmatch_scale.recipe import EngineRecipe
+
+recipe = EngineRecipe(library="accelerate", zero_stage=0, precision="fp32", threads=1, collective_timeout_s=20)
+runtime = start(Place.from_environment(), recipe)
+log = Path(sys.argv[1]) / f"rank-{runtime.rank}.txt"
+with watch_ranks(runtime, recipe.collective_timeout_s) as watch, watch.logging_to(log, log.with_suffix(".collectives")):
+    distributed.all_reduce(torch.zeros(1))
+    if runtime.rank == int(sys.argv[2]):
+        time.sleep(3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    distributed.all_reduce(torch.zeros(1))
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts()))
+@pytest.mark.parametrize("killed", [1, 0])
+def test_a_rank_that_is_killed_on_another_host_is_named(tmp_path, killed):
+    """The error of gloo has only the address of the connection. Rank 0 has the store that ranks write to."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
+    with Hosts(2) as hosts:
+        environment |= {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29500"}
+        printed = [tmp_path / f"printed-{rank}.txt" for rank in range(2)]
+        ranks = []
+        for rank, host in enumerate(hosts):
+            command = [sys.executable, "-c", _RANK, tmp_path, killed]
+            with printed[rank].open("wb") as out:
+                ranks.append(host.start(command, env=environment | {"RANK": str(rank)}, stdout=out, stderr=out))
+        codes = [process.wait(timeout=300) for process in ranks]
+    text = printed[1 - killed].read_text()
+    assert codes[1 - killed] == 1, text
+    line = rf"maskmatch: error: rank {1 - killed}: another rank has died: rank {killed} \(host host-{killed + 1}, "
+    assert re.search(line, text), text
