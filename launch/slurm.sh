@@ -9,6 +9,7 @@
 #   LAUNCHER         srun: slurm starts the ranks, no ssh, no other launcher. torchrun, accelerate: one launcher on each
 #                    node, started by srun, no ssh. deepspeed: one on the first node, which reaches the others by ssh
 #   RANKS            ranks of each node: its GPUs (SLURM_GPUS_ON_NODE), or one rank without
+#   MASTER_ADDR      address of the first node: its name
 #   MASTER_PORT      20000 + number of the job modulo 10000; srun: derived by the run from job and step
 #   LAUNCH_FOLDER    where this script and those beside it are: launch, in the folder of sbatch
 #   OMP_NUM_THREADS  cores of the node / RANKS
@@ -34,8 +35,8 @@ arguments=("$@" --resume auto)
 step=(srun --kill-on-bad-exit=0 --nodes "$NNODES")
 each=(--ntasks-per-node 1 --cpus-per-task "$cpus")
 if [[ $LAUNCHER != srun ]]; then
-    [[ -n $dry_run ]] || MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    export MASTER_ADDR=${MASTER_ADDR:-FIRST_NODE} MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 10000))}
+    first=$([[ -z $dry_run ]] && scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1 || echo FIRST_NODE)
+    export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 10000))}
     whole_number MASTER_PORT
 fi
 case $LAUNCHER in

@@ -1,0 +1,246 @@
+"""Jobs of a real slurm that are stopped and go on: ``python -m benchmarks.drill_hosts.slurm --out FILE.json``.
+
+Two nodes on this machine (tests/distributed/slurm.py) run launch/slurm.sh with two ranks. Each job is stopped three
+times: by a signal, because it is requeued as by pre-emption, and at its time limit. It must go on by itself each time,
+take no step twice, and have the losses of a job that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import ROOT, check_out, describe_machine, launch_environment, markdown, say, write_json
+from maskmatch_scale.data.writing import write_shards
+from tests.conftest import ShapesSource, recipe_maker
+from tests.distributed.slurm import Slurm, why_no_slurm
+from tests.distributed.ssh import Ssh, why_no_ssh
+
+LAUNCHERS = ("srun", "torchrun", "accelerate", "deepspeed")
+SOURCES = ("benchmarks/drill_hosts/slurm.py", "benchmarks/harness.py", "tests/conftest.py",
+           "tests/distributed/slurm.py", "tests/distributed/ssh.py", "launch", "maskmatch_scale")  # fmt: skip
+COLUMNS = ("launcher", "done", "seen", "steps before", "steps again", "losses", "met")
+STEPS, STEPS_BETWEEN = 100, 12
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that was done to a job, or the job as a whole."""
+
+    launcher: str
+    done: str
+    seen: str
+    """What slurm and the run said."""
+    right: bool
+    """Whether that was right."""
+    steps: int | None = None
+    """Steps of the run when the job was queued again."""
+    steps_again: int | None = None
+    """Steps that were taken more than once."""
+    losses: float | None = None
+    """Largest relative difference of a step's loss from the job that nothing happened to."""
+    skipped: str = ""
+    """Why nothing was done."""
+
+    @property
+    def met(self) -> bool:
+        """Whether all is as it should be; a row that was skipped is not held against it."""
+        return bool(self.skipped) or (self.right and not self.steps_again and not self.losses)
+
+    def shown(self) -> dict[str, Any]:
+        """For the table."""
+        losses = None if self.losses is None else "identical" if self.losses == 0 else f"{self.losses:.1e}"
+        return {
+            "launcher": self.launcher,
+            "done": self.done,
+            "seen": self.seen,
+            "steps before": self.steps,
+            "steps again": self.steps_again,
+            "losses": losses,
+            "met": f"skipped: {self.skipped}" if self.skipped else "yes" if self.met else "no",
+        }
+
+
+class Job:
+    """A recipe in a folder of its own, submitted as a user does.
+
+    Args:
+        slurm: the cluster.
+        folder: of the job; its shards are beside it.
+        launcher: LAUNCHER of launch/slurm.sh.
+        variables: added to the job's environment.
+    """
+
+    def __init__(self, slurm: Slurm, folder: Path, launcher: str, variables: dict[str, str]) -> None:
+        self.slurm, self.folder, self.output = slurm, folder, folder / "output.txt"
+        folder.mkdir()
+        make = recipe_maker(folder.parent / "shards", folder)
+        run = {"steps": STEPS, "evaluate_every": 0, "log_every": 1, "checkpoint_every": 50}
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(make(engine={"precision": "fp32", "threads": 1}, run=run).to_yaml())
+        environment = launch_environment(torch.device("cpu")) | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        # The names of the nodes are slurm's alone.
+        environment |= {"LAUNCHER": launcher, "RANKS": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+        environment["PATH"] = f"{environment['PATH']}:{slurm.environment['PATH']}"
+        self.number = slurm.submit("--nodes=2", "--time=30", f"--output={self.output}", "launch/slurm.sh", recipe,
+                                   variables=environment | variables, cwd=ROOT)  # fmt: skip
+
+    def records(self) -> list[dict[str, Any]]:
+        """Records of steps so far."""
+        path = self.folder / "run" / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        return [r for r in map(json.loads, (line for line in lines if line.endswith(b"\n"))) if r["kind"] == "train"]
+
+    def printed(self) -> str:
+        """What all its sessions have printed."""
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def wait_for_steps(self, more: int, timeout_s: float = 180.0) -> None:
+        """Wait until it has taken so many steps more.
+
+        Raises:
+            RuntimeError: it takes too long.
+        """
+        wanted, until = len(self.records()) + more, time.monotonic() + timeout_s
+        while len(self.records()) < wanted:
+            if time.monotonic() > until:
+                raise RuntimeError(f"no {more} steps more:\n{self.printed()[-3000:]}")
+            time.sleep(0.05)
+
+    def finish(self) -> str:
+        """Wait until it has ended; returns the state."""
+        ended = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
+        return str(self.slurm.wait(self.number, *ended, timeout_s=300.0)["JobState"])
+
+    def losses(self) -> dict[int, float]:
+        """The loss of each step."""
+        return {record["step"]: record["loss"] for record in self.records()}
+
+
+def signalled(job: Job) -> None:
+    """Send SIGUSR1 to the job's steps."""
+    job.slurm.run("scancel", "--signal=USR1", job.number)
+
+
+def requeued(job: Job) -> None:
+    """Have slurm stop the job and queue it again, as it does when another job pre-empts it."""
+    job.slurm.run("scontrol", "requeue", job.number)
+
+
+def out_of_time(job: Job) -> None:
+    """Leave the job less time than the five minutes before whose end launch/slurm.sh asks for a signal."""
+    job.slurm.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=4")
+
+
+CASES: tuple[tuple[str, Callable[[Job], None], str], ...] = (
+    ("scancel --signal=USR1", signalled, "SIGUSR1"),
+    ("scontrol requeue (SIGTERM, as pre-emption)", requeued, "SIGTERM"),
+    ("less than 300 s before the time limit", out_of_time, "SIGUSR1"),
+)
+
+
+def stop(job: Job, launcher: str, number: int) -> Row:
+    """Do one thing to a running job, and wait until it is queued again."""
+    name, do, received = CASES[number]
+    job.wait_for_steps(STEPS_BETWEEN)
+    said = job.printed().count("maskmatch: stopped: ")
+    do(job)
+    found = job.slurm.wait(job.number, "PENDING", restarts=number + 1, timeout_s=120.0)
+    job.slurm.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
+    until = time.monotonic() + 10
+    while job.printed().count("maskmatch: stopped: ") == said and time.monotonic() < until:
+        time.sleep(0.1)
+    lines = [line for line in job.printed().splitlines() if "maskmatch: stopped: " in line][said:]
+    steps = len(job.records())
+    heard = {line.partition("got ")[2].partition(";")[0] for line in lines}
+    # One line of each node. Launchers of launch/ pass every signal on as SIGUSR1, but slurm may reach the ranks itself.
+    right = bool(lines) and all(f"stopped after step {steps}," in line for line in lines)
+    right = right and len(heard) == 1 and (launcher != "srun" or heard == {received})
+    if not right:
+        say(f"{launcher}, {name}: {lines}\n{job.printed()[-3000:]}")
+    seen = f"got {' and '.join(sorted(heard)) or 'nothing'}, checkpoint, queued again (restart {found['Restarts']})"
+    return Row(launcher, name, seen, right, steps)
+
+
+def drill(slurm: Slurm, work: Path, launcher: str, variables: dict[str, str], whole: Job) -> list[Row]:
+    """Stop a job three times, let it finish, and compare it."""
+    job = Job(slurm, work / launcher, launcher, variables)
+    rows = [stop(job, launcher, number) for number in range(len(CASES))]
+    state = job.finish()
+    ours, theirs = job.losses(), whole.losses()
+    difference = float("inf")
+    if ours.keys() == theirs.keys():
+        difference = max(abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in theirs)
+    again = len(job.records()) - len(ours)
+    if state != "COMPLETED":
+        say(f"{launcher}: {state}\n{job.printed()[-3000:]}")
+    seen = f"{state}, {STEPS} steps, {slurm.job(job.number)['Restarts']} restarts"
+    return [*rows, Row(launcher, "finished", seen, state == "COMPLETED", None, again, difference)]
+
+
+def run(launchers: Sequence[str], work: Path) -> list[Row]:
+    """All rows, in a new folder."""
+    if reason := why_no_slurm():
+        return [Row(launcher, "", "", False, skipped=reason) for launcher in launchers]
+    write_shards(ShapesSource({"labelled": 8, "unlabelled": 24, "dev": 4, "val": 4}), work / "shards", workers=1,
+                 samples_per_shard=4, progress=False)  # fmt: skip
+    rows: list[Row] = []
+    (work / "slurm").mkdir()
+    with ExitStack() as stack:
+        slurm = stack.enter_context(Slurm(work / "slurm"))
+        wholes: dict[bool, Job] = {}
+        for launcher in launchers:
+            variables: dict[str, str] = {}
+            if launcher == "deepspeed":
+                if reason := why_no_ssh("pdsh"):
+                    rows.append(Row(launcher, "", "", False, skipped=reason))
+                    continue
+                (work / "ssh").mkdir()
+                ssh = stack.enter_context(Ssh(work / "ssh", ("host1", "host2")))
+                variables["PATH"] = ssh.path(str(slurm.environment["PATH"]))
+            engine = launcher == "accelerate"
+            if engine not in wholes:
+                say(f"{launcher}: the job that nothing happens to")
+                wholes[engine] = Job(slurm, work / f"whole-{launcher}", launcher, variables)
+                if (state := wholes[engine].finish()) != "COMPLETED":
+                    raise RuntimeError(f"{state}:\n{wholes[engine].printed()[-3000:]}")
+            for row in drill(slurm, work, launcher, variables, wholes[engine]):
+                rows.append(row)
+                say(f"{row.launcher}: {row.done}: {row.seen}: {'met' if row.met else 'NOT MET'}")
+    if left := slurm.processes():
+        say(f"{len(left)} processes are left")
+        rows.append(Row("", "slurm ended", f"{len(left)} processes are left", False))
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run it, and write the table; 1 if something is not as it should be."""
+    parser = argparse.ArgumentParser("python -m benchmarks.drill_hosts.slurm", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="a .md is written beside it")
+    parser.add_argument("--launchers", nargs="+", default=list(LAUNCHERS), choices=LAUNCHERS, help="default all")
+    options = parser.parse_args(arguments)
+    try:
+        check_out(options.out)
+    except ValueError as error:
+        parser.error(str(error))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run(options.launchers, Path(folder).resolve())
+    machine = describe_machine(torch.device("cpu"), SOURCES)
+    write_json(options.out, machine, [asdict(row) | {"met": row.met} for row in rows])
+    page = markdown("Jobs of a real slurm that are stopped and go on", machine, [r.shown() for r in rows], COLUMNS)
+    options.out.with_suffix(".md").write_text(page, encoding="utf-8")
+    print(page)
+    return int(not all(row.met for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
