@@ -21,7 +21,6 @@ if [[ -z $RANKS ]]; then
     gpus=$(count_gpus)
     RANKS=$((gpus > 0 ? gpus : 1))
 fi
-whole_number RANKS
 share_cores "$RANKS"
 
 # These come after the recipe, which may name DeepSpeed, and before the caller's own settings.

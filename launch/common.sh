@@ -27,7 +27,6 @@ share_cores() { # RANKS of this machine
     local cores
     cores=$(nproc)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / $1 > 0 ? cores / $1 : 1))}
-    whole_number OMP_NUM_THREADS
 }
 
 which_machine() { # of NNODES, and where the first one is
@@ -66,3 +65,5 @@ if [[ $1 == --dry-run ]]; then
     (($# > 0)) || usage
 fi
 [[ -f $1 ]] || fail "$1: no such recipe; the first argument is a recipe's file, key=value comes after it"
+[[ -z ${OMP_NUM_THREADS:-} ]] || whole_number OMP_NUM_THREADS
+[[ -z ${RANKS:-} ]] || whole_number RANKS

@@ -17,7 +17,6 @@
 source "$(dirname "$0")/common.sh"
 
 HOSTFILE=${HOSTFILE:-} RANKS=${RANKS:-} MASTER_ADDR=${MASTER_ADDR:-}
-[[ -z $RANKS ]] || whole_number RANKS
 gpus=$(count_gpus)
 ((gpus > 0)) || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 words=("$@") where=() front=()

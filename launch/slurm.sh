@@ -27,7 +27,6 @@ source "$LAUNCH_FOLDER/common.sh"
 
 [[ -n ${SLURM_JOB_ID:-} || -n $dry_run ]] || fail "this is not a slurm job: sbatch --nodes=2 launch/slurm.sh $1"
 LAUNCHER=${LAUNCHER:-srun} RANKS=${RANKS:-${SLURM_GPUS_ON_NODE:-1}} NNODES=${SLURM_NNODES:-1} cpus=${SLURM_CPUS_ON_NODE:-$(nproc)}
-whole_number RANKS
 export LAUNCHER RANKS NNODES OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus / RANKS > 0 ? cpus / RANKS : 1))}
 
 arguments=("$@" --resume auto)

@@ -25,7 +25,6 @@ if [[ -z $RANKS ]]; then
     gpus=$(count_gpus)
     RANKS=$((gpus > 0 ? gpus : 2))
 fi
-whole_number RANKS
 share_cores "$RANKS"
 [[ $NNODES == 1 ]] && MASTER_PORT=${MASTER_PORT:-$(free_port)}
 MASTER_PORT=${MASTER_PORT:-29500}
