@@ -43,8 +43,8 @@ def submit(slurm, shapes, tmp_path):
         # The names of the nodes are slurm's alone.
         more = environment(MASTER_ADDR="127.0.0.1", RANKS="1", PYTHONPATH=str(ROOT))
         more["PATH"] = f"{more['PATH']}{os.pathsep}{slurm.environment['PATH']}"
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-            more.pop(name, None)
+        for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+            more.pop(variable, None)
         more |= {"SLURM_CONF": slurm.environment["SLURM_CONF"]}
         output = folder / "output.txt"
         number = slurm.submit(
@@ -97,9 +97,7 @@ def test_a_mistake_is_not_queued_again(slurm, submit, tmp_path):
         ({}, tmp_path / "wrong.yaml", "maskmatch: error: "),
     ):
         number, _, output = submit(f"mistake-{line[:4]}", recipe=recipe, **variables)
-        job = slurm.wait(number, "FAILED", "COMPLETED", "PENDING")
-        while job["JobState"] == "PENDING" and job["Restarts"] == "0":  # it was not there yet
-            job = slurm.wait(number, "FAILED", "COMPLETED", "PENDING")
+        job = slurm.wait(number, "FAILED", "COMPLETED")
         assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
         assert line in output.read_text()
 
