@@ -41,7 +41,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "exit-code"
         added = {"MASKMATCH_EXIT_CODE_FILE": str(file)} if hosts is None else hosts.environment(Path(folder))
-        with subprocess.Popen(command, env=os.environ | added, start_new_session=True, preexec_fn=_ignore) as launcher:
+        before = _ignore if hosts is None else _ignore_and_block
+        with subprocess.Popen(command, env=os.environ | added, start_new_session=True, preexec_fn=before) as launcher:
             told, ranks_told = -AGAIN_S, set[int]()
             while launcher.poll() is None:
                 if arrived.count(signal.SIGINT) > 1:
@@ -73,12 +74,22 @@ def main() -> int:
 
 
 def _code_in(file: Path) -> int | None:
-    return int(file.read_text()) if file.exists() else None
+    code = file.read_text().strip() if file.exists() else ""
+    return int(code) if code else None  # a rank may have been killed while it wrote
 
 
 def _ignore() -> None:
     """In the launcher, which inherits it to the ranks until they listen."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _ignore_and_block() -> None:
+    """In `deepspeed --hostfile`, pdsh and ssh, which have handlers of their own.
+
+    slurm sends SIGTERM to all processes of a step. They would end, and the ranks on the other hosts with them.
+    """
+    _ignore()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
 
 def _note(number: int, frame: FrameType | None) -> None:

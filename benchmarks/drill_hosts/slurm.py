@@ -12,7 +12,7 @@ import json
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,16 @@ from typing import Any, NoReturn
 
 import torch
 
-from benchmarks.harness import ROOT, check_out, describe_machine, launch_environment, markdown, say, write_json
+from benchmarks.harness import (
+    COMMANDS,
+    ROOT,
+    check_out,
+    describe_machine,
+    launch_environment,
+    markdown,
+    say,
+    write_json,
+)
 from maskmatch_scale.data.writing import write_shards
 from tests.conftest import ShapesSource, recipe_maker
 from tests.distributed.slurm import Slurm, why_no_slurm
@@ -30,7 +39,7 @@ LAUNCHERS = ("srun", "torchrun", "accelerate", "deepspeed")
 SOURCES = ("benchmarks/drill_hosts/slurm.py", "benchmarks/harness.py", "tests/conftest.py",
            "tests/distributed/slurm.py", "tests/distributed/ssh.py", "launch", "maskmatch_scale")  # fmt: skip
 COLUMNS = ("launcher", "done", "seen", "steps before", "steps again", "losses", "met")
-STEPS, STEPS_BETWEEN = 100, 12
+STEPS, STEPS_BETWEEN = 60, 8
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Job:
         self.slurm, self.folder, self.output = slurm, folder, folder / "output.txt"
         folder.mkdir()
         make = recipe_maker(folder.parent / "shards", folder)
-        run = {"steps": STEPS, "evaluate_every": 0, "log_every": 1, "checkpoint_every": 50}
+        run = {"steps": STEPS, "evaluate_every": 0, "log_every": 1, "checkpoint_every": 30}
         recipe = folder / "recipe.yaml"
         recipe.write_text(make(engine={"precision": "fp32", "threads": 1}, run=run).to_yaml())
         environment = launch_environment(torch.device("cpu")) | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -172,10 +181,11 @@ def stop(job: Job, launcher: str, number: int) -> Row:
     return Row(launcher, name, seen, right, steps)
 
 
-def drill(slurm: Slurm, work: Path, launcher: str, variables: dict[str, str], whole: Job) -> list[Row]:
+def drill(slurm: Slurm, work: Path, launcher: str, variables: dict[str, str], whole: Job) -> Iterator[Row]:
     """Stop a job three times, let it finish, and compare it."""
     job = Job(slurm, work / launcher, launcher, variables)
-    rows = [stop(job, launcher, number) for number in range(len(CASES))]
+    for number in range(len(CASES)):
+        yield stop(job, launcher, number)
     state = job.finish()
     ours, theirs = job.losses(), whole.losses()
     difference = float("inf")
@@ -185,16 +195,16 @@ def drill(slurm: Slurm, work: Path, launcher: str, variables: dict[str, str], wh
     if state != "COMPLETED":
         say(f"{launcher}: {state}\n{job.printed()[-3000:]}")
     seen = f"{state}, {STEPS} steps, {slurm.job(job.number)['Restarts']} restarts"
-    return [*rows, Row(launcher, "finished", seen, state == "COMPLETED", None, again, difference)]
+    yield Row(launcher, "finished", seen, state == "COMPLETED", None, again, difference)
 
 
-def run(launchers: Sequence[str], work: Path) -> list[Row]:
+def run(launchers: Sequence[str], work: Path) -> Iterator[Row]:
     """All rows, in a new folder."""
     if reason := why_no_slurm():
-        return [Row(launcher, "", "", False, skipped=reason) for launcher in launchers]
+        yield from (Row(launcher, "", "", False, skipped=reason) for launcher in launchers)
+        return
     write_shards(ShapesSource({"labelled": 8, "unlabelled": 24, "dev": 4, "val": 4}), work / "shards", workers=1,
                  samples_per_shard=4, progress=False)  # fmt: skip
-    rows: list[Row] = []
     (work / "slurm").mkdir()
     with ExitStack() as stack:
         slurm = stack.enter_context(Slurm(work / "slurm"))
@@ -203,44 +213,52 @@ def run(launchers: Sequence[str], work: Path) -> list[Row]:
             variables: dict[str, str] = {}
             if launcher == "deepspeed":
                 if reason := why_no_ssh("pdsh"):
-                    rows.append(Row(launcher, "", "", False, skipped=reason))
+                    yield Row(launcher, "", "", False, skipped=reason)
                     continue
                 (work / "ssh").mkdir()
                 ssh = stack.enter_context(Ssh(work / "ssh", ("host1", "host2")))
-                variables["PATH"] = ssh.path(str(slurm.environment["PATH"]))
+                variables["PATH"] = ssh.path(f"{COMMANDS}:{slurm.environment['PATH']}")
             engine = launcher == "accelerate"
             if engine not in wholes:
                 say(f"{launcher}: the job that nothing happens to")
                 wholes[engine] = Job(slurm, work / f"whole-{launcher}", launcher, variables)
                 if (state := wholes[engine].finish()) != "COMPLETED":
                     raise RuntimeError(f"{state}:\n{wholes[engine].printed()[-3000:]}")
-            for row in drill(slurm, work, launcher, variables, wholes[engine]):
-                rows.append(row)
-                say(f"{row.launcher}: {row.done}: {row.seen}: {'met' if row.met else 'NOT MET'}")
+            yield from drill(slurm, work, launcher, variables, wholes[engine])
     if left := slurm.processes():
-        say(f"{len(left)} processes are left")
-        rows.append(Row("", "slurm ended", f"{len(left)} processes are left", False))
-    return rows
+        yield Row("all", "slurm ended", f"{len(left)} processes are left", False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it, and write the table; 1 if something is not as it should be."""
+    """Run it, and write each row as it comes; 1 if something is not as it should be."""
     parser = argparse.ArgumentParser("python -m benchmarks.drill_hosts.slurm", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="a .md is written beside it")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="a .md is written beside it. Rows "
+                        "of other launchers that it has already are kept")  # fmt: skip
     parser.add_argument("--launchers", nargs="+", default=list(LAUNCHERS), choices=LAUNCHERS, help="default all")
     options = parser.parse_args(arguments)
     try:
         check_out(options.out)
     except ValueError as error:
         parser.error(str(error))
+    rows: list[Row] = []
+    if options.out.is_file():
+        read = json.loads(options.out.read_text(encoding="utf-8"))["rows"]
+        kept = [Row(**{name: value for name, value in row.items() if name != "met"}) for row in read]
+        rows = [row for row in kept if row.launcher not in (*options.launchers, "all")]
     with tempfile.TemporaryDirectory() as folder:
-        rows = run(options.launchers, Path(folder).resolve())
-    machine = describe_machine(torch.device("cpu"), SOURCES)
-    write_json(options.out, machine, [asdict(row) | {"met": row.met} for row in rows])
-    page = markdown("Jobs of a real slurm that are stopped and go on", machine, [r.shown() for r in rows], COLUMNS)
-    options.out.with_suffix(".md").write_text(page, encoding="utf-8")
-    print(page)
+        for row in run(options.launchers, Path(folder).resolve()):
+            rows.append(row)
+            say(f"{row.launcher}: {row.done}: {row.seen}: {'met' if row.met else 'NOT MET'}")
+            _write(options.out, rows)
+    print(options.out.with_suffix(".md").read_text(encoding="utf-8"))
     return int(not all(row.met for row in rows))
+
+
+def _write(out: Path, rows: Sequence[Row]) -> None:
+    machine = describe_machine(torch.device("cpu"), SOURCES)
+    write_json(out, machine, [asdict(row) | {"met": row.met} for row in rows])
+    page = markdown("Jobs of a real slurm that are stopped and go on", machine, [r.shown() for r in rows], COLUMNS)
+    out.with_suffix(".md").write_text(page, encoding="utf-8")
 
 
 def _end(*_: object) -> NoReturn:
