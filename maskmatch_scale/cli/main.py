@@ -143,13 +143,12 @@ def _fail(message: str, code: int, *, from_any_rank: bool, kind: str = "error") 
         print(f"maskmatch: {kind}: {where}{' '.join(redacted(message).split())}", file=sys.stderr, flush=True)  # noqa: T201
     file = os.environ.get("MASKMATCH_EXIT_CODE_FILE")
     if file:
-        with suppress(OSError):
-            # The rank that ends first has the reason; but not one of ranks that were there before: elastic launchers
-            # start ranks again.
-            with Path(file).open("a") as known:
-                if not known.tell() or os.fstat(known.fileno()).st_mtime < _BEGAN:
-                    known.truncate(0)
-                    known.write(f"{code}\n")
+        # The rank that ends first has the reason; but not one that was there before: elastic launchers start ranks
+        # again.
+        with suppress(OSError), Path(file).open("a") as known:
+            if not known.tell() or os.fstat(known.fileno()).st_mtime < _BEGAN:
+                known.truncate(0)
+                known.write(f"{code}\n")
     if _has_other_ranks():
         # A normal exit would leave the process group, and wait for ranks that may have ended.
         sys.stdout.flush()
