@@ -39,7 +39,8 @@ LAUNCHERS = ("srun", "torchrun", "accelerate", "deepspeed")
 SOURCES = ("benchmarks/drill_hosts/slurm.py", "benchmarks/harness.py", "tests/conftest.py",
            "tests/distributed/slurm.py", "tests/distributed/ssh.py", "launch", "maskmatch_scale")  # fmt: skip
 COLUMNS = ("launcher", "done", "seen", "steps before", "steps again", "losses", "met")
-STEPS, STEPS_BETWEEN = 60, 8
+STEPS_BETWEEN = 8
+"""Steps that a session takes before it is stopped; and the last one, which ends by itself."""
 
 
 @dataclass(frozen=True)
@@ -88,21 +89,29 @@ class Job:
         folder: of the job; its shards are beside it.
         launcher: LAUNCHER of launch/slurm.sh.
         variables: added to the job's environment.
+        steps: of the run.
     """
 
-    def __init__(self, slurm: Slurm, folder: Path, launcher: str, variables: dict[str, str]) -> None:
+    def __init__(
+        self, slurm: Slurm, folder: Path, launcher: str, variables: dict[str, str], steps: int = 1_000_000
+    ) -> None:
         self.slurm, self.folder, self.output = slurm, folder, folder / "output.txt"
         folder.mkdir()
-        make = recipe_maker(folder.parent / "shards", folder)
-        run = {"steps": STEPS, "evaluate_every": 0, "log_every": 1, "checkpoint_every": 30}
-        recipe = folder / "recipe.yaml"
-        recipe.write_text(make(engine={"precision": "fp32", "threads": 1}, run=run).to_yaml())
+        self.recipe = folder / "recipe.yaml"
+        self.set_steps(steps)
         environment = launch_environment(torch.device("cpu")) | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         # The names of the nodes are slurm's alone.
         environment |= {"LAUNCHER": launcher, "RANKS": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
         environment["PATH"] = f"{environment['PATH']}:{slurm.environment['PATH']}"
-        self.number = slurm.submit("--nodes=2", "--time=30", f"--output={self.output}", "launch/slurm.sh", recipe,
+        self.number = slurm.submit("--nodes=2", "--time=30", f"--output={self.output}", "launch/slurm.sh", self.recipe,
                                    variables=environment | variables, cwd=ROOT)  # fmt: skip
+
+    def set_steps(self, steps: int) -> None:
+        """Have the run end after so many steps. The learning rate is constant, so its losses do not depend on them."""
+        run = {"steps": steps, "evaluate_every": 0, "log_every": 1, "checkpoint_every": 1_000_000}
+        make = recipe_maker(self.folder.parent / "shards", self.folder)
+        engine = {"precision": "fp32", "threads": 1}
+        self.recipe.write_text(make(engine=engine, optim={"schedule": "constant"}, run=run).to_yaml())
 
     def records(self) -> list[dict[str, Any]]:
         """Records of steps so far."""
@@ -166,6 +175,8 @@ def stop(job: Job, launcher: str, number: int) -> Row:
     do(job)
     found = job.slurm.wait(job.number, "PENDING", restarts=number + 1, timeout_s=120.0)
     job.slurm.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
+    if number == len(CASES) - 1:
+        job.set_steps(len(job.records()) + STEPS_BETWEEN)
     until = time.monotonic() + 10
     while job.printed().count("maskmatch: stopped: ") == said and time.monotonic() < until:
         time.sleep(0.1)
@@ -181,21 +192,25 @@ def stop(job: Job, launcher: str, number: int) -> Row:
     return Row(launcher, name, seen, right, steps)
 
 
-def drill(slurm: Slurm, work: Path, launcher: str, variables: dict[str, str], whole: Job) -> Iterator[Row]:
-    """Stop a job three times, let it finish, and compare it."""
+def drill(slurm: Slurm, work: Path, launcher: str, variables: dict[str, str]) -> Iterator[Row]:
+    """Stop a job three times, let it finish, and compare it with one that nothing happens to."""
     job = Job(slurm, work / launcher, launcher, variables)
     for number in range(len(CASES)):
         yield stop(job, launcher, number)
-    state = job.finish()
-    ours, theirs = job.losses(), whole.losses()
+    state, ours = job.finish(), job.losses()
+    other = "accelerate" if launcher == "accelerate" else "srun"  # its engine is another one
+    whole = Job(slurm, work / f"whole-{launcher}", other, {}, max(ours))
+    if (ended := whole.finish()) != "COMPLETED":
+        raise RuntimeError(f"{ended}:\n{whole.printed()[-3000:]}")
+    theirs = whole.losses()
     difference = float("inf")
     if ours.keys() == theirs.keys():
         difference = max(abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in theirs)
     again = len(job.records()) - len(ours)
     if state != "COMPLETED":
         say(f"{launcher}: {state}\n{job.printed()[-3000:]}")
-    seen = f"{state}, {STEPS} steps, {slurm.job(job.number)['Restarts']} restarts"
-    yield Row(launcher, "finished", seen, state == "COMPLETED", None, again, difference)
+    seen = f"{state}, {max(ours)} steps, {slurm.job(job.number)['Restarts']} restarts"
+    yield Row(launcher, "finished", seen, state == "COMPLETED", max(ours), again, difference)
 
 
 def run(launchers: Sequence[str], work: Path) -> Iterator[Row]:
@@ -208,7 +223,6 @@ def run(launchers: Sequence[str], work: Path) -> Iterator[Row]:
     (work / "slurm").mkdir()
     with ExitStack() as stack:
         slurm = stack.enter_context(Slurm(work / "slurm"))
-        wholes: dict[bool, Job] = {}
         for launcher in launchers:
             variables: dict[str, str] = {}
             if launcher == "deepspeed":
@@ -218,13 +232,7 @@ def run(launchers: Sequence[str], work: Path) -> Iterator[Row]:
                 (work / "ssh").mkdir()
                 ssh = stack.enter_context(Ssh(work / "ssh", ("host1", "host2")))
                 variables["PATH"] = ssh.path(f"{COMMANDS}:{slurm.environment['PATH']}")
-            engine = launcher == "accelerate"
-            if engine not in wholes:
-                say(f"{launcher}: the job that nothing happens to")
-                wholes[engine] = Job(slurm, work / f"whole-{launcher}", launcher, variables)
-                if (state := wholes[engine].finish()) != "COMPLETED":
-                    raise RuntimeError(f"{state}:\n{wholes[engine].printed()[-3000:]}")
-            yield from drill(slurm, work, launcher, variables, wholes[engine])
+            yield from drill(slurm, work, launcher, variables)
     if left := slurm.processes():
         yield Row("all", "slurm ended", f"{len(left)} processes are left", False)
 
