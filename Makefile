@@ -9,7 +9,7 @@ SEED ?= 0
 KILLS ?= 50
 WORK ?= runs/ablation
 
-.PHONY: help install quickstart test test-all test-gpu lint bench bench-gpu drill drill-hosts ablation clean
+.PHONY: help install quickstart test test-all test-gpu lint bench bench-gpu drill drill-hosts drill-slurm ablation clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,11 +36,12 @@ test-all: install lint ## all tests, also the slow ones
 test-gpu: install ## what only a GPU can show, about 8 minutes; skipped by name without one
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu -m gpu -rs -s --durations=10
 
-lint: install ## ruff, mypy --strict, import-linter
+lint: install ## ruff, mypy --strict, import-linter; shellcheck if it is installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@if command -v shellcheck >/dev/null; then shellcheck -x -P SCRIPTDIR launch/*.sh; else echo "shellcheck is not installed: left out"; fi
 
 $(VENV)/peers/.installed: benchmarks/loader/peers.txt
 	$(PYTHON) -m venv $(VENV)/peers
@@ -68,6 +69,9 @@ drill: install ## runs killed, stopped, moved, damaged and cut off, into benchma
 
 drill-hosts: install ## runs over two hosts of namespaces, one cut off, slow links, into benchmarks/results, 40 minutes (root)
 	$(BIN)/python -m benchmarks.drill_hosts --out benchmarks/results/drill_hosts.json
+
+drill-slurm: install ## jobs of a small slurm of its own signalled, requeued, out of time, into benchmarks/results, 10 minutes
+	$(BIN)/python -m benchmarks.drill_hosts.slurm --out benchmarks/results/drill_slurm.json
 
 ABLATION = --task camvid --data $(DATA) --weights $(WEIGHTS) --arms $(ARMS)
 ARMS ?= supervised fixmatch maskmatch

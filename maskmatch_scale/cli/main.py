@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -62,6 +63,9 @@ def maskmatch(
 
 MISTAKE = 2
 """Exit code of a user's mistake."""
+
+_BEGAN = time.time()
+"""About when this process began."""
 
 
 def main() -> None:
@@ -139,8 +143,11 @@ def _fail(message: str, code: int, *, from_any_rank: bool, kind: str = "error") 
         print(f"maskmatch: {kind}: {where}{' '.join(redacted(message).split())}", file=sys.stderr, flush=True)  # noqa: T201
     file = os.environ.get("MASKMATCH_EXIT_CODE_FILE")
     if file:
+        # The rank that ends first has the reason; but not one that was there before: elastic launchers start ranks
+        # again.
         with suppress(OSError), Path(file).open("a") as known:
-            if not known.tell():  # the rank that ends first has the reason
+            if not known.tell() or os.fstat(known.fileno()).st_mtime < _BEGAN:
+                known.truncate(0)
                 known.write(f"{code}\n")
     if _has_other_ranks():
         # A normal exit would leave the process group, and wait for ranks that may have ended.

@@ -200,6 +200,9 @@ def test_a_run_that_can_go_on_says_how(capsys, monkeypatch, tmp_path, arguments)
     assert file.read_text() == "75\n"
     code, _, _ = ended(UserError("wrong"), monkeypatch, capsys, *arguments)
     assert (code, file.read_text()) == (2, "75\n")  # the first has the reason
+    os.utime(file, (1e9, 1e9))  # left by ranks that were there before these
+    ended(UserError("wrong"), monkeypatch, capsys, *arguments)
+    assert file.read_text() == "2\n"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

@@ -85,6 +85,7 @@ class Popen(subprocess.Popen):
         super()._execute_child(*args)  # the launcher runs
         os.kill(os.getpid(), getattr(signal, name))
 subprocess.Popen, name, sys.argv = Popen, sys.argv[1], sys.argv[2:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as for a script
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -115,6 +116,40 @@ def test_the_second_ctrl_c_kills_all(start):
     assert process.wait(60) == 130
     _, there = psutil.wait_procs(children, timeout=10)
     assert all(child.status() == psutil.STATUS_ZOMBIE for child in there)
+
+
+ELASTIC = """
+import os, signal, subprocess, sys
+rank = '''
+import os, signal, sys, time
+def end(*_):
+    if os.environ["STARTED"] == "0":
+        with open(os.environ["MASKMATCH_EXIT_CODE_FILE"], "w") as file:
+            file.write("75")
+    os._exit(75)
+signal.signal(signal.SIGUSR1, end)
+os.write(1, b"rank\\\\n")
+time.sleep(0 if sys.argv[1] == "ends" else 600)
+if os.environ["STARTED"] == "0":
+    end()
+'''
+for number in range(100):  # whatever it ends with, another one is started; the job has ended when one ends with 0
+    env = os.environ | {"RANK": "0", "STARTED": str(number)}
+    code = subprocess.call([sys.executable, "-c", rank, sys.argv[1]], env=env)
+    if code == 0:
+        sys.exit(0)
+"""
+
+
+def test_ranks_that_were_told_are_not_started_again(start):
+    process = start(sys.executable, "-c", ELASTIC, "waits")
+    assert lines(process, 1) == ["rank"]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+
+
+def test_a_code_that_ranks_left_before_they_were_started_again_does_not_count(start):
+    assert start(sys.executable, "-c", ELASTIC, "ends").wait(60) == 0
 
 
 @pytest.mark.parametrize(
