@@ -11,14 +11,15 @@ Not counted: the image of a neighbour that CutMix asks for where a rank has an o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskmatch_scale.engine.sharded_teacher import product_weights
 from maskmatch_scale.engine.zero import BUCKET_ELEMENTS, deepspeed_config
+from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.planning.setting import Cluster, Link
 from maskmatch_scale.planning.subject import Subject
@@ -56,47 +57,48 @@ class Traffic:
         return (2 if self.kind == "all_reduce" else 1) * (ranks - 1) / ranks * self.payload
 
 
-def step_traffic(subject: Subject, ranks: int, *, views: int | None = None) -> list[Traffic]:
-    """The collectives of one step after the burn-in; none on a single rank.
+def step_traffic(subject: Subject, ranks: int, *, losses: Sequence[str] | None = None) -> list[Traffic]:
+    """The collectives of one step; none on a single rank.
 
     Args:
         subject: what is trained.
         ranks: how many.
-        views: forward passes of the student in a micro-batch; None: those of the recipe.
+        losses: of the step, one forward and backward pass of the student in each micro-batch; None: those of a step
+            after the burn-in.
     """
     if ranks == 1:
         return []
     recipe, student = subject.recipe, subject.student
-    found: list[Traffic] = []
-    passes = (views or count_views(subject)) * recipe.engine.accumulation
-    found += _of_engine(recipe, student, ranks, passes)
-    found += _of_teacher(subject)
-    norms = sum(isinstance(module, _BatchNorm) for module in student.modules())
+    taken = losses_of(subject) if losses is None else tuple(losses)
+    found = list(_of_engine(recipe, student, ranks, taken))
+    if set(taken) - {"loss_x"}:
+        found += _of_teacher(subject)
+    norms = [module for module in student.modules() if isinstance(module, _BatchNorm)]
     if norms and recipe.model.batchnorm == "synchronised":
-        channels = sum(module.num_features for module in student.modules() if isinstance(module, _BatchNorm))
-        # Means with the count, squares, and one sum in the backward pass.
-        found.append(Traffic("BatchNorm", "all_reduce", 4.0 * 4 * channels * passes, 3 * norms * passes, None))
+        passes = len(taken) * recipe.engine.accumulation
+        channels = sum(norm.num_features for norm in norms)
+        # Means with the count, squares, and two rows in the backward pass.
+        found.append(Traffic("BatchNorm", "all_reduce", 4.0 * 4 * channels * passes, 3 * len(norms) * passes, None))
     found.append(Traffic("sums", "all_reduce", 100.0 * SUMS, SUMS, None))
     return [one for one in found if one.payload]
 
 
-def count_views(subject: Subject) -> int:
-    """Forward passes of the student in a micro-batch, each with a backward pass: one for each loss."""
-    method = subject.recipe.method
-    there = (
-        subject.labelled_images > 0,
-        subject.unlabelled_images > 0 and has_unlabelled_loss(method.base),
-        subject.unlabelled_images > 0 and method.mask.keep is not None,
-    )
-    return sum(there)
+def losses_of(subject: Subject) -> tuple[str, ...]:
+    """The losses of a step after the burn-in, by their names in `method.maskmatch.PARTS`."""
+    method, views = subject.recipe.method, subject.unlabelled_images > 0
+    there = {
+        "loss_x": subject.labelled_images > 0,
+        "loss_u": views and has_unlabelled_loss(method.base),
+        "loss_m": views and method.mask.keep is not None,
+    }
+    return tuple(name for name, is_there in there.items() if is_there)
 
 
-def _of_engine(recipe: Recipe, student: Segmenter, ranks: int, passes: int) -> Iterator[Traffic]:
+def _of_engine(recipe: Recipe, student: Segmenter, ranks: int, losses: Sequence[str]) -> Iterator[Traffic]:
     engine = recipe.engine
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    every = sum(p.numel() for p in student.parameters())
     if engine.library == "accelerate":
-        # DDP averages after the last backward pass of a step, while it goes on.
+        # DDP averages in the last backward pass of a step, while it goes on.
         yield Traffic("gradients", "all_reduce", 4.0 * trained, math.ceil(4 * trained / DDP_BUCKET_BYTES), "backward")
         return
     config = deepspeed_config(recipe, ranks)
@@ -107,17 +109,22 @@ def _of_engine(recipe: Recipe, student: Segmenter, ranks: int, passes: int) -> I
     calls = math.ceil(trained / bucket)
     if stage <= 1:
         yield Traffic("gradients", "all_reduce", float(width * trained), calls, None)
-    elif stage == 2:
-        kind: Kind = "all_reduce" if zero.get("use_multi_rank_bucket_allreduce", True) else "reduce_scatter"
-        during: Literal["backward"] | None = "backward" if zero.get("overlap_comm") else None
-        yield Traffic("gradients", kind, float(width * trained * passes), calls * passes, during)
     else:
-        during = "backward" if zero.get("overlap_comm", True) else None
-        yield Traffic("gradients", "reduce_scatter", float(width * trained * passes), calls * passes, during)
-        gathers = math.ceil(every / zero.get("stage3_prefetch_bucket_size", PREFETCH_ELEMENTS))
-        for half in ("forward", "backward"):
-            what = f"weights, {half}"
-            yield Traffic(what, "all_gather", float(weights * every * passes), gathers * passes, half)  # type: ignore[arg-type]
+        # Averaged in each backward pass, whatever it reaches: the context decoder where features are guessed.
+        context = sum(p.numel() for name, p in student.named_parameters() if name.startswith("context."))
+        guessing = sum(loss in recipe.method.dropped for loss in losses) * engine.accumulation
+        passes = len(losses) * engine.accumulation
+        reached = passes * trained - (passes - guessing) * context
+        overlaps = zero.get("overlap_comm", stage == 3)
+        kind: Kind = "all_reduce" if stage == 2 and zero.get("use_multi_rank_bucket_allreduce", True) else "reduce_scatter"
+        yield Traffic("gradients", kind, float(width * reached), calls * passes, "backward" if overlaps else None)
+        if stage == 3:
+            every = sum(p.numel() for p in student.parameters())
+            read = {"forward": passes * every - (passes - guessing) * context, "backward": reached}
+            at_once = zero.get("stage3_prefetch_bucket_size", PREFETCH_ELEMENTS)
+            for during, elements in read.items():
+                least = math.ceil(every / at_once) * passes
+                yield Traffic(f"weights, {during}", "all_gather", float(weights * elements), least, cast(Any, during))
     if stage in (1, 2):
         yield Traffic("weights after the step", "all_gather", float(weights * trained), calls, None)
         if engine.precision in ("bf16", "fp16"):
@@ -135,9 +142,7 @@ def _bytes_of(config: dict[str, Any], recipe: Recipe) -> int:
 def _of_teacher(subject: Subject) -> Iterator[Traffic]:
     """A sharded teacher gathers its weights: docs/zero.md has the formula."""
     recipe = subject.recipe
-    if recipe.engine.zero_stage < 3 or subject.frozen_teacher is not None or not subject.unlabelled_images:
-        return
-    if recipe.method.views_of == "labelled":
+    if recipe.engine.zero_stage < 3 or subject.frozen_teacher is not None or not uses_unlabelled(recipe.method):
         return
     zero = deepspeed_config(recipe, 2)["zero_optimization"] if recipe.engine.deepspeed_json else {}
     student = subject.student
