@@ -84,7 +84,7 @@ def check_visible(visible: Tensor, batch: int, grid: Grid, device: torch.device)
 
 
 def can_be_read(values: Tensor) -> bool:
-    """Whether values can be looked at in the middle of a pass: on the CPU, if it is neither compiled nor without memory.
+    """Whether values can be looked at in the middle of a pass: on the CPU, if neither compiled nor without memory.
 
     On an accelerator the host would wait for it. Of a tensor of `FakeTensorMode`, with which memory is planned, there
     are no values.

@@ -1,7 +1,7 @@
 """Floating-point operations of what torch dispatches: products of matrices, attention, convolutions.
 
-torch's own formulas (`torch.utils.flop_counter`), with two corrections for torch 2.14: it does not know the CPU's kernel
-of attention, and it counts the backward pass of grouped convolutions as if they were not grouped.
+torch's own formulas (`torch.utils.flop_counter`), with two corrections for torch 2.14: it does not know the CPU's
+kernel of attention, and it counts the backward pass of grouped convolutions as if they were not grouped.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _FORMULAS: dict[Any, Any] = flop_registry | {
 
 
 def flops_of(operation: Any, arguments: Sequence[Any], named: dict[str, Any], result: Any) -> int:
-    """FLOPs of one call of an operator that torch dispatches, two for each multiply–add; 0 for all that are elementwise.
+    """FLOPs of one call of an operator that torch dispatches: two for each multiply–add, none for elementwise ones.
 
     Args:
         operation: an overload, as `torch.ops.aten.mm.default`.

@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskmatch_scale.data.batches.batch import Batch
-from maskmatch_scale.engine.frozen_teacher import FrozenTeacher
 from maskmatch_scale.engine.precision import autocast, autocast_dtype, weights_dtype
 from maskmatch_scale.method.maskmatch import PARTS, MaskMatch, makes_views, uses_unlabelled, view_draws
 from maskmatch_scale.models import Segmenter
@@ -89,8 +88,8 @@ def trace(subject: Subject, part: Pass, images: int) -> Trace:
                 module.register_forward_pre_hook(_in_fp32)
     with _without_memory(subject):
         maskmatch = _maskmatch(subject, student)
-        teacher = FrozenTeacher(_placed(taught), subject.recipe, _DEVICE)
-        normalise = None if subject.frozen_teacher is None else teacher.normalise
+        teacher = _Teacher(_placed(taught).eval().requires_grad_(False), autocast_dtype(subject.recipe))
+        normalise = None if subject.frozen_teacher is None else lambda images: (images - maskmatch.mean) / maskmatch.std
         batch = _batch(subject, student, part, images)
         recorder = Recorder()
         if part == "views":
@@ -204,6 +203,24 @@ def _batch(subject: Subject, student: Segmenter, part: Pass, images: int) -> Bat
     draws = view_draws(student, method, recipe.run.seed, crop).width if views else 0
     batch = Batch.empty(labelled, unlabelled, crop, draws, method.teacher_margin_px)
     return replace(batch, positions=tuple(range(images)) if views else ())
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """As `engine.ema.ReplicatedTeacher` and `engine.frozen_teacher.FrozenTeacher` label."""
+
+    module: Segmenter
+    dtype: torch.dtype | None
+
+    @property
+    def patch_px(self) -> int:
+        return self.module.patch_px
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        with autocast(_DEVICE, self.dtype):
+            logits: Tensor = self.module(images)
+        return logits
 
 
 def _any_logits(classes: int) -> Callable[[Tensor], Tensor]:
