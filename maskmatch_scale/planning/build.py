@@ -42,6 +42,8 @@ class Built:
     """Of which the names of classes are used."""
     index: ShardIndex | None
     """Of `data.root`; None: it cannot be read here."""
+    students: dict[bool, Segmenter]
+    """Without and with activation checkpointing, as they were needed so far."""
     notes: tuple[str, ...]
     """For people: what was assumed, what could not be read, why this precision."""
 
@@ -67,7 +69,8 @@ def build(recipe: Recipe, gpu: Gpu, classes: int | None = None) -> Built:
     notes.append(f"precision {precision}: {why}")
     teacher = _frozen_teacher(recipe, data, notes)
     subject = _subject(_with_engine(recipe, precision=precision), student, teacher, gpu)
-    return Built(subject, recipe, gpu, data, index, tuple(notes))
+    students = {recipe.engine.activation_checkpointing: student}
+    return Built(subject, recipe, gpu, data, index, students, tuple(notes))
 
 
 def rebuilt(built: Built, **engine: Any) -> Subject | None:
@@ -80,10 +83,10 @@ def rebuilt(built: Built, **engine: Any) -> Subject | None:
         return None
     before = built.subject
     again = recipe.engine.activation_checkpointing
-    if again == before.recipe.engine.activation_checkpointing:
-        student = before.student
-    else:
-        student = _student(recipe, built.data)
+    # Passes are traced once for each student: so there is one with checkpointing, and one without.
+    student = built.students.get(again)
+    if student is None:
+        student = built.students[again] = _student(recipe, built.data)
     try:
         precision, _ = _precision(recipe, built.gpu, student)
     except UserError:

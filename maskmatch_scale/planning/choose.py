@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.planning.build import Built, rebuilt
-from maskmatch_scale.planning.memory import plan_memory
+from maskmatch_scale.planning.memory import step_peak, usable_bytes
 from maskmatch_scale.planning.setting import Cluster
 from maskmatch_scale.planning.step_time import StepTime, step_time
 from maskmatch_scale.planning.subject import Subject
@@ -74,7 +74,7 @@ def choose(built: Built, cluster: Cluster) -> Choice:
     found = [one for one in found if _offloaded(one) == least]
     timed = [(step_time(one, cluster), one) for one in found]
     time, best = min(timed, key=lambda pair: pair[0].seconds)
-    fits = plan_memory(own, cluster).fits
+    fits = _fits(own, cluster)
     before, after = built.asked.engine, best.recipe.engine
     overrides = tuple(
         f"engine.{key}={_written(getattr(after, key))}"
@@ -93,9 +93,13 @@ def _first(built: Built, cluster: Cluster, *, checkpointing: bool) -> Subject | 
     """The first setting that fits, in the order of preference."""
     for setting in _settings(built.subject, cluster, checkpointing=checkpointing):
         subject = rebuilt(built, **vars(setting))
-        if subject is not None and plan_memory(subject, cluster).fits:
+        if subject is not None and _fits(subject, cluster):
             return subject
     return None
+
+
+def _fits(subject: Subject, cluster: Cluster) -> bool:
+    return step_peak(subject, cluster.ranks) <= usable_bytes(cluster.gpu.memory_bytes)
 
 
 def _settings(subject: Subject, cluster: Cluster, *, checkpointing: bool) -> Iterator[Setting]:
@@ -123,10 +127,9 @@ def _reasons(
     fits: bool,
     timed: list[tuple[StepTime, Subject]],
 ) -> Iterator[str]:
-    have = cluster.gpu.memory_bytes / 1e9
     if not fits:
-        need = plan_memory(own, cluster).peak_bytes / 1e9
-        yield f"as written a rank needs {need:.1f} GB, and a {cluster.gpu.name} has {have:.0f}"
+        need, have = step_peak(own, cluster.ranks) / 1e9, usable_bytes(cluster.gpu.memory_bytes) / 1e9
+        yield f"as written a rank needs {need:.1f} GB, and of a {cluster.gpu.name} tensors can take {have:.1f}"
     before, after = own.recipe.engine, best.recipe.engine
     if after.zero_stage != before.zero_stage:
         yield f"ZeRO-{after.zero_stage}: the lowest stage at which it fits; lower ones send less"
@@ -160,10 +163,10 @@ def _nothing(built: Built, cluster: Cluster) -> str:
             f"the recipe does not fit on {cluster.ranks} × {cluster.gpu.name} ({have / 1e9:.0f} GB), and {keys}="
             f"{_written(getattr(engine, keys.removeprefix('engine.')))} rules out what saves memory; change it"
         )
-    need = plan_memory(least, cluster).peak_bytes
+    need = step_peak(least, cluster.ranks)
     for factor in (2, 4, 8, 16, 32, 64):
         more = replace(cluster, ranks=cluster.ranks * factor)
-        if plan_memory(least, more).fits:
+        if _fits(least, more):
             remedy = f"use --gpus {more.ranks}"
             break
     else:
@@ -171,5 +174,5 @@ def _nothing(built: Built, cluster: Cluster) -> str:
     return (
         f"the recipe does not fit on {cluster.ranks} × {cluster.gpu.name} in any setting: with engine.zero_stage=3, "
         f"engine.activation_checkpointing=true, engine.micro_batch=1 and everything offloaded a rank needs "
-        f"{need / 1e9:.1f} GB, and has {have / 1e9:.1f}; {remedy}"
+        f"{need / 1e9:.1f} GB, and tensors can take {usable_bytes(have) / 1e9:.1f}; {remedy}"
     )

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from maskmatch_scale.planning.plan import Plan
-from maskmatch_scale.planning.step_time import StepTime
+from maskmatch_scale.planning.step_time import TITLES, StepTime
 
 Rows = list[tuple[str, str]]
 
@@ -16,7 +16,7 @@ def explain(plan: Plan) -> dict[str, Rows]:
     """Rows of a table, in sections by their titles."""
     return {
         "the run": list(_run(plan)),
-        "memory of a rank": list(memory_rows(plan)),
+        "memory of a rank": list(_memory(plan)),
         "a step": list(_step(plan)),
         "network, a step": list(_network(plan)),
         "data": list(_data(plan)),
@@ -45,8 +45,25 @@ def _run(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "note", note
 
 
-def memory_rows(plan: Plan) -> Iterator[tuple[str, str]]:
-    yield "peak", _gb(plan.memory.peak_bytes)
+def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
+    memory = plan.memory
+    found = "fits" if memory.fits else "does not fit"
+    yield "peak", f"{_gb(memory.peak)} of {_gb(memory.usable)} that tensors can take: {found}"
+    for name, size in memory.states.by_name.items():
+        if size:
+            yield name.replace("_", " "), _gb(size)
+    for name, size in memory.peaks.items():
+        trace = memory.traces.get(name)  # type: ignore[call-overload]
+        beside = "" if trace is None else f", of it {_gb(trace.peak_bytes)} in the pass, {_gb(trace.saved_bytes)} kept for its backward"
+        yield f"most: {TITLES.get(name, name)}", _gb(size) + beside
+    yield "one backward pass for all views", f"would need {_gb(memory.together)}"
+    yield "largest micro_batch", f"{memory.largest_micro_batch} labelled images" if memory.largest_micro_batch else "none fits"
+    yield "host memory", f"{_gb(memory.host.peak)} a rank, while it is built or a checkpoint is written"
+    for row in plan.stages:
+        name = f"ZeRO-{row.zero_stage}" + (f", {' and '.join(row.offloaded)} offloaded" if row.offloaded else "")
+        again = "" if row.again_bytes is None else f", {_gb(row.again_bytes)} with checkpointing"
+        host = f"; {_gb(row.host_bytes)} in host memory" if row.host_bytes else ""
+        yield name, f"states {_gb(row.states_bytes)}; most {_gb(row.kept_bytes)}{again}{host}"
 
 
 def _step(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -137,7 +154,17 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "precision": plan.subject.recipe.engine.precision,
         "images_a_step": plan.images_a_step,
         "notes": list(plan.notes),
-        "memory": asdict(plan.memory),
+        "memory": {
+            "states": plan.memory.states.by_name,
+            "host": asdict(plan.memory.host),
+            "peaks": dict(plan.memory.peaks),
+            "peak": plan.memory.peak,
+            "together": plan.memory.together,
+            "usable": plan.memory.usable,
+            "fits": plan.memory.fits,
+            "largest_micro_batch": plan.memory.largest_micro_batch,
+            "stages": [asdict(row) for row in plan.stages],
+        },
         "step": {
             "seconds": plan.step_s,
             "burn_in_seconds": time.burn_in_s,

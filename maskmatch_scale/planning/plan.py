@@ -12,12 +12,10 @@ from maskmatch_scale.planning.choose import Choice, choose
 from maskmatch_scale.planning.loading import Counts, Loading, count, loading
 from maskmatch_scale.planning.memory import MemoryPlan, plan_memory
 from maskmatch_scale.planning.setting import Cluster
+from maskmatch_scale.planning.stages import Stage, at_every_stage
 from maskmatch_scale.planning.step_time import StepTime, step_time
 from maskmatch_scale.planning.subject import Subject
 from maskmatch_scale.recipe import Recipe
-
-CPU_SHARE = 0.8
-"""Share of a host's cores above which the loader is said to be the limit."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,8 @@ class Plan:
     notes: tuple[str, ...]
     """What was assumed, what could not be read."""
     memory: MemoryPlan
+    stages: tuple[Stage, ...]
+    """The same at every ZeRO stage and offload choice; empty if no settings were asked for."""
     time: StepTime
     counts: Counts
     loading: Loading
@@ -116,6 +116,7 @@ def plan(
         cluster,
         (*built.notes, *counts.notes),
         plan_memory(subject, cluster),
+        tuple(at_every_stage(built, cluster)) if chosen else (),
         time,
         counts,
         loading(a_host, seconds, counts),

@@ -17,7 +17,7 @@ from maskmatch_scale.planning.rates import Rates
 from maskmatch_scale.planning.recorder import Operation
 from maskmatch_scale.planning.setting import Cluster
 from maskmatch_scale.planning.subject import Subject
-from maskmatch_scale.planning.trace import Pass, passes_of, trace
+from maskmatch_scale.planning.trace import Pass, images_of, passes_of, trace
 
 TITLES: dict[str, str] = {
     "views": "views drawn",
@@ -144,8 +144,7 @@ def with_network(subject: Subject, cluster: Cluster, passes: Mapping[Pass, Part]
 
 def _part(subject: Subject, name: Pass, rates: Rates) -> Part:
     times = subject.recipe.engine.accumulation
-    images = subject.labelled_images if name == "loss_x" else subject.unlabelled_images or subject.labelled_images
-    operations = trace(subject, name, images).operations
+    operations = trace(subject, name, images_of(subject, name)).operations
     graphed = subject.recipe.engine.cuda_graphs and name.startswith("loss_")
     directions = ([o for o in operations if not o.backward], [o for o in operations if o.backward])
     forward, backward = (_work(direction, rates, times, graphed=graphed) for direction in directions)
