@@ -1,11 +1,12 @@
 """Measures this machine for plans (`maskmatch plan --measure FILE`): operators of a step, one after the other.
 
-On its GPU, or else on the cores of one rank. It takes about a minute on a core.
+On its GPU, or else on the cores of one rank. It takes a minute or two on a core.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,8 @@ _ROUND_S = 0.03
 _ROUNDS = 3
 """An operator is repeated for so long, so often; the fastest round counts."""
 
-Case = tuple[Callable[[], Any], torch.dtype]
+Case = Callable[[], Any]
+"""One call of an operator."""
 
 
 def measure(device: torch.device | None = None) -> MeasuredGpu:
@@ -36,7 +38,7 @@ def measure(device: torch.device | None = None) -> MeasuredGpu:
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     points: list[Point] = []
-    for run, _ in _cases(device):
+    for run in _cases(device):
         with torch.no_grad(), Recorder() as recorder:
             run()
         [operation] = recorder.operations[-1:]
@@ -53,13 +55,13 @@ def measure(device: torch.device | None = None) -> MeasuredGpu:
     cuda = device.type == "cuda"
     small = min(point.seconds for point in points if point.name == COPY)
     fastest = {dtype: _fastest(points, dtype) for dtype in ("float32", "bfloat16")}
-    copies = max(point.bytes / point.seconds for point in points if point.name == COPY and point.bytes > 2**26)
+    largest = max((point for point in points if point.name == COPY), key=lambda point: point.bytes)
     return MeasuredGpu(
         name=torch.cuda.get_device_name(device) if cuda else "cpu",
         memory_bytes=torch.cuda.get_device_properties(device).total_memory if cuda else _host_memory(),
         fp32_flops=fastest["float32"],
         half_flops=fastest["bfloat16"],
-        bandwidth=copies,
+        bandwidth=largest.bytes / largest.seconds,
         launch_s=_launch_s(device) if cuda else small,
         source=f"measured, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads",
         points=tuple(points),
@@ -82,21 +84,18 @@ def _products(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     for rows, inner, columns in ((64, 64, 64), (256, 192, 192), (1024, 384, 384), (1024, 384, 1536), (2048, 768, 3072)):
         a, b = _random(device, dtype, rows, inner), _random(device, dtype, inner, columns)
         bias = _random(device, dtype, columns)
-        yield lambda a=a, b=b: _aten.mm(a, b), dtype
-        yield lambda a=a, b=b, bias=bias: _aten.addmm(bias, a, b), dtype
+        yield lambda a=a, b=b: _aten.mm(a, b)
+        yield lambda a=a, b=b, bias=bias: _aten.addmm(bias, a, b)
     for batch, rows, inner in ((8, 16, 32), (8, 256, 64), (16, 1024, 64)):
         a, b = _random(device, dtype, batch, rows, inner), _random(device, dtype, batch, inner, rows)
-        yield lambda a=a, b=b: _aten.bmm(a, b), dtype
+        yield lambda a=a, b=b: _aten.bmm(a, b)
     for heads, queries, keys in ((6, 64, 64), (6, 256, 256), (6, 1024, 1024), (2, 4096, 256)):
         q, k = _random(device, dtype, 1, heads, queries, 64), _random(device, dtype, 1, heads, keys, 64)
         if device.type == "cpu":
             out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, k)
-            yield lambda q=q, k=k: _aten._scaled_dot_product_flash_attention_for_cpu(q, k, k), dtype
-            yield (
-                lambda q=q, k=k, out=out, lse=lse: _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    q, q, k, k, out, lse, 0.0, False
-                ),
-                dtype,
+            yield lambda q=q, k=k: _aten._scaled_dot_product_flash_attention_for_cpu(q, k, k)
+            yield lambda q=q, k=k, out=out, lse=lse: _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                q, q, k, k, out, lse, 0.0, False
             )
 
 
@@ -111,13 +110,10 @@ def _convolutions(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         weight, bias = _random(device, dtype, outer, inner // groups, kernel, kernel), _random(device, dtype, outer)
         rest = ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups)
         y = _aten.convolution(x, weight, bias, *rest)
-        yield lambda x=x, weight=weight, bias=bias, rest=rest: _aten.convolution(x, weight, bias, *rest), dtype
+        yield lambda x=x, weight=weight, bias=bias, rest=rest: _aten.convolution(x, weight, bias, *rest)
         needs = [inner != 3, True, True]
-        yield (
-            lambda y=y, x=x, weight=weight, outer=outer, rest=rest, needs=needs: _aten.convolution_backward(
-                y, x, weight, [outer], *rest, needs
-            ),
-            dtype,
+        yield lambda y=y, x=x, weight=weight, outer=outer, rest=rest, needs=needs: _aten.convolution_backward(
+            y, x, weight, [outer], *rest, needs
         )
 
 
@@ -174,8 +170,7 @@ def _moves(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
             ),
             lambda x=x, labels=labels, soft=soft: _aten.nll_loss_forward(soft, labels, None, 2, -100),
         )
-        for run in runs:
-            yield run, dtype
+        yield from runs
 
 
 def _adamw(device: torch.device) -> Iterator[Point]:
@@ -233,6 +228,4 @@ def _launch_s(device: torch.device) -> float:
 
 
 def _host_memory() -> int:
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
