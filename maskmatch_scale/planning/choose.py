@@ -129,7 +129,7 @@ def _reasons(
 ) -> Iterator[str]:
     if not fits:
         need, have = step_peak(own, cluster.ranks) / 1e9, usable_bytes(cluster.gpu.memory_bytes) / 1e9
-        yield f"as written a rank needs {need:.1f} GB, and of a {cluster.gpu.name} tensors can take {have:.1f}"
+        yield f"as written a rank needs {need:.3g} GB, and of a {cluster.gpu.name} tensors can take {have:.3g}"
     before, after = own.recipe.engine, best.recipe.engine
     if after.zero_stage != before.zero_stage:
         yield f"ZeRO-{after.zero_stage}: the lowest stage at which it fits; lower ones send less"
@@ -174,5 +174,5 @@ def _nothing(built: Built, cluster: Cluster) -> str:
     return (
         f"the recipe does not fit on {cluster.ranks} × {cluster.gpu.name} in any setting: with engine.zero_stage=3, "
         f"engine.activation_checkpointing=true, engine.micro_batch=1 and everything offloaded a rank needs "
-        f"{need / 1e9:.1f} GB, and tensors can take {usable_bytes(have) / 1e9:.1f}; {remedy}"
+        f"{need / 1e9:.3g} GB, and tensors can take {usable_bytes(have) / 1e9:.3g}; {remedy}"
     )

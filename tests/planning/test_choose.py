@@ -25,7 +25,8 @@ def with_room(room_bytes, ranks=4):
 
 @pytest.fixture(scope="module")
 def built():
-    engine = {"micro_batch": 8, "zero_stage": 1, "deepspeed_json": None}
+    # At stage 0 there are no buckets, which would be most of so small a model's memory.
+    engine = {"micro_batch": 64, "zero_stage": 0}
     return built_of({"backbone": "timm/vit_tiny_patch16_224", "num_classes": 3} | WIDE, engine=engine, method=SUPERVISED)
 
 
@@ -37,15 +38,15 @@ def test_what_fits_stays_as_it_is(built):
 
 def test_chosen_overrides_load_as_a_recipe_that_fits(built):
     needs = step_peak(built.subject, 4)
-    cluster = with_room(needs * 0.9)
+    cluster = with_room(needs * 0.8)
     choice = choose(built, cluster)
-    assert choice.overrides
+    assert "engine.micro_batch=32" in choice.overrides or "engine.activation_checkpointing=true" in choice.overrides
     assert not choice.fits_as_written
     content = built.asked.model_dump(mode="json")
     chosen = parse_recipe(content, overrides=choice.overrides)
     engine = chosen.engine
-    assert engine.micro_batch * engine.accumulation == 8
-    assert step_peak(build(chosen, cluster.gpu).subject, 4) <= needs * 0.9
+    assert engine.micro_batch * engine.accumulation == 64
+    assert step_peak(build(chosen, cluster.gpu).subject, 4) <= needs * 0.8
     assert any("as written a rank needs" in reason for reason in choice.reasons)
 
 

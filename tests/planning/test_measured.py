@@ -87,4 +87,4 @@ def test_operators_are_really_run(monkeypatch):
     names = {point.name for point in found.points}
     assert {COPY, ADAMW, "aten.gelu_backward", "aten.native_layer_norm", "aten.upsample_bilinear2d_backward"} <= names
     assert all(point.seconds > 0 and point.bytes > 0 for point in found.points)
-    assert {point.dtype for point in found.points} == {"float32", "bfloat16"}
+    assert {"float32", "bfloat16"} <= {point.dtype for point in found.points}
