@@ -1,4 +1,4 @@
-"""Records operations and memory of tensors while code runs without memory (`FakeTensorMode`)."""
+"""Records operations and memory of tensors while code runs, with or without memory (`FakeTensorMode`)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Operation:
 class Recorder(TorchDispatchMode):
     """Records operations, and bytes of the storages that are alive.
 
-    Enter it within a `FakeTensorMode`. What exists before it is entered, such as weights, is not counted.
+    Enter it within a `FakeTensorMode`, if that is used. What exists before it is entered, such as weights, is not
+    counted.
     """
 
     def __init__(self) -> None:
@@ -44,6 +45,9 @@ class Recorder(TorchDispatchMode):
         """Of the storages that operations have made and that are alive."""
         self.peak_bytes = 0
         """The most that `live_bytes` has been."""
+        self.late_peak_bytes = 0
+        """The same from the first gradient of a weight on (`first_gradient`)."""
+        self._is_late = False
         self.in_backward = False
         """What `Operation.backward` says of the operations that follow."""
         self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
@@ -52,7 +56,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operator, and record it and the memory that it has made."""
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].untyped_storage().device.type == "meta":
             return 0  # the only values that a pass reads are seeds of dropout, and any seed will do
         named = kwargs or {}
         result = func(*args, **named)
@@ -88,6 +92,21 @@ class Recorder(TorchDispatchMode):
         self._alive[key] = (weakref.ref(storage, lambda _: self._remove(key)), size)
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        if self._is_late:
+            self.late_peak_bytes = max(self.late_peak_bytes, self.live_bytes)
+
+    def begin_peak(self) -> None:
+        """Look at all storages again, whose sizes may have changed, and let `peak_bytes` begin anew."""
+        for key, (reference, _) in list(self._alive.items()):
+            storage = reference()
+            if storage is not None:
+                self._alive[key] = (reference, storage.nbytes())
+        self.live_bytes = self.peak_bytes = sum(size for _, size in self._alive.values())
+
+    def first_gradient(self) -> None:
+        """Say that a gradient of a weight is there; only the first time counts."""
+        if not self._is_late:
+            self._is_late, self.late_peak_bytes = True, self.live_bytes
 
     def _remove(self, key: int) -> None:
         _, size = self._alive.pop(key)
