@@ -89,7 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, and write JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file; a Markdown table goes beside it")
-    parser.add_argument("--measured", type=Path, required=True, help="measurement of the CPU that train_step.json is of")
+    parser.add_argument(
+        "--measured", type=Path, required=True, help="measurement of the CPU that train_step.json is of"
+    )
     options = parser.parse_args(arguments)
     results = ROOT / "benchmarks/results"
     rows: list[dict[str, Any]] = []

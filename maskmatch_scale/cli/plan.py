@@ -54,11 +54,15 @@ def plan(
     ] = None,
     classes: Annotated[
         int | None,
-        typer.Option(metavar="N", min=2, max=255, help="Of data that are not here.", show_default="the recipe's, or 21"),
+        typer.Option(
+            metavar="N", min=2, max=255, help="Of data that are not here.", show_default="the recipe's, or 21"
+        ),
     ] = None,
     measure: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Measure this machine's GPU or CPU for some minutes, write FILE, plan with it."),
+        typer.Option(
+            metavar="FILE", help="Measure this machine's GPU or CPU for some minutes, write FILE, plan with it."
+        ),
     ] = None,
     measured: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plan with such a measurement in place of data sheets.")

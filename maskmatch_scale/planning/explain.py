@@ -33,7 +33,10 @@ def _run(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.subject.frozen_teacher is not None:
         other = sum(p.numel() for p in plan.subject.frozen_teacher.parameters())
         yield "frozen teacher", f"{_count(other)} parameters, whole on every rank"
-    yield "ranks", f"{cluster.ranks} × {gpu.name} on {hosts} host{'s' if hosts > 1 else ''}, {_gb(gpu.memory_bytes)} each"
+    yield (
+        "ranks",
+        f"{cluster.ranks} × {gpu.name} on {hosts} host{'s' if hosts > 1 else ''}, {_gb(gpu.memory_bytes)} each",
+    )
     yield (
         "images of a step",
         f"{plan.images_a_step:,} distinct: a rank takes {plan.subject.labelled_images} labelled and "
@@ -54,10 +57,17 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
             yield name.replace("_", " "), _gb(size)
     for name, size in memory.peaks.items():
         trace = memory.traces.get(name)  # type: ignore[call-overload]
-        beside = "" if trace is None else f", of it {_gb(trace.peak_bytes)} in the pass, {_gb(trace.saved_bytes)} kept for its backward"
+        beside = (
+            ""
+            if trace is None
+            else f", of it {_gb(trace.peak_bytes)} in the pass, {_gb(trace.saved_bytes)} kept for its backward"
+        )
         yield f"most: {TITLES.get(name, name)}", _gb(size) + beside
     yield "one backward pass for all views", f"would need {_gb(memory.together)}"
-    yield "largest micro_batch", f"{memory.largest_micro_batch} labelled images" if memory.largest_micro_batch else "none fits"
+    yield (
+        "largest micro_batch",
+        f"{memory.largest_micro_batch} labelled images" if memory.largest_micro_batch else "none fits",
+    )
     yield "host memory", f"{_gb(memory.host.peak)} a rank, while it is built or a checkpoint is written"
     for row in plan.stages:
         name = f"ZeRO-{row.zero_stage}" + (f", {' and '.join(row.offloaded)} offloaded" if row.offloaded else "")
@@ -81,7 +91,9 @@ def _step(plan: Plan) -> Iterator[tuple[str, str]]:
     if time.network:
         yield "network, not hidden", _seconds(exposed)
     yield "limit", f"{plan.bottleneck} ({_shares(time)})"
-    peak = plan.cluster.gpu.fp32_flops if plan.subject.recipe.engine.precision == "fp32" else plan.cluster.gpu.half_flops
+    peak = (
+        plan.cluster.gpu.fp32_flops if plan.subject.recipe.engine.precision == "fp32" else plan.cluster.gpu.half_flops
+    )
     yield "share of the peak", f"{time.flops / plan.step_s / peak:.1%} of {peak / 1e12:.4g} TFLOP/s"
 
 
@@ -107,7 +119,9 @@ def _network(plan: Plan) -> Iterator[tuple[str, str]]:
 def _data(plan: Plan) -> Iterator[tuple[str, str]]:
     counts, read, cluster = plan.counts, plan.loading, plan.cluster
     known = [
-        f"{number:,} {name}" for name, number in (("labelled", counts.labelled), ("unlabelled", counts.unlabelled)) if number is not None
+        f"{number:,} {name}"
+        for name, number in (("labelled", counts.labelled), ("unlabelled", counts.unlabelled))
+        if number is not None
     ]
     yield "samples", ", ".join(known) or "unknown"
     size = f"{read.bytes_a_sample / 1e3:.0f} kB an image" + ("" if read.bytes_known else " assumed")

@@ -18,7 +18,9 @@ def recipe(tmp_path):
 
 
 def test_json_has_everything(maskmatch, recipe):
-    code, out, err = maskmatch("plan", recipe, "--gpus", 16, "--gpu", "a100-40", "--price", 2, "--images", 64_000, "--json")
+    code, out, err = maskmatch(
+        "plan", recipe, "--gpus", 16, "--gpu", "a100-40", "--price", 2, "--images", 64_000, "--json"
+    )
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert found["parameters"] > 20_000

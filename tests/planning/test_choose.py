@@ -27,7 +27,9 @@ def with_room(room_bytes, ranks=4):
 def built():
     # At stage 0 there are no buckets, which would be most of so small a model's memory.
     engine = {"micro_batch": 64, "zero_stage": 0}
-    return built_of({"backbone": "timm/vit_tiny_patch16_224", "num_classes": 3} | WIDE, engine=engine, method=SUPERVISED)
+    return built_of(
+        {"backbone": "timm/vit_tiny_patch16_224", "num_classes": 3} | WIDE, engine=engine, method=SUPERVISED
+    )
 
 
 def test_what_fits_stays_as_it_is(built):

@@ -42,7 +42,8 @@ def test_the_table_of_zero_md(stage, precision, wide):
 
 
 @pytest.mark.parametrize(
-    ("scales", "accumulation", "zero", "times"), [([0.5, 1.0], 2, {}, 1), ([0.5, 1.0], 2, {"stage3_max_live_parameters": 0}, 4)]
+    ("scales", "accumulation", "zero", "times"),
+    [([0.5, 1.0], 2, {}, 1), ([0.5, 1.0], 2, {"stage3_max_live_parameters": 0}, 4)],
 )
 def test_the_teacher_at_stage_3_sends_its_weights_once_or_in_every_forward(tmp_path, scales, accumulation, zero, times):
     file = tmp_path / "zero.json"

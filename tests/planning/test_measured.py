@@ -65,7 +65,9 @@ def test_a_file_gives_it_back(tmp_path):
     assert read_measurement(tmp_path / "machine.json") == MACHINE
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', json.dumps({"format": 1, "points": [], "within": None, "name": "cpu"})])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 2}', json.dumps({"format": 1, "points": [], "within": None, "name": "cpu"})]
+)
 def test_another_file_is_refused_in_one_line(tmp_path, content):
     file = tmp_path / "machine.json"
     file.write_text(content)
