@@ -1,11 +1,12 @@
-"""Step times that a plan predicts, against those that were measured: results of `train_step`, on a CPU and on an H100.
+r"""Step times that a plan predicts, against those that were measured: results of `train_step`, on a CPU and on an H100.
 
 On the CPU by a measurement of its operators, on the GPU by its data sheet and the shares of `planning/efficiency.py`.
 Of these the seconds of a launch were taken from the same results, so the parts of the step on the GPU show how well one
 figure fits all of them, and only the step with CUDA graphs is a prediction.
 
     maskmatch plan configs/one-view.yaml --measure benchmarks/results/machine_cpu.json
-    python -m benchmarks.planned_time --measured benchmarks/results/machine_cpu.json --out benchmarks/results/planned_time.json
+    python -m benchmarks.planned_time --measured benchmarks/results/machine_cpu.json \
+        --out benchmarks/results/planned_time.json
 """
 
 from __future__ import annotations

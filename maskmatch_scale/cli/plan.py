@@ -21,8 +21,8 @@ app = typer.Typer()
 
 
 @app.command(
-    epilog="Example: maskmatch plan configs/one-view.yaml model.backbone=timm/vit_large_patch14_dinov2 data.crop_px=504 "
-    "--gpus 16 --gpu h100 --images 10000000"
+    epilog="Example: maskmatch plan configs/one-view.yaml model.backbone=timm/vit_large_patch14_dinov2 "
+    "data.crop_px=504 --gpus 16 --gpu h100 --images 10000000"
 )
 def plan(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe, a YAML file. Its data need not be here.")],

@@ -1,8 +1,10 @@
 """The settings that a plan would choose, as overrides of the recipe.
 
 The number of labelled images of a step stays as it is, and so does the precision. Of what fits, the least that is
-sufficient is taken: no offloading before offloading, the lowest ZeRO stage, the largest micro-batch. Whether activations
-are kept or computed again is decided by the predicted time.
+sufficient is taken: no offloading before offloading, the largest micro-batch, the lowest ZeRO stage for it. Whether
+activations are kept or computed again is decided by the predicted time.
+
+Decision: docs/decisions/0075-what-a-plan-chooses.md.
 """
 
 from __future__ import annotations
@@ -135,11 +137,13 @@ def _reasons(
         yield f"ZeRO-{after.zero_stage}: the lowest stage at which it fits; lower ones send less"
     if after.micro_batch != before.micro_batch:
         more = "the largest that fits" if after.accumulation > 1 else "all images of a step at once, which fits"
-        yield f"micro_batch {after.micro_batch}: {more}; {after.micro_batch * after.accumulation} labelled images a rank as before"
+        images = after.micro_batch * after.accumulation
+        yield f"micro_batch {after.micro_batch}: {more}; {images} labelled images a rank in a step, as before"
     if len(timed) > 1 and after.activation_checkpointing != before.activation_checkpointing:
         kept = next(time.seconds for time, one in timed if not one.recipe.engine.activation_checkpointing)
         again = next(time.seconds for time, one in timed if one.recipe.engine.activation_checkpointing)
-        yield f"activations {'computed again' if again < kept else 'kept'}: {min(kept, again):.3g} s a step in place of {max(kept, again):.3g}"
+        how = "computed again" if again < kept else "kept"
+        yield f"activations {how}: {min(kept, again):.3g} s a step in place of {max(kept, again):.3g}"
     elif after.activation_checkpointing and not before.activation_checkpointing:
         yield "activation_checkpointing: without it nothing fits"
     if after.offload_optimizer:

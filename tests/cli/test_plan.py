@@ -26,13 +26,15 @@ def test_json_has_everything(maskmatch, recipe):
     assert found["parameters"] > 20_000
     assert found["images_a_step"] == 32
     assert found["cluster"]["gpu"]["memory_bytes"] == 40_000_000_000
-    assert found["memory"]["fits"] and found["memory"]["peak"] > 0
+    assert found["memory"]["fits"]
+    assert found["memory"]["peak"] > 0
     assert {row["zero_stage"] for row in found["memory"]["stages"]} == {0, 1, 2, 3}
     assert found["length"]["steps"] == 2000
     assert found["length"]["price"] == pytest.approx(2 * found["length"]["gpu_hours"])
     assert found["length"]["gpu_hours"] == pytest.approx(2000 * found["step"]["seconds"] * 16 / 3600)
     assert [one["what"] for one in found["network"]] == ["gradients", "weights after the step", "sums"]
-    assert found["chosen"]["overrides"] == [] and found["chosen"]["fits_as_written"]
+    assert found["chosen"]["overrides"] == []
+    assert found["chosen"]["fits_as_written"]
     assert found["samples"] == {"labelled": None, "unlabelled": None}
     assert any("data.root cannot be read here" in note for note in found["notes"])
 
@@ -83,7 +85,8 @@ def test_a_measurement_takes_the_place_of_data_sheets(maskmatch, recipe, tmp_pat
 def test_bad_input_is_one_line_and_exit_code_2(maskmatch, recipe, arguments, said):
     code, out, err = maskmatch("plan", recipe, *arguments)
     assert (code, out) == (2, "")
-    assert err.startswith("maskmatch: error: ") and err.count("\n") == 1
+    assert err.startswith("maskmatch: error: ")
+    assert err.count("\n") == 1
     assert said in err
 
 

@@ -1,4 +1,4 @@
-"""Bytes by docs/zero.md, and the seconds of rings. (tests/distributed/test_planned_traffic.py has real collectives.)"""
+"""Bytes by docs/zero.md, and the seconds of rings; tests/distributed/test_planned_traffic.py has real collectives."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def traffic(model=None, ranks=4, **sections):
 @pytest.mark.parametrize(("precision", "wide"), [("fp32", 4), ("bf16", 2), ("autocast-bf16", 4)])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_table_of_zero_md(stage, precision, wide):
-    """g = 4 bytes a gradient; a view whose features are not guessed leaves out the context decoder."""
+    """G = 4 bytes a gradient; a view whose features are not guessed leaves out the context decoder."""
     if (stage, precision) == (0, "bf16"):
         pytest.skip("the recipe is refused")
     found, count, context = traffic(engine={"zero_stage": stage, "precision": precision})

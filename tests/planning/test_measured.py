@@ -51,7 +51,8 @@ def test_seconds_lie_on_lines_between_what_was_measured():
     assert rates.seconds(operation("aten.convolution", 5000, 2000)) == pytest.approx(4e-6)
     assert rates.seconds(operation("aten.unknown", 0, 5500)) == rates.seconds(operation(COPY, 0, 5500))
     assert rates.adamw_s(2000) == pytest.approx(2e-4)
-    assert rates.launch_s == 0 and not rates.overlaps
+    assert rates.launch_s == 0
+    assert not rates.overlaps
 
 
 def test_depthwise_convolutions_have_seconds_of_their_own():

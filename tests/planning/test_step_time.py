@@ -29,7 +29,8 @@ def test_an_operation_takes_the_longer_of_products_and_bytes():
     assert rates.seconds(replace(product, dtype=torch.float32)) == pytest.approx(1e12 / (495e12 * efficiency.PRODUCTS))
     copy = Operation("aten.clone", 0, 10**9, torch.float32, False)
     assert rates.seconds(copy) == pytest.approx(1e9 / (3350e9 * efficiency.MEMORY))
-    assert rates.is_product(product) and not rates.is_product(copy)
+    assert rates.is_product(product)
+    assert not rates.is_product(copy)
 
 
 @pytest.mark.parametrize(
