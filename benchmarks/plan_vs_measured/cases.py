@@ -52,9 +52,7 @@ class Case:
     def student(self) -> Segmenter:
         """With random weights, where torch's default device says; the head of the family, or one that fits bf16."""
         head = "linear" if self.precision == "bf16" else None
-        return build_segmenter(
-            BACKBONES[self.family], CLASSES, head=head, checkpoint_activations=self.checkpointing
-        )
+        return build_segmenter(BACKBONES[self.family], CLASSES, head=head, checkpoint_activations=self.checkpointing)
 
 
 def cases(*, quick: bool = False) -> list[Case]:

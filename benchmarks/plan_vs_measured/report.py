@@ -14,7 +14,7 @@ GOAL = 0.1
 """Largest error of the memory of a step that counts as met."""
 COLUMNS = (
     *("family", "stage", "precision", "checkpointing", "crop_px", "keep"),
-    *("held_mb", "planned_held_mb", "peak_mb", "planned_peak_mb", "error", "beside_error", "allocated_mb"),
+    *("held_mb", "planned_held_mb", "peak_mb", "planned_peak_mb", "error", "beside_error"),
     *("rss_mb", "cpu_s", "wall_s"),
 )
 
@@ -42,8 +42,7 @@ def _row(found: Mapping[str, Any], subjects: Subjects) -> dict[str, Any]:
         "planned_at": max(peaks, key=lambda moment: peaks[moment]),
         "error": peak / found["peak_bytes"] - 1,
         "beside_error": (peak - held) / (found["peak_bytes"] - found["held_bytes"]) - 1,
-        "allocated_mb": found["allocated_bytes"] / 1e6 if case.stage < 3 else None,
-        "building_mb": found["building_bytes"] / 1e6 if case.stage < 3 else None,
+        "building_mb": found["building_bytes"] / 1e6,
         "rss_mb": found["rss_bytes"] / 1e6,
         "cpu_s": found["cpu_s"],
         "wall_s": found["wall_s"],
@@ -79,12 +78,11 @@ def page(machine: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
             "",
             machine_line(machine),
             "",
-            f"Memory of a rank of {RANKS}: storages of all tensors in a real step of `training.step.take_step`, counted "
-            "where torch dispatches the operations that make them, in 10⁶ bytes. held: before the step. peak: the most "
-            "in it. error: of the predicted peak. beside_error: of what the step adds to what is held. allocated: the "
-            "most by torch's allocator, with what kernels allocate within themselves (not at stage 3, where a thread "
-            "of gloo frees memory that the profiler does not see). rss: growth of the process's resident memory. "
-            "cpu_s and wall_s: the fastest step of the slower rank.",
+            f"Memory of tensors of a rank of {RANKS} in a real step of `training.step.take_step`, in 10⁶ bytes: by torch's "
+            "own allocations and frees, and at stage 3 by the storages that operations make (`measure.py` says why). "
+            "held: before the step. peak: the most in it. error: of the predicted peak. beside_error: of what the step "
+            "adds to what is held. rss: growth of the process's resident memory. cpu_s and wall_s: the fastest step of "
+            "the slower rank.",
             "",
             markdown_table(errors, tuple(errors[0])),
             markdown_table(rows, COLUMNS),

@@ -80,7 +80,7 @@ class States:
 
     @property
     def kept(self) -> int:
-        """What is there between steps. (Gradients are not, except where an engine keeps their memory.)"""
+        """What is there between steps, without gradients and buckets that some engines keep."""
         return self.weights + self.masters + self.moments + self.average + self.frozen_teacher
 
     @property
