@@ -27,35 +27,42 @@ from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.training.step import take_step
 
 TIMED_STEPS = 2
-_STEP = "the step whose memory counts"
+_FIRST, _SECOND = "the first step", "the step whose memory counts"
 
 
 def measure(case: Case, runtime: Runtime) -> dict[str, Any]:
     """Build a run, take steps, and destroy it; all ranks call it together.
 
     Returns:
-        In bytes: `held_bytes`, storages of all tensors before a step (the second one), and `peak_bytes` the most of them
-        in it, as torch dispatches the operations that make them. By torch's allocations and frees `building_bytes`, the
-        most before the first step, and `allocated_bytes`, the most in the second one: with what kernels allocate within
-        themselves, but only frees of this thread. `rss_bytes`: how much the resident memory of the process grew at most.
-        `cpu_s` and `wall_s`: of the fastest of the timed steps on this
-        rank.
+        In bytes, of tensors: `held_bytes` before a step (the second one), `peak_bytes`, the most in it, and
+        `building_bytes`, the most before the first one. Up to stage 2 by torch's own allocations and frees. At stage 3 a
+        thread of gloo frees memory, which torch's profiler does not see: so there they are the sizes of all storages,
+        noted when torch dispatches the operations that make them. `rss_bytes`: how much the resident memory of the
+        process grew at most. `cpu_s` and `wall_s`: of the fastest of the timed steps on this rank.
     """
     upsampling_bands.cache_clear()
     gc.collect()
     resident = _reset_peak_resident()
     batch = _batch(case, runtime.rank)
-    recorder = Recorder()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, recorder:
-        run = _build(case, runtime)
-        with record_function("built"):
+    if case.stage < 3:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run = _build(case, runtime)
+            with record_function(_FIRST):
+                take_step(run, 0, iter([batch]))
+            gc.collect()
+            with record_function(_SECOND):
+                take_step(run, 1, iter([batch]))
+        found = _memory(profiler)
+    else:
+        with Recorder() as recorder:
+            run = _build(case, runtime)
+            building = recorder.peak_bytes
             take_step(run, 0, iter([batch]))
-        gc.collect()
-        recorder.begin_peak()
-        held = recorder.live_bytes
-        with record_function(_STEP):
+            gc.collect()
+            recorder.begin_peak()
+            held = recorder.live_bytes
             take_step(run, 1, iter([batch]))
-    found = {"held_bytes": held, "peak_bytes": recorder.peak_bytes, **_memory(profiler)}
+        found = {"building_bytes": building, "held_bytes": held, "peak_bytes": recorder.peak_bytes}
     found["rss_bytes"] = _peak_resident() - resident
     times = []
     for number in range(2, 2 + TIMED_STEPS):
@@ -108,24 +115,21 @@ def _batch(case: Case, rank: int) -> Batch:
 
 
 def _memory(profiler: Any) -> dict[str, int]:
-    """From the events of the profile, in the order of time.
-
-    Only events of this thread are there. At stage 3 much memory is freed by a thread of gloo, which holds what it sends.
-    """
+    """From the events of the profile, in the order of time."""
     events = profiler.profiler.kineto_results.events()  # the public view merges memory events into operators
-    marks = {event.name(): event.start_ns() for event in events if event.name() in ("built", _STEP)}
-    ends = {event.name(): event.end_ns() for event in events if event.name() in ("built", _STEP)}
+    marks = {event.name(): event.start_ns() for event in events if event.name() in (_FIRST, _SECOND)}
+    ends = {event.name(): event.end_ns() for event in events if event.name() in (_FIRST, _SECOND)}
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     now, built, held, peak = 0, 0, 0, 0
     for moment, change in changes:
         now += change
-        if moment < marks["built"]:
+        if moment < marks[_FIRST]:
             built = max(built, now)
-        if moment < marks[_STEP]:
+        if moment < marks[_SECOND]:
             held = now
-        elif moment <= ends[_STEP]:
+        elif moment <= ends[_SECOND]:
             peak = max(peak, now)
-    return {"building_bytes": built, "allocated_bytes": max(peak, held)}
+    return {"building_bytes": built, "held_bytes": held, "peak_bytes": max(peak, held)}
 
 
 _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")

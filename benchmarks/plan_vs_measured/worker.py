@@ -1,6 +1,6 @@
 """One rank, started by the deepspeed launcher: `--module benchmarks.plan_vs_measured.worker FILE`.
 
-FILE holds `quick`, and `result`, the file that rank 0 writes: a list with what `measure` gives for each case, of the
+FILE holds `cases`, and `result`, the file that rank 0 writes: a list with what `measure` gives for each case, of the
 rank that needs most.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from torch import distributed as dist
 
 from benchmarks.harness import say
-from benchmarks.plan_vs_measured.cases import Case, cases
+from benchmarks.plan_vs_measured.cases import Case
 from benchmarks.plan_vs_measured.measure import measure
 from maskmatch_scale.engine import setup
 from maskmatch_scale.engine.launchers import Place
@@ -25,7 +25,7 @@ def main(file: Path) -> None:
     """Measure all cases; rank 0 writes what was found."""
     options = json.loads(file.read_text())
     place = Place.from_environment()
-    chosen = [Case(**case) for case in options["cases"]] if "cases" in options else cases(quick=options["quick"])
+    chosen = [Case(**case) for case in options["cases"]]
     runtime = setup.start(place, chosen[0].recipe.engine)
     rows = []
     for case in chosen:

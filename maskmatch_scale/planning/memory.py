@@ -71,7 +71,7 @@ def plan_memory(subject: Subject, cluster: Cluster) -> MemoryPlan:
         peak=max(peaks.values()),
         together=_together(on_device, traces, subject.recipe.engine.accumulation),
         usable=usable,
-        largest_micro_batch=_largest_micro_batch(subject, on_device, cluster.ranks, usable),
+        largest_micro_batch=_largest_micro_batch(subject, cluster.ranks, usable),
     )
 
 
@@ -80,19 +80,32 @@ def usable_bytes(memory_bytes: int) -> int:
     return int(max(0, memory_bytes - CONTEXT_BYTES) * (1 - FRAGMENTATION))
 
 
-def step_peak(subject: Subject, ranks: int) -> int:
-    """The most bytes of a step of the subject on a device: `MemoryPlan.peak` without the rest of the plan."""
+def device_memory(subject: Subject, ranks: int) -> tuple[int, dict[str, int]]:
+    """Bytes on a device between steps, and `MemoryPlan.peaks`, without the rest of the plan."""
     on_device, _ = states(subject, ranks)
     traces = {part: trace(subject, part, images_of(subject, part)) for part in passes_of(subject)}
-    return max(_peaks(subject, on_device, traces, ranks).values())
+    return _always(subject, on_device), _peaks(subject, on_device, traces, ranks)
+
+
+def step_peak(subject: Subject, ranks: int) -> int:
+    """The most bytes on a device in a step: `MemoryPlan.peak` without the rest of the plan."""
+    return max(device_memory(subject, ranks)[1].values())
+
+
+def _always(subject: Subject, own: States) -> int:
+    """What is there between steps, with the gradients and buckets whose memory an engine keeps."""
+    return own.kept + _kept_gradients(subject, own) + (own.buckets if subject.recipe.engine.zero_stage == 3 else 0)
+
+
+def _kept_gradients(subject: Subject, own: States) -> int:
+    engine = subject.recipe.engine
+    return own.gradients if engine.zero_stage == 3 or keeps_flat_gradients(engine) or engine.cuda_graphs else 0
 
 
 def _peaks(subject: Subject, own: States, traces: Mapping[Pass, Trace], ranks: int) -> dict[str, int]:
     engine = subject.recipe.engine
     stage, micro_batches = engine.zero_stage, engine.accumulation
-    always = own.kept + (own.buckets if stage == 3 else 0)
-    kept_gradients = own.gradients if stage == 3 or keeps_flat_gradients(engine) else 0
-    always += kept_gradients
+    always = _always(subject, own)
     views = traces["views"]
     peaks: dict[str, int] = {"views": always + (micro_batches - 1) * views.left_bytes + views.peak_bytes}
     left = micro_batches * views.left_bytes
@@ -100,7 +113,7 @@ def _peaks(subject: Subject, own: States, traces: Mapping[Pass, Trace], ranks: i
         teacher = traces["teacher"]
         peaks["teacher"] = always + own.gathered + left + teacher.peak_bytes
         left += micro_batches * teacher.left_bytes
-    gradients = own.gradients - kept_gradients
+    gradients = own.gradients - _kept_gradients(subject, own)
     students: list[Pass] = [part for part in traces if part.startswith("loss_")]
     is_first = micro_batches == 1
     for part in students:
@@ -161,11 +174,11 @@ def with_micro_batch(subject: Subject, images: int) -> Subject:
     )
 
 
-def _largest_micro_batch(subject: Subject, own: States, ranks: int, usable: int) -> int:
+def _largest_micro_batch(subject: Subject, ranks: int, usable: int) -> int:
     """By the line through the peaks of two micro-batches, checked at what it says; peaks bend where chunks fill."""
 
     def peak(images: int) -> int:
-        return step_peak(with_micro_batch(subject, images), ranks)
+        return max(device_memory(with_micro_batch(subject, images), ranks)[1].values())
 
     fits, too_many = 0, SEARCHED_IMAGES + 1
     known: dict[int, int] = {}
