@@ -149,7 +149,7 @@ def _reasons(
     if after.offload_optimizer:
         yield "offloading: without it nothing fits; a step waits for the host's memory"
     if not overrides:
-        yield "the recipe as it is"
+        yield "it fits, and needs nothing that would slow it down"
 
 
 def _written(value: object) -> str:
