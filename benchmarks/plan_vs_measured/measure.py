@@ -35,10 +35,10 @@ def measure(case: Case, runtime: Runtime) -> dict[str, Any]:
 
     Returns:
         In bytes, of tensors: `held_bytes` before a step (the second one), `peak_bytes`, the most in it, and
-        `building_bytes`, the most before the first one. Up to stage 2 by torch's own allocations and frees. At stage 3 a
-        thread of gloo frees memory, which torch's profiler does not see: so there they are the sizes of all storages,
-        noted when torch dispatches the operations that make them. `rss_bytes`: how much the resident memory of the
-        process grew at most. `cpu_s` and `wall_s`: of the fastest of the timed steps on this rank.
+        `building_bytes`, the most before the first one. Up to stage 2 by torch's own allocations and frees. At stage 3
+        a thread of gloo frees memory, which torch's profiler does not see: so there they are the sizes of all
+        storages, noted when torch dispatches the operations that make them. `rss_bytes`: how much the resident memory
+        of the process grew at most. `cpu_s` and `wall_s`: of the fastest of the timed steps on this rank.
     """
     upsampling_bands.cache_clear()
     gc.collect()

@@ -78,8 +78,8 @@ def page(machine: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
             "",
             machine_line(machine),
             "",
-            f"Memory of tensors of a rank of {RANKS} in a real step of `training.step.take_step`, in 10⁶ bytes: by torch's "
-            "own allocations and frees, and at stage 3 by the storages that operations make (`measure.py` says why). "
+            f"Memory of tensors of a rank of {RANKS} in a real step of `training.step.take_step`, in 10⁶ bytes: by "
+            "torch's own allocations and frees, at stage 3 by the storages that operations make (see `measure.py`). "
             "held: before the step. peak: the most in it. error: of the predicted peak. beside_error: of what the step "
             "adds to what is held. rss: growth of the process's resident memory. cpu_s and wall_s: the fastest step of "
             "the slower rank.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -24,7 +25,7 @@ on the careful side: about 0.5 GB each were seen on data-centre GPUs."""
 FRAGMENTATION = 0.08
 """Share of the rest that torch's allocator may reserve without being able to use it."""
 SEARCHED_IMAGES = 4096
-"""The largest micro-batch that is looked for."""
+"""The largest micro-batch that is said to fit."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def plan_memory(subject: Subject, cluster: Cluster) -> MemoryPlan:
         peak=max(peaks.values()),
         together=_together(on_device, traces, subject.recipe.engine.accumulation),
         usable=usable,
-        largest_micro_batch=_largest_micro_batch(subject, cluster.ranks, usable),
+        largest_micro_batch=_largest_micro_batch(subject, cluster.ranks, usable, peaks),
     )
 
 
@@ -174,30 +175,19 @@ def with_micro_batch(subject: Subject, images: int) -> Subject:
     )
 
 
-def _largest_micro_batch(subject: Subject, ranks: int, usable: int) -> int:
-    """By the line through the peaks of two micro-batches, checked at what it says; peaks bend where chunks fill."""
+def _largest_micro_batch(subject: Subject, ranks: int, usable: int, peaks: Mapping[str, int]) -> int:
+    """By the lines through the peaks of the recipe's own micro-batch and of one twice as large.
 
-    def peak(images: int) -> int:
-        return max(device_memory(with_micro_batch(subject, images), ranks)[1].values())
-
-    fits, too_many = 0, SEARCHED_IMAGES + 1
-    known: dict[int, int] = {}
-    guess = max(1, subject.recipe.engine.micro_batch)
-    while too_many - fits > 1:
-        known[guess] = peak(guess)
-        if known[guess] <= usable:
-            fits = guess
-        else:
-            too_many = guess
-        guess = min(max(_next_guess(known, usable), fits + 1), too_many - 1)
-    return fits
-
-
-def _next_guess(known: Mapping[int, int], usable: int) -> int:
-    if len(known) == 1:
-        (only,) = known
-        return 2 * only if known[only] <= usable else max(1, only // 2)
-    near = sorted(known, key=lambda images: abs(known[images] - usable))[:2]
-    low, high = sorted(near)
-    slope = max(1.0, (known[high] - known[low]) / (high - low))
-    return int(low + (usable - known[low]) / slope)
+    Beyond chunks of a fixed size memory grows by the same for each image, and before that by more. So what a line says
+    of other micro-batches is what they need, or more.
+    """
+    own = subject.recipe.engine.micro_batch
+    _, twice = device_memory(with_micro_batch(subject, 2 * own), ranks)
+    most = SEARCHED_IMAGES
+    for moment, peak in peaks.items():
+        an_image = (twice[moment] - peak) / own
+        if an_image > 0:
+            most = min(most, math.floor(own + (usable - peak) / an_image))
+        elif peak > usable:
+            most = 0
+    return max(0, most)
