@@ -66,11 +66,9 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
             yield name.replace("_", " "), _gb(size)
     for name, size in memory.peaks.items():
         trace = memory.traces.get(name)  # type: ignore[call-overload]
-        beside = (
-            ""
-            if trace is None
-            else f", of it {_gb(trace.peak_bytes)} in the pass, {_gb(trace.saved_bytes)} kept for its backward"
-        )
+        beside = "" if trace is None else f", of it {_gb(trace.peak_bytes)} in the pass"
+        if trace is not None and trace.saved_bytes:
+            beside += f", {_gb(trace.saved_bytes)} kept for its backward"
         yield f"most: {TITLES.get(name, name)}", _gb(size) + beside
     yield "all views in one pass", f"would need {_gb(memory.together)}"
     yield (
@@ -239,4 +237,6 @@ def _seconds(seconds: float) -> str:
 def _hours(hours: float) -> str:
     if hours >= 48:
         return f"{hours / 24:.1f} days"
-    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{hours * 60:.0f} min" if hours >= 1 / 60 else f"{hours * 3600:.0f} s"
