@@ -39,18 +39,18 @@ def convolution_backward_flops(
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, key, value))
+    return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
 
 
 _aten = torch.ops.aten
 _FORMULAS: dict[Any, Any] = flop_registry | {
-    _aten.convolution_backward: shape_wrapper(convolution_backward_flops),
-    _aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention_flops),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward_flops),
+    _aten.convolution_backward: shape_wrapper(convolution_backward_flops),  # type: ignore[no-untyped-call]
+    _aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention_flops),  # type: ignore[no-untyped-call]
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward_flops),  # type: ignore[no-untyped-call]
 }
 
 

@@ -31,7 +31,7 @@ class Operation:
     """Whether it belongs to the backward pass."""
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records operations, and bytes of the storages that are alive.
 
     Enter it within a `FakeTensorMode`, if that is used. What exists before it is entered, such as weights, is not
@@ -39,7 +39,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.live_bytes = 0
         """Of the storages that operations have made and that are alive."""

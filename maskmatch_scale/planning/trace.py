@@ -139,7 +139,7 @@ def _trace(subject: Subject, part: Pass, images: int) -> Trace:
 
         for parameter in student.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(take_gradient)
+                parameter.register_post_accumulate_grad_hook(take_gradient)  # type: ignore[no-untyped-call]
         with recorder:
             with _arithmetic(subject):
                 loss, total = maskmatch(part, step, pseudo, scale)
