@@ -30,9 +30,23 @@ def choose_precision(recipe: Recipe, *, batchnorm: bool) -> tuple[Precision, str
     Raises:
         UserError: the machine or the model cannot use the precision of the recipe; the message says what it can use.
     """
-    engine, wanted = recipe.engine, recipe.engine.precision
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     has_bf16 = gpu is None or torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision_for(recipe, gpu, has_bf16=has_bf16, batchnorm=batchnorm)
+
+
+def precision_for(
+    recipe: Recipe, gpu: str | None, *, has_bf16: bool, batchnorm: bool
+) -> tuple[Precision, str]:
+    """As :func:`choose_precision`, for any machine.
+
+    Args:
+        recipe: its `engine` section is read.
+        gpu: its name; None: there is none.
+        has_bf16: whether it computes in bf16.
+        batchnorm: whether the model has a BatchNorm.
+    """
+    engine, wanted = recipe.engine, recipe.engine.precision
     if wanted == "auto":
         if gpu is None:
             return "fp32", "engine.precision=auto, and there is no GPU"

@@ -99,7 +99,7 @@ class ShardedTeacher(Teacher):
 
     def _bucket_names(self, most: int) -> Iterator[tuple[torch.dtype, list[str]]]:
         """Names of neighbouring parameters of one dtype and one part of the model, up to ``most`` elements."""
-        products = set(_products(self.module)) if self._dtype else set()
+        products = set(product_weights(self.module)) if self._dtype else set()
         open_buckets: dict[tuple[str, torch.dtype], list[str]] = {}
         for name in self._shards:
             dtype = self._dtype if self._dtype and name in products else torch.float32
@@ -120,7 +120,7 @@ def _replace_parameters(module: nn.Module, others: Mapping[nn.Parameter, nn.Para
             owner._parameters[name] = others[parameter]
 
 
-def _products(module: nn.Module, prefix: str = "") -> Iterator[str]:
+def product_weights(module: nn.Module, prefix: str = "") -> Iterator[str]:
     """Names of the weights that autocast converts whenever they are used: those of linear layers and convolutions.
 
     Not their biases, which DeepSpeed's replacement of `F.linear` adds in fp32; and not the weights of a module that
@@ -131,4 +131,4 @@ def _products(module: nn.Module, prefix: str = "") -> Iterator[str]:
     if isinstance(module, nn.Linear | _ConvNd):
         yield f"{prefix}weight"
     for name, child in module.named_children():
-        yield from _products(child, f"{prefix}{name}.")
+        yield from product_weights(child, f"{prefix}{name}.")

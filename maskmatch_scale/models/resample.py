@@ -10,7 +10,8 @@ Decision: docs/decisions/0016-bands-and-chunks.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,6 +35,29 @@ _IMAGES_AT_ONCE = {"cpu": 1}
 """Images whose levels are added together; elsewhere all, since each launch costs as much as its arithmetic."""
 
 
+_planned_kind: str | None = None
+
+
+@contextmanager
+def planned_for(kind: str) -> Iterator[None]:
+    """Take the sizes of another kind of device ("cuda", "cpu") in this context, for tensors that have no memory.
+
+    What is kept from one call to the next would otherwise be taken for real tensors afterwards, so it is forgotten.
+    """
+    global _planned_kind
+    upsampling_bands.cache_clear()
+    before, _planned_kind = _planned_kind, kind
+    try:
+        yield
+    finally:
+        _planned_kind = before
+        upsampling_bands.cache_clear()
+
+
+def _kind(device: torch.device) -> str:
+    return _planned_kind or device.type
+
+
 def chunk_length(elements: int, device: torch.device) -> int:
     """How many items of `elements` numbers make a chunk on a device; at least 1.
 
@@ -41,7 +65,7 @@ def chunk_length(elements: int, device: torch.device) -> int:
         elements: numbers an item.
         device: where the chunk lies.
     """
-    return max(1, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ELSEWHERE) // elements)
+    return max(1, _CHUNK_ELEMENTS.get(_kind(device), _CHUNK_ELEMENTS_ELSEWHERE) // elements)
 
 
 @dataclass(frozen=True)
@@ -220,7 +244,7 @@ class _UpsampledSum(torch.autograd.Function):
 
 def _parts(images: int, device: torch.device) -> list[slice]:
     """Images that are worked on together: on a CPU one after the other, whose rows stay in the cache; else all."""
-    at_once = _IMAGES_AT_ONCE.get(device.type, images)
+    at_once = _IMAGES_AT_ONCE.get(_kind(device), images)
     return [slice(start, min(start + at_once, images)) for start in range(0, images, max(1, at_once))]
 
 
@@ -277,4 +301,4 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 def _bands(source: int, output: int, dtype: torch.dtype, device: torch.device) -> list[Band]:
-    return upsampling_bands(source, output, _BAND_ROWS.get(device.type, _BAND_ROWS_ELSEWHERE), dtype, device)
+    return upsampling_bands(source, output, _BAND_ROWS.get(_kind(device), _BAND_ROWS_ELSEWHERE), dtype, device)

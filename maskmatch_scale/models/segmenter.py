@@ -14,7 +14,14 @@ from maskmatch_scale.models.backbone import Encoder, Family
 from maskmatch_scale.models.context import ContextDecoder
 from maskmatch_scale.models.deferred import DeferredWeights
 from maskmatch_scale.models.families import only_these_compile, only_these_number_layers
-from maskmatch_scale.models.units import Grid, check_visible, merge_units, visible_pixel_mask, zero_masked_pixels
+from maskmatch_scale.models.units import (
+    Grid,
+    can_be_read,
+    check_visible,
+    merge_units,
+    visible_pixel_mask,
+    zero_masked_pixels,
+)
 
 MaskMode = Literal["drop", "zero"]
 Frozen = int | Literal["backbone"]
@@ -189,7 +196,7 @@ class Segmenter(nn.Module):
 
     def _check_finite(self, images: Tensor, visible: Tensor | None = None) -> None:
         """Refuse NaN and infinity in what is computed; on the CPU only, since elsewhere the check would stall."""
-        if images.device.type != "cpu" or torch.compiler.is_compiling():
+        if not can_be_read(images):
             return
         if bool(images.detach().sum(dtype=torch.promote_types(images.dtype, torch.float32)).isfinite()):
             return

@@ -76,11 +76,24 @@ def check_visible(visible: Tensor, batch: int, grid: Grid, device: torch.device)
         )
     if visible.device != device:
         raise ValueError(f"visible: on {visible.device} but images are on {device}; move it to the images' device")
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_be_read(visible):
         if bool((visible < 0).any()) or bool((visible >= units).any()):
             raise ValueError(f"visible: holds an index outside 0 … {units - 1} of the {grid[0]}×{grid[1]} unit grid")
         if bool((visible[:, 1:] <= visible[:, :-1]).any()):
             raise ValueError("visible: every row must be sorted and without repeats (see units.sample_visible)")
+
+
+def can_be_read(values: Tensor) -> bool:
+    """Whether values can be looked at in the middle of a pass: on the CPU, if neither compiled nor without memory.
+
+    On an accelerator the host would wait for it. Of a tensor of `FakeTensorMode`, with which memory is planned, there
+    are no values.
+    """
+    return (
+        values.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and values.untyped_storage().device.type == "cpu"
+    )
 
 
 def visible_unit_mask(visible: Tensor, grid: Grid) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.recipe import Recipe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """A recipe with its precision chosen, and its models without weights."""
 
@@ -22,3 +23,5 @@ class Subject:
     """In a micro-batch of a rank; 0 if the run has no labels."""
     unlabelled_images: int
     """In a micro-batch of a rank, after the burn-in."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """On what the ranks run: sizes of chunks and what autocast does depend on it."""

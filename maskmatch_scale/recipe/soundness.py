@@ -1,7 +1,7 @@
 """Refused combinations: keys that are valid one by one, but together train wrongly or not at all.
 
 Each rule is one row: a condition, and a message that names the keys, the reason and the remedy. Rules that need the
-backbone are in `models/families.py`, rules that need the built model in `training/model_checks.py`, and rules that
+backbone are in `models/families.py`, rules that need the built model in `runs/model_checks.py`, and rules that
 need the machine in `engine/precision.py`.
 
 Decision: docs/decisions/0025-unsound-combinations-as-rows.md.

@@ -1,4 +1,4 @@
-"""What is refused by the backbone's name or once the student is built: a part of `training/preflight.py`.
+"""What is refused by the backbone's name or once the student is built: by a run before it starts, and by a plan.
 
 Decision: docs/decisions/0025-unsound-combinations-as-rows.md.
 Decision: docs/decisions/0031-capabilities-asked-of-the-family.md.

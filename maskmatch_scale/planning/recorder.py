@@ -1,0 +1,112 @@
+"""Records operations and memory of tensors while code runs without memory (`FakeTensorMode`)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from maskmatch_scale.planning.flops import flops_of
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of an operator that does something: no view, no tensor that is made without being filled."""
+
+    name: str
+    """As torch dispatches it, for example `aten.mm`."""
+    flops: int
+    """Two for each multiply–add of a product of matrices, an attention or a convolution; 0 for all others."""
+    bytes: int
+    """Read and written, if nothing stays in a cache."""
+    dtype: torch.dtype
+    """Of the first tensor given to it, or of the result."""
+    backward: bool
+    """Whether it belongs to the backward pass."""
+
+
+class Recorder(TorchDispatchMode):
+    """Records operations, and bytes of the storages that are alive.
+
+    Enter it within a `FakeTensorMode`. What exists before it is entered, such as weights, is not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.live_bytes = 0
+        """Of the storages that operations have made and that are alive."""
+        self.peak_bytes = 0
+        """The most that `live_bytes` has been."""
+        self.in_backward = False
+        """What `Operation.backward` says of the operations that follow."""
+        self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator, and record it and the memory that it has made."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0  # the only values that a pass reads are seeds of dropout, and any seed will do
+        named = kwargs or {}
+        result = func(*args, **named)
+        if func.namespace != "aten":
+            return result
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        given = [leaf for leaf in tree_leaves((args, named)) if isinstance(leaf, Tensor)]
+        before = {id(tensor.untyped_storage()) for tensor in given}
+        for tensor in made:
+            if id(tensor.untyped_storage()) not in before:
+                self.count(tensor)
+        aliases = [returned.alias_info for returned in func._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        if made and not is_view and func not in _NOTHING_RUNS:
+            self.operations.append(
+                Operation(
+                    str(func.overloadpacket),
+                    flops_of(func, args, named, result),
+                    sum(map(_touched_bytes, given)) + sum(map(_touched_bytes, made)),
+                    (given or made)[0].dtype,
+                    self.in_backward,
+                )
+            )
+        return result
+
+    def count(self, tensor: Tensor) -> None:
+        """Count the memory of a tensor from now on until it is freed."""
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive:
+            return
+        # torch keeps this Python object as long as the memory lives, so its end is the end of the memory.
+        self._alive[key] = (weakref.ref(storage, lambda _: self._remove(key)), size)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _remove(self, key: int) -> None:
+        _, size = self._alive.pop(key)
+        self.live_bytes -= size
+
+
+_NOTHING_RUNS = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten._reshape_alias.default,
+    torch.ops.aten.promote_types.default,
+}
+
+
+def _touched_bytes(tensor: Tensor) -> int:
+    """An expanded tensor has more elements than its memory."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())

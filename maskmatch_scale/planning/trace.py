@@ -1,0 +1,228 @@
+"""What each pass of a step computes and keeps in memory: its own code, run without memory.
+
+Decision: docs/decisions/0074-memory-planned-by-running-the-step.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from maskmatch_scale.data.batches.batch import Batch
+from maskmatch_scale.engine.precision import autocast, autocast_dtype, weights_dtype
+from maskmatch_scale.method.maskmatch import PARTS, MaskMatch, makes_views, uses_unlabelled, view_draws
+from maskmatch_scale.models import Segmenter
+from maskmatch_scale.models.resample import planned_for
+from maskmatch_scale.planning.recorder import Operation, Recorder
+from maskmatch_scale.planning.subject import Subject
+from maskmatch_scale.recipe.bases import has_unlabelled_loss
+
+Pass = Literal["views", "teacher", "loss_x", "loss_u", "loss_m"]
+"""views: what is drawn and made of a micro-batch on the device. teacher: its pseudo-labels, at all scales. The others
+are forward and backward passes of the student, by the names in `method.maskmatch.PARTS`: labelled images, all views of
+the base together, and the masked view."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One pass of one micro-batch on one rank."""
+
+    operations: tuple[Operation, ...]
+    """In the order in which they run."""
+    saved_bytes: int
+    """Of activations that are kept when the forward pass has ended; 0 for a pass without gradients."""
+    peak_bytes: int
+    """The most that is held at once beside weights, gradients of weights, and what earlier passes have left. A gradient
+    of one weight is in it until it is added to the others. Work spaces within a kernel are not counted."""
+    left_bytes: int
+    """What the pass leaves for the rest of the step: the batch and its views, or pseudo-labels."""
+
+
+def passes_of(subject: Subject) -> tuple[Pass, ...]:
+    """The passes of a step after the burn-in. Each view of the student is one, forward and backward."""
+    method = subject.recipe.method
+    passes: list[Pass] = ["views"]
+    if uses_unlabelled(method):
+        passes.append("teacher")
+    if subject.labelled_images:
+        passes.append("loss_x")
+    if has_unlabelled_loss(method.base):
+        passes.append("loss_u")
+    if method.mask.keep is not None:
+        passes.append("loss_m")
+    return tuple(passes)
+
+
+def images_of(subject: Subject, part: Pass) -> int:
+    """How many images of a micro-batch a pass is about: the argument `images` of `trace`."""
+    of_labelled = part == "loss_x" or not uses_unlabelled(subject.recipe.method)
+    return subject.labelled_images if of_labelled else subject.unlabelled_images
+
+
+@lru_cache(maxsize=128)
+def trace(subject: Subject, part: Pass, images: int) -> Trace:
+    """Run one pass of a step on tensors without memory, and record what it does.
+
+    The code is that of training: views, teacher, student, losses with their upsampled logits. Operations are those of
+    torch's CPU backend, whose attention is a flash kernel as on a GPU. Sizes of chunks and bands are those of
+    `subject.device`, and so are the types that autocast chooses. Nothing is sent to other ranks.
+
+    Args:
+        subject: the recipe and its models.
+        part: which pass.
+        images: labelled images for `loss_x`, else images that views are made of (for one view; there may be several);
+            at least 1. To "views" come as many labelled ones as in a micro-batch of the subject, in proportion.
+    """
+    student, taught = copy.deepcopy(subject.student), copy.deepcopy(subject.frozen_teacher or subject.student)
+    if subject.device == "cuda":
+        for module in (*student.modules(), *taught.modules()):
+            if isinstance(module, _NORMS):
+                module.register_forward_pre_hook(_in_fp32)
+    with _without_memory(subject):
+        maskmatch = _maskmatch(subject, student)
+        teacher = _Teacher(_placed(taught).eval().requires_grad_(False), autocast_dtype(subject.recipe))
+        normalise = None if subject.frozen_teacher is None else lambda images: (images - maskmatch.mean) / maskmatch.std
+        batch = _batch(subject, student, part, images)
+        recorder = Recorder()
+        if part == "views":
+            with recorder:
+                for tensor in batch.tensors:
+                    recorder.count(tensor)
+                step = maskmatch.prepare(batch)
+            return _trace_of(recorder, 0)
+        step = maskmatch.prepare(batch)
+        if part == "teacher":
+            with recorder:
+                pseudo = maskmatch.pseudo_label(step, teacher, normalise)
+            return _trace_of(recorder, 0)
+        labels = teacher if maskmatch.base.needs_probabilities else _any_logits(student.num_classes)
+        pseudo = maskmatch.pseudo_label(step, labels, normalise)
+        scale = torch.ones(len(PARTS), dtype=torch.float64)
+        with recorder:
+            with _arithmetic(subject):
+                loss, total = maskmatch(part, step, pseudo, scale)
+            saved = recorder.live_bytes
+            recorder.in_backward = True
+            loss.backward()
+            del loss, total
+        return _trace_of(recorder, saved)
+
+
+def _trace_of(recorder: Recorder, saved_bytes: int) -> Trace:
+    return Trace(tuple(recorder.operations), saved_bytes, recorder.peak_bytes, recorder.live_bytes)
+
+
+_DEVICE = torch.device("cpu")
+"""Of the tensors without memory. Those of a GPU that is not there have no backward pass, and on the meta device torch
+chooses the attention that keeps its matrix."""
+
+
+@contextmanager
+def _without_memory(subject: Subject) -> Iterator[None]:
+    """Tensors that are made in this context have no memory; what was kept by functions for real ones is forgotten."""
+    # Real tensors are allowed: constants that the host makes, such as weights of upsampling.
+    with planned_for(subject.device), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def _in_fp32(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Before a norm: autocast has it in fp32 on GPUs, and not on CPUs."""
+    if not torch.is_autocast_enabled(_DEVICE.type):
+        return given
+    return tuple(tensor.float() for tensor in given)
+
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def _arithmetic(subject: Subject) -> AbstractContextManager[None]:
+    """Of the student: 16-bit weights under DeepSpeed need no autocast."""
+    engine = subject.recipe.engine
+    plain = engine.library == "deepspeed" and engine.precision in ("bf16", "fp16")
+    return autocast(_DEVICE, None if plain else autocast_dtype(subject.recipe))
+
+
+def _maskmatch(subject: Subject, student: Segmenter) -> MaskMatch:
+    """The student and its losses, ready for training, without memory and without gradients that stay."""
+    recipe = subject.recipe
+    _placed(student, weights_dtype(recipe) if recipe.engine.library == "deepspeed" else torch.float32)
+    for parameter in student.parameters():
+        if recipe.engine.zero_stage == 3:
+            parameter.ds_id = 0  # type: ignore[attr-defined]  # what `models.recompute` knows sharded weights by
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    method, classes = recipe.method, student.num_classes
+    return MaskMatch(
+        student,
+        method,
+        recipe.run.seed,
+        255,
+        None if method.class_weights == "none" else torch.ones(classes),
+        threshold=None if isinstance(method.threshold, float) else torch.ones(classes, dtype=torch.float64),
+        batchnorm_frozen=recipe.model.batchnorm == "frozen",
+    ).train()
+
+
+def _placed(segmenter: Segmenter, weights: torch.dtype = torch.float32) -> Segmenter:
+    """A segmenter on the meta device, with other tensors in place, which have a device and no memory."""
+    for module in segmenter.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                module._parameters[name] = nn.Parameter(_like(value).to(weights), requires_grad=value.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = _like(buffer)
+    return segmenter
+
+
+def _like(value: Tensor) -> Tensor:
+    return torch.empty(value.shape, dtype=value.dtype, device=_DEVICE)
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _batch(subject: Subject, student: Segmenter, part: Pass, images: int) -> Batch:
+    """A micro-batch for a pass: only the images that it is about; for "views" labelled ones too, in proportion."""
+    recipe = subject.recipe
+    method, crop = recipe.method, recipe.data.crop_px
+    labelled, unlabelled = images, 0
+    if uses_unlabelled(method) and part != "loss_x":
+        share = subject.labelled_images / subject.unlabelled_images if part == "views" else 0
+        labelled, unlabelled = round(images * share), images
+    views = makes_views(method) and part != "loss_x"
+    draws = view_draws(student, method, recipe.run.seed, crop).width if views else 0
+    batch = Batch.empty(labelled, unlabelled, crop, draws, method.teacher_margin_px)
+    return replace(batch, positions=tuple(range(images)) if views else ())
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """As `engine.ema.ReplicatedTeacher` and `engine.frozen_teacher.FrozenTeacher` label."""
+
+    module: Segmenter
+    dtype: torch.dtype | None
+
+    @property
+    def patch_px(self) -> int:
+        return self.module.patch_px
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        with autocast(_DEVICE, self.dtype):
+            logits: Tensor = self.module(images)
+        return logits
+
+
+def _any_logits(classes: int) -> Callable[[Tensor], Tensor]:
+    """A teacher that costs nothing; no pass depends on what it says."""
+    return lambda images: torch.zeros(len(images), classes, 1, 1)
