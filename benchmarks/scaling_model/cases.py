@@ -23,7 +23,7 @@ class Case:
     micro_batch: int
     checkpointing: bool = False
 
-    def recipe(self, stage: int, accumulation: int = 1) -> Recipe:
+    def recipe(self, stage: int) -> Recipe:
         """MaskMatch on FixMatch with three scales and 30 % of the units in the masked view."""
         return parse_recipe(
             {
@@ -32,7 +32,6 @@ class Case:
                 "engine": {
                     "zero_stage": stage,
                     "micro_batch": self.micro_batch,
-                    "accumulation": accumulation,
                     "activation_checkpointing": self.checkpointing,
                 },
                 "run": {"dir": "nowhere", "steps": 1},

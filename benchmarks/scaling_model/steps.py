@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from benchmarks.scaling_model.cases import CLASSES, GPU, GPUS, STAGES, Case, cluster
 from maskmatch_scale.planning.build import build
-from maskmatch_scale.planning.communication import step_traffic
 from maskmatch_scale.planning.hardware import gpu_named
 from maskmatch_scale.planning.step_time import StepTime, step_time
 from maskmatch_scale.planning.subject import Subject
 
 GLOBAL_BATCHES = (1024, 16384)
 """Labelled images of a step in strong scaling, and as many unlabelled ones."""
-ONCE_A_STEP = ("optimizer", "optimizer, on the host", "teacher's average")
+
+
+@dataclass(frozen=True, eq=False)
+class SameStudent(Subject):
+    """A subject that equals others with its student, so that their passes are traced once.
+
+    Passes of a micro-batch are the same at every stage and accumulation, but for outputs that ZeRO-3 does not make
+    again in the backward pass (`models/recompute.py`).
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SameStudent) and self.student is other.student
+
+    def __hash__(self) -> int:
+        return id(self.student)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A case at one ZeRO stage, whose micro-batch was traced once."""
+    """A case at one ZeRO stage."""
 
     case: Case
     stage: int
@@ -31,30 +44,21 @@ class Planned:
         """Of the student, context decoder included."""
         return sum(p.numel() for p in self.subject.student.parameters())
 
-    def step(self, gpus: int) -> StepTime:
-        """Of one micro-batch."""
-        return step_time(self.subject, cluster(gpus))
-
-    def seconds(self, gpus: int, accumulation: int) -> float:
-        """Of a step of several micro-batches: the passes so often, the update once.
-
-        What of the network is not hidden grows with the bytes that are sent.
-        """
-        step = self.step(gpus)
-        passes = sum(part.seconds for part in step.parts if part.name not in ONCE_A_STEP)
-        update = sum(part.seconds for part in step.parts if part.name in ONCE_A_STEP)
-        engine = self.subject.recipe.engine.model_copy(update={"accumulation": accumulation})
-        recipe = self.subject.recipe.model_copy(update={"engine": engine})
-        sent = {one.what: one.sent(gpus) for one in step_traffic(replace(self.subject, recipe=recipe), gpus)}
-        network = sum(one.exposed_s * sent[one.what] / one.sent_bytes for one in step.network if one.sent_bytes)
-        return accumulation * passes + update + network
+    def step(self, gpus: int, accumulation: int = 1) -> StepTime:
+        """Of so many micro-batches."""
+        engine = {"zero_stage": self.stage, "accumulation": accumulation}
+        own = self.subject.recipe
+        recipe = own.model_copy(update={"engine": own.engine.model_copy(update=engine)})
+        return step_time(replace(self.subject, recipe=recipe), cluster(gpus))
 
 
 def planned(cases: Sequence[Case]) -> Iterator[Planned]:
     """Every case at every stage."""
     for case in cases:
+        built = build(case.recipe(STAGES[0]), gpu_named(GPU), CLASSES).subject
+        subject = SameStudent(**{field.name: getattr(built, field.name) for field in fields(built)})
         for stage in STAGES:
-            yield Planned(case, stage, build(case.recipe(stage), gpu_named(GPU), CLASSES).subject)
+            yield Planned(case, stage, subject)
 
 
 def weak(plan: Planned) -> list[dict[str, Any]]:
@@ -92,7 +96,7 @@ def strong(plan: Planned) -> list[dict[str, Any]]:
             accumulation, rest = divmod(batch, gpus * plan.case.micro_batch)
             if rest or not accumulation:
                 continue
-            taken = plan.seconds(gpus, accumulation)
+            taken = plan.step(gpus, accumulation).seconds
             alone = alone or taken
             rows.append(
                 {

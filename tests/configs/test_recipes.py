@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 from pathlib import Path
 
@@ -16,7 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.planned_recipes import DATA, GPU, head_of, variants
 from maskmatch_scale.data.writing.sources.classes import built_in_classes
+from maskmatch_scale.planning.build import build
+from maskmatch_scale.planning.hardware import cluster_of, gpu_named
+from maskmatch_scale.planning.step_time import step_time
 from maskmatch_scale.recipe import Recipe, load_recipe
 from maskmatch_scale.train import train
 from tests.conftest import TINY_SEGFORMER, draw_shapes
@@ -26,35 +29,18 @@ BENCHMARKED = sorted(
     path.relative_to(CONFIGS) for path in CONFIGS.glob("*/vit.yaml") if "pretraining" not in path.parts
 )
 RECIPES = sorted([*BENCHMARKED, *(path.relative_to(CONFIGS) for path in CONFIGS.glob("*/segformer.yaml"))], key=str)
+PRETRAINING = Path("pretraining/vit.yaml")
 SPLITS = Path("UniMatch-V2/splits")
-CLASSES = {"pascal": "voc", "cityscapes": "cityscapes", "ade20k": "ade20k", "coco": "coco"}
+DATA_SETS = {"pascal": "voc", "cityscapes": "cityscapes", "ade20k": "ade20k", "coco": "coco"}
+RECIPES = [Path(name, f"{family}.yaml") for name in DATA_SETS for family in ("vit", "segformer")]
 TINY_VIT = {"depth": 4, "embed_dim": 48, "num_heads": 3}
 LAUNCH = "launch/deepspeed.sh "
 
 
-def head(path: Path) -> str:
-    """The comment above the first key, with lines that a backslash divides joined again."""
-    lines = []
-    for line in (CONFIGS / path).read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").removeprefix(" "))
-    return re.sub(r" \\\n *", " ", "\n".join(lines))
-
-
 def commands(path: Path, start: str) -> list[list[str]]:
     """The commands in the head that begin with ``start``, as words without it."""
-    found = [line.strip() for line in head(path).splitlines() if line.strip().startswith(start)]
+    found = [line.strip() for line in head_of(CONFIGS / path).splitlines() if line.strip().startswith(start)]
     return [shlex.split(line.removeprefix(start)) for line in found]
-
-
-def variants(path: Path) -> dict[str, list[str]]:
-    """Overrides by the name that the head gives them: other sizes, and the baselines."""
-    found = {}
-    for line in head(path).splitlines():
-        if divided := re.fullmatch(r"(\S.*?)  +([a-z_]+\.[a-z_.]+=.*)", line.strip()):
-            found[divided[1]] = divided[2].split()
-    return found
 
 
 def small(recipe: Recipe) -> list[str]:
@@ -148,23 +134,21 @@ def written(tmp_path, monkeypatch, maskmatch):
     return write
 
 
-def test_every_recipe_is_here():
-    assert {str(path) for path in RECIPES} == {
-        f"{name}/{family}.yaml" for name in CLASSES for family in ("vit", "segformer")
-    }
+def test_every_recipe_is_tested():
+    assert {CONFIGS / path for path in (*RECIPES, PRETRAINING)} == set(CONFIGS.glob("*/*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
 def test_a_recipe_trains_on_the_shards_that_its_head_writes(path, written):
     root = written(path)
     index = json.loads((root / "index.json").read_text())
-    assert index["classes"] == list(built_in_classes(CLASSES[path.parts[0]]).names)
+    assert index["classes"] == list(built_in_classes(DATA_SETS[path.parts[0]]).names)
     samples = {name: sum(shard["samples"] for shard in stream["shards"]) for name, stream in index["streams"].items()}
     assert samples == {"labelled": 4, "unlabelled": 6, "val": 2}
     recipe, records = two_steps(path)
     assert recipe.method.mask.keep == 0.3
     assert all(record["loss_u"] is not None and record["loss_m"] is not None for record in records)
-    for name, overrides in variants(path).items():
+    for name, overrides in variants(CONFIGS / path).items():
         if name in ("S", "L", "b2"):  # they differ in size alone, and all are made tiny
             continue
         changed, records = two_steps(path, *overrides, f"run.dir=runs/{name.replace(' ', '-')}")
@@ -177,13 +161,32 @@ def test_the_launch_commands_of_a_head_are_valid(path):
     first, second = commands(path, LAUNCH)
     assert CONFIGS.parent / first[0] == CONFIGS.parent / second[0] == CONFIGS / path
     recipe, other = load_recipe(CONFIGS / path, first[1:]), load_recipe(CONFIGS / path, second[1:])
-    assert recipe.data.root != other.data.root and recipe.run.dir != other.run.dir
+    assert recipe.data.root != other.data.root
+    assert recipe.run.dir != other.run.dir
     names = {"vit": {"S", "L", "DINOv3", "UniMatch V2", "labels only"}, "segformer": {"b2", "FixMatch", "labels only"}}
-    assert set(variants(path)) == names[path.stem]
+    assert set(variants(CONFIGS / path)) == names[path.stem]
+
+
+@pytest.mark.parametrize("path", [*RECIPES, PRETRAINING], ids=str)
+def test_every_size_of_a_recipe_can_be_built_and_cut_into_whole_units(path):
+    for overrides in ([], *variants(CONFIGS / path).values()):
+        recipe = load_recipe(CONFIGS / path, overrides)
+        student = build(recipe, gpu_named(GPU), DATA[path.parts[0]].classes).subject.student
+        assert student.num_classes == DATA[path.parts[0]].classes
+        if recipe.method.dropped:
+            student.unit_grid(*recipe.data.crop_px)
+
+
+@pytest.mark.parametrize("path", [*RECIPES, PRETRAINING], ids=str)
+def test_a_recipe_is_planned(path):
+    recipe = load_recipe(CONFIGS / path)
+    recipe = load_recipe(CONFIGS / path, small(recipe))
+    subject = build(recipe, gpu_named(GPU), DATA[path.parts[0]].classes).subject
+    assert 0 < step_time(subject, cluster_of(1, gpu_named(GPU))).seconds < 10
 
 
 def test_pretraining_without_labels(written, maskmatch):
-    path = Path("pretraining/vit.yaml")
+    path = PRETRAINING
     written(Path("ade20k/vit.yaml"))
     two_steps(Path("ade20k/vit.yaml"), "run.dir=runs/ade20k-large")
     for number in range(8):
