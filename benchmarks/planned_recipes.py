@@ -21,6 +21,7 @@ import torch
 from benchmarks.harness import ROOT, check_out, describe_machine, machine_line, markdown_table, say, write_json
 from maskmatch_scale.planning.build import build
 from maskmatch_scale.planning.hardware import cluster_of, gpu_named
+from maskmatch_scale.planning.memory import step_peak
 from maskmatch_scale.planning.step_time import step_time
 from maskmatch_scale.recipe import load_recipe
 
@@ -94,7 +95,7 @@ def plan(path: Path) -> list[dict[str, Any]]:
                 "recipe": str(path.relative_to(ROOT)),
                 "size": size,
                 "gpus": data.gpus,
-                "memory_gb": None,
+                "memory_gb": step_peak(subject, data.gpus) / 1e9,
                 "step_s": step.seconds,
                 "steps": steps,
                 "gpu_hours": step.seconds * steps * data.gpus / 3600,
@@ -109,8 +110,8 @@ def head_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the head of a recipe says of its rows."""
     lines = [TITLE.format(gpus=rows[0]["gpus"])]
     for row in rows:
-        memory = "" if row["memory_gb"] is None else f"{row['memory_gb']:5.1f} GB a GPU   "
-        lines.append(f"#   {row['size']:9}{memory}{row['step_s']:6.3f} s a step   {row['gpu_hours']:7,.1f} GPU-hours")
+        size, memory, step_s, hours = row["size"], row["memory_gb"], row["step_s"], row["gpu_hours"]
+        lines.append(f"#   {size:9}{memory:5.1f} GB a GPU   {step_s:6.3f} s a step   {hours:7,.1f} GPU-hours")
     return lines
 
 
@@ -154,6 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.planned_recipes", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE.json", help="default %(default)s")
     parser.add_argument("--heads", action="store_true", help="write the figures of --out into the heads of the recipes")
+    parser.add_argument(
+        "--recipes", nargs="+", metavar="FILE.yaml", help="plan these alone; keep the rows of the others"
+    )
     options = parser.parse_args(arguments)
     if options.heads:
         rows = json.loads(options.out.read_text(encoding="utf-8"))["rows"]
@@ -168,7 +172,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     begin = time.perf_counter()
     machine = describe_machine(torch.device("cpu"), SOURCES)
-    rows = [row for path in recipes() for row in plan(path)]
+    chosen = [Path(name).resolve() for name in options.recipes or recipes()]
+    kept = (
+        json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.recipes and options.out.is_file() else []
+    )
+    planned = {path: plan(path) for path in chosen}
+    rows = []
+    for path in recipes():
+        name = str(path.relative_to(ROOT))
+        rows += planned.get(path, [row for row in kept if row["recipe"] == name])
     machine |= {"seconds": round(time.perf_counter() - begin)}
     write_json(options.out, machine, rows)
     options.out.with_suffix(".md").write_text(page(machine, rows), encoding="utf-8")
