@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="FILE.json", help="results; .md and .png are written beside it")
     add("--no-measure", action="store_true", help="predict alone; measuring needs root, unshare, ip and tc")
     add("--work", type=Path, metavar="FOLDER", help="keep the measured runs there, and go on with them the next time")
+    add("--steps-from", type=Path, metavar="FILE.json", help="take the predicted steps of an earlier run from its file")
     names = [case.name for case in CASES]
     add("--models", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)}; default all")
     return parser.parse_args(arguments)
@@ -60,15 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found["check"] = compare(found["measured"], subjects)
     else:
         say(f"scaling_model: nothing is measured: {reason}")
-    for plan in planned([case for case in CASES if case.name in options.models]):
+    if options.steps_from is not None:
+        earlier = json.loads(options.steps_from.read_text(encoding="utf-8"))
+        found["rows"], found["strong"] = earlier["rows"], earlier["strong"]
+    for plan in planned([case for case in CASES if case.name in options.models and options.steps_from is None]):
         found["rows"] += weak(plan)
         found["strong"] += strong(plan)
         say(f"scaling_model: {plan.case.name}, ZeRO-{plan.stage}: {plan.step(1).seconds:.3f} s a step on one GPU")
-        if plan.stage == STAGES[0]:
-            seconds = {row["gpus"]: row["step_s"] for row in found["rows"] if row["model"] == plan.case.name}
-            found["failures"] += failures.rows(plan.case.name, plan.parameters, seconds)
+    first = [row for row in found["rows"] if row["zero_stage"] == STAGES[0]]
+    found["failures"] = failures.rows(first)
     found["shards"] = archive.shards()
-    found["demand"] = archive.demand(row for row in found["rows"] if row["zero_stage"] == STAGES[0])
+    found["demand"] = archive.demand(first)
     machine |= {"seconds": round(time.perf_counter() - begin)}
     write_json(options.out, machine, **found)
     options.out.with_suffix(".md").write_text(page(machine, found), encoding="utf-8")

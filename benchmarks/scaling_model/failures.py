@@ -7,9 +7,9 @@ The rate is that of the Llama 3 report (arXiv 2407.21783, section 3.3.4): 419 un
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarks.scaling_model.cases import GPUS
 from maskmatch_scale.planning import efficiency
 
 INTERRUPTIONS, DAYS, THEIR_GPUS = 419, 54, 16_384
@@ -21,6 +21,10 @@ STORE_BYTES_S = 2e9
 """Bytes/s that a host writes to a shared file system. An assumption."""
 STORE_LIMIT_BYTES_S = 100e9
 """Bytes/s of that file system, for all hosts together. An assumption."""
+DELAY_S = 1.0
+"""Seconds that the steps wait for a checkpoint besides its copy: ranks agree, memory is taken. An assumption."""
+CLOSING_S = 10.0
+"""Seconds of a checkpoint besides its bytes: files opened by every rank, flushed, renamed. An assumption."""
 RESTART_S = 600.0
 """From a failure to the first step after it: noticing, the scheduler, starting processes, reading. An assumption."""
 
@@ -32,13 +36,13 @@ def hours_between_failures(gpus: int) -> float:
 
 def copy_s(parameters: int, gpus: int) -> float:
     """Seconds that the steps wait: every rank copies its share to its host's memory."""
-    return BYTES_A_PARAMETER * parameters / gpus / efficiency.HOST_LINK
+    return DELAY_S + BYTES_A_PARAMETER * parameters / gpus / efficiency.HOST_LINK
 
 
 def write_s(parameters: int, gpus: int, gpus_per_host: int = 8) -> float:
     """Seconds until a checkpoint is complete, while the steps go on."""
     hosts = max(1, gpus // gpus_per_host)
-    return BYTES_A_PARAMETER * parameters / min(hosts * STORE_BYTES_S, STORE_LIMIT_BYTES_S)
+    return CLOSING_S + BYTES_A_PARAMETER * parameters / min(hosts * STORE_BYTES_S, STORE_LIMIT_BYTES_S)
 
 
 def interval_s(cost_s: float, between_s: float) -> float:
@@ -62,32 +66,27 @@ def lost_share(interval: float, cost_s: float, writing_s: float, between_s: floa
     return cost_s / (interval + cost_s) + (interval / 2 + writing_s + RESTART_S) / between_s
 
 
-def rows(model: str, parameters: int, step_seconds: dict[int, float]) -> list[dict[str, Any]]:
-    """A row for each number of GPUs.
-
-    Args:
-        model: its name.
-        parameters: of it.
-        step_seconds: predicted, by GPUs.
-    """
+def rows(weak: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each row of weak scaling."""
     found = []
-    for gpus in GPUS:
+    for row in weak:
+        gpus, parameters, step_s = row["gpus"], row["parameters"], row["step_s"]
         cost, writing = copy_s(parameters, gpus), write_s(parameters, gpus)
         between = 3600 * hours_between_failures(gpus)
         # A checkpoint is not begun before the one before is complete.
         interval = max(interval_s(cost, between), writing)
         found.append(
             {
-                "model": model,
+                "model": row["model"],
                 "gpus": gpus,
                 "checkpoint_gb": BYTES_A_PARAMETER * parameters / 1e9,
                 "copy_s": cost,
                 "write_s": writing,
                 "hours_between_failures": between / 3600,
                 "interval_s": interval,
-                "interval_steps": max(1, round(interval / step_seconds[gpus])),
+                "interval_steps": max(1, round(interval / step_s)),
                 "lost": lost_share(interval, cost, writing, between),
-                "lost_at_1000_steps": lost_share(1000 * step_seconds[gpus], cost, writing, between),
+                "lost_at_1000_steps": lost_share(1000 * step_s, cost, writing, between),
             }
         )
     return found

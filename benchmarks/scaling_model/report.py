@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 from benchmarks.harness import machine_line, markdown_table
 from benchmarks.scaling_model.cases import CASES, GPU, LINK, STAGES
 from benchmarks.scaling_model.failures import (
+    CLOSING_S,
     DAYS,
+    DELAY_S,
     HOURS_OF_A_GPU,
     INTERRUPTIONS,
     RESTART_S,
@@ -59,7 +61,8 @@ def page(machine: Mapping[str, Any], found: Mapping[str, Rows]) -> str:
     notes = {
         "failures": f"Failures: {INTERRUPTIONS} in {DAYS} days on {THEIR_GPUS:,} GPUs (arXiv 2407.21783), so one in "
         f"{HOURS_OF_A_GPU:,.0f} hours of a GPU. Assumed: a host writes {STORE_BYTES_S / 1e9:g} GB/s, all together "
-        f"{STORE_LIMIT_BYTES_S / 1e9:g} GB/s; a restart takes {RESTART_S:g} s.",
+        f"{STORE_LIMIT_BYTES_S / 1e9:g} GB/s, and {CLOSING_S:g} s besides; steps wait {DELAY_S:g} s beside the copy; "
+        f"a restart takes {RESTART_S:g} s.",
     }
     for title, name in tables.items():
         lines += [f"## {title}", ""]
@@ -96,7 +99,7 @@ def _scaling(axis: Axes, rows: Rows, title: str) -> None:
                 [r["gpus"] for r in own], [r["efficiency"] for r in own], _STYLES[stage], color=colour, label=label
             )
     _over_gpus(axis, title)
-    axis.set_ylim(0, 1.05)
+    axis.set_ylim(0, 1.1)
     axis.legend(frameon=False, fontsize=8, title="— ZeRO-1  -- 2  ·· 3", title_fontsize=8)
 
 
@@ -112,7 +115,7 @@ def _network(axis: Axes, rows: Rows) -> None:
 def _check(axis: Axes, rows: Rows) -> None:
     """Predicted over measured: on the diagonal they are equal."""
     shown = [row for row in rows if row["predicted_step_s"] is not None]
-    for stage, colour in zip(STAGES, _COLOURS):
+    for stage, colour in zip(sorted({row["zero_stage"] for row in shown}), _COLOURS):
         own = [row for row in shown if row["zero_stage"] == stage]
         axis.scatter(
             [r["step_s"] for r in own], [r["predicted_step_s"] for r in own], color=colour, label=f"ZeRO-{stage}"
@@ -123,7 +126,10 @@ def _check(axis: Axes, rows: Rows) -> None:
     axis.set_title("a step on a slow link, here", fontsize=10)
     axis.set_xlabel("measured, s")
     axis.set_ylabel("predicted, s")
-    axis.legend(frameon=False, fontsize=8)
+    if shown:
+        axis.legend(frameon=False, fontsize=8)
+    else:
+        axis.text(0.5, 0.5, "not measured in this run", ha="center", transform=axis.transAxes)
 
 
 def _failures(axis: Axes, rows: Rows) -> None:

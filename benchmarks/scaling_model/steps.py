@@ -72,6 +72,7 @@ def weak(plan: Planned) -> list[dict[str, Any]]:
         rows.append(
             {
                 "model": plan.case.name,
+                "parameters": plan.parameters,
                 "zero_stage": plan.stage,
                 "gpus": gpus,
                 "step_s": step.seconds,
