@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from maskmatch_scale import __version__
-from maskmatch_scale.cli import machine, predict, runs
+from maskmatch_scale.cli import machine, plan, predict, runs
 from maskmatch_scale.cli.shards import shards_app
 from maskmatch_scale.errors import (
     RESUMABLE,
@@ -47,6 +47,7 @@ app = typer.Typer(
 )
 app.add_typer(runs.app)
 app.add_typer(predict.app)
+app.add_typer(plan.app)
 app.add_typer(machine.app)
 app.add_typer(shards_app, name="shards")
 
@@ -57,7 +58,7 @@ def maskmatch(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Semi-supervised segmentation with MaskMatch: write shards, train, evaluate, predict, report, export."""
+    """Semi-supervised segmentation with MaskMatch: write shards, plan, train, evaluate, predict, report, export."""
 
 
 MISTAKE = 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.engine.precision import precision_for
+from maskmatch_scale.engine.precision import Precision, precision_for
+from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.opening import open_model
 from maskmatch_scale.method.maskmatch import makes_views, uses_unlabelled
 from maskmatch_scale.models import Segmenter, build_segmenter
@@ -19,6 +21,7 @@ from maskmatch_scale.planning.hardware import has_bf16, is_cpu
 from maskmatch_scale.planning.setting import Gpu
 from maskmatch_scale.planning.subject import Subject
 from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.recipe.soundness import unsound
 from maskmatch_scale.runs.data import RunData, describe_data, read_run_data, recipe_of, run_of
 from maskmatch_scale.runs.model import build_student
 from maskmatch_scale.runs.model_checks import check_backbone, check_model, freeze
@@ -32,8 +35,15 @@ class Built:
     """A subject, and what was found or assumed on the way."""
 
     subject: Subject
+    asked: Recipe
+    """As it was loaded."""
+    gpu: Gpu
+    data: RunData
+    """Of which the names of classes are used."""
     index: ShardIndex | None
     """Of `data.root`; None: it cannot be read here."""
+    students: dict[bool, Segmenter]
+    """Without and with activation checkpointing, as they were needed so far."""
     notes: tuple[str, ...]
     """For people: what was assumed, what could not be read, why this precision."""
 
@@ -53,21 +63,68 @@ def build(recipe: Recipe, gpu: Gpu, classes: int | None = None) -> Built:
     index = _index(recipe, notes)
     data = _data(recipe, index, classes, notes)
     check_backbone(recipe)
+    student = _student(recipe, data)
+    check_model(recipe, student)
+    precision, why = _precision(recipe, gpu, student)
+    notes.append(f"precision {precision}: {why}")
+    teacher = _frozen_teacher(recipe, data, notes)
+    subject = _subject(_with_engine(recipe, precision=precision), student, teacher, gpu)
+    students = {recipe.engine.activation_checkpointing: student}
+    return Built(subject, recipe, gpu, data, index, students, tuple(notes))
+
+
+def rebuilt(built: Built, **engine: Any) -> Subject | None:
+    """The subject with other settings of the section `engine`; None: they are refused together.
+
+    With `engine.precision` auto the precision is chosen for these settings.
+    """
+    recipe = _with_engine(built.asked, **engine)
+    if any(refused for refused, _ in unsound(recipe)):
+        return None
+    before = built.subject
+    again = recipe.engine.activation_checkpointing
+    # Passes are traced once for each student: so there is one with checkpointing, and one without.
+    student = built.students.get(again)
+    if student is None:
+        student = built.students[again] = _student(recipe, built.data)
+    try:
+        precision, _ = _precision(recipe, built.gpu, student)
+    except UserError:
+        return None
+    recipe = _with_engine(recipe, precision=precision)
+    if recipe.engine == before.recipe.engine:
+        return before
+    if any(refused for refused, _ in unsound(recipe)):
+        return None
+    return _subject(recipe, student, before.frozen_teacher, built.gpu)
+
+
+def _with_engine(recipe: Recipe, **keys: Any) -> Recipe:
+    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update=keys)})
+
+
+def _student(recipe: Recipe, data: RunData) -> Segmenter:
     with torch.device("meta"):
         student = build_student(recipe, data, pretrained=False)
     freeze(recipe, student)
-    check_model(recipe, student)
+    return student
+
+
+def _precision(recipe: Recipe, gpu: Gpu, student: Segmenter) -> tuple[Precision, str]:
     batchnorm = any(isinstance(module, _BatchNorm) for module in student.modules())
-    name = None if is_cpu(gpu) else gpu.name
-    precision, why = precision_for(recipe, name, has_bf16=has_bf16(gpu), batchnorm=batchnorm)
-    notes.append(f"precision {precision}: {why}")
-    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": precision})})
-    teacher = _frozen_teacher(recipe, data, notes)
-    engine, per = recipe.engine, recipe.data.unlabelled_per_labelled
+    return precision_for(recipe, None if is_cpu(gpu) else gpu.name, has_bf16=has_bf16(gpu), batchnorm=batchnorm)
+
+
+def _subject(recipe: Recipe, student: Segmenter, teacher: Segmenter | None, gpu: Gpu) -> Subject:
+    engine, method = recipe.engine, recipe.method
     labelled = 0 if recipe.data.labelled_count == 0 else engine.micro_batch
-    views = makes_views(recipe.method)
-    unlabelled = engine.micro_batch * per if uses_unlabelled(recipe.method) else engine.micro_batch if views else 0
-    return Built(Subject(recipe, student, teacher, labelled, unlabelled), index, tuple(notes))
+    unlabelled = 0
+    if uses_unlabelled(method):
+        unlabelled = engine.micro_batch * recipe.data.unlabelled_per_labelled
+    elif makes_views(method):
+        unlabelled = engine.micro_batch
+    device: Literal["cuda", "cpu"] = "cpu" if is_cpu(gpu) else "cuda"
+    return Subject(recipe, student, teacher, labelled, unlabelled, device)
 
 
 def _index(recipe: Recipe, notes: list[str]) -> ShardIndex | None:

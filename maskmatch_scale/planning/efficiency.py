@@ -6,18 +6,20 @@ They are kept apart from the data sheets, so that a plan can say both. A measure
 
 from __future__ import annotations
 
-PRODUCTS = 0.6
-"""Share of a GPU's peak that large products of matrices reach."""
-ATTENTION = 0.4
-"""Share of the peak that a fused kernel of attention reaches."""
+PRODUCTS = 0.7
+"""Share of a GPU's peak that products of matrices and attention reach. With `MEMORY` it gives the seconds of a ViT-B's
+encoder, 16 images of 512 px, bf16, forward and with backward, on an H100:
+benchmarks/results/gpu/masked_vs_full-vit_base_patch16_224-512.json. Two figures from two measurements."""
 CONVOLUTIONS = 0.3
-"""Share of the peak that convolutions reach."""
-MEMORY = 0.75
-"""Share of the memory's bandwidth that elementwise operations reach."""
+"""Share of the peak that convolutions reach. Not measured: an assumption, and a small part of any step here."""
+MEMORY = 0.34
+"""Share of the memory's bandwidth that operations without products reach, each by itself, in PyTorch: see `PRODUCTS`."""
 NETWORK = 0.8
 """Share of a link's bandwidth that large collectives reach. No network of GPUs was measured: an assumption."""
-LAUNCH_S = 8e-6
-"""Seconds of the host for each operation of a step."""
+LAUNCH_S = 39e-6
+"""Seconds of the host for each operation of a step, Python and autograd included: median over the parts of
+benchmarks/results/gpu/train_step-*.json, a ViT-B and a SegFormer-b2 on the host of an H100, which launched them more
+slowly than the GPU computed them (34 to 42 µs)."""
 DECODED_A_CORE = 346.0
 """Samples/s that a core reads, decodes and cuts: `ours`, local shards, 2 processes, in
 benchmarks/results/loader.json; JPEGs 640 px wide, crops of 512 px."""

@@ -79,6 +79,8 @@ NETWORKS: dict[str, Network] = {
 
 WITHIN_LATENCY_S = 3e-6
 """Until a message of NCCL has gone from one GPU of a host to the next."""
+LOOPBACK, LOOPBACK_LATENCY_S = 1e9, 2e-4
+"""Bytes/s and seconds of gloo between two processes of a host."""
 CORES_PER_GPU = 16
 HOST_MEMORY_PER_GPU = 128_000_000_000
 """Assumed of a host, unless it is said."""
@@ -126,7 +128,9 @@ def is_cpu(gpu: Gpu) -> bool:
 
 def within_host(gpu: Gpu) -> Link:
     """The link between the GPUs of a host."""
-    card = CARDS[gpu.name]
+    if is_cpu(gpu):
+        return Link("memory of the host", LOOPBACK, LOOPBACK_LATENCY_S, "an assumption: gloo over loopback")
+    card = CARDS.get(gpu.name, CARDS["h100-pcie"])  # of a measured GPU only its name is known
     return Link(card.link, card.link_gb_s * 1e9, WITHIN_LATENCY_S, f"data sheet of {card.peaks}")
 
 

@@ -56,7 +56,7 @@ class SheetRates:
         self._gpu = gpu
         self._shares = {
             "product": efficiency.PRODUCTS,
-            "attention": efficiency.ATTENTION,
+            "attention": efficiency.PRODUCTS,
             "convolution": efficiency.CONVOLUTIONS,
             "other": 1.0,
         }

@@ -44,6 +44,9 @@ class Recorder(TorchDispatchMode):
         """Of the storages that operations have made and that are alive."""
         self.peak_bytes = 0
         """The most that `live_bytes` has been."""
+        self.late_peak_bytes = 0
+        """The same from the first gradient of a weight on (`first_gradient`)."""
+        self._is_late = False
         self.in_backward = False
         """What `Operation.backward` says of the operations that follow."""
         self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
@@ -88,6 +91,13 @@ class Recorder(TorchDispatchMode):
         self._alive[key] = (weakref.ref(storage, lambda _: self._remove(key)), size)
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        if self._is_late:
+            self.late_peak_bytes = max(self.late_peak_bytes, self.live_bytes)
+
+    def first_gradient(self) -> None:
+        """Say that a gradient of a weight is there; only the first time counts."""
+        if not self._is_late:
+            self._is_late, self.late_peak_bytes = True, self.live_bytes
 
     def _remove(self, key: int) -> None:
         _, size = self._alive.pop(key)

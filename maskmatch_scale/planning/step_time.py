@@ -7,7 +7,7 @@ their last one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from maskmatch_scale.planning import efficiency
@@ -17,7 +17,7 @@ from maskmatch_scale.planning.rates import Rates
 from maskmatch_scale.planning.recorder import Operation
 from maskmatch_scale.planning.setting import Cluster
 from maskmatch_scale.planning.subject import Subject
-from maskmatch_scale.planning.trace import Pass, passes_of, trace
+from maskmatch_scale.planning.trace import Pass, images_of, passes_of, trace
 
 TITLES: dict[str, str] = {
     "views": "views drawn",
@@ -120,21 +120,31 @@ def step_time(subject: Subject, cluster: Cluster) -> StepTime:
         subject: recipe and models; its micro-batch is traced (`planning/trace.py`).
         cluster: GPUs and links.
     """
+    return with_network(subject, cluster, computed(subject, cluster))
+
+
+def computed(subject: Subject, cluster: Cluster) -> dict[Pass, Part]:
+    """The passes of all micro-batches of a rank; they do not depend on the number of ranks, nor on the links."""
     rates = rates_of(cluster.gpu)
+    return {name: _part(subject, name, rates) for name in passes_of(subject)}
+
+
+def with_network(subject: Subject, cluster: Cluster, passes: Mapping[Pass, Part]) -> StepTime:
+    """A whole step of a rank, from :func:`computed`."""
+    rates = rates_of(cluster.gpu)
+    update = (_optimizer(subject, cluster, rates), _average(subject, cluster, rates))
+    network = _network(step_traffic(subject, cluster.ranks), cluster, rates, passes)
+    burn_in_s = 0.0
+    if "loss_x" in passes:
+        alone: dict[Pass, Part] = {"loss_x": passes["loss_x"]}
+        sending = _network(step_traffic(subject, cluster.ranks, losses=["loss_x"]), cluster, rates, alone)
+        burn_in_s = sum(part.seconds for part in (*alone.values(), *update)) + sum(one.exposed_s for one in sending)
+    return StepTime((*passes.values(), *update), network, burn_in_s)
+
+
+def _part(subject: Subject, name: Pass, rates: Rates) -> Part:
     times = subject.recipe.engine.accumulation
-    passes = passes_of(subject)
-    parts = [_part(subject, name, rates, times) for name in passes]
-    update = [_optimizer(subject, cluster, rates), _average(subject, cluster, rates)]
-    network = _network(step_traffic(subject, cluster.ranks), cluster, rates, parts)
-    labelled = [part for part, name in zip(parts, passes, strict=True) if name == "loss_x"]
-    in_burn_in = _network(step_traffic(subject, cluster.ranks, losses=["loss_x"]), cluster, rates, labelled)
-    burn_in_s = sum(part.seconds for part in (*labelled, *update)) + sum(one.exposed_s for one in in_burn_in)
-    return StepTime((*parts, *update), network, burn_in_s if labelled else 0.0)
-
-
-def _part(subject: Subject, name: Pass, rates: Rates, times: int) -> Part:
-    images = subject.labelled_images if name == "loss_x" else subject.unlabelled_images or subject.labelled_images
-    operations = trace(subject, name, images).operations
+    operations = trace(subject, name, images_of(subject, name)).operations
     graphed = subject.recipe.engine.cuda_graphs and name.startswith("loss_")
     directions = ([o for o in operations if not o.backward], [o for o in operations if o.backward])
     forward, backward = (_work(direction, rates, times, graphed=graphed) for direction in directions)
@@ -175,12 +185,12 @@ def _average(subject: Subject, cluster: Cluster, rates: Rates) -> Part:
 
 
 def _network(
-    traffic: Sequence[Traffic], cluster: Cluster, rates: Rates, parts: Sequence[Part]
+    traffic: Sequence[Traffic], cluster: Cluster, rates: Rates, passes: Mapping[Pass, Part]
 ) -> tuple[Sending, ...]:
     room = {
-        "forward": sum(part.forward.seconds for part in parts if part.backward.flops),
-        "backward": sum(part.backward.seconds for part in parts),
-        "teacher": sum(part.seconds for part in parts if part.name == TITLES["teacher"]),
+        "forward": sum(part.forward.seconds for name, part in passes.items() if name.startswith("loss_")),
+        "backward": sum(part.backward.seconds for part in passes.values()),
+        "teacher": sum(part.seconds for name, part in passes.items() if name == "teacher"),
     }
     found = []
     for one in traffic:

@@ -6,11 +6,11 @@ Decision: docs/decisions/0074-memory-planned-by-running-the-step.md.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class Trace:
     peak_bytes: int
     """The most that is held at once beside weights, gradients of weights, and what earlier passes have left. A gradient
     of one weight is in it until it is added to the others. Work spaces within a kernel are not counted."""
+    late_peak_bytes: int
+    """The same from the moment on when the first gradient of a weight is there: engines make their buckets then."""
     left_bytes: int
     """What the pass leaves for the rest of the step: the batch and its views, or pseudo-labels."""
 
@@ -67,7 +69,6 @@ def images_of(subject: Subject, part: Pass) -> int:
     return subject.labelled_images if of_labelled else subject.unlabelled_images
 
 
-@lru_cache(maxsize=128)
 def trace(subject: Subject, part: Pass, images: int) -> Trace:
     """Run one pass of a step on tensors without memory, and record what it does.
 
@@ -81,6 +82,31 @@ def trace(subject: Subject, part: Pass, images: int) -> Trace:
         images: labelled images for `loss_x`, else images that views are made of (for one view; there may be several);
             at least 1. To "views" come as many labelled ones as in a micro-batch of the subject, in proportion.
     """
+    known = _TRACES.setdefault(subject.student, {})
+    key = _what_it_depends_on(subject, part, images)
+    if key not in known:
+        known[key] = _trace(subject, part, images)
+    return known[key]
+
+
+_TRACES: WeakKeyDictionary[Segmenter, dict[Hashable, Trace]] = WeakKeyDictionary()
+"""By student: a plan compares many settings, and most of them leave most passes as they are."""
+
+
+def _what_it_depends_on(subject: Subject, part: Pass, images: int) -> Hashable:
+    recipe = subject.recipe
+    engine, method = recipe.engine, recipe.method.model_dump()
+    if part != "loss_m":
+        method["mask"]["keep"] = method["mask"]["keep"] is not None
+    if part == "loss_x":
+        method = {"class_weights": method["class_weights"]}
+    images_too = (subject.labelled_images, subject.unlabelled_images) if part == "views" else ()
+    arithmetic = (engine.precision, engine.library, engine.zero_stage == 3, recipe.model.batchnorm, subject.device)
+    frozen = id(subject.frozen_teacher)
+    return part, images, images_too, recipe.data.crop_px, arithmetic, repr(method), frozen, subject.student.frozen
+
+
+def _trace(subject: Subject, part: Pass, images: int) -> Trace:
     student, taught = copy.deepcopy(subject.student), copy.deepcopy(subject.frozen_teacher or subject.student)
     if subject.device == "cuda":
         for module in (*student.modules(), *taught.modules()):
@@ -106,6 +132,14 @@ def trace(subject: Subject, part: Pass, images: int) -> Trace:
         labels = teacher if maskmatch.base.needs_probabilities else _any_logits(student.num_classes)
         pseudo = maskmatch.pseudo_label(step, labels, normalise)
         scale = torch.ones(len(PARTS), dtype=torch.float64)
+
+        def take_gradient(parameter: Tensor) -> None:
+            recorder.first_gradient()
+            parameter.grad = None
+
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(take_gradient)
         with recorder:
             with _arithmetic(subject):
                 loss, total = maskmatch(part, step, pseudo, scale)
@@ -117,7 +151,7 @@ def trace(subject: Subject, part: Pass, images: int) -> Trace:
 
 
 def _trace_of(recorder: Recorder, saved_bytes: int) -> Trace:
-    return Trace(tuple(recorder.operations), saved_bytes, recorder.peak_bytes, recorder.live_bytes)
+    return Trace(tuple(recorder.operations), saved_bytes, recorder.peak_bytes, recorder.late_peak_bytes, recorder.live_bytes)
 
 
 _DEVICE = torch.device("cpu")
@@ -151,14 +185,12 @@ def _arithmetic(subject: Subject) -> AbstractContextManager[None]:
 
 
 def _maskmatch(subject: Subject, student: Segmenter) -> MaskMatch:
-    """The student and its losses, ready for training, without memory and without gradients that stay."""
+    """The student and its losses, ready for training, without memory."""
     recipe = subject.recipe
     _placed(student, weights_dtype(recipe) if recipe.engine.library == "deepspeed" else torch.float32)
     for parameter in student.parameters():
         if recipe.engine.zero_stage == 3:
             parameter.ds_id = 0  # type: ignore[attr-defined]  # what `models.recompute` knows sharded weights by
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
     method, classes = recipe.method, student.num_classes
     return MaskMatch(
         student,
@@ -185,10 +217,6 @@ def _placed(segmenter: Segmenter, weights: torch.dtype = torch.float32) -> Segme
 
 def _like(value: Tensor) -> Tensor:
     return torch.empty(value.shape, dtype=value.dtype, device=_DEVICE)
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 def _batch(subject: Subject, student: Segmenter, part: Pass, images: int) -> Batch:

@@ -55,9 +55,9 @@ def test_bytes_of_each_kind_of_collective(found, name):
         planned[traffic.kind] += traffic.payload
     seen = dict.fromkeys(KINDS.values(), 0.0)
     for kind, size in calls:
-        [known] = [name for name in KINDS if name in kind] or [None]
-        assert known is not None, kind
+        if kind == "broadcast":  # DeepSpeed compares the order of weights at ZeRO-3 once
+            continue
+        [known] = [name for name in KINDS if name in kind]
         seen[KINDS[known]] += size
-    print(name, seen, planned)
     for kind, size in seen.items():
         assert planned[kind] == pytest.approx(size, rel=0.05, abs=2000), kind
