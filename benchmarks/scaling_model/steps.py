@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.scaling_model.cases import CLASSES, GPU, GPUS, STAGES, Case, cluster
 from maskmatch_scale.planning.build import build
 from maskmatch_scale.planning.hardware import gpu_named
+from maskmatch_scale.planning.states import states
 from maskmatch_scale.planning.step_time import StepTime, step_time
 from maskmatch_scale.planning.subject import Subject
 
@@ -46,10 +47,17 @@ class Planned:
 
     def step(self, gpus: int, accumulation: int = 1) -> StepTime:
         """Of so many micro-batches."""
+        return step_time(self._at(accumulation), cluster(gpus))
+
+    def states_bytes(self, gpus: int) -> int:
+        """Of a GPU, without activations: weights, optimizer, gradients, the average, buckets, gathered weights."""
+        return sum(states(self._at(1), gpus)[0].by_name.values())
+
+    def _at(self, accumulation: int) -> Subject:
         engine = {"zero_stage": self.stage, "accumulation": accumulation}
         own = self.subject.recipe
         recipe = own.model_copy(update={"engine": own.engine.model_copy(update=engine)})
-        return step_time(replace(self.subject, recipe=recipe), cluster(gpus))
+        return replace(self.subject, recipe=recipe)
 
 
 def planned(cases: Sequence[Case]) -> Iterator[Planned]:
@@ -75,6 +83,7 @@ def weak(plan: Planned) -> list[dict[str, Any]]:
                 "parameters": plan.parameters,
                 "zero_stage": plan.stage,
                 "gpus": gpus,
+                "states_gb": plan.states_bytes(gpus) / 1e9,
                 "step_s": step.seconds,
                 "efficiency": alone / step.seconds,
                 "images_per_s": images / step.seconds,

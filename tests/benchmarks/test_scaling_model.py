@@ -53,7 +53,7 @@ def test_stages_share_one_trace_and_differ_in_traffic(small):
     assert first.subject is third.subject
     assert first.step(1).network == ()
     sent = [sum(one.sent_bytes for one in plan.step(16).network) for plan in (first, second, third)]
-    assert sent[0] < sent[1] < sent[2]
+    assert sent[0] < sent[2] < sent[1]  # of three views; at stage 2 each one is reduced to every rank
     once, twice = (sum(one.sent_bytes for one in third.step(16, n).network) for n in (1, 2))
     assert twice > 1.5 * once
 
