@@ -23,7 +23,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import FlopCounterMode
+
+from maskmatch_scale.planning.flops import convolution_backward_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,30 +109,11 @@ def count_gmacs(run: Run) -> float:
     be 12 forwards).
     """
     counter = FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward_flops}
     )
     with sdpa_kernel(SDPBackend.MATH), counter:
         run()
     return float(counter.get_total_flops() / 2e9)
-
-
-def _convolution_backward_flops(
-    grad_out_shape: Sequence[int],
-    x_shape: Sequence[int],
-    w_shape: Sequence[int],
-    _bias: Any,
-    _stride: Any,
-    _padding: Any,
-    _dilation: Any,
-    transposed: bool,
-    _output_padding: Any,
-    _groups: int,
-    output_mask: Sequence[bool],
-    **_: Any,
-) -> int:
-    """The gradients of input and of weight each take the forward's products once more, grouped or not."""
-    forward = conv_flop_count(list(x_shape), list(w_shape), list(grad_out_shape), transposed)
-    return int(forward * (output_mask[0] + output_mask[1]))
 
 
 def peak_mb(run: Run, held: Sequence[torch.Tensor], device: torch.device) -> float:

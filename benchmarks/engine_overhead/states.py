@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.engine_overhead.variants import Variant
+from maskmatch_scale.planning.states import bytes_a_parameter
 
 GRADIENTS = "all gradients there"
 """Backward has ended, and DeepSpeed has not begun to reduce what it reduces then: the moment of ZeRO's formulas."""
@@ -63,30 +64,12 @@ def _add(found: Storages, tensor: Tensor) -> None:
 
 
 def formula(variant: Variant) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes per parameter that a rank keeps: those it keeps whole, and those divided by the number of ranks.
-
-    ZeRO (Rajbhandari et al., arXiv 1910.02054, section 5): weights and gradients of 2 bytes, 12 of optimizer state
-    (fp32 master and AdamW's two moments). Gradients of bf16 weights are fp32 unless the variant says otherwise. With
-    fp32 weights DeepSpeed keeps a separate fp32 master all the same from stage 1 on; DDP and stage 0 have none. At
-    stage 1 gradients stay whole until the step, since several backward passes may add to them.
-    """
-    wide = 2 if variant.precision == "bf16" else 4
-    stage = variant.zero_stage or 0
-    gradients = 2 if variant.bf16_gradients else 4
-    state = {"weights": wide, "gradients": gradients, "master": 4 if stage else 0, "moments": 8}
-    divided = {"master", "moments"} if stage else set()
-    if stage >= 2:
-        divided |= {"gradients"}
-    if stage == 3:
-        divided |= {"weights"}
-    return (
-        {name: size for name, size in state.items() if name not in divided and size},
-        {name: size for name, size in state.items() if name in divided},
-    )
+    """Bytes per parameter that a rank keeps: those it keeps whole, and those divided by the number of ranks."""
+    return bytes_a_parameter(variant.zero_stage or 0, variant.precision, bf16_gradients=variant.bf16_gradients)
 
 
 def formula_text(whole: dict[str, int], divided: dict[str, int]) -> str:
-    """For example `4Ψ + 4Ψ + (4+8)Ψ/N`: weights, gradients, master, moments."""
+    """For example `4Ψ + 4Ψ + (4+8)Ψ/N`: weights, gradients, masters, moments."""
     terms = [f"{size}Ψ" for size in whole.values()]
     if divided:
         sizes = "+".join(map(str, divided.values()))

@@ -21,8 +21,8 @@ app = typer.Typer()
 
 
 @app.command(
-    epilog="Example: maskmatch plan configs/one-view.yaml model.backbone=timm/vit_large_patch14_dinov2 data.crop_px=504 "
-    "--gpus 16 --gpu h100 --images 10000000"
+    epilog="Example: maskmatch plan configs/one-view.yaml model.backbone=timm/vit_large_patch14_dinov2 "
+    "data.crop_px=504 --gpus 16 --gpu h100 --images 10000000"
 )
 def plan(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe, a YAML file. Its data need not be here.")],
@@ -54,11 +54,15 @@ def plan(
     ] = None,
     classes: Annotated[
         int | None,
-        typer.Option(metavar="N", min=2, max=255, help="Of data that are not here.", show_default="the recipe's, or 21"),
+        typer.Option(
+            metavar="N", min=2, max=255, help="Of data that are not here.", show_default="the recipe's, or 21"
+        ),
     ] = None,
     measure: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Measure this machine's GPU or CPU for some minutes, write FILE, plan with it."),
+        typer.Option(
+            metavar="FILE", help="Measure this machine's GPU or CPU for some minutes, write FILE, plan with it."
+        ),
     ] = None,
     measured: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plan with such a measurement in place of data sheets.")

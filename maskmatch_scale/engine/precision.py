@@ -35,9 +35,7 @@ def choose_precision(recipe: Recipe, *, batchnorm: bool) -> tuple[Precision, str
     return precision_for(recipe, gpu, has_bf16=has_bf16, batchnorm=batchnorm)
 
 
-def precision_for(
-    recipe: Recipe, gpu: str | None, *, has_bf16: bool, batchnorm: bool
-) -> tuple[Precision, str]:
+def precision_for(recipe: Recipe, gpu: str | None, *, has_bf16: bool, batchnorm: bool) -> tuple[Precision, str]:
     """As :func:`choose_precision`, for any machine.
 
     Args:

@@ -1,8 +1,10 @@
 """The settings that a plan would choose, as overrides of the recipe.
 
 The number of labelled images of a step stays as it is, and so does the precision. Of what fits, the least that is
-sufficient is taken: no offloading before offloading, the lowest ZeRO stage, the largest micro-batch. Whether activations
-are kept or computed again is decided by the predicted time.
+sufficient is taken: no offloading before offloading, the largest micro-batch, the lowest ZeRO stage for it. Whether
+activations are kept or computed again is decided by the predicted time.
+
+Decision: docs/decisions/0075-what-a-plan-chooses.md.
 """
 
 from __future__ import annotations
@@ -129,23 +131,25 @@ def _reasons(
 ) -> Iterator[str]:
     if not fits:
         need, have = step_peak(own, cluster.ranks) / 1e9, usable_bytes(cluster.gpu.memory_bytes) / 1e9
-        yield f"as written a rank needs {need:.1f} GB, and of a {cluster.gpu.name} tensors can take {have:.1f}"
+        yield f"as written a rank needs {need:.3g} GB, and of a {cluster.gpu.name} tensors can take {have:.3g}"
     before, after = own.recipe.engine, best.recipe.engine
     if after.zero_stage != before.zero_stage:
         yield f"ZeRO-{after.zero_stage}: the lowest stage at which it fits; lower ones send less"
     if after.micro_batch != before.micro_batch:
         more = "the largest that fits" if after.accumulation > 1 else "all images of a step at once, which fits"
-        yield f"micro_batch {after.micro_batch}: {more}; {after.micro_batch * after.accumulation} labelled images a rank as before"
+        images = after.micro_batch * after.accumulation
+        yield f"micro_batch {after.micro_batch}: {more}; {images} labelled images a rank in a step, as before"
     if len(timed) > 1 and after.activation_checkpointing != before.activation_checkpointing:
         kept = next(time.seconds for time, one in timed if not one.recipe.engine.activation_checkpointing)
         again = next(time.seconds for time, one in timed if one.recipe.engine.activation_checkpointing)
-        yield f"activations {'computed again' if again < kept else 'kept'}: {min(kept, again):.3g} s a step in place of {max(kept, again):.3g}"
+        how = "computed again" if again < kept else "kept"
+        yield f"activations {how}: {min(kept, again):.3g} s a step in place of {max(kept, again):.3g}"
     elif after.activation_checkpointing and not before.activation_checkpointing:
         yield "activation_checkpointing: without it nothing fits"
     if after.offload_optimizer:
         yield "offloading: without it nothing fits; a step waits for the host's memory"
     if not overrides:
-        yield "the recipe as it is"
+        yield "it fits, and needs nothing that would slow it down"
 
 
 def _written(value: object) -> str:
@@ -174,5 +178,5 @@ def _nothing(built: Built, cluster: Cluster) -> str:
     return (
         f"the recipe does not fit on {cluster.ranks} × {cluster.gpu.name} in any setting: with engine.zero_stage=3, "
         f"engine.activation_checkpointing=true, engine.micro_batch=1 and everything offloaded a rank needs "
-        f"{need / 1e9:.1f} GB, and tensors can take {usable_bytes(have) / 1e9:.1f}; {remedy}"
+        f"{need / 1e9:.3g} GB, and tensors can take {usable_bytes(have) / 1e9:.3g}; {remedy}"
     )

@@ -116,7 +116,9 @@ def _of_engine(recipe: Recipe, student: Segmenter, ranks: int, losses: Sequence[
         passes = len(losses) * engine.accumulation
         reached = passes * trained - (passes - guessing) * context
         overlaps = zero.get("overlap_comm", stage == 3)
-        kind: Kind = "all_reduce" if stage == 2 and zero.get("use_multi_rank_bucket_allreduce", True) else "reduce_scatter"
+        kind: Kind = (
+            "all_reduce" if stage == 2 and zero.get("use_multi_rank_bucket_allreduce", True) else "reduce_scatter"
+        )
         yield Traffic("gradients", kind, float(width * reached), calls * passes, "backward" if overlaps else None)
         if stage == 3:
             every = sum(p.numel() for p in student.parameters())

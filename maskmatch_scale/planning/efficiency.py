@@ -13,7 +13,7 @@ benchmarks/results/gpu/masked_vs_full-vit_base_patch16_224-512.json. Two figures
 CONVOLUTIONS = 0.3
 """Share of the peak that convolutions reach. Not measured: an assumption, and a small part of any step here."""
 MEMORY = 0.34
-"""Share of the memory's bandwidth that operations without products reach, each by itself, in PyTorch: see `PRODUCTS`."""
+"""Share of the memory's bandwidth that operations without products reach, each by itself: see `PRODUCTS`."""
 NETWORK = 0.8
 """Share of a link's bandwidth that large collectives reach. No network of GPUs was measured: an assumption."""
 LAUNCH_S = 39e-6

@@ -11,6 +11,15 @@ from maskmatch_scale.planning.step_time import TITLES, StepTime
 
 Rows = list[tuple[str, str]]
 
+REMEDIES = {
+    "compute": "a lower method.mask.keep or strong_view.keep, fewer method.scales, or more GPUs",
+    "memory bandwidth": "engine.compile, which joins operations; bf16 in place of fp32",
+    "launches": "more images in a micro-batch, which take hardly longer; engine.compile; on one GPU engine.cuda_graphs",
+    "network": "a lower ZeRO stage, a larger micro-batch with less accumulation, or a faster link",
+    "loader": "more data.workers, or hosts with more cores",
+}
+"""By what a step waits for."""
+
 
 def explain(plan: Plan) -> dict[str, Rows]:
     """Rows of a table, in sections by their titles."""
@@ -33,7 +42,10 @@ def _run(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.subject.frozen_teacher is not None:
         other = sum(p.numel() for p in plan.subject.frozen_teacher.parameters())
         yield "frozen teacher", f"{_count(other)} parameters, whole on every rank"
-    yield "ranks", f"{cluster.ranks} × {gpu.name} on {hosts} host{'s' if hosts > 1 else ''}, {_gb(gpu.memory_bytes)} each"
+    yield (
+        "ranks",
+        f"{cluster.ranks} × {gpu.name} on {hosts} host{'s' if hosts > 1 else ''}, {_gb(gpu.memory_bytes)} each",
+    )
     yield (
         "images of a step",
         f"{plan.images_a_step:,} distinct: a rank takes {plan.subject.labelled_images} labelled and "
@@ -54,13 +66,21 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
             yield name.replace("_", " "), _gb(size)
     for name, size in memory.peaks.items():
         trace = memory.traces.get(name)  # type: ignore[call-overload]
-        beside = "" if trace is None else f", of it {_gb(trace.peak_bytes)} in the pass, {_gb(trace.saved_bytes)} kept for its backward"
+        beside = (
+            ""
+            if trace is None
+            else f", of it {_gb(trace.peak_bytes)} in the pass, {_gb(trace.saved_bytes)} kept for its backward"
+        )
         yield f"most: {TITLES.get(name, name)}", _gb(size) + beside
-    yield "one backward pass for all views", f"would need {_gb(memory.together)}"
-    yield "largest micro_batch", f"{memory.largest_micro_batch} labelled images" if memory.largest_micro_batch else "none fits"
+    yield "all views in one pass", f"would need {_gb(memory.together)}"
+    yield (
+        "largest micro_batch",
+        f"{memory.largest_micro_batch} labelled images" if memory.largest_micro_batch else "none fits",
+    )
     yield "host memory", f"{_gb(memory.host.peak)} a rank, while it is built or a checkpoint is written"
     for row in plan.stages:
-        name = f"ZeRO-{row.zero_stage}" + (f", {' and '.join(row.offloaded)} offloaded" if row.offloaded else "")
+        where = "" if not row.offloaded else ", all offloaded" if len(row.offloaded) > 1 else ", optimizer off"
+        name = f"ZeRO-{row.zero_stage}{where}"
         again = "" if row.again_bytes is None else f", {_gb(row.again_bytes)} with checkpointing"
         host = f"; {_gb(row.host_bytes)} in host memory" if row.host_bytes else ""
         yield name, f"states {_gb(row.states_bytes)}; most {_gb(row.kept_bytes)}{again}{host}"
@@ -81,7 +101,9 @@ def _step(plan: Plan) -> Iterator[tuple[str, str]]:
     if time.network:
         yield "network, not hidden", _seconds(exposed)
     yield "limit", f"{plan.bottleneck} ({_shares(time)})"
-    peak = plan.cluster.gpu.fp32_flops if plan.subject.recipe.engine.precision == "fp32" else plan.cluster.gpu.half_flops
+    yield "what would help", REMEDIES[plan.bottleneck]
+    gpu, precision = plan.cluster.gpu, plan.subject.recipe.engine.precision
+    peak = gpu.fp32_flops if precision == "fp32" else gpu.half_flops
     yield "share of the peak", f"{time.flops / plan.step_s / peak:.1%} of {peak / 1e12:.4g} TFLOP/s"
 
 
@@ -107,7 +129,9 @@ def _network(plan: Plan) -> Iterator[tuple[str, str]]:
 def _data(plan: Plan) -> Iterator[tuple[str, str]]:
     counts, read, cluster = plan.counts, plan.loading, plan.cluster
     known = [
-        f"{number:,} {name}" for name, number in (("labelled", counts.labelled), ("unlabelled", counts.unlabelled)) if number is not None
+        f"{number:,} {name}"
+        for name, number in (("labelled", counts.labelled), ("unlabelled", counts.unlabelled))
+        if number is not None
     ]
     yield "samples", ", ".join(known) or "unknown"
     size = f"{read.bytes_a_sample / 1e3:.0f} kB an image" + ("" if read.bytes_known else " assumed")

@@ -149,9 +149,7 @@ def link_named(name: str, ranks_per_host: int) -> Link:
         try:
             network = Network(float(name), False, 3e-5)
         except ValueError:
-            raise UserError(
-                f"--link {name}: neither a number of Gbit/s nor one of {', '.join(NETWORKS)}"
-            ) from None
+            raise UserError(f"--link {name}: neither a number of Gbit/s nor one of {', '.join(NETWORKS)}") from None
         if not 0 < network.gbit_s < float("inf"):
             raise UserError(f"--link {name}: it must be above 0 Gbit/s")
     share = 1 if network.per_gpu else ranks_per_host

@@ -1,14 +1,16 @@
 """Measures this machine for plans (`maskmatch plan --measure FILE`): operators of a step, one after the other.
 
-On its GPU, or else on the cores of one rank. It takes about a minute on a core.
+On its GPU, or else on the cores of one rank. It takes a minute or two on a core.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,8 @@ _ROUND_S = 0.03
 _ROUNDS = 3
 """An operator is repeated for so long, so often; the fastest round counts."""
 
-Case = tuple[Callable[[], Any], torch.dtype]
+Case = Callable[[], Any]
+"""One call of an operator."""
 
 
 def measure(device: torch.device | None = None) -> MeasuredGpu:
@@ -36,7 +39,7 @@ def measure(device: torch.device | None = None) -> MeasuredGpu:
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     points: list[Point] = []
-    for run, _ in _cases(device):
+    for run in _cases(device):
         with torch.no_grad(), Recorder() as recorder:
             run()
         [operation] = recorder.operations[-1:]
@@ -53,13 +56,13 @@ def measure(device: torch.device | None = None) -> MeasuredGpu:
     cuda = device.type == "cuda"
     small = min(point.seconds for point in points if point.name == COPY)
     fastest = {dtype: _fastest(points, dtype) for dtype in ("float32", "bfloat16")}
-    copies = max(point.bytes / point.seconds for point in points if point.name == COPY and point.bytes > 2**26)
+    largest = max((point for point in points if point.name == COPY), key=lambda point: point.bytes)
     return MeasuredGpu(
         name=torch.cuda.get_device_name(device) if cuda else "cpu",
         memory_bytes=torch.cuda.get_device_properties(device).total_memory if cuda else _host_memory(),
         fp32_flops=fastest["float32"],
         half_flops=fastest["bfloat16"],
-        bandwidth=copies,
+        bandwidth=largest.bytes / largest.seconds,
         launch_s=_launch_s(device) if cuda else small,
         source=f"measured, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads",
         points=tuple(points),
@@ -81,23 +84,20 @@ def _cases(device: torch.device) -> Iterator[Case]:
 def _products(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     for rows, inner, columns in ((64, 64, 64), (256, 192, 192), (1024, 384, 384), (1024, 384, 1536), (2048, 768, 3072)):
         a, b = _random(device, dtype, rows, inner), _random(device, dtype, inner, columns)
-        bias = _random(device, dtype, columns)
-        yield lambda a=a, b=b: _aten.mm(a, b), dtype
-        yield lambda a=a, b=b, bias=bias: _aten.addmm(bias, a, b), dtype
+        yield partial(_aten.mm, a, b)
+        yield partial(_aten.addmm, _random(device, dtype, columns), a, b)
     for batch, rows, inner in ((8, 16, 32), (8, 256, 64), (16, 1024, 64)):
         a, b = _random(device, dtype, batch, rows, inner), _random(device, dtype, batch, inner, rows)
-        yield lambda a=a, b=b: _aten.bmm(a, b), dtype
+        yield partial(_aten.bmm, a, b)
+    if device.type != "cpu":
+        return
     for heads, queries, keys in ((6, 64, 64), (6, 256, 256), (6, 1024, 1024), (2, 4096, 256)):
         q, k = _random(device, dtype, 1, heads, queries, 64), _random(device, dtype, 1, heads, keys, 64)
-        if device.type == "cpu":
-            out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, k)
-            yield lambda q=q, k=k: _aten._scaled_dot_product_flash_attention_for_cpu(q, k, k), dtype
-            yield (
-                lambda q=q, k=k, out=out, lse=lse: _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    q, q, k, k, out, lse, 0.0, False
-                ),
-                dtype,
-            )
+        forward = _aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = forward(q, k, k)
+        yield partial(forward, q, k, k)
+        backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+        yield partial(backward, q, q, k, k, out, lse, 0.0, False)
 
 
 def _convolutions(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
@@ -109,73 +109,55 @@ def _convolutions(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     for images, inner, side, outer, kernel, stride, padding, groups in shapes:
         x = _random(device, dtype, images, inner, side, side).contiguous(memory_format=torch.channels_last)
         weight, bias = _random(device, dtype, outer, inner // groups, kernel, kernel), _random(device, dtype, outer)
-        rest = ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups)
-        y = _aten.convolution(x, weight, bias, *rest)
-        yield lambda x=x, weight=weight, bias=bias, rest=rest: _aten.convolution(x, weight, bias, *rest), dtype
-        needs = [inner != 3, True, True]
-        yield (
-            lambda y=y, x=x, weight=weight, outer=outer, rest=rest, needs=needs: _aten.convolution_backward(
-                y, x, weight, [outer], *rest, needs
-            ),
-            dtype,
-        )
+        how = ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups)
+        y = _aten.convolution(x, weight, bias, *how)
+        yield partial(_aten.convolution, x, weight, bias, *how)
+        yield partial(_aten.convolution_backward, y, x, weight, [outer], *how, [inner != 3, True, True])
 
 
 def _moves(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Operators that read and write, of rows of 384 channels where it matters."""
+    channels, eps = 384, 1e-6
     for size in _SIZES:
-        rows = max(1, size // 384)
-        x, y = _random(device, dtype, rows, 384), _random(device, dtype, rows, 384)
-        weight = _random(device, dtype, 384)
-        other = torch.float32 if dtype != torch.float32 else torch.bfloat16
+        rows = max(1, size // channels)
+        x, y = _random(device, dtype, rows, channels), _random(device, dtype, rows, channels)
+        weight = _random(device, dtype, channels)
         index = torch.randperm(rows, device=device)
-        whole, mean, scale = _aten.native_layer_norm(x, [384], weight, weight, 1e-6)
+        columns = torch.randint(channels, (rows, channels), device=device)
+        labels = torch.randint(channels, (rows,), device=device)
+        _, mean, scale = _aten.native_layer_norm(x, [channels], weight, weight, eps)
         soft = _aten._softmax(x, -1, False)
-        side = max(4, math.isqrt(size // 32))
-        grid = _random(device, dtype, 1, 32, side // 2, side // 2)
-        large = _random(device, dtype, 1, 32, side // 2 * 2, side // 2 * 2)
-        sizes = [side // 2 * 2] * 2
-        labels = torch.randint(384, (rows,), device=device)
-        runs: tuple[Callable[[], Any], ...] = (
-            lambda x=x: _aten.clone(x),
-            lambda x=x: _aten._to_copy(x, dtype=other),
-            lambda x=x, y=y: _aten.add(x, y),
-            lambda x=x, y=y: _aten.mul(x, y),
-            lambda x=x, y=y: _aten.sub(x, y),
-            lambda x=x, y=y: _aten.div(x, 2.0),
-            lambda x=x, y=y: _aten.cat([x, y]),
-            lambda x=x, y=y: _aten.stack([x, y]),
-            lambda x=x: _aten.sum(x, [0]),
-            lambda x=x: _aten.mean(x, [-1]),
-            lambda x=x: _aten.exp(x),
-            lambda x=x: _aten.relu(x),
-            lambda x=x: _aten.gelu(x),
-            lambda x=x, y=y: _aten.gelu_backward(y, x),
-            lambda x=x: _aten.silu(x),
-            lambda x=x: _aten._softmax(x, -1, False),
-            lambda x=x: _aten._log_softmax(x, -1, False),
-            lambda x=x, soft=soft: _aten._softmax_backward_data(x, soft, -1, x.dtype),
-            lambda x=x, soft=soft: _aten._log_softmax_backward_data(x, soft, -1, x.dtype),
-            lambda x=x, w=weight: _aten.native_layer_norm(x, [384], w, w, 1e-6),
-            lambda x=x, y=y, w=weight, m=mean, s=scale: _aten.native_layer_norm_backward(
-                y, x, [384], m, s, w, w, [True, True, True]
-            ),
-            lambda x=x, i=index: _aten.index_select(x, 0, i),
-            lambda x=x, i=index: _aten.index(x, [i]),
-            lambda x=x, y=y, i=index: _aten.index_add(x, 0, i, y),
-            lambda x=x, y=y, i=index[:, None]: _aten.gather(x, 1, i % 384),
-            lambda x=x: _aten.max(x, 1),
-            lambda x=x: _aten.clamp(x, 0, 1),
-            lambda x=x, y=y: _aten.where(x > 0, x, y),
-            lambda x=x, y=y: _aten.lerp(x, y, 0.5),
-            lambda g=grid, sizes=sizes: _aten.upsample_bilinear2d(g, sizes, False),
-            lambda g=grid, large=large, sizes=sizes: _aten.upsample_bilinear2d_backward(
-                large, sizes, list(g.shape), False
-            ),
-            lambda x=x, labels=labels, soft=soft: _aten.nll_loss_forward(soft, labels, None, 2, -100),
-        )
-        for run in runs:
-            yield run, dtype
+        side = max(2, math.isqrt(size // 32) // 2)
+        grid, large = _random(device, dtype, 1, 32, side, side), _random(device, dtype, 1, 32, 2 * side, 2 * side)
+        yield partial(_aten._to_copy, x, dtype=torch.float32 if dtype != torch.float32 else torch.bfloat16)
+        for alone in (_aten.clone, _aten.exp, _aten.relu, _aten.gelu, _aten.silu):
+            yield partial(alone, x)
+        for both in (_aten.add, _aten.mul, _aten.sub):
+            yield partial(both, x, y)
+        for listed in (_aten.cat, _aten.stack):
+            yield partial(listed, [x, y])
+        for softmax in (_aten._softmax, _aten._log_softmax):
+            yield partial(softmax, x, -1, False)
+        for backward in (_aten._softmax_backward_data, _aten._log_softmax_backward_data):
+            yield partial(backward, x, soft, -1, x.dtype)
+        yield partial(_aten.div, x, 2.0)
+        yield partial(_aten.sum, x, [0])
+        yield partial(_aten.mean, x, [-1])
+        yield partial(_aten.gelu_backward, y, x)
+        yield partial(_aten.native_layer_norm, x, [channels], weight, weight, eps)
+        needs = [True, True, True]
+        yield partial(_aten.native_layer_norm_backward, y, x, [channels], mean, scale, weight, weight, needs)
+        yield partial(_aten.index_select, x, 0, index)
+        yield partial(_aten.index, x, [index])
+        yield partial(_aten.index_add, x, 0, index, y)
+        yield partial(_aten.gather, x, 1, columns)
+        yield partial(_aten.max, x, 1)
+        yield partial(_aten.clamp, x, 0, 1)
+        yield partial(_aten.where, x > 0, x, y)
+        yield partial(_aten.lerp, x, y, 0.5)
+        yield partial(_aten.upsample_bilinear2d, grid, [2 * side] * 2, False)
+        yield partial(_aten.upsample_bilinear2d_backward, large, [2 * side] * 2, list(grid.shape), False)
+        yield partial(_aten.nll_loss_forward, soft, labels, None, 2, -100)
 
 
 def _adamw(device: torch.device) -> Iterator[Point]:
@@ -225,7 +207,7 @@ def _launch_s(device: torch.device) -> float:
         y = x
         for _ in range(100):
             y = y * 2
-        y.sum().backward()
+        torch.autograd.backward(y.sum())
 
     with torch.enable_grad():
         chain()
@@ -233,6 +215,4 @@ def _launch_s(device: torch.device) -> float:
 
 
 def _host_memory() -> int:
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -24,7 +25,7 @@ on the careful side: about 0.5 GB each were seen on data-centre GPUs."""
 FRAGMENTATION = 0.08
 """Share of the rest that torch's allocator may reserve without being able to use it."""
 SEARCHED_IMAGES = 4096
-"""The largest micro-batch that is looked for."""
+"""The largest micro-batch that is said to fit."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def plan_memory(subject: Subject, cluster: Cluster) -> MemoryPlan:
         peak=max(peaks.values()),
         together=_together(on_device, traces, subject.recipe.engine.accumulation),
         usable=usable,
-        largest_micro_batch=_largest_micro_batch(subject, on_device, cluster.ranks, usable),
+        largest_micro_batch=_largest_micro_batch(subject, cluster.ranks, usable, peaks),
     )
 
 
@@ -80,19 +81,32 @@ def usable_bytes(memory_bytes: int) -> int:
     return int(max(0, memory_bytes - CONTEXT_BYTES) * (1 - FRAGMENTATION))
 
 
-def step_peak(subject: Subject, ranks: int) -> int:
-    """The most bytes of a step of the subject on a device: `MemoryPlan.peak` without the rest of the plan."""
+def device_memory(subject: Subject, ranks: int) -> tuple[int, dict[str, int]]:
+    """Bytes on a device between steps, and `MemoryPlan.peaks`, without the rest of the plan."""
     on_device, _ = states(subject, ranks)
     traces = {part: trace(subject, part, images_of(subject, part)) for part in passes_of(subject)}
-    return max(_peaks(subject, on_device, traces, ranks).values())
+    return _always(subject, on_device), _peaks(subject, on_device, traces, ranks)
+
+
+def step_peak(subject: Subject, ranks: int) -> int:
+    """The most bytes on a device in a step: `MemoryPlan.peak` without the rest of the plan."""
+    return max(device_memory(subject, ranks)[1].values())
+
+
+def _always(subject: Subject, own: States) -> int:
+    """What is there between steps, with the gradients and buckets whose memory an engine keeps."""
+    return own.kept + _kept_gradients(subject, own) + (own.buckets if subject.recipe.engine.zero_stage == 3 else 0)
+
+
+def _kept_gradients(subject: Subject, own: States) -> int:
+    engine = subject.recipe.engine
+    return own.gradients if engine.zero_stage == 3 or keeps_flat_gradients(engine) or engine.cuda_graphs else 0
 
 
 def _peaks(subject: Subject, own: States, traces: Mapping[Pass, Trace], ranks: int) -> dict[str, int]:
     engine = subject.recipe.engine
     stage, micro_batches = engine.zero_stage, engine.accumulation
-    always = own.kept + (own.buckets if stage == 3 else 0)
-    kept_gradients = own.gradients if stage == 3 or keeps_flat_gradients(engine) else 0
-    always += kept_gradients
+    always = _always(subject, own)
     views = traces["views"]
     peaks: dict[str, int] = {"views": always + (micro_batches - 1) * views.left_bytes + views.peak_bytes}
     left = micro_batches * views.left_bytes
@@ -100,7 +114,7 @@ def _peaks(subject: Subject, own: States, traces: Mapping[Pass, Trace], ranks: i
         teacher = traces["teacher"]
         peaks["teacher"] = always + own.gathered + left + teacher.peak_bytes
         left += micro_batches * teacher.left_bytes
-    gradients = own.gradients - kept_gradients
+    gradients = own.gradients - _kept_gradients(subject, own)
     students: list[Pass] = [part for part in traces if part.startswith("loss_")]
     is_first = micro_batches == 1
     for part in students:
@@ -161,30 +175,19 @@ def with_micro_batch(subject: Subject, images: int) -> Subject:
     )
 
 
-def _largest_micro_batch(subject: Subject, own: States, ranks: int, usable: int) -> int:
-    """By the line through the peaks of two micro-batches, checked at what it says; peaks bend where chunks fill."""
+def _largest_micro_batch(subject: Subject, ranks: int, usable: int, peaks: Mapping[str, int]) -> int:
+    """By the lines through the peaks of the recipe's own micro-batch and of one twice as large.
 
-    def peak(images: int) -> int:
-        return step_peak(with_micro_batch(subject, images), ranks)
-
-    fits, too_many = 0, SEARCHED_IMAGES + 1
-    known: dict[int, int] = {}
-    guess = max(1, subject.recipe.engine.micro_batch)
-    while too_many - fits > 1:
-        known[guess] = peak(guess)
-        if known[guess] <= usable:
-            fits = guess
-        else:
-            too_many = guess
-        guess = min(max(_next_guess(known, usable), fits + 1), too_many - 1)
-    return fits
-
-
-def _next_guess(known: Mapping[int, int], usable: int) -> int:
-    if len(known) == 1:
-        (only,) = known
-        return 2 * only if known[only] <= usable else max(1, only // 2)
-    near = sorted(known, key=lambda images: abs(known[images] - usable))[:2]
-    low, high = sorted(near)
-    slope = max(1.0, (known[high] - known[low]) / (high - low))
-    return int(low + (usable - known[low]) / slope)
+    Beyond chunks of a fixed size memory grows by the same for each image, and before that by more. So what a line says
+    of other micro-batches is what they need, or more.
+    """
+    own = subject.recipe.engine.micro_batch
+    _, twice = device_memory(with_micro_batch(subject, 2 * own), ranks)
+    most = SEARCHED_IMAGES
+    for moment, peak in peaks.items():
+        an_image = (twice[moment] - peak) / own
+        if an_image > 0:
+            most = min(most, math.floor(own + (usable - peak) / an_image))
+        elif peak > usable:
+            most = 0
+    return max(0, most)

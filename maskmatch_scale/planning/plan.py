@@ -1,6 +1,6 @@
 """A plan: what a run of a recipe needs on a cluster, how long it takes, and settings that fit.
 
-    plan(recipe, cluster_of(64, gpu_named("h100")))
+plan(recipe, cluster_of(64, gpu_named("h100")))
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Records operations and memory of tensors while code runs without memory (`FakeTensorMode`)."""
+"""Records operations and memory of tensors while code runs, with or without memory (`FakeTensorMode`)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Operation:
 class Recorder(TorchDispatchMode):
     """Records operations, and bytes of the storages that are alive.
 
-    Enter it within a `FakeTensorMode`. What exists before it is entered, such as weights, is not counted.
+    Enter it within a `FakeTensorMode`, if that is used. What exists before it is entered, such as weights, is not
+    counted.
     """
 
     def __init__(self) -> None:
@@ -55,7 +56,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operator, and record it and the memory that it has made."""
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].untyped_storage().device.type == "meta":
             return 0  # the only values that a pass reads are seeds of dropout, and any seed will do
         named = kwargs or {}
         result = func(*args, **named)
@@ -93,6 +94,14 @@ class Recorder(TorchDispatchMode):
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         if self._is_late:
             self.late_peak_bytes = max(self.late_peak_bytes, self.live_bytes)
+
+    def begin_peak(self) -> None:
+        """Look at all storages again, whose sizes may have changed, and let `peak_bytes` begin anew."""
+        for key, (reference, _) in list(self._alive.items()):
+            storage = reference()
+            if storage is not None:
+                self._alive[key] = (reference, storage.nbytes())
+        self.live_bytes = self.peak_bytes = sum(size for _, size in self._alive.values())
 
     def first_gradient(self) -> None:
         """Say that a gradient of a weight is there; only the first time counts."""

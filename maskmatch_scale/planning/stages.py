@@ -10,7 +10,15 @@ from maskmatch_scale.planning.memory import step_peak
 from maskmatch_scale.planning.setting import Cluster
 from maskmatch_scale.planning.states import states
 
-CHOICES = ((0, ()), (1, ()), (2, ()), (3, ()), (2, ("optimizer",)), (3, ("optimizer",)), (3, ("optimizer", "parameters")))
+CHOICES = (
+    (0, ()),
+    (1, ()),
+    (2, ()),
+    (3, ()),
+    (2, ("optimizer",)),
+    (3, ("optimizer",)),
+    (3, ("optimizer", "parameters")),
+)
 """ZeRO stages, and what lies in host memory."""
 
 

@@ -62,7 +62,7 @@ class States:
     """Bytes of one rank, by component, on its device."""
 
     weights: int
-    """Of the student: trained and frozen ones and buffers; at stage 3 this rank's shards."""
+    """Of the student: trained and frozen ones and buffers; at stage 3 this rank's shards, and small weights whole."""
     masters: int
     """fp32 copies of the trained weights, which the optimizer changes."""
     moments: int
@@ -80,7 +80,7 @@ class States:
 
     @property
     def kept(self) -> int:
-        """What is there between steps. (Gradients are not, except where an engine keeps their memory.)"""
+        """What is there between steps, without gradients and buckets that some engines keep."""
         return self.weights + self.masters + self.moments + self.average + self.frozen_teacher
 
     @property
@@ -140,15 +140,16 @@ def states(subject: Subject, ranks: int) -> tuple[States, HostStates]:
         building=_building(student, teacher, wide, ranks if stage == 3 else None),
         checkpoint=-(-(16 * trained + 8 * frozen) // ranks),
     )
+    persistent = _persistent_bytes(subject, zero, wide)
     on_device = States(
-        weights=buffers + (0 if engine.offload_parameters else weights),
+        weights=buffers + persistent + (0 if engine.offload_parameters else weights),
         masters=0 if engine.offload_optimizer else sizes.get("masters", 0),
         moments=0 if engine.offload_optimizer else sizes["moments"],
         gradients=sizes["gradients"],
         average=buffers + (0 if engine.offload_parameters else average),
         frozen_teacher=teacher,
         buckets=_bucket_bytes(subject, zero),
-        gathered=_gathered_bytes(subject, zero, trained + frozen, wide),
+        gathered=max(0, _gathered_bytes(subject, zero, trained + frozen, wide) - persistent),
     )
     return on_device, host
 
@@ -176,6 +177,14 @@ def _bucket_bytes(subject: Subject, zero: dict[str, Any]) -> int:
 def keeps_flat_gradients(engine: EngineRecipe) -> bool:
     """Whether DeepSpeed's `BF16_Optimizer` runs: fp32 gradients in one piece of memory, kept between steps."""
     return engine.library == "deepspeed" and engine.zero_stage == 1 and engine.precision == "bf16"
+
+
+def _persistent_bytes(subject: Subject, zero: dict[str, Any], wide: int) -> int:
+    """Weights that stage 3 keeps whole, because they are small."""
+    if subject.recipe.engine.zero_stage < 3:
+        return 0
+    most = int(zero.get("stage3_param_persistence_threshold", PERSISTENT_ELEMENTS))
+    return wide * sum(p.numel() for p in subject.student.parameters() if p.numel() <= most)
 
 
 def _gathered_bytes(subject: Subject, zero: dict[str, Any], elements: int, wide: int) -> int:

@@ -151,7 +151,9 @@ def _trace(subject: Subject, part: Pass, images: int) -> Trace:
 
 
 def _trace_of(recorder: Recorder, saved_bytes: int) -> Trace:
-    return Trace(tuple(recorder.operations), saved_bytes, recorder.peak_bytes, recorder.late_peak_bytes, recorder.live_bytes)
+    return Trace(
+        tuple(recorder.operations), saved_bytes, recorder.peak_bytes, recorder.late_peak_bytes, recorder.live_bytes
+    )
 
 
 _DEVICE = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Bytes by docs/zero.md, and the seconds of rings. (tests/distributed/test_planned_traffic.py has real collectives.)"""
+"""Bytes by docs/zero.md, and the seconds of rings; tests/distributed/test_planned_traffic.py has real collectives."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def traffic(model=None, ranks=4, **sections):
 @pytest.mark.parametrize(("precision", "wide"), [("fp32", 4), ("bf16", 2), ("autocast-bf16", 4)])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_table_of_zero_md(stage, precision, wide):
-    """g = 4 bytes a gradient; a view whose features are not guessed leaves out the context decoder."""
+    """G = 4 bytes a gradient; a view whose features are not guessed leaves out the context decoder."""
     if (stage, precision) == (0, "bf16"):
         pytest.skip("the recipe is refused")
     found, count, context = traffic(engine={"zero_stage": stage, "precision": precision})
@@ -42,7 +42,8 @@ def test_the_table_of_zero_md(stage, precision, wide):
 
 
 @pytest.mark.parametrize(
-    ("scales", "accumulation", "zero", "times"), [([0.5, 1.0], 2, {}, 1), ([0.5, 1.0], 2, {"stage3_max_live_parameters": 0}, 4)]
+    ("scales", "accumulation", "zero", "times"),
+    [([0.5, 1.0], 2, {}, 1), ([0.5, 1.0], 2, {"stage3_max_live_parameters": 0}, 4)],
 )
 def test_the_teacher_at_stage_3_sends_its_weights_once_or_in_every_forward(tmp_path, scales, accumulation, zero, times):
     file = tmp_path / "zero.json"

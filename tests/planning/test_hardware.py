@@ -17,7 +17,9 @@ def test_a_card_has_the_peaks_of_its_data_sheet(name):
 
 
 def test_cards_without_bf16_are_those_without_tf32():
-    assert {n for n in CARDS if not has_bf16(gpu_named(n))} == {n for n, c in CARDS.items() if PEAKS[c.peaks].tf32 is None}
+    assert {n for n in CARDS if not has_bf16(gpu_named(n))} == {
+        n for n, c in CARDS.items() if PEAKS[c.peaks].tf32 is None
+    }
 
 
 def test_memory_may_be_given():

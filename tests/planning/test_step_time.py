@@ -29,7 +29,8 @@ def test_an_operation_takes_the_longer_of_products_and_bytes():
     assert rates.seconds(replace(product, dtype=torch.float32)) == pytest.approx(1e12 / (495e12 * efficiency.PRODUCTS))
     copy = Operation("aten.clone", 0, 10**9, torch.float32, False)
     assert rates.seconds(copy) == pytest.approx(1e9 / (3350e9 * efficiency.MEMORY))
-    assert rates.is_product(product) and not rates.is_product(copy)
+    assert rates.is_product(product)
+    assert not rates.is_product(copy)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,13 @@ def test_parts_and_shares_add_up(planned):
     parts = sum(part.seconds for part in time.parts) + sum(one.exposed_s for one in time.network)
     assert time.seconds == pytest.approx(parts)
     assert sum(time.share_of().values()) == pytest.approx(1)
-    assert [part.name for part in time.parts[:5]] == ["views drawn", "teacher", "labelled view", "strong views", "masked view"]
+    assert [part.name for part in time.parts[:5]] == [
+        "views drawn",
+        "teacher",
+        "labelled view",
+        "strong views",
+        "masked view",
+    ]
     assert 0 < time.burn_in_s < time.seconds
 
 
@@ -73,7 +80,9 @@ def test_gradients_are_hidden_but_for_the_last_and_a_slow_network_is_not(planned
 def test_more_ranks_take_no_longer_without_a_network(planned):
     subject, _ = planned
     passes = computed(subject, cluster_of(8, H100))
-    free = [replace(cluster_of(n, H100), within=Link("", 1e30, 0, ""), between=Link("", 1e30, 0, "")) for n in (8, 64, 512)]
+    free = [
+        replace(cluster_of(n, H100), within=Link("", 1e30, 0, ""), between=Link("", 1e30, 0, "")) for n in (8, 64, 512)
+    ]
     seconds = [with_network(subject, one, passes).seconds for one in free]
     assert seconds == sorted(seconds, reverse=True)
 
@@ -93,7 +102,13 @@ def test_cuda_graphs_launch_no_views():
 def test_a_larger_keep_has_never_fewer_flops(model):
     one = cluster_of(1, H100)
     flops = [
-        sum(part.flops for name, part in computed(built_of(model, data={"crop_px": 128}, method={"mask": {"keep": keep}}).subject, one).items() if name == "loss_m")
+        sum(
+            part.flops
+            for name, part in computed(
+                built_of(model, data={"crop_px": 128}, method={"mask": {"keep": keep}}).subject, one
+            ).items()
+            if name == "loss_m"
+        )
         for keep in (0.25, 0.75)
     ]
     assert flops[0] < flops[1]
@@ -102,7 +117,10 @@ def test_a_larger_keep_has_never_fewer_flops(model):
 def test_activations_that_are_computed_again_take_a_forward_more():
     one = cluster_of(1, H100)
     kept, again = (
-        sum(part.flops for part in computed(built_of(VIT, engine={"activation_checkpointing": on}).subject, one).values())
+        sum(
+            part.flops
+            for part in computed(built_of(VIT, engine={"activation_checkpointing": on}).subject, one).values()
+        )
         for on in (False, True)
     )
     assert 1.1 < again / kept < 1.34

@@ -13,8 +13,8 @@ from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.record.report import write_report
 from maskmatch_scale.runs.evaluate import evaluate_run, inference_of
 from maskmatch_scale.runs.model import build_student
-from maskmatch_scale.train import train
 from maskmatch_scale.runs.model_checks import check_model
+from maskmatch_scale.train import train
 from tests.conftest import TINY_VIT, recipe_maker
 
 VIT = {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT}

@@ -6,9 +6,9 @@ import pytest
 
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.models import build_segmenter
+from maskmatch_scale.runs.model_checks import check_graphs
 from maskmatch_scale.train import train
 from maskmatch_scale.training import preflight
-from maskmatch_scale.runs.model_checks import check_graphs
 from tests.conftest import TINY_VIT, recipe_maker
 
 VIT = {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT}

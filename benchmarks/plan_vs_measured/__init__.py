@@ -1,0 +1,1 @@
+"""What `maskmatch plan` predicts, against real steps of two ranks on this machine's CPU."""

@@ -1,0 +1,121 @@
+"""A pass without memory keeps and needs what a real one does, by torch's own allocations."""
+
+import resource
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from maskmatch_scale.data.batches.batch import Batch
+from maskmatch_scale.method.bases import PseudoLabels
+from maskmatch_scale.method.maskmatch import MaskMatch, view_draws
+from maskmatch_scale.models import build_segmenter
+from maskmatch_scale.models.resample import upsampling_bands
+from maskmatch_scale.planning.subject import Subject
+from maskmatch_scale.planning.trace import images_of, passes_of, trace
+from tests.planning.conftest import FAMILIES
+
+
+def real_pass(subject, family, part):
+    """Bytes that are kept at the end of the forward pass, and the most in forward and backward, of a real pass."""
+    recipe, images = subject.recipe, 2
+    student = build_segmenter(
+        num_classes=3, checkpoint_activations=recipe.engine.activation_checkpointing, **FAMILIES[family]
+    )
+    maskmatch = MaskMatch(student, recipe.method, 0, 255).train()
+    draws = view_draws(student, recipe.method, 0, recipe.data.crop_px)
+    batch = Batch.empty(images, images, recipe.data.crop_px, draws.width)
+    for tensor in batch.tensors[:3]:
+        tensor.random_(3)
+    batch.unlabelled_valid.fill_(True)
+    batch.draws.copy_(draws(range(images)))
+    step = maskmatch.prepare(Batch(*batch.tensors, tuple(range(images))))
+    pseudo = PseudoLabels(step.labels, step.labelled_pixels)
+    for view in (*step.views, step.masked.view):
+        pseudo.mixed(view.cutmix)
+    scale = torch.ones(3, dtype=torch.float64)
+    for parameter in student.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    maskmatch(part, step, pseudo, scale)  # what is made once: weights of upsampling
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss, _ = maskmatch(part, step, pseudo, scale)
+        with torch.profiler.record_function("backward begins"):
+            pass
+        loss.backward()
+    events = profiler.profiler.kineto_results.events()
+    (middle,) = (event.start_ns() for event in events if event.name() == "backward begins")
+    now = saved = most = 0
+    for moment, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        now += change
+        most = max(most, now)
+        saved = now if moment < middle else saved
+    return saved, most
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("part", ["loss_x", "loss_u", "loss_m"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_is_that_of_a_real_pass(make_subject, family, part, checkpointing):
+    subject = make_subject(family, engine={"activation_checkpointing": checkpointing}, data={"crop_px": 128})
+    saved, most = real_pass(subject, family, part)
+    planned = trace(subject, part, 2)
+    assert planned.saved_bytes == pytest.approx(saved, rel=0.02)
+    assert planned.peak_bytes == pytest.approx(most, rel=0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_grows_by_the_same_for_every_image(make_subject, family):
+    subject = make_subject(family)
+    for part in passes_of(subject):
+        one, two, three = (trace(subject, part, images) for images in (4, 6, 8))
+        for name in ("saved_bytes", "left_bytes"):
+            values = [getattr(found, name) for found in (one, two, three)]
+            assert values[2] - values[1] == pytest.approx(values[1] - values[0], rel=0.01, abs=64)
+
+
+def test_passes_are_those_of_the_recipe(make_subject):
+    assert passes_of(make_subject()) == ("views", "teacher", "loss_x", "loss_u", "loss_m")
+    alone = make_subject(method={"base": "supervised", "mask": {"keep": None}})
+    assert passes_of(alone) == ("views", "loss_x")
+    assert images_of(alone, "loss_x") == 2
+
+
+def test_dropped_units_cost_less_than_whole_views(make_subject):
+    subject = make_subject()
+    whole, masked = trace(subject, "loss_u", 2), trace(subject, "loss_m", 2)
+    assert sum(o.flops for o in masked.operations) < 0.75 * sum(o.flops for o in whole.operations)
+    assert masked.saved_bytes < whole.saved_bytes
+
+
+def test_16_bit_weights_halve_activations_and_gpus_keep_norms_in_fp32(make_subject):
+    saved = {
+        (precision, device): trace(
+            make_subject(images=4, device=device, engine={"precision": precision}), "loss_x", 4
+        ).saved_bytes
+        for precision in ("fp32", "bf16", "autocast-bf16")
+        for device in ("cpu", "cuda")
+    }
+    assert saved["bf16", "cpu"] < 0.65 * saved["fp32", "cpu"]
+    assert saved["autocast-bf16", "cuda"] > saved["autocast-bf16", "cpu"]
+
+
+def test_a_frozen_backbone_keeps_nothing(make_subject):
+    trained, frozen = make_subject(), make_subject(freeze="backbone")
+    assert trace(frozen, "loss_x", 2).saved_bytes < 0.3 * trace(trained, "loss_x", 2).saved_bytes
+
+
+def test_nothing_without_memory_is_left_in_caches(make_subject):
+    trace(make_subject("segformer"), "loss_x", 2)
+    (band, *_) = upsampling_bands(4, 8, 8, torch.float32, torch.device("cpu"))
+    assert band.weight.sum() == 8
+
+
+def test_seven_billion_parameters_need_little_memory(make_subject):
+    with torch.device("meta"):
+        student = build_segmenter("timm/vit_7b_patch16_dinov3.lvd1689m", 3)
+    small = make_subject(data={"crop_px": 512}, engine={"precision": "bf16", "zero_stage": 3})
+    subject = Subject(small.recipe, student, None, 2, 2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = trace(subject, "loss_m", 2)
+    assert sum(operation.flops for operation in found.operations) > 1e13
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB; the weights are 13 GB
