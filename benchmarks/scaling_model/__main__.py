@@ -16,6 +16,7 @@ import torch
 from benchmarks.harness import check_out, describe_machine, say, write_json
 from benchmarks.scaling_model import archive, failures
 from benchmarks.scaling_model.cases import CASES, GPU, STAGES
+from benchmarks.scaling_model.doc import with_tables
 from benchmarks.scaling_model.measure import compare, measure, reason_not, recipe_of
 from benchmarks.scaling_model.report import draw, page
 from benchmarks.scaling_model.steps import planned, strong, weak
@@ -35,6 +36,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FILE.json", help="results; .md and .png are written beside it")
     add("--no-measure", action="store_true", help="predict alone; measuring needs root, unshare, ip and tc")
+    add("--doc", type=Path, metavar="FILE.md", help="write the tables of --out into that page; nothing is run then")
     add("--work", type=Path, metavar="FOLDER", help="keep the measured runs there, and go on with them the next time")
     add("--steps-from", type=Path, metavar="FILE.json", help="take the predicted steps of an earlier run from its file")
     names = [case.name for case in CASES]
@@ -50,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         say(f"scaling_model: {error}")
         return 2
+    if options.doc is not None:
+        made = with_tables(options.doc.read_text(encoding="utf-8"), json.loads(options.out.read_text(encoding="utf-8")))
+        options.doc.write_text(made, encoding="utf-8")
+        return 0
     begin = time.perf_counter()
     machine = describe_machine(torch.device("cpu"), SOURCES)
     found: dict[str, list[dict[str, Any]]] = {"rows": [], "strong": [], "failures": [], "measured": [], "check": []}

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.scaling_model import __main__, archive, cases, failures, measure, report, steps
+from benchmarks.scaling_model import __main__, archive, cases, doc, failures, measure, report, steps
 from maskmatch_scale.planning.build import build
 from maskmatch_scale.planning.hardware import gpu_named
 
@@ -107,3 +107,11 @@ def test_two_ranks_over_a_slow_link_send_what_is_predicted(monkeypatch, tmp_path
     subjects = {1: build(measure.recipe_of(tmp_path, 1, "run"), gpu_named("h100")).subject}
     (compared,) = measure.compare([row], subjects)
     assert abs(compared["bytes_error"]) < 0.02
+
+
+def test_the_tables_of_the_page_are_those_of_the_results():
+    found = json.loads((archive.ROOT / "benchmarks/results/scaling_model.json").read_text(encoding="utf-8"))
+    page = (archive.ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    assert doc.with_tables(page, found) == page
+    assert page.count("<!-- scaling_model: ") == 7
+    assert doc.with_tables(page.replace(" GB |", " MB |"), found) == page
