@@ -61,6 +61,9 @@ bench: install $(VENV)/peers/.installed ## benchmarks into benchmarks/results, a
 	$(BIN)/python -m benchmarks.loader --out benchmarks/results/loader.json --other-python $(VENV)/peers/bin/python
 	$(BIN)/python -m benchmarks.scale --out benchmarks/results/scale.json
 	$(BIN)/python -m benchmarks.plan_vs_measured --out benchmarks/results/plan_vs_measured.json
+	$(BIN)/python -m benchmarks.planned_recipes && $(BIN)/python -m benchmarks.planned_recipes --heads
+	$(BIN)/python -m benchmarks.scaling_model --out benchmarks/results/scaling_model.json
+	$(BIN)/python -m benchmarks.scaling_model --out benchmarks/results/scaling_model.json --doc docs/scaling.md
 
 bench-gpu: install ## masked_vs_full, train_step, engine_overhead on a GPU into benchmarks/results/gpu, 16 minutes
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu --minutes 16
