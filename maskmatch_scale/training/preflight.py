@@ -44,6 +44,7 @@ from maskmatch_scale.runs.model import build_student
 from maskmatch_scale.runs.model_checks import check_backbone, check_graphs, check_model, check_statistics, freeze
 from maskmatch_scale.seeds import derive_seed
 from maskmatch_scale.training.frozen_teacher import check_classes, check_same_teacher, open_teacher, teacher_facts
+from maskmatch_scale.training.memory_check import check_memory
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     precision, reason = choose_precision(recipe, batchnorm=has_batchnorm)
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": precision})})
     check_settings(recipe, place.world_size)
+    check_memory(recipe, student, teacher.segmenter if teacher is not None else None, place)
     recipe, batches = _open_batches(recipe, student, place, index)
     check_profile(recipe)
     check_scored(recipe, index)
