@@ -26,6 +26,7 @@ from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.members import connect
 from maskmatch_scale.engine.setup import announce
 from maskmatch_scale.errors import CommandFailed, UserError
+from maskmatch_scale.redact import redacted
 
 _TELLING_S = 30.0
 """How long a rank whose checks have failed tries to tell the others: rank 0 may still be at its own checks, or be on a
@@ -213,7 +214,7 @@ def _tell(place: Place, error: Exception) -> None:
 def _refuse(store: Store, called: Store, place: Place, error: Exception) -> None:
     """Let all ranks end because this one has failed."""
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    line = f"rank {place.rank} on {socket.gethostname()} has failed its checks: {text}"
+    line = f"rank {place.rank} on {socket.gethostname()} has failed its checks: {redacted(text)}"
     verdict = json.dumps(asdict(Verdict(line, exit_code=2 if isinstance(error, UserError) else 1)))
     store.set("refused", verdict)
     if place.rank == 0:

@@ -17,7 +17,10 @@ from maskmatch_scale.hosts.meeting import Verdict, has_several_hosts, meet, tell
 from tests.spawned import answers_of
 
 RANKS = 3
-MISTAKE = {"a mistake": UserError("data.root=/x: no such folder"), "a bug": KeyError("x")}
+MISTAKE = {
+    "a mistake": UserError("data.root=/x: no such folder"),
+    "a bug": KeyError("https://user:password@store/x?sig=abc"),
+}
 
 
 def place_of(rank, port):
@@ -107,7 +110,7 @@ def test_a_refusal_reaches_every_rank(answers):
             ["UserError", "data.root=/x: no such folder", False],
             "data.root=/x: no such folder",
         ),
-        ("a bug", "CommandFailed", ["KeyError"], "KeyError: 'x'"),
+        ("a bug", "CommandFailed", ["KeyError"], "KeyError: 'https://store/x'"),
     ],
 )
 def test_a_rank_that_fails_its_own_checks_tells_the_others(answers, doing, kind, own, text):
