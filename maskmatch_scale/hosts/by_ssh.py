@@ -1,8 +1,8 @@
 """Asks the hosts of a hostfile what they are, over ssh, as the deepspeed launcher would start ranks there.
 
 Like that launcher it takes this Python by its path, enters this working directory, and passes on the variables that it
-does (DeepSpeed's `launcher/runner.py`: `EXPORT_ENVS`, and files `.deepspeed_env`). They may hold secrets, and every user
-of a host can read command lines (`ps`): so variables are sent through stdin.
+does (DeepSpeed's `launcher/runner.py`: `EXPORT_ENVS`, and files `.deepspeed_env`). They may hold secrets, and every
+user of a host can read command lines (`ps`): so variables are sent through stdin.
 """
 
 from __future__ import annotations
