@@ -12,7 +12,7 @@
 #
 #   RANKS=2 launch/accelerate.sh configs/mine.yaml --resume auto
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=gpu1 launch/accelerate.sh configs/mine.yaml --resume auto
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/common.sh" || exit 2
 
 NNODES=${NNODES:-1} RANKS=${RANKS:-}
 whole_number NNODES

@@ -11,10 +11,12 @@
 #   DS_ENV_FILE      with HOSTFILE: lines NAME=value that ranks get too (.deepspeed_env here, or at home);
 #                    NCCL_*, PYTHON*, UCX_* of this environment they get anyway
 #   DS_ACCELERATOR   cpu where this machine has no GPU
+#   PDSH_SSH_ARGS_APPEND  with HOSTFILE: -o ServerAliveInterval=15 -o ServerAliveCountMax=4, so that ssh ends when a host
+#                    is cut off
 #
 #   launch/deepspeed.sh configs/quickstart-segformer.yaml run.steps=20
 #   HOSTFILE=hosts.txt launch/deepspeed.sh configs/mine.yaml --resume auto
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/common.sh" || exit 2
 
 HOSTFILE=${HOSTFILE:-} RANKS=${RANKS:-} MASTER_ADDR=${MASTER_ADDR:-}
 gpus=$(count_gpus)
@@ -30,6 +32,8 @@ if [[ -n $HOSTFILE ]]; then
         END { if (!length(seen)) print "no host; write a line `HOST slots=RANKS` for each" }' "$HOSTFILE")
     [[ -z $wrong ]] || fail "HOSTFILE=$HOSTFILE: ${wrong%%$'\n'*}"
     command -v pdsh >/dev/null || fail "HOSTFILE=$HOSTFILE: deepspeed needs pdsh to reach its hosts; install it"
+    # deepspeed ends when all ssh have ended; of a host that is cut off, ssh would wait for ever.
+    export PDSH_SSH_ARGS_APPEND=${PDSH_SSH_ARGS_APPEND--o ServerAliveInterval=15 -o ServerAliveCountMax=4}
     MASTER_PORT=${MASTER_PORT:-$((20000 + RANDOM % 10000))}
     slots=$(awk 'split($2, part, "=") == 2 && part[1] == "slots" && part[2] > most { most = part[2] } END { print most }' "$HOSTFILE")
     # --force_multi: with a single host deepspeed would start the ranks here.
@@ -56,6 +60,6 @@ else
     share_cores "${RANKS:-$((gpus > 0 ? gpus : 2))}"
 fi
 whole_number MASTER_PORT
-start "HOSTFILE RANKS MASTER_ADDR MASTER_PORT OMP_NUM_THREADS DS_ENV_FILE DS_ACCELERATOR" \
+start "HOSTFILE RANKS MASTER_ADDR MASTER_PORT OMP_NUM_THREADS DS_ENV_FILE DS_ACCELERATOR PDSH_SSH_ARGS_APPEND" \
     python "$launch/stoppable.py" "${front[@]}" deepspeed "${where[@]}" --no_local_rank --master_port "$MASTER_PORT" \
     --module maskmatch_scale train "${words[@]}"

@@ -29,6 +29,8 @@ source "$LAUNCH_FOLDER/common.sh"
 LAUNCHER=${LAUNCHER:-srun} RANKS=${RANKS:-${SLURM_GPUS_ON_NODE:-1}} NNODES=${SLURM_NNODES:-1} cpus=${SLURM_CPUS_ON_NODE:-$(nproc)}
 export LAUNCHER RANKS NNODES OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus / RANKS > 0 ? cpus / RANKS : 1))}
 
+unset HOSTFILE # of the shell that called sbatch; the one of the job is removed at its end
+
 arguments=("$@" --resume auto)
 # A rank that has ended does not end the others: they may still write their part of the checkpoint.
 step=(srun --kill-on-bad-exit=0 --nodes "$NNODES")
@@ -61,7 +63,11 @@ code=0
 # In a subshell, because `start` becomes the command.
 (start "LAUNCHER RANKS NNODES MASTER_ADDR MASTER_PORT HOSTFILE OMP_NUM_THREADS" "${command[@]}") || code=$?
 [[ -z ${HOSTFILE:-} ]] || rm -f "$HOSTFILE"
-if ((code == 75)); then
+if ((code == 75 && SECONDS < 60 && ${SLURM_RESTART_COUNT:-0} >= 3)); then
+    # It would be queued again for ever: with a time limit below five minutes, for example, slurm stops it at its start.
+    echo "launch/slurm.sh: the run was stopped $SECONDS s after it was started again for the ${SLURM_RESTART_COUNT}th time;" \
+        "job $SLURM_JOB_ID is not queued again: look at its time limit (SIGUSR1 comes 300 s before) and run.max_hours" >&2
+elif ((code == 75)); then
     echo "launch/slurm.sh: the run has stopped with a checkpoint; job $SLURM_JOB_ID is queued again" >&2
     scontrol requeue "$SLURM_JOB_ID" || true # slurm itself may have done it
 fi

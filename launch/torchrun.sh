@@ -16,7 +16,7 @@
 #
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=gpu1 launch/torchrun.sh configs/mine.yaml --resume auto
 #   NNODES=1:4 MASTER_ADDR=gpu1 launch/torchrun.sh configs/mine.yaml --resume auto
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/common.sh" || exit 2
 
 NNODES=${NNODES:-1} RANKS=${RANKS:-} MASTER_ADDR=${MASTER_ADDR:-} LOCAL_ADDR=${LOCAL_ADDR:-}
 JOB_ID=${JOB_ID:-maskmatch} MAX_RESTARTS=${MAX_RESTARTS:-3}

@@ -19,7 +19,7 @@ _TEXT_BYTES = 4096
 
 @dataclass
 class Transfers:
-    """How many tensors this rank has sent to and taken from single other ranks. gloo counts them as collectives."""
+    """What a backend has counted as collectives, though they were sends and receives between two ranks."""
 
     count: int = 0
 
@@ -153,8 +153,12 @@ class Runtime:
             torch.cuda.synchronize(self.device)
 
     def _transfer(self, transfers: list[dist.P2POp]) -> None:
-        self.transfers.count += len(transfers)
-        for work in dist.batch_isend_irecv(transfers):
+        group = dist.distributed_c10d._get_default_group()
+        before: int = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+        works = dist.batch_isend_irecv(transfers)
+        # gloo counts each transfer, NCCL of some versions the batch, and not all ranks have as many.
+        self.transfers.count += group._get_sequence_number_for_group() - before  # type: ignore[attr-defined]
+        for work in works:
             work.wait()
 
     def collectives_called(self) -> dict[str, int]:
@@ -166,8 +170,7 @@ class Runtime:
         for group, name in list(dist.distributed_c10d._world.pg_names.items()):
             if group.size() == self.world_size:
                 count: int = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-                own = group == dist.group.WORLD and dist.get_backend(group) == "gloo"
-                called[str(name)] = count - (self.transfers.count if own else 0)
+                called[str(name)] = count - (self.transfers.count if group == dist.group.WORLD else 0)
         return called
 
     def stopwatch(self) -> Callable[[], Callable[[], float]]:

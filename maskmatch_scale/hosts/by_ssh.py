@@ -1,7 +1,8 @@
 """Asks the hosts of a hostfile what they are, over ssh, as the deepspeed launcher would start ranks there.
 
 Like that launcher it takes this Python by its path, enters this working directory, and passes on the variables that it
-does (DeepSpeed's `launcher/runner.py`: `EXPORT_ENVS`, and files `.deepspeed_env`).
+does (DeepSpeed's `launcher/runner.py`: `EXPORT_ENVS`, and files `.deepspeed_env`). They may hold secrets, and every
+user of a host can read command lines (`ps`): so variables are sent through stdin.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from maskmatch_scale.hosts.compare import Finding, Report, compare, compare_cloc
 from maskmatch_scale.hosts.facts import Facts
 from maskmatch_scale.hosts.job import JobFacts
 from maskmatch_scale.progress import progress_of
+from maskmatch_scale.redact import redacted
 
 _AT_ONCE = 64
 """Connections at a time. Each is a process here."""
@@ -78,7 +80,7 @@ def survey(slots: Mapping[str, int], arguments: Sequence[str], token: str, *, wi
     first = next(iter(slots)).rpartition("@")[2]
     asked = json.dumps({"token": token, "towards": first})
     words = ["doctor", "--as-host", asked, *arguments]
-    answers = _ask(list(slots), lambda host: remote_command(words), "asking")
+    answers = _ask(list(slots), lambda host: remote_script(words), "asking")
     reports = [
         Report(
             answer.host,
@@ -105,30 +107,30 @@ def _measure_links(hosts: Sequence[str]) -> tuple[str, list[Finding]]:
     job = {"WORLD_SIZE": str(len(hosts)), "MASTER_ADDR": hosts[0].rpartition("@")[2], "MASTER_PORT": port}
     ranks = {host: {"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_SIZE": "1"} for rank, host in enumerate(hosts)}
 
-    def command(host: str) -> str:
-        return remote_command(["doctor", "--as-rank"], job | ranks[host])
+    def script(host: str) -> str:
+        return remote_script(["doctor", "--as-rank"], job | ranks[host])
 
-    answers = _ask(hosts, command, "measuring", at_once=len(hosts))
+    answers = _ask(hosts, script, "measuring", at_once=len(hosts))
     faults = [answer for answer in answers if answer.fault]
     if faults or answers[0].values is None:
         return "", [Finding(f"{one.host}: its links could not be measured: {one.fault}", True) for one in faults]
     return answers[0].values["links"], [Finding(line, False) for line in answers[0].values["slow"]]
 
 
-def _ask(hosts: Sequence[str], command: Callable[[str], str], task: str, *, at_once: int = _AT_ONCE) -> list[Answer]:
+def _ask(hosts: Sequence[str], script: Callable[[str], str], task: str, *, at_once: int = _AT_ONCE) -> list[Answer]:
     answers: dict[str, Answer] = {}
     with (
         ThreadPoolExecutor(min(at_once, len(hosts))) as pool,
         progress_of(task, len(hosts), unit="hosts", elsewhere="lines if slow") as advance,
     ):
-        for done in as_completed([pool.submit(_answer, host, command(host)) for host in hosts]):
+        for done in as_completed([pool.submit(_answer, host, script(host)) for host in hosts]):
             answers[done.result().host] = done.result()
             advance()
     return [answers[host] for host in hosts]
 
 
-def remote_command(words: Sequence[str], more: Mapping[str, str] = {}) -> str:
-    """A line for the shell of another host that runs `maskmatch` there.
+def remote_script(words: Sequence[str], more: Mapping[str, str] = {}) -> str:
+    """Lines for `sh` on another host, which run `maskmatch` there.
 
     Args:
         words: after `maskmatch`.
@@ -140,9 +142,9 @@ def remote_command(words: Sequence[str], more: Mapping[str, str] = {}) -> str:
         *exports,
         f"cd {shlex.quote(str(here))} || exit {_NO_FOLDER}",
         f"command -v {shlex.quote(sys.executable)} >/dev/null || exit {_NO_PYTHON}",
-        shlex.join([sys.executable, "-m", "maskmatch_scale", *words]),
+        f"exec {shlex.join([sys.executable, '-m', 'maskmatch_scale', *words])} </dev/null",
     ]
-    return shlex.join(["exec", "sh", "-c", "; ".join(lines)])
+    return "".join(f"{line}\n" for line in lines)
 
 
 def exported(here: Path) -> dict[str, str]:
@@ -158,12 +160,12 @@ def exported(here: Path) -> dict[str, str]:
     return found
 
 
-def _answer(host: str, command: str) -> Answer:
+def _answer(host: str, script: str) -> Answer:
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}", "-o", "LogLevel=ERROR"]
     try:
         done = subprocess.run(
-            ["ssh", *options, "--", host, command],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ANSWER_S, check=False,
+            ["ssh", *options, "--", host, "exec sh -s"],
+            input=script, capture_output=True, text=True, timeout=_ANSWER_S, check=False,
         )  # fmt: skip
     except FileNotFoundError:
         return Answer(host, None, "there is no `ssh` on this machine; install an ssh client (openssh-client)")
@@ -186,7 +188,7 @@ def explained(code: int, errors: str) -> str:
         code: with which ssh has ended.
         errors: what it, or the command on the host, has written to stderr.
     """
-    said = [line.strip() for line in errors.splitlines() if line.strip()]
+    said = [redacted(line.strip()) for line in errors.splitlines() if line.strip()]
     last = said[-1] if said else f"exit code {code}"
     if code == _NO_FOLDER:
         return f"it has no folder {Path.cwd()}; start from a folder that all hosts share, as deepspeed enters it there"

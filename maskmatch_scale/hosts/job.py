@@ -24,7 +24,7 @@ from maskmatch_scale.engine.precision import choose_precision
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.hosts.facts import free_gib
 from maskmatch_scale.recipe import DataRecipe, Recipe
-from maskmatch_scale.redact import is_remote, shown
+from maskmatch_scale.redact import is_remote, redacted, shown
 from maskmatch_scale.timeouts import call_within
 
 _TOKEN_S = 3.0
@@ -140,7 +140,7 @@ def _fault(shard: str, data: DataRecipe) -> list[str]:
         except NoRanges:
             return []
         except (TransferError, UserError, TimeoutError) as error:
-            fault = f"{shown(shard)}: {error}"
+            fault = f"{shown(shard)}: {redacted(str(error))}"
             if not isinstance(error, TransferError) or error.final:
                 break
         else:

@@ -26,12 +26,14 @@ from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.members import connect
 from maskmatch_scale.engine.setup import announce
 from maskmatch_scale.errors import CommandFailed, UserError
+from maskmatch_scale.redact import redacted
 
 _TELLING_S = 30.0
 """How long a rank whose checks have failed tries to tell the others: rank 0 may still be at its own checks, or be on a
 host that never comes."""
 _LEAVING_S = 10.0
-"""How long rank 0 waits for the others to read why the job ends: its process holds what they read."""
+"""How long ranks of rank 0's host wait for the others to read why the job ends: its process holds what they read, and
+its launcher ends it when another of them has ended."""
 _LOOK_S = 1.0
 """How often a rank looks for the verdict at least."""
 _MEETINGS = itertools.count()
@@ -213,7 +215,7 @@ def _tell(place: Place, error: Exception) -> None:
 def _refuse(store: Store, called: Store, place: Place, error: Exception) -> None:
     """Let all ranks end because this one has failed."""
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    line = f"rank {place.rank} on {socket.gethostname()} has failed its checks: {text}"
+    line = f"rank {place.rank} on {socket.gethostname()} has failed its checks: {redacted(text)}"
     verdict = json.dumps(asdict(Verdict(line, exit_code=2 if isinstance(error, UserError) else 1)))
     store.set("refused", verdict)
     if place.rank == 0:
@@ -222,9 +224,10 @@ def _refuse(store: Store, called: Store, place: Place, error: Exception) -> None
 
 
 def _leave(store: Store, place: Place) -> None:
-    """Count this rank as one that knows; rank 0 waits for the others a little."""
+    """Count this rank as one that knows; those of rank 0's host wait for the others a little."""
     with suppress(RuntimeError):  # rank 0 has gone
         store.add("read", 1)
         until = time.monotonic() + _LEAVING_S
-        while place.rank == 0 and store.add("read", 0) < place.world_size and time.monotonic() < until:
+        beside_rank_0 = place.rank == place.local_rank
+        while beside_rank_0 and store.add("read", 0) < place.world_size and time.monotonic() < until:
             time.sleep(0.05)

@@ -6,7 +6,7 @@ from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskmatch_scale.engine.launchers import Place
-from maskmatch_scale.engine.ranks import Runtime
+from maskmatch_scale.engine.ranks import Runtime, Transfers
 from maskmatch_scale.engine.watch import _last_collective
 from maskmatch_scale.training import preflight
 from tests.spawned import answers_of
@@ -40,6 +40,29 @@ def test_of_neighbour():
     assert answers[0, "called"] == answers[1, "called"] == answers[2, "called"]
     assert sum(answers[0, "called"].values()) == 2
     assert {answers[rank, "last"] for rank in range(3)} == {"all_reduce [[3]]"}
+
+
+@pytest.mark.parametrize("counted", [0, 1, 2])
+def test_whatever_a_backend_counts_of_a_batch_is_no_collective(monkeypatch, counted):
+    """NCCL has counted a batch of transfers as none or as one collective, by its version; gloo counts each."""
+
+    class Group:
+        number = 7
+
+        def _get_sequence_number_for_group(self):
+            return self.number
+
+        def size(self):
+            return 2
+
+    group = Group()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_group", lambda: group)
+    monkeypatch.setattr(dist.distributed_c10d._world, "default_pg", group)
+    monkeypatch.setitem(dist.distributed_c10d._world.pg_names, group, "all")
+    monkeypatch.setattr(dist, "batch_isend_irecv", lambda _: setattr(group, "number", 7 + counted) or [])
+    runtime = Runtime(Place(0, 0, 2, 2), torch.device("cpu"), 1, transfers=Transfers())
+    runtime._transfer([None, None])
+    assert runtime.collectives_called() == {"all": 7}
 
 
 def pretended_gpu_rank():

@@ -19,7 +19,7 @@ PACKAGE = Path(maskmatch_scale.__file__).parent
 needs_hosts = pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts()))
 
 
-def test_the_command_enters_the_folder_and_passes_variables_on_as_deepspeed_does(tmp_path, monkeypatch):
+def test_the_script_enters_the_folder_and_passes_variables_on_as_deepspeed_does(tmp_path, monkeypatch):
     folder = tmp_path / "it's here"
     folder.mkdir()
     (folder / ".deepspeed_env").write_text("MY_KEY=a=b c\n")
@@ -32,9 +32,9 @@ def test_the_command_enters_the_folder_and_passes_variables_on_as_deepspeed_does
     Path(sys.executable).write_text(f"#!/usr/bin/env python3\n{show}\n")
     Path(sys.executable).chmod(0o755)
     names = "NCCL_DEBUG,PYTHONPATH,MY_KEY,RANK,SECRET"
-    command = by_ssh.remote_command(["doctor", "a b", names], {"RANK": "3"})
+    script = by_ssh.remote_script(["doctor", "a b", names], {"RANK": "3"})
     done = subprocess.run(
-        ["sh", "-c", command], cwd="/", env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
+        ["sh", "-s"], input=script, cwd="/", env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
     )
     assert eval(done.stdout) == [
         str(folder),
@@ -47,14 +47,34 @@ def test_a_folder_or_python_that_is_missing_there_is_said(tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
 
     def ended():
-        done = subprocess.run(["sh", "-c", by_ssh.remote_command([])], capture_output=True, text=True, check=False)
+        done = subprocess.run(["sh", "-s"], input=by_ssh.remote_script([]), capture_output=True, text=True, check=False)
         return by_ssh.explained(done.returncode, done.stderr)
 
     monkeypatch.chdir(tmp_path)
     assert ended() == "it has no /nowhere/python; put the Python environment on a disk that all hosts mount alike"
-    command = by_ssh.remote_command([])
-    monkeypatch.setattr(by_ssh, "remote_command", lambda words: command.replace(str(tmp_path), f"{tmp_path}/gone"))
+    script = by_ssh.remote_script([])
+    monkeypatch.setattr(by_ssh, "remote_script", lambda words: script.replace(str(tmp_path), f"{tmp_path}/gone"))
     assert ended().startswith(f"it has no folder {tmp_path}; start from a folder that all hosts share")
+
+
+def test_no_variable_stands_on_a_command_line(tmp_path, monkeypatch):
+    """An `ssh` that keeps its command line, and runs what it is given here."""
+    (tmp_path / ".deepspeed_env").write_text("STORE_TOKEN=of-a-file\n")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    ssh, python = tools / "ssh", tools / "python"
+    ssh.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/seen\nshift $(($# - 1))\nexec sh -c "$1"\n')
+    shown = '{"facts": null, "job": null, "time": 0, "token": "\'$STORE_TOKEN$NCCL_KEY\'"}'
+    python.write_text(f"#!/bin/sh\necho '{shown}'\n")
+    ssh.chmod(0o755), python.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.setenv("NCCL_KEY", "of-the-environment")
+    monkeypatch.setattr(sys, "executable", str(python))
+    answer = by_ssh._answer("gpu-a", by_ssh.remote_script(["doctor"]))
+    assert answer.values["token"] == "of-a-fileof-the-environment"
+    assert "gpu-a" in (tmp_path / "seen").read_text()
+    assert "of-" not in (tmp_path / "seen").read_text()
 
 
 @pytest.mark.parametrize(
@@ -67,6 +87,7 @@ def test_a_folder_or_python_that_is_missing_there_is_said(tmp_path, monkeypatch)
         (1, "/x/python: No module named maskmatch_scale\n", "Python finds no module maskmatch_scale there"),
         (2, "Usage: …\n╭─ Error ─╮\n│ No such option: --as-host │\n", "its maskmatch_scale is another version"),
         (2, "warning\nmaskmatch: error: r.yaml: no such file\n", "r.yaml: no such file"),
+        (1, "OSError: https://user:password@store/x?sig=abc\n", "OSError: https://store/x; run "),
         (139, "", "exit code 139; run "),
     ],
 )  # fmt: skip

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from maskmatch_scale.data.remote.transfer import TransferError
 from maskmatch_scale.hosts.job import JobFacts, data_facts, sees, token_written
 from tests.data.faulty_server import Fault, FaultyServer
 
@@ -70,6 +71,18 @@ def test_a_store_is_asked_for_one_byte(make_recipe, shapes, tmp_path, fault, sai
         assert list(digests) == [server.url]
         assert all(request.sent <= 1 for request in server.requests if request.path.endswith(".tar"))
     assert (not faults) if said is None else (faults and all(said in line and ".tar: " in line for line in faults))
+
+
+def test_no_secret_of_an_address_is_sent(make_recipe, shapes, tmp_path, monkeypatch):
+    def fail(*_):
+        raise TransferError("https://user:password@store/x?sig=abc is gone", final=True)
+
+    with FaultyServer(shapes) as server:
+        monkeypatch.setattr("maskmatch_scale.hosts.job.read_range", fail)
+        recipe = with_root(make_recipe, server.url, cache_dir=str(tmp_path / "cache"))
+        _, _, unreached = data_facts(recipe.data)
+    assert unreached
+    assert all(line.endswith(".tar: https://store/x is gone") for line in unreached)
 
 
 def test_a_server_without_ranges_is_reached(make_recipe, shapes, tmp_path):

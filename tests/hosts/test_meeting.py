@@ -4,11 +4,13 @@ import contextlib
 import itertools
 import json
 import os
+import threading
 import time
 
 import pytest
 import torch
 from torch import distributed as dist
+from torch.distributed import HashStore
 
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.errors import CommandFailed, UserError
@@ -17,7 +19,10 @@ from maskmatch_scale.hosts.meeting import Verdict, has_several_hosts, meet, tell
 from tests.spawned import answers_of
 
 RANKS = 3
-MISTAKE = {"a mistake": UserError("data.root=/x: no such folder"), "a bug": KeyError("x")}
+MISTAKE = {
+    "a mistake": UserError("data.root=/x: no such folder"),
+    "a bug": KeyError("https://user:password@store/x?sig=abc"),
+}
 
 
 def place_of(rank, port):
@@ -107,7 +112,7 @@ def test_a_refusal_reaches_every_rank(answers):
             ["UserError", "data.root=/x: no such folder", False],
             "data.root=/x: no such folder",
         ),
-        ("a bug", "CommandFailed", ["KeyError"], "KeyError: 'x'"),
+        ("a bug", "CommandFailed", ["KeyError"], "KeyError: 'https://store/x'"),
     ],
 )
 def test_a_rank_that_fails_its_own_checks_tells_the_others(answers, doing, kind, own, text):
@@ -136,6 +141,19 @@ def test_ranks_that_do_not_come_are_counted_and_those_that_came_are_named(answer
     assert kind == "CommandFailed"
     assert line.startswith("only 2 of 3 ranks have come within 4 s, those of word-0, word-1; look at the output")
     assert answers[1, "alone"] == answers[0, "alone"]
+
+
+def test_ranks_beside_rank_0_stay_until_others_have_read():
+    """When one of them ends, their launcher ends rank 0, and with it what the others have not read yet."""
+    for place, stays in ((Place(1, 1, 4, 2), True), (Place(2, 0, 4, 2), False), (Place(3, 1, 4, 2), False)):
+        store = HashStore()
+        leaving = threading.Thread(target=meeting._leave, args=(store, place))
+        leaving.start()
+        leaving.join(0.5)
+        assert leaving.is_alive() == stays
+        store.add("read", 3)
+        leaving.join(30)
+        assert not leaving.is_alive()
 
 
 def test_on_one_host_nobody_is_told(monkeypatch):

@@ -160,6 +160,60 @@ def test_deepspeed_takes_the_hostfile(words_of, tmp_path):
     assert shell.stdout.splitlines() == ["train", "mine.yaml", "a=[1.0]", "b=x > $3"]
 
 
+@pytest.fixture
+def tools(tmp_path):
+    """Put a command of a name and content before all others: a function, which returns the PATH."""
+
+    def tool(name, content):
+        file = tmp_path / "tools" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"#!/bin/sh\n{content}\n")
+        file.chmod(0o755)
+        return f"{file.parent}{os.pathsep}{os.environ['PATH']}"
+
+    return tool
+
+
+@pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed")
+@pytest.mark.parametrize("own", [None, "", "-p 2222"])
+def test_ssh_asks_whether_a_host_lives_unless_its_options_are_set(call, tmp_path, tools, own):
+    (tmp_path / "hosts").write_text("gpu1 slots=2\n")
+    path = tools("python", '[ "$1" = -c ] && echo 0 || echo "$PDSH_SSH_ARGS_APPEND"')
+    options = {} if own is None else {"PDSH_SSH_ARGS_APPEND": own}
+    code, printed, said = call("deepspeed.sh", "mine.yaml", HOSTFILE="hosts", PATH=path, **options)
+    expected = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4" if own is None else own
+    assert (code, printed) == (0, f"{expected}\n")
+    assert (f"PDSH_SSH_ARGS_APPEND={expected}\n" in said) == bool(expected)
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:3])
+def test_a_script_without_those_beside_it_starts_nothing(tmp_path, script):
+    copy = shutil.copy(LAUNCH / script, tmp_path)
+    done = subprocess.run([copy, "mine.yaml"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert "common.sh: No such file" in done.stderr
+
+
+@pytest.mark.parametrize(("restarts", "seconds", "queued"), [("2", 0, True), ("3", 0, False), ("3", 100, True)])
+def test_a_job_that_slurm_stops_at_each_start_is_not_queued_for_ever(call, tmp_path, tools, restarts, seconds, queued):
+    path = tools("srun", "exit 75")
+    tools("scontrol", f'echo "$@" >>{tmp_path}/asked')
+    (tmp_path / "began").write_text(f"SECONDS={seconds}\n")  # how long the script has run
+    given = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts, "LAUNCH_FOLDER": str(LAUNCH), "PATH": path}
+    code, _, said = call("slurm.sh", "mine.yaml", BASH_ENV=str(tmp_path / "began"), **given)
+    assert code == 75
+    assert (tmp_path / "asked").exists() == queued
+    assert ("is queued again" if queued else "job 7 is not queued again: look at its time limit") in said
+
+
+def test_a_job_of_slurm_leaves_the_hostfile_of_the_caller(call, tmp_path, tools):
+    (tmp_path / "hosts").write_text("gpu1 slots=8\n")
+    given = {"SLURM_JOB_ID": "7", "LAUNCH_FOLDER": str(LAUNCH), "PATH": tools("srun", "exit 0"), "RANKS": "1"}
+    code, _, said = call("slurm.sh", "mine.yaml", HOSTFILE=str(tmp_path / "hosts"), **given)
+    assert (code, (tmp_path / "hosts").exists()) == (0, True)
+    assert "HOSTFILE" not in said
+
+
 def test_torchrun_on_machines_that_are_known(words_of):
     several = {"NNODES": "3", "RANKS": "4", "MASTER_ADDR": "gpu1"}
     words = words_of("torchrun.sh", "mine.yaml", "--resume", "auto", **several, SLURM_NODEID="2")
