@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from maskmatch_scale.planning.setting import Gpu, Link
 
 app = typer.Typer()
+_MOST_IMAGES = 10**15
 
 
 @app.command(
@@ -46,8 +48,10 @@ def plan(
         ),
     ] = "ib-ndr-400",
     images: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Length in distinct images.", show_default="the recipe's steps"),
+        str | None,
+        typer.Option(
+            metavar="N", help="Length in distinct images, for example 1e9.", show_default="the recipe's steps"
+        ),
     ] = None,
     price: Annotated[
         float | None, typer.Option(metavar="PRICE", min=0, help="Of a GPU for an hour, in any currency.")
@@ -72,6 +76,7 @@ def plan(
     """Predict memory, time, network and cost of a recipe on GPUs, and choose settings that fit; nothing is started."""
     from maskmatch_scale.recipe import load_recipe
 
+    length = None if images is None else _whole(images)
     loaded = load_recipe(recipe, overrides or ())
     from maskmatch_scale.planning.explain import as_json as plain
     from maskmatch_scale.planning.explain import explain
@@ -83,7 +88,7 @@ def plan(
     cluster = cluster_of(
         gpus, device or gpu_named(gpu, gpu_memory), gpus_per_host=gpus_per_host, link=link, within=within
     )
-    found = make(loaded, cluster, classes=classes, images=images, price=price)
+    found = make(loaded, cluster, classes=classes, images=length, price=price)
     if as_json:
         print(json.dumps(plain(found), ensure_ascii=False))  # noqa: T201
         return
@@ -97,6 +102,17 @@ def plan(
                 table.add_row(Text(section, style="bold"), "")
             table.add_row(Text(f"  {name}"), Text(value))
     Console().print(table)
+
+
+def _whole(images: str) -> int:
+    """A count of images as people write it: 100000000, 100_000_000, 100e6."""
+    try:
+        number = Decimal(images)
+    except InvalidOperation:
+        number = Decimal(0)
+    if not number.is_finite() or not 1 <= number <= _MOST_IMAGES or number != int(number):
+        raise UserError(f"--images {images}: it must be a whole number from 1 to 1e15, such as 100_000_000 or 1e9")
+    return int(number)
 
 
 def _measured(measure: Path | None, measured: Path | None, memory_gb: float | None) -> tuple[Gpu | None, Link | None]:

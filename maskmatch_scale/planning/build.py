@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,7 +96,7 @@ def rebuilt(built: Built, **engine: Any) -> Subject | None:
         return before
     if any(refused for refused, _ in unsound(recipe)):
         return None
-    return _subject(recipe, student, before.frozen_teacher, built.gpu)
+    return replace(_subject(recipe, student, before.frozen_teacher, built.gpu), like=before.like or before.student)
 
 
 def _with_engine(recipe: Recipe, **keys: Any) -> Recipe:

@@ -20,8 +20,8 @@ from maskmatch_scale.planning.subject import Subject
 from maskmatch_scale.planning.trace import Pass, Trace, images_of, passes_of, trace
 
 CONTEXT_BYTES = 1_500_000_000
-"""Taken of a GPU beside tensors: CUDA's context and kernels, cuBLAS' and cuDNN's work spaces, NCCL's buffers. A guess,
-on the careful side: about 0.5 GB each were seen on data-centre GPUs."""
+"""Taken of a GPU beside tensors: CUDA's context and kernels, cuBLAS' and cuDNN's work spaces, NCCL's buffers. An
+assumption: it was not measured."""
 FRAGMENTATION = 0.08
 """Share of the rest that torch's allocator may reserve without being able to use it."""
 SEARCHED_IMAGES = 4096

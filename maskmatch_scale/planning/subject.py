@@ -25,3 +25,6 @@ class Subject:
     """In a micro-batch of a rank, after the burn-in."""
     device: Literal["cuda", "cpu"] = "cuda"
     """On what the ranks run: sizes of chunks and what autocast does depend on it."""
+    like: Segmenter | None = None
+    """A model that differs from the student at most in activation checkpointing, the same one for all settings that are
+    compared: passes without gradients are traced once for it. None: the student itself."""

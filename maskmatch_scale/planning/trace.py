@@ -82,7 +82,8 @@ def trace(subject: Subject, part: Pass, images: int) -> Trace:
         images: labelled images for `loss_x`, else images that views are made of (for one view; there may be several);
             at least 1. To "views" come as many labelled ones as in a micro-batch of the subject, in proportion.
     """
-    known = _TRACES.setdefault(subject.student, {})
+    model = subject.student if _has_gradients(part) else subject.like or subject.student
+    known = _TRACES.setdefault(model, {})
     key = _what_it_depends_on(subject, part, images)
     if key not in known:
         known[key] = _trace(subject, part, images)
@@ -90,7 +91,11 @@ def trace(subject: Subject, part: Pass, images: int) -> Trace:
 
 
 _TRACES: WeakKeyDictionary[Segmenter, dict[Hashable, Trace]] = WeakKeyDictionary()
-"""By student: a plan compares many settings, and most of them leave most passes as they are."""
+"""By model: a plan compares many settings, and most of them leave most passes as they are."""
+
+
+def _has_gradients(part: Pass) -> bool:
+    return part.startswith("loss_")
 
 
 def _what_it_depends_on(subject: Subject, part: Pass, images: int) -> Hashable:
@@ -101,7 +106,8 @@ def _what_it_depends_on(subject: Subject, part: Pass, images: int) -> Hashable:
     if part == "loss_x":
         method = {"class_weights": method["class_weights"]}
     images_too = (subject.labelled_images, subject.unlabelled_images) if part == "views" else ()
-    arithmetic = (engine.precision, engine.library, engine.zero_stage == 3, recipe.model.batchnorm, subject.device)
+    sharded = _has_gradients(part) and engine.zero_stage == 3  # `models.recompute` does not recompute without gradients
+    arithmetic = (engine.precision, engine.library, sharded, recipe.model.batchnorm, subject.device)
     frozen = id(subject.frozen_teacher)
     return part, images, images_too, recipe.data.crop_px, arithmetic, repr(method), frozen, subject.student.frozen
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
+from maskmatch_scale.cli.plan import _whole
 from maskmatch_scale.planning.measured import MeasuredGpu, Point, write_measurement
 from tests.planning.subjects import VIT, recipe_of
 
@@ -94,3 +95,15 @@ def test_its_help_has_an_example(maskmatch):
     code, out, _ = maskmatch("plan", "--help")
     assert code == 0
     assert "Example: maskmatch plan configs/one-view.yaml" in out
+
+
+@pytest.mark.parametrize("written", ["100e6", "100_000_000", "1e8"])
+def test_images_are_counted_as_people_write_them(written):
+    assert _whole(written) == 100_000_000
+
+
+@pytest.mark.parametrize("written", ["many", "1.5", "0", "-3", "inf", "nan", "1e99"])
+def test_images_that_are_no_whole_number_are_one_line(maskmatch, recipe, written):
+    code, out, err = maskmatch("plan", recipe, f"--images={written}")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"--images {written}" in err

@@ -1,6 +1,7 @@
 """A pass without memory keeps and needs what a real one does, by torch's own allocations."""
 
 import resource
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from maskmatch_scale.method.bases import PseudoLabels
 from maskmatch_scale.method.maskmatch import MaskMatch, view_draws
 from maskmatch_scale.models import build_segmenter
 from maskmatch_scale.models.resample import upsampling_bands
+from maskmatch_scale.planning.build import rebuilt
 from maskmatch_scale.planning.subject import Subject
 from maskmatch_scale.planning.trace import images_of, passes_of, trace
 from tests.planning.conftest import FAMILIES
+from tests.planning.subjects import built_of
 
 
 def real_pass(subject, family, part):
@@ -118,3 +121,19 @@ def test_seven_billion_parameters_need_little_memory(make_subject):
     found = trace(subject, "loss_m", 2)
     assert sum(operation.flops for operation in found.operations) > 1e13
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB; the weights are 13 GB
+
+
+def test_passes_without_gradients_are_traced_once_for_all_settings():
+    built = built_of()
+    others = [
+        rebuilt(built, library="deepspeed", zero_stage=stage, activation_checkpointing=again)
+        for stage in (1, 3)
+        for again in (False, True)
+    ]
+    for part in ("views", "teacher"):
+        first, *rest = (trace(subject, part, 2) for subject in others)
+        assert all(found is first for found in rest)
+        # What is shared is what each would find by itself.
+        assert all(trace(replace(subject, like=None), part, 2) == first for subject in others)
+    kept, again = others[0], others[1]
+    assert trace(again, "loss_x", 2).saved_bytes < trace(kept, "loss_x", 2).saved_bytes
