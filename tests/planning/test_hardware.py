@@ -22,6 +22,12 @@ def test_cards_without_bf16_are_those_without_tf32():
     }
 
 
+def test_links_of_a_host_are_those_of_all_its_gpus():
+    # One direction of NVLink; a bridge joins two cards alone, so those on PCIe have its 16 lanes.
+    assert within_host(gpu_named("h100")).bandwidth == 450e9
+    assert within_host(gpu_named("h100-nvl")).bandwidth == within_host(gpu_named("h100-pcie")).bandwidth
+
+
 def test_memory_may_be_given():
     assert gpu_named("h100", 64).memory_bytes == 64_000_000_000
 
