@@ -188,7 +188,7 @@ def _nothing(built: Built, cluster: Cluster) -> str:
 
 
 def _more(cluster: Cluster) -> Iterator[int]:
-    """Larger numbers of ranks, such as equal hosts have: of a single host's ranks nobody knows how many it could have."""
+    """Larger numbers of ranks, such as equal hosts have. How many GPUs a single host could have is not known here."""
     for factor in (2, 4, 8, 16, 32, 64):
         ranks = cluster.ranks * factor
         is_usual = cluster.ranks > cluster.ranks_per_host or ranks & (ranks - 1) == 0

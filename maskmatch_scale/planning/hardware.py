@@ -133,7 +133,17 @@ def memory_bytes(memory_gb: float, option: str = "--gpu-memory") -> int:
 
 def has_bf16(gpu: Gpu) -> bool:
     """Whether it computes in bf16; what is not in the table does."""
-    return gpu.name not in CARDS or CARDS[gpu.name].has_bf16
+    card = _card_of(gpu)
+    return card is None or card.has_bf16
+
+
+def _card_of(gpu: Gpu) -> Card | None:
+    """Of a GPU by its name in the table, or by torch's name of a measured one, such as `NVIDIA H100 80GB HBM3`."""
+    if gpu.name in CARDS:
+        return CARDS[gpu.name]
+    words = f" {gpu.name.replace('-', ' ')} "
+    found = [card for card in CARDS.values() if f" {card.peaks} " in words]
+    return max(found, key=lambda card: len(card.peaks), default=None)
 
 
 def is_cpu(gpu: Gpu) -> bool:
@@ -145,7 +155,9 @@ def within_host(gpu: Gpu) -> Link:
     """The link between the GPUs of a host."""
     if is_cpu(gpu):
         return Link("memory of the host", LOOPBACK, LOOPBACK_LATENCY_S, "an assumption: gloo over loopback")
-    card = CARDS.get(gpu.name, CARDS["h100-pcie"])  # of a measured GPU only its name is known
+    card = _card_of(gpu)
+    if card is None or ("PCIE" in gpu.name.upper() and "PCIe" not in card.link):
+        return Link("PCIe 4", 32e9, WITHIN_LATENCY_S, "an assumption: 16 lanes of PCIe 4")
     return Link(card.link, card.link_gb_s * 1e9, WITHIN_LATENCY_S, f"data sheet of {card.peaks}")
 
 
