@@ -109,12 +109,17 @@ def _tables(found: Mapping[str, Rows]) -> Iterator[tuple[str, str]]:
                 "from the store": f"{demand[name, gpus]['store_gb_s']:.2g} GB/s",
                 "shards of 1,000 a second": f"{demand[name, gpus]['requests_per_s_1000']:.2g}",
                 "cores a GPU for decoding": f"{demand[name, gpus]['decode_cores_a_gpu']:.2g}",
-                "days for one pass": f"{demand[name, gpus]['days_for_all']:.2g}",
+                "days for one pass": _two_digits(demand[name, gpus]["days_for_all"]),
             }
             for name in names
             for gpus in (64, 1024)
         ),
     )
+
+
+def _two_digits(number: float) -> str:
+    """Of numbers below a million, without an exponent."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _check(rows: Rows) -> str:

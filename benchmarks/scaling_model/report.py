@@ -99,7 +99,7 @@ def _scaling(axis: Axes, rows: Rows, title: str) -> None:
                 [r["gpus"] for r in own], [r["efficiency"] for r in own], _STYLES[stage], color=colour, label=label
             )
     _over_gpus(axis, title)
-    axis.set_ylim(0, 1.15)
+    axis.set_ylim(0, 1.05 * max(1.0, *(row["efficiency"] for row in rows)))
     axis.legend(frameon=False, fontsize=8, title="— ZeRO-1  -- 2  ·· 3", title_fontsize=8)
 
 

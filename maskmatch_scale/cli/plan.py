@@ -47,6 +47,13 @@ def plan(
             help="Between hosts: ib-ndr-400, ib-hdr-200, roce-100, ethernet-100, -25, -10, -1, …; or Gbit/s of a host.",
         ),
     ] = "ib-ndr-400",
+    host_memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="Memory of a host.", show_default="128 for each of its GPUs")
+    ] = None,
+    host_cores: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Cores of a host.", show_default="16 for each of its GPUs"),
+    ] = None,
     images: Annotated[
         str | None,
         typer.Option(
@@ -85,12 +92,20 @@ def plan(
 
     logging.getLogger("maskmatch_scale").setLevel(logging.ERROR)
     device, within = _measured(measure, measured, gpu_memory)
+    if price is not None and not price < float("inf"):
+        raise UserError(f"--price {price:g}: it must be a number, at least 0")
     cluster = cluster_of(
-        gpus, device or gpu_named(gpu, gpu_memory), gpus_per_host=gpus_per_host, link=link, within=within
+        gpus,
+        device or gpu_named(gpu, gpu_memory),
+        gpus_per_host=gpus_per_host,
+        link=link,
+        within=within,
+        cores_per_host=host_cores,
+        host_memory_gb=host_memory,
     )
     found = make(loaded, cluster, classes=classes, images=length, price=price)
     if as_json:
-        print(json.dumps(plain(found), ensure_ascii=False))  # noqa: T201
+        print(json.dumps(plain(found), ensure_ascii=False, allow_nan=False))  # noqa: T201
         return
     table = Table(title=f"{recipe} on {gpus} × {cluster.gpu.name}", show_header=False, title_justify="left")
     table.add_column()
@@ -119,8 +134,10 @@ def _measured(measure: Path | None, measured: Path | None, memory_gb: float | No
     """The device that is measured now, or was, and the link between the ranks of its machine."""
     from dataclasses import replace
 
+    from maskmatch_scale.planning.hardware import memory_bytes
     from maskmatch_scale.planning.measured import read_measurement, write_measurement
 
+    size = None if memory_gb is None else memory_bytes(memory_gb)
     if measure is not None and measured is not None:
         raise UserError("--measure and --measured: one writes a measurement, the other reads one; take one of them")
     if measure is not None:
@@ -132,4 +149,4 @@ def _measured(measure: Path | None, measured: Path | None, memory_gb: float | No
         found = read_measurement(measured)
     else:
         return None, None
-    return (found if memory_gb is None else replace(found, memory_bytes=int(memory_gb * 1e9))), found.within
+    return (found if size is None else replace(found, memory_bytes=size)), found.within

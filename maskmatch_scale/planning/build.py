@@ -13,6 +13,7 @@ from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.engine.precision import Precision, precision_for
+from maskmatch_scale.engine.zero import deepspeed_config
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.opening import open_model
 from maskmatch_scale.method.maskmatch import makes_views, uses_unlabelled
@@ -73,10 +74,15 @@ def build(recipe: Recipe, gpu: Gpu, classes: int | None = None) -> Built:
     return Built(subject, recipe, gpu, data, index, students, tuple(notes))
 
 
-def rebuilt(built: Built, **engine: Any) -> Subject | None:
+def rebuilt(built: Built, ranks: int, **engine: Any) -> Subject | None:
     """The subject with other settings of the section `engine`; None: they are refused together.
 
     With `engine.precision` auto the precision is chosen for these settings.
+
+    Args:
+        built: of the recipe.
+        ranks: how many, which `engine.deepspeed_json` may depend on.
+        engine: keys of the section.
     """
     recipe = _with_engine(built.asked, **engine)
     if any(refused for refused, _ in unsound(recipe)):
@@ -94,9 +100,18 @@ def rebuilt(built: Built, **engine: Any) -> Subject | None:
     recipe = _with_engine(recipe, precision=precision)
     if recipe.engine == before.recipe.engine:
         return before
-    if any(refused for refused, _ in unsound(recipe)):
+    if any(refused for refused, _ in unsound(recipe)) or not _agrees(recipe, ranks):
         return None
     return replace(_subject(recipe, student, before.frozen_teacher, built.gpu), like=before.like or before.student)
+
+
+def _agrees(recipe: Recipe, ranks: int) -> bool:
+    """Whether `engine.deepspeed_json`, written for the recipe's own settings, allows these."""
+    try:
+        deepspeed_config(recipe, ranks)
+    except UserError:
+        return False
+    return True
 
 
 def _with_engine(recipe: Recipe, **keys: Any) -> Recipe:

@@ -16,6 +16,7 @@ from maskmatch_scale.errors import UserError
 from maskmatch_scale.planning.build import Built, rebuilt
 from maskmatch_scale.planning.memory import step_peak, usable_bytes
 from maskmatch_scale.planning.setting import Cluster
+from maskmatch_scale.planning.states import states
 from maskmatch_scale.planning.step_time import StepTime, step_time
 from maskmatch_scale.planning.subject import Subject
 
@@ -94,14 +95,20 @@ def _offloaded(subject: Subject) -> int:
 def _first(built: Built, cluster: Cluster, *, checkpointing: bool) -> Subject | None:
     """The first setting that fits, in the order of preference."""
     for setting in _settings(built.subject, cluster, checkpointing=checkpointing):
-        subject = rebuilt(built, **vars(setting))
+        subject = rebuilt(built, cluster.ranks, **vars(setting))
         if subject is not None and _fits(subject, cluster):
             return subject
     return None
 
 
 def _fits(subject: Subject, cluster: Cluster) -> bool:
-    return step_peak(subject, cluster.ranks) <= usable_bytes(cluster.gpu.memory_bytes)
+    is_on_device = step_peak(subject, cluster.ranks) <= usable_bytes(cluster.gpu.memory_bytes)
+    return is_on_device and _offloaded_bytes(subject, cluster) <= cluster.host_memory_bytes // cluster.ranks_per_host
+
+
+def _offloaded_bytes(subject: Subject, cluster: Cluster) -> int:
+    """Of a rank, in its host's memory from step to step."""
+    return states(subject, cluster.ranks)[1].offloaded
 
 
 def _settings(subject: Subject, cluster: Cluster, *, checkpointing: bool) -> Iterator[Setting]:
@@ -160,23 +167,29 @@ def _nothing(built: Built, cluster: Cluster) -> str:
     """What is needed where nothing fits: of the setting that takes least."""
     engine, have = built.subject.recipe.engine, cluster.gpu.memory_bytes
     images = engine.micro_batch * engine.accumulation
-    least = rebuilt(built, **vars(Setting("deepspeed", 3, 1, images, True, True, True)))
+    least = rebuilt(built, cluster.ranks, **vars(Setting("deepspeed", 3, 1, images, True, True, True)))
     if least is None:
-        keys = "engine.compile" if engine.compile else "engine.cuda_graphs" if engine.cuda_graphs else "engine.library"
+        key = next((key for key in ("compile", "cuda_graphs", "deepspeed_json") if getattr(engine, key)), "precision")
         return (
-            f"the recipe does not fit on {cluster.ranks} × {cluster.gpu.name} ({have / 1e9:.0f} GB), and {keys}="
-            f"{_written(getattr(engine, keys.removeprefix('engine.')))} rules out what saves memory; change it"
+            f"the recipe does not fit on {cluster.ranks} × {cluster.gpu.name} ({have / 1e9:.0f} GB), and engine.{key}="
+            f"{_written(getattr(built.asked.engine, key))} rules out what saves memory; change it"
         )
-    need = step_peak(least, cluster.ranks)
-    for factor in (2, 4, 8, 16, 32, 64):
-        more = replace(cluster, ranks=cluster.ranks * factor)
-        if _fits(least, more):
-            remedy = f"use --gpus {more.ranks}"
-            break
-    else:
-        remedy = "more GPUs do not help: lower data.crop_px or method.scales, or use GPUs with more memory"
+    need, host = step_peak(least, cluster.ranks), _offloaded_bytes(least, cluster)
+    share = cluster.host_memory_bytes // cluster.ranks_per_host
+    too_much = f", and {host / 1e9:.3g} GB of the {share / 1e9:.3g} that are its share of the host's memory"
+    more = next((ranks for ranks in _more(cluster) if _fits(least, replace(cluster, ranks=ranks))), None)
+    remedy = "more GPUs do not help: lower data.crop_px or method.scales, or use GPUs with more memory"
     return (
         f"the recipe does not fit on {cluster.ranks} × {cluster.gpu.name} in any setting: with engine.zero_stage=3, "
         f"engine.activation_checkpointing=true, engine.micro_batch=1 and everything offloaded a rank needs "
-        f"{need / 1e9:.3g} GB, and tensors can take {usable_bytes(have) / 1e9:.3g}; {remedy}"
+        f"{need / 1e9:.3g} GB of the {usable_bytes(have) / 1e9:.3g} that tensors can take{too_much * (host > share)}; "
+        + (remedy if more is None else f"use --gpus {more}")
     )
+
+
+def _more(cluster: Cluster) -> Iterator[int]:
+    """Larger numbers of ranks, such as equal hosts have. How many GPUs a single host could have is not known here."""
+    for factor in (2, 4, 8, 16, 32, 64):
+        ranks = cluster.ranks * factor
+        is_usual = cluster.ranks > cluster.ranks_per_host or ranks & (ranks - 1) == 0
+        yield ranks if is_usual else -(-ranks // 8) * 8

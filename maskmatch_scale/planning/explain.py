@@ -75,7 +75,11 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
         "largest micro_batch",
         f"{memory.largest_micro_batch} labelled images" if memory.largest_micro_batch else "none fits",
     )
-    yield "host memory", f"{_gb(memory.host.peak)} a rank, while it is built or a checkpoint is written"
+    share = plan.cluster.host_memory_bytes / plan.cluster.ranks_per_host
+    yield (
+        "host memory",
+        f"{_gb(memory.host.peak)} a rank, while it is built or a checkpoint is written; its share is {_gb(share)}",
+    )
     for row in plan.stages:
         where = "" if not row.offloaded else ", all offloaded" if len(row.offloaded) > 1 else ", optimizer off"
         name = f"ZeRO-{row.zero_stage}{where}"

@@ -35,7 +35,7 @@ CARDS: dict[str, Card] = {
     "gb200": Card("GB200", 186, 8000, 900, "NVLink 5"),
     "h200": Card("H200", 141, 4800, 450, "NVLink 4"),
     "h100": Card("H100", 80, 3350, 450, "NVLink 4"),
-    "h100-nvl": Card("H100 NVL", 94, 3900, 300, "NVLink bridge"),
+    "h100-nvl": Card("H100 NVL", 94, 3900, 64, "PCIe 5"),
     "h100-pcie": Card("H100 PCIe", 80, 2000, 64, "PCIe 5"),
     "a100-80": Card("A100", 80, 2039, 300, "NVLink 3"),
     "a100-40": Card("A100", 40, 1555, 300, "NVLink 3"),
@@ -50,7 +50,8 @@ CARDS: dict[str, Card] = {
     "t4": Card("T4", 16, 320, 16, "PCIe 3", has_bf16=False),
 }
 """By the names of `--gpu`. Of cards on PCIe the figure is that of its 16 lanes, which all GPUs of a host share with the
-network: less may be there."""
+network: less may be there. A bridge between two such cards (H100 NVL, A40, A30) does not count: a ring over more than
+two of them crosses PCIe all the same."""
 
 
 class Network(NamedTuple):
@@ -99,15 +100,14 @@ def gpu_named(name: str, memory_gb: float | None = None) -> Gpu:
     key = name.lower().replace("_", "-")
     if key not in CARDS:
         near = difflib.get_close_matches(key, CARDS, 1, 0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--gpu {name}: not in the table{hint} There are {', '.join(CARDS)}")
-    if memory_gb is not None and not 0 < memory_gb < float("inf"):
-        raise UserError(f"--gpu-memory {memory_gb:g}: it must be above 0 GB")
+        hint = f"; did you mean {near[0]}?" if near else ";"
+        own = " This machine's CPU, or a GPU that is not in the table: --measure FILE, run on it"
+        raise UserError(f"--gpu {name}: not in the table{hint} there are {', '.join(CARDS)}.{own}")
     card = CARDS[key]
     peaks = PEAKS[card.peaks]
     return Gpu(
         key,
-        int((memory_gb or card.memory_gb) * 1e9),
+        memory_bytes(card.memory_gb if memory_gb is None else memory_gb),
         (peaks.tf32 or peaks.fp32) * 1e12,
         peaks.half * 1e12,
         card.bandwidth_gb_s * 1e9,
@@ -116,9 +116,34 @@ def gpu_named(name: str, memory_gb: float | None = None) -> Gpu:
     )
 
 
+def memory_bytes(memory_gb: float, option: str = "--gpu-memory") -> int:
+    """Bytes of a memory.
+
+    Args:
+        memory_gb: 10⁹ bytes.
+        option: that said it.
+
+    Raises:
+        UserError: it is not above 0.
+    """
+    if not 0 < memory_gb < float("inf"):
+        raise UserError(f"{option} {memory_gb:g}: it must be above 0 GB")
+    return int(memory_gb * 1e9)
+
+
 def has_bf16(gpu: Gpu) -> bool:
     """Whether it computes in bf16; what is not in the table does."""
-    return gpu.name not in CARDS or CARDS[gpu.name].has_bf16
+    card = _card_of(gpu)
+    return card is None or card.has_bf16
+
+
+def _card_of(gpu: Gpu) -> Card | None:
+    """Of a GPU by its name in the table, or by torch's name of a measured one, such as `NVIDIA H100 80GB HBM3`."""
+    if gpu.name in CARDS:
+        return CARDS[gpu.name]
+    words = f" {gpu.name.replace('-', ' ')} "
+    found = [card for card in CARDS.values() if f" {card.peaks} " in words]
+    return max(found, key=lambda card: len(card.peaks), default=None)
 
 
 def is_cpu(gpu: Gpu) -> bool:
@@ -130,7 +155,9 @@ def within_host(gpu: Gpu) -> Link:
     """The link between the GPUs of a host."""
     if is_cpu(gpu):
         return Link("memory of the host", LOOPBACK, LOOPBACK_LATENCY_S, "an assumption: gloo over loopback")
-    card = CARDS.get(gpu.name, CARDS["h100-pcie"])  # of a measured GPU only its name is known
+    card = _card_of(gpu)
+    if card is None or ("PCIE" in gpu.name.upper() and "PCIe" not in card.link):
+        return Link("PCIe 4", 32e9, WITHIN_LATENCY_S, "an assumption: 16 lanes of PCIe 4")
     return Link(card.link, card.link_gb_s * 1e9, WITHIN_LATENCY_S, f"data sheet of {card.peaks}")
 
 
@@ -165,6 +192,7 @@ def cluster_of(
     link: str = "ib-ndr-400",
     within: Link | None = None,
     cores_per_host: int | None = None,
+    host_memory_gb: float | None = None,
 ) -> Cluster:
     """A cluster of equal hosts.
 
@@ -175,6 +203,7 @@ def cluster_of(
         link: between hosts, see :func:`link_named`.
         within: between the ranks of a host; None: that of the table.
         cores_per_host: None: :data:`CORES_PER_GPU` for each GPU.
+        host_memory_gb: 10⁹ bytes of a host; None: :data:`HOST_MEMORY_PER_GPU` for each GPU.
 
     Raises:
         UserError: no GPUs, or numbers that do not divide.
@@ -196,5 +225,5 @@ def cluster_of(
         within or within_host(gpu),
         link_named(link, a_host),
         cores_per_host or CORES_PER_GPU * a_host,
-        HOST_MEMORY_PER_GPU * a_host,
+        HOST_MEMORY_PER_GPU * a_host if host_memory_gb is None else memory_bytes(host_memory_gb, "--host-memory"),
     )

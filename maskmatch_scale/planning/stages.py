@@ -48,10 +48,10 @@ def at_every_stage(built: Built, cluster: Cluster) -> Iterator[Stage]:
             "offload_optimizer": "optimizer" in offloaded,
             "offload_parameters": "parameters" in offloaded,
         }
-        kept = rebuilt(built, **engine, activation_checkpointing=False)
+        kept = rebuilt(built, cluster.ranks, **engine, activation_checkpointing=False)
         if kept is None:
             continue
-        again = rebuilt(built, **engine, activation_checkpointing=True)
+        again = rebuilt(built, cluster.ranks, **engine, activation_checkpointing=True)
         device, host = states(kept, cluster.ranks)
         yield Stage(
             stage,

@@ -97,6 +97,15 @@ def test_the_page_and_the_plot_have_no_empty_part(small, monkeypatch, tmp_path):
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_no_curve_is_cut_off():
+    found = json.loads((archive.ROOT / "benchmarks/results/scaling_model.json").read_text(encoding="utf-8"))
+    found["rows"].append(found["rows"][0] | {"efficiency": 1.4})
+    for axis in report.draw(found).axes:
+        bottom, top = axis.get_ylim()
+        for line in axis.lines:
+            assert bottom <= min(line.get_ydata()) <= max(line.get_ydata()) <= top, axis.get_title()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(measure.reason_not() is not None, reason=f"links cannot be shaped: {measure.reason_not()}")
 def test_two_ranks_over_a_slow_link_send_what_is_predicted(monkeypatch, tmp_path):

@@ -81,6 +81,12 @@ def test_a_measurement_takes_the_place_of_data_sheets(maskmatch, recipe, tmp_pat
         (["--measured", "none.json"], "--measured none.json: No such file or directory"),
         (["--measured", "a.json", "--measure", "b.json"], "--measure and --measured"),
         (["--gpu-memory", "1"], "does not fit on 1 × h100"),
+        (["--gpu-memory", "nan"], "--gpu-memory nan: it must be above 0 GB"),
+        (["--gpu-memory", "nan", "--measured", "a.json"], "--gpu-memory nan: it must be above 0 GB"),
+        (["--gpu-memory", "0", "--measure", "a.json"], "--gpu-memory 0: it must be above 0 GB"),
+        (["--gpu", "cpu"], "--gpu cpu: not in the table; there are b200,"),
+        (["--price", "inf"], "--price inf"),
+        (["--host-memory", "0"], "--host-memory 0: it must be above 0 GB"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(maskmatch, recipe, arguments, said):

@@ -25,10 +25,6 @@ from maskmatch_scale.train import train
 from tests.conftest import TINY_SEGFORMER, draw_shapes
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-BENCHMARKED = sorted(
-    path.relative_to(CONFIGS) for path in CONFIGS.glob("*/vit.yaml") if "pretraining" not in path.parts
-)
-RECIPES = sorted([*BENCHMARKED, *(path.relative_to(CONFIGS) for path in CONFIGS.glob("*/segformer.yaml"))], key=str)
 PRETRAINING = Path("pretraining/vit.yaml")
 SPLITS = Path("UniMatch-V2/splits")
 DATA_SETS = {"pascal": "voc", "cityscapes": "cityscapes", "ade20k": "ade20k", "coco": "coco"}

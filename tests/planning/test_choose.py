@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 
 from maskmatch_scale.errors import UserError
-from maskmatch_scale.planning.build import build
+from maskmatch_scale.planning.build import build, rebuilt
 from maskmatch_scale.planning.choose import choose
 from maskmatch_scale.planning.hardware import cluster_of, gpu_named
 from maskmatch_scale.planning.memory import CONTEXT_BYTES, FRAGMENTATION, step_peak
+from maskmatch_scale.planning.stages import at_every_stage
+from maskmatch_scale.planning.states import states
 from maskmatch_scale.recipe import parse_recipe
 from tests.planning.subjects import built_of, recipe_of
 
@@ -58,6 +60,41 @@ def test_where_nothing_fits_one_line_says_what_is_needed(built):
     message = str(error.value)
     for word in ("4 × h100", "engine.zero_stage=3", "GB", "more GPUs do not help"):
         assert word in message
+
+
+@pytest.fixture
+def built_for_stage_3(tmp_path):
+    """By a JSON that names the stage, with hardly any buckets."""
+    file = tmp_path / "zero.json"
+    file.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}}')
+    engine = {"zero_stage": 3, "deepspeed_json": str(file), "micro_batch": 64}
+    model = {"backbone": "timm/vit_tiny_patch16_224", "num_classes": 3} | WIDE
+    return built_of(model, engine=engine, method=SUPERVISED)
+
+
+def test_a_json_for_one_stage_is_planned_for_that_stage(built_for_stage_3):
+    built = built_for_stage_3
+    assert choose(built, with_room(10**10)).overrides == ()
+    assert {stage.zero_stage for stage in at_every_stage(built, with_room(10**10))} == {3}
+    smaller = choose(built, with_room(0.9 * step_peak(built.subject, 4)))
+    assert smaller.subject.recipe.engine.zero_stage == 3
+
+
+def test_what_is_offloaded_has_to_fit_into_the_host(built_for_stage_3):
+    built = built_for_stage_3
+    # Of three ranks' number doubled and doubled again, what is proposed is the next that eight GPUs a host divide.
+    small = with_room(step_peak(least_of(built, 3), 3) * 1.02, ranks=3)
+    host = states(least_of(built, 3), 3)[1].offloaded
+    choose(built, replace(small, host_memory_bytes=4 * host))
+    for share, more in ((0.6, 8), (0.3, 16)):
+        with pytest.raises(UserError, match=rf"of the .* that are its share of the host's memory; use --gpus {more}$"):
+            choose(built, replace(small, host_memory_bytes=int(3 * share * host)))
+
+
+def least_of(built, ranks):
+    """With everything offloaded, one image at a time."""
+    setting = {"library": "deepspeed", "zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
+    return rebuilt(built, ranks, **setting, micro_batch=1, accumulation=64, activation_checkpointing=True)
 
 
 def test_what_rules_memory_savers_out_is_named():

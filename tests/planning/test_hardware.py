@@ -1,5 +1,7 @@
 """GPUs and networks by name."""
 
+from dataclasses import replace
+
 import pytest
 
 from maskmatch_scale.device_peaks import PEAKS
@@ -20,6 +22,31 @@ def test_cards_without_bf16_are_those_without_tf32():
     assert {n for n in CARDS if not has_bf16(gpu_named(n))} == {
         n for n, c in CARDS.items() if PEAKS[c.peaks].tf32 is None
     }
+
+
+def test_links_of_a_host_are_those_of_all_its_gpus():
+    # One direction of NVLink; a bridge joins two cards alone, so those on PCIe have its 16 lanes.
+    assert within_host(gpu_named("h100")).bandwidth == 450e9
+    assert within_host(gpu_named("h100-nvl")).bandwidth == within_host(gpu_named("h100-pcie")).bandwidth
+
+
+@pytest.mark.parametrize(
+    ("name", "link", "bf16"),
+    [
+        ("NVIDIA H100 80GB HBM3", "NVLink 4", True),
+        ("NVIDIA H100 PCIe", "PCIe 5", True),
+        ("NVIDIA H200", "NVLink 4", True),
+        ("NVIDIA A100-SXM4-40GB", "NVLink 3", True),
+        ("NVIDIA A100-PCIE-40GB", "PCIe 4", True),
+        ("Tesla T4", "PCIe 3", False),
+        ("Tesla V100-SXM2-16GB", "NVLink 2", False),
+        ("NVIDIA GeForce RTX 4090", "PCIe 4", True),
+    ],
+)
+def test_a_measured_gpu_has_the_link_of_its_card(name, link, bf16):
+    gpu = replace(gpu_named("h100"), name=name)
+    assert within_host(gpu).name == link
+    assert has_bf16(gpu) is bf16
 
 
 def test_memory_may_be_given():
