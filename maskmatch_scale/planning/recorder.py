@@ -29,6 +29,8 @@ class Operation:
     """Of the first tensor given to it, or of the result."""
     backward: bool
     """Whether it belongs to the backward pass."""
+    count: int = 1
+    """How often it runs; the other figures are those of once."""
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -155,13 +155,13 @@ def _work(operations: Iterable[Operation], rates: Rates, times: int, *, graphed:
     flops = products = moving = 0.0
     count = 0
     for operation in operations:
-        taken = rates.seconds(operation)
+        taken = rates.seconds(operation) * operation.count
         if rates.is_product(operation):
             products += taken
         else:
             moving += taken
-        flops += operation.flops
-        count += 1
+        flops += operation.flops * operation.count
+        count += operation.count
     launched = 0 if graphed else count
     return Work(flops * times, products * times, moving * times, launched * times * rates.launch_s, launched * times)
 

@@ -6,6 +6,7 @@ Decision: docs/decisions/0074-memory-planned-by-running-the-step.md.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from maskmatch_scale.method.maskmatch import PARTS, MaskMatch, makes_views, uses
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.resample import planned_for
 from maskmatch_scale.planning.recorder import Operation, Recorder
+from maskmatch_scale.planning.shortened import alike_blocks, shortened
 from maskmatch_scale.planning.subject import Subject
 from maskmatch_scale.recipe.bases import has_unlabelled_loss
 
@@ -36,7 +38,7 @@ class Trace:
     """One pass of one micro-batch on one rank."""
 
     operations: tuple[Operation, ...]
-    """In the order in which they run."""
+    """In the order in which they run; of blocks that are alike in the order of one."""
     saved_bytes: int
     """Of activations that are kept when the forward pass has ended; 0 for a pass without gradients."""
     peak_bytes: int
@@ -46,6 +48,38 @@ class Trace:
     """The same from the moment on when the first gradient of a weight is there: engines make their buckets then."""
     left_bytes: int
     """What the pass leaves for the rest of the step: the batch and its views, or pseudo-labels."""
+    forward_peak_bytes: int = 0
+    """As `peak_bytes`, of the forward pass alone."""
+
+
+def extended(one: Trace, more: Trace, blocks: int) -> Trace | None:
+    """The trace of a model with more blocks that are alike, from those of it with k and with k + 1 of them.
+
+    None if it cannot be said. Every block adds the same to each moment after it: what it keeps (`saved_bytes`), and in
+    the forward pass also what autocast keeps until its end, weights in 16 bits. So a peak that grows by as much as any
+    other moment does is at the same moment for every number of blocks. One that grows by less may be at another.
+
+    Args:
+        one: with k blocks.
+        more: with k + 1 blocks.
+        blocks: how many there are beside the k.
+    """
+    saved, forward, peak, late, left = (
+        getattr(more, name) - getattr(one, name)
+        for name in ("saved_bytes", "forward_peak_bytes", "peak_bytes", "late_peak_bytes", "left_bytes")
+    )
+    before, after = Counter(one.operations), Counter(more.operations)
+    if not peak >= forward >= saved == late or left or before - after:
+        return None
+    counts = {operation: before[operation] + blocks * (count - before[operation]) for operation, count in after.items()}
+    return Trace(
+        tuple(replace(operation, count=count) for operation, count in counts.items()),
+        one.saved_bytes + blocks * saved,
+        one.peak_bytes + blocks * peak,
+        one.late_peak_bytes + blocks * late,
+        one.left_bytes,
+        one.forward_peak_bytes + blocks * forward,
+    )
 
 
 def passes_of(subject: Subject) -> tuple[Pass, ...]:
@@ -113,7 +147,28 @@ def _what_it_depends_on(subject: Subject, part: Pass, images: int) -> Hashable:
 
 
 def _trace(subject: Subject, part: Pass, images: int) -> Trace:
-    student, taught = copy.deepcopy(subject.student), copy.deepcopy(subject.frozen_teacher or subject.student)
+    """By models with few of the blocks that are alike, where that is enough."""
+    student, taught = subject.student, subject.frozen_teacher or subject.student
+    if part == "views":  # no model runs
+        return _traced(subject, part, images, shortened(student, 1), shortened(taught, 1))
+    blocks = alike_blocks(taught if part == "teacher" else student)
+    short: list[Trace] = []
+    for kept in _SHORT if blocks >= _FEWEST_BLOCKS else ():
+        short.append(_traced(subject, part, images, shortened(student, kept), shortened(taught, kept)))
+        found = extended(*short[-2:], blocks - kept + 1) if len(short) > 1 else None
+        if found is not None:
+            return found
+    return _traced(subject, part, images, copy.deepcopy(student), copy.deepcopy(taught))
+
+
+_SHORT = (1, 2, 3)
+"""Numbers of blocks. With one the peak may be at a moment of its own: then the third decides."""
+_FEWEST_BLOCKS = 6
+"""From so many on short models take less time than a whole one."""
+
+
+def _traced(subject: Subject, part: Pass, images: int, student: Segmenter, taught: Segmenter) -> Trace:
+    """Of these models, which are changed."""
     if subject.device == "cuda":
         for module in (*student.modules(), *taught.modules()):
             if isinstance(module, _NORMS):
@@ -149,16 +204,21 @@ def _trace(subject: Subject, part: Pass, images: int) -> Trace:
         with recorder:
             with _arithmetic(subject):
                 loss, total = maskmatch(part, step, pseudo, scale)
-            saved = recorder.live_bytes
+            saved, forward_peak = recorder.live_bytes, recorder.peak_bytes
             recorder.in_backward = True
             loss.backward()
             del loss, total
-        return _trace_of(recorder, saved)
+        return replace(_trace_of(recorder, saved), forward_peak_bytes=forward_peak)
 
 
 def _trace_of(recorder: Recorder, saved_bytes: int) -> Trace:
     return Trace(
-        tuple(recorder.operations), saved_bytes, recorder.peak_bytes, recorder.late_peak_bytes, recorder.live_bytes
+        tuple(recorder.operations),
+        saved_bytes,
+        recorder.peak_bytes,
+        recorder.late_peak_bytes,
+        recorder.live_bytes,
+        recorder.peak_bytes,
     )
 
 
