@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Hashable
+from typing import Any
 
 from torch import nn
 
@@ -18,25 +19,31 @@ def alike_blocks(segmenter: Segmenter) -> int:
 
 def shortened(segmenter: Segmenter, kept: int) -> Segmenter:
     """A copy in which only the first ``kept`` of the blocks that are alike are left."""
-    short = copy.deepcopy(segmenter)
-    blocks, alike = _largest_group(short)
+    name, alike = _largest_group(segmenter)
+    if not alike:
+        return copy.deepcopy(segmenter)
+    blocks: Any = segmenter.backbone.get_submodule(name)
+    # Blocks that are left out are not copied first, which would take longer than running the others.
+    spared: dict[int, Any] = {id(blocks[number]): blocks[number] for number in alike[kept:]}
+    short = copy.deepcopy(segmenter, spared)
+    left: Any = short.backbone.get_submodule(name)
     for number in reversed(alike[kept:]):
-        del blocks[number]
+        del left[number]
     return short
 
 
-def _largest_group(segmenter: Segmenter) -> tuple[nn.Sequential | nn.ModuleList, list[int]]:
-    """A list of blocks, and the places in it of those that are alike."""
-    largest: tuple[nn.Sequential | nn.ModuleList, list[int]] = nn.ModuleList(), []
-    for blocks in segmenter.backbone.modules():
-        if isinstance(blocks, nn.Sequential | nn.ModuleList):
+def _largest_group(segmenter: Segmenter) -> tuple[str, list[int]]:
+    """The name of a list of blocks in the backbone, and the places in it of those that are alike."""
+    largest: tuple[str, list[int]] = "", []
+    for name, blocks in segmenter.backbone.named_modules():
+        if isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks) > len(largest[1]):
             groups = defaultdict(list)
             for number, block in enumerate(blocks):
                 if not block._forward_hooks:  # one whose output is a level of the features stays
                     groups[_kind(block)].append(number)
             found = max(groups.values(), key=len, default=[])
             if len(found) > len(largest[1]):
-                largest = blocks, found
+                largest = name, found
     return largest
 
 

@@ -155,7 +155,7 @@ def _trace(subject: Subject, part: Pass, images: int) -> Trace:
     short: list[Trace] = []
     for kept in _SHORT if blocks >= _FEWEST_BLOCKS else ():
         short.append(_traced(subject, part, images, shortened(student, kept), shortened(taught, kept)))
-        found = extended(*short[-2:], blocks - kept + 1) if len(short) > 1 else None
+        found = extended(short[-2], short[-1], blocks - kept + 1) if len(short) > 1 else None
         if found is not None:
             return found
     return _traced(subject, part, images, copy.deepcopy(student), copy.deepcopy(taught))

@@ -130,7 +130,7 @@ def test_seven_billion_parameters_need_little_memory(make_subject):
 def test_passes_without_gradients_are_traced_once_for_all_settings():
     built = built_of()
     others = [
-        rebuilt(built, library="deepspeed", zero_stage=stage, activation_checkpointing=again)
+        rebuilt(built, 1, library="deepspeed", zero_stage=stage, activation_checkpointing=again)
         for stage in (1, 3)
         for again in (False, True)
     ]
