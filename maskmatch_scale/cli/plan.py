@@ -103,7 +103,10 @@ def plan(
         cores_per_host=host_cores,
         host_memory_gb=host_memory,
     )
-    found = make(loaded, cluster, classes=classes, images=length, price=price)
+    with Console(stderr=True).status(
+        "running the recipe's step without memory …"
+    ):  # nothing where there is no terminal
+        found = make(loaded, cluster, classes=classes, images=length, price=price)
     if as_json:
         print(json.dumps(plain(found), ensure_ascii=False, allow_nan=False))  # noqa: T201
         return
