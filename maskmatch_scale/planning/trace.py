@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 
 from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.engine.precision import autocast, autocast_dtype, weights_dtype
@@ -230,9 +231,14 @@ chooses the attention that keeps its matrix."""
 @contextmanager
 def _without_memory(subject: Subject) -> Iterator[None]:
     """Tensors that are made in this context have no memory; what was kept by functions for real ones is forgotten."""
-    # Real tensors are allowed: constants that the host makes, such as weights of upsampling.
-    with planned_for(subject.device), FakeTensorMode(allow_non_fake_inputs=True):
-        yield
+    # A ZeRO-3 engine that this process has had leaves its own product of linear layers, for parameters of its own kind.
+    product, functional.linear = functional.linear, torch._C._nn.linear
+    try:
+        # Real tensors are allowed: constants that the host makes, such as weights of upsampling.
+        with planned_for(subject.device), FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        functional.linear = product
 
 
 def _in_fp32(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ def check_memory(recipe: Recipe, student: Segmenter, frozen_teacher: Segmenter |
     """Refuse a recipe whose states alone are more than the memory of this rank's GPU. On a CPU nothing is done.
 
     Raises:
-        UserError: names what is needed and what there is, and what to do.
+        UserError: names what is needed and what there is, and what to do. Or there is no GPU for this rank.
     """
     device = device_of(place)
     if device.type == "cuda":

@@ -27,7 +27,6 @@ from maskmatch_scale.engine.build import check_settings
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.precision import choose_precision
 from maskmatch_scale.engine.ranks import Runtime
-from maskmatch_scale.engine.setup import device_of
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.opening import Model
 from maskmatch_scale.extras import require
@@ -95,7 +94,6 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
         UserError: the first mistake that is found; the message names the key, file or value, and what to do.
     """
     place = Place.from_environment()
-    device_of(place)
     refuse_live_run(RunFolder(Path(recipe.run.dir)))
     check_backbone(recipe)
     check_trackers(recipe)

@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from maskmatch_scale.data.batches.batch import Batch
+from maskmatch_scale.engine.setup import import_deepspeed
 from maskmatch_scale.method.bases import PseudoLabels
 from maskmatch_scale.method.maskmatch import MaskMatch, view_draws
 from maskmatch_scale.models import build_segmenter
@@ -141,3 +142,13 @@ def test_passes_without_gradients_are_traced_once_for_all_settings():
         assert all(trace(replace(subject, like=None), part, 2) == first for subject in others)
     kept, again = others[0], others[1]
     assert trace(again, "loss_x", 2).saved_bytes < trace(kept, "loss_x", 2).saved_bytes
+
+
+def test_products_are_torchs_own_after_a_zero_3_engine(make_subject, monkeypatch):
+    """DeepSpeed replaces `torch.nn.functional.linear` for the whole process; its own asks weights for their state."""
+    subject = make_subject(engine={"zero_stage": 3})
+    expected = trace(subject, "loss_x", 2)
+    linear = import_deepspeed().runtime.zero.linear.zero3_linear_wrap
+    monkeypatch.setattr("torch.nn.functional.linear", linear)
+    assert trace(make_subject(engine={"zero_stage": 3}), "loss_x", 2) == expected
+    assert torch.nn.functional.linear is linear
