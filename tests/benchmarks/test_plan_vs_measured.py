@@ -27,7 +27,7 @@ def test_planned_memory_is_that_of_real_steps(tmp_path):
         (family, stage) for family in ("vit", "segformer") for stage in STAGES
     }
     for row in rows:
-        # A process may hold one more copy of the model from the case before (benchmarks/README.md).
+        # A process may hold one more copy of the model from the case before (docs/planning.md).
         assert 0.85 < row["planned_peak_mb"] / row["peak_mb"] < 1.1, row
         assert row["planned_s"] > 0
     assert "| family |" in (tmp_path / "found.md").read_text()
