@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from maskmatch_scale.cli import shard_sources  # noqa: F401 - adds the commands of the sources
 from maskmatch_scale.cli.shards_write import print_index, shards_app
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.redact import is_remote, shown

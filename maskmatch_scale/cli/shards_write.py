@@ -1,4 +1,4 @@
-"""`maskmatch shards write SOURCE`: a command for each data source. Large libraries are imported only when one runs."""
+"""`maskmatch shards write`: the options that all sources share, and how a source becomes a command of its own."""
 
 from __future__ import annotations
 
@@ -48,29 +48,7 @@ write_app = typer.Typer(
 shards_app.add_typer(write_app, name="write")
 
 
-@write_app.command("scores", epilog="Example: maskmatch shards write scores data/scores")
-def write_scores(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Shard folder to write.")],
-    seed: Annotated[int, typer.Option(help="Seed of the split and of the ageing.")] = 0,
-    labelled: Annotated[int, typer.Option(min=0, help="Number of pages with labels, in one font.")] = 16,
-    unlabelled: Annotated[int, typer.Option(min=0, help="Number of pages without labels, in four fonts.")] = 290,
-    dev: Annotated[int, typer.Option(min=0, help="Number of pages for choosing hyper-parameters, in four fonts.")] = 16,
-    val: Annotated[int, typer.Option(min=0, help="Number of held-out pages, in four fonts.")] = 32,
-    val_font: Annotated[int, typer.Option(min=0, help="Number of held-out pages in a fifth font.")] = 16,
-    size: Annotated[int, typer.Option(min=64, help="Side of a page, px.")] = 512,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
-) -> None:
-    """Pages of real music, engraved and made to look like old scans, with exact labels."""
-    from maskmatch_scale.data.writing import write_shards
-    from maskmatch_scale.scores.source import ScoresSource
-
-    pages = ScoresSource(
-        seed=seed, labelled=labelled, unlabelled=unlabelled, dev=dev, val=val, val_font=val_font, size=size
-    )
-    print_index(write_shards(pages, out, workers=workers), out)
-
-
-_LABELS, _SPLITS, _WRITING = "Label maps", "Splits", "Writing"
+LABELS, SPLITS, WRITING = "Label maps", "Splits", "Writing"
 
 
 @dataclass(frozen=True)
@@ -86,7 +64,7 @@ class SharedOptions:
             metavar="FILE",
             help="Names of the classes in the order of their values: a text file with a name in each line (followed by "
             "`r g b` for RGB label maps), YAML or JSON; or voc, cityscapes, ade20k, coco_stuff, coco.",
-            rich_help_panel=_LABELS,
+            rich_help_panel=LABELS,
         ),
     ] = None
     id_map: Annotated[
@@ -94,7 +72,7 @@ class SharedOptions:
         typer.Option(
             metavar="FILE",
             help="YAML or JSON that maps raw label values to class values, class names or `ignore`.",
-            rich_help_panel=_LABELS,
+            rich_help_panel=LABELS,
         ),
     ] = None
     unknown_as_ignore: Annotated[
@@ -102,7 +80,7 @@ class SharedOptions:
         typer.Option(
             "--unknown-as-ignore",
             help="Ignore label values that have no class, instead of stopping.",
-            rich_help_panel=_LABELS,
+            rich_help_panel=LABELS,
         ),
     ] = False
     split_labelled: Annotated[
@@ -110,7 +88,7 @@ class SharedOptions:
         typer.Option(
             metavar="FILE",
             help="List of labelled samples in UniMatch's format: `image label` in each line, relative to the root.",
-            rich_help_panel=_SPLITS,
+            rich_help_panel=SPLITS,
         ),
     ] = None
     split_unlabelled: Annotated[
@@ -118,53 +96,49 @@ class SharedOptions:
         typer.Option(
             metavar="FILE",
             help="List of unlabelled samples in the same format. Default: the rest of the training set.",
-            rich_help_panel=_SPLITS,
+            rich_help_panel=SPLITS,
         ),
     ] = None
     split_val: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="List of validation samples in the same format.", rich_help_panel=_SPLITS),
+        typer.Option(metavar="FILE", help="List of validation samples in the same format.", rich_help_panel=SPLITS),
     ] = None
     dev: Annotated[
         str | None,
         typer.Option(
             metavar="N|SHARE",
             help="Labelled samples to hold out for choosing hyper-parameters: a number (100) or a share (0.1).",
-            rich_help_panel=_SPLITS,
+            rich_help_panel=SPLITS,
         ),
     ] = None
-    split_seed: Annotated[
-        int, typer.Option(help="Seed of the choice of held-out samples.", rich_help_panel=_SPLITS)
-    ] = 0
+    split_seed: Annotated[int, typer.Option(help="Seed of the choice of held-out samples.", rich_help_panel=SPLITS)] = 0
     max_side: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="PX", help="Shrink images whose longer side is larger than this.", rich_help_panel=_WRITING
+            min=1, metavar="PX", help="Shrink images whose longer side is larger than this.", rich_help_panel=WRITING
         ),
     ] = None
     shuffle_seed: Annotated[
         int,
-        typer.Option(
-            help="Seed of the order of samples; -1 keeps the order of the data set.", rich_help_panel=_WRITING
-        ),
+        typer.Option(help="Seed of the order of samples; -1 keeps the order of the data set.", rich_help_panel=WRITING),
     ] = 0
     keep_duplicates: Annotated[
         bool,
         typer.Option(
-            "--keep-duplicates", help="Also write images that are equal to another one.", rich_help_panel=_WRITING
+            "--keep-duplicates", help="Also write images that are equal to another one.", rich_help_panel=WRITING
         ),
     ] = False
     skip_bad: Annotated[
         bool,
         typer.Option(
-            "--skip-bad", help="Leave bad samples out and list them, instead of stopping.", rich_help_panel=_WRITING
+            "--skip-bad", help="Leave bad samples out and list them, instead of stopping.", rich_help_panel=WRITING
         ),
     ] = False
     samples_per_shard: Annotated[
-        int, typer.Option(min=1, help="Largest number of samples in a shard.", rich_help_panel=_WRITING)
+        int, typer.Option(min=1, help="Largest number of samples in a shard.", rich_help_panel=WRITING)
     ] = 256
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes. Default: one for each core.", rich_help_panel=_WRITING)
+        int | None, typer.Option(min=1, help="Processes. Default: one for each core.", rich_help_panel=WRITING)
     ] = None
 
     def of_source(self, **others: Any) -> Options:
@@ -173,14 +147,6 @@ class SharedOptions:
 
         known = {field.name for field in fields(Options)}
         return Options(**{name: value for name, value in vars(self).items() if name in known}, **others)
-
-
-_Val = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N|SHARE", help="Labelled samples to hold out for the final evaluation.", rich_help_panel=_SPLITS
-    ),
-]
 
 
 def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFiles]], Callable[..., ImageFiles]]:
@@ -222,119 +188,6 @@ def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFile
         return make
 
     return register
-
-
-@source_command("folder", "photos data/photos --labels masks --classes names.txt --dev 0.1 --val 0.2")
-def _folder(
-    root: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images.")],
-    shared: SharedOptions,
-    images: Annotated[
-        str | None, typer.Option(help="Folder of the images in SOURCE. Default: images, or SOURCE itself.")
-    ] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="Folder of the label maps in SOURCE. Default: labels, masks or annotations.")
-    ] = None,
-    label_suffix: Annotated[
-        str, typer.Option(help="Ending of a label map's name, in place of the image's ending.")
-    ] = ".png",
-    val: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|SHARE|FOLDER",
-            help="Labelled samples to hold out for the final evaluation. --val and --dev can also name image folders.",
-            rich_help_panel=_SPLITS,
-        ),
-    ] = None,
-) -> ImageFiles:
-    """A folder of images, with label maps for all, some or none of them."""
-    from maskmatch_scale.data.writing.sources.image_folder import image_folder
-
-    return image_folder(root, shared.of_source(val=val), images=images, labels=labels, label_suffix=label_suffix)
-
-
-@source_command("list", "scans.csv data/scans --classes names.txt --val 200")
-def _list(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="CSV with a header line, or JSON lines.")],
-    shared: SharedOptions,
-    root: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder to which the paths in FILE are relative. Default: the folder of FILE."
-        ),
-    ] = None,
-    image_column: Annotated[str, typer.Option(help="Column with the image.")] = "image",
-    label_column: Annotated[str, typer.Option(help="Column with the label map; it may be empty or missing.")] = "label",
-    stream_column: Annotated[
-        str,
-        typer.Option(help="Column with the stream (labelled, unlabelled, dev, val, …); it may be empty or missing."),
-    ] = "stream",
-    val: _Val = None,
-) -> ImageFiles:
-    """A list of images, as CSV or JSON lines."""
-    from maskmatch_scale.data.writing.sources.image_list import image_list
-
-    columns = {"image_column": image_column, "label_column": label_column, "stream_column": stream_column}
-    return image_list(file, shared.of_source(val=val), root=root, **columns)
-
-
-@source_command("voc", "VOCdevkit/VOC2012 data/voc --aug")
-def _voc(
-    root: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder VOC2012.")],
-    shared: SharedOptions,
-    aug: Annotated[bool, typer.Option("--aug", help="Also use the labels of SegmentationClassAug.")] = False,
-    all_images: Annotated[
-        bool, typer.Option("--all-images", help="Use the other images of JPEGImages as unlabelled ones.")
-    ] = False,
-) -> ImageFiles:
-    """Pascal VOC 2012, 21 classes."""
-    from maskmatch_scale.data.writing.sources.voc import voc
-
-    return voc(root, shared.of_source(), aug=aug, all_images=all_images)
-
-
-@source_command("cityscapes", "cityscapes data/cityscapes --train-extra")
-def _cityscapes(
-    root: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder with leftImg8bit and gtFine.")],
-    shared: SharedOptions,
-    train_extra: Annotated[
-        bool, typer.Option("--train-extra", help="Use the images of leftImg8bit/train_extra as unlabelled ones.")
-    ] = False,
-) -> ImageFiles:
-    """Cityscapes, 19 classes."""
-    from maskmatch_scale.data.writing.sources.cityscapes import cityscapes
-
-    return cityscapes(root, shared.of_source(), train_extra=train_extra)
-
-
-@source_command("ade20k", "ADEChallengeData2016 data/ade20k --dev 500")
-def _ade20k(
-    root: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder ADEChallengeData2016.")],
-    shared: SharedOptions,
-    converted: Annotated[
-        bool,
-        typer.Option(
-            "--converted", help="The label maps already have the values 0–149 and 255 (UniMatch-V2's download)."
-        ),
-    ] = False,
-) -> ImageFiles:
-    """ADE20K's scene parsing challenge, 150 classes."""
-    from maskmatch_scale.data.writing.sources.ade20k import ade20k
-
-    return ade20k(root, shared.of_source(), converted=converted)
-
-
-@source_command("coco-stuff", "coco data/coco-stuff --unlabeled2017")
-def _coco_stuff(
-    root: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder with images and stuffthingmaps.")],
-    shared: SharedOptions,
-    unlabeled2017: Annotated[
-        bool, typer.Option("--unlabeled2017", help="Use the images of unlabeled2017 as unlabelled ones.")
-    ] = False,
-) -> ImageFiles:
-    """COCO-Stuff 164k, 171 classes."""
-    from maskmatch_scale.data.writing.sources.coco_stuff import coco_stuff
-
-    return coco_stuff(root, shared.of_source(), unlabeled2017=unlabeled2017)
 
 
 def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:

@@ -113,6 +113,16 @@ class DataRecipe(Section):
     unlabelled: tuple[SourceRecipe, ...] = ()
     """Sources of unlabelled samples; empty = the stream `unlabelled` of `data.root`. Labels in their shards are not
     read."""
+    channels: tuple[str, ...] | None = None
+    """Names of the bands that the model sees, in the order of its input channels; null = all bands that the index of
+    `data.root` names, or red, green and blue if it names none. Other sources must have bands of the same names."""
+    value_ranges: dict[str, tuple[float, float]] = {}  # noqa: RUF012 - pydantic copies it
+    """Which stored values of a band become 0 and 255, by its name, in place of those that the index says:
+    {nir: [0, 4000]}."""
+    remap: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
+    """Classes that become another one when label maps are read: from a class name of the index to another one, to a new
+    name (classes with the same new name are merged), or to `ignore`. The others stay. Class values count up in the
+    order of the index."""
     sequential_lanes: Annotated[int, Field(ge=1)] | None = None
     """Number of parts in which the shards of sources without an index are read side by side, over all ranks; a multiple
     of ranks × `data.workers`. null = as many as that (at least one for each rank) in a new run, and as many as before

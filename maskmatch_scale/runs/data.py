@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from maskmatch_scale.checkpoints.layout import CheckpointError
+from maskmatch_scale.data.images.bands import Band, choose_channels
 from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.errors import UserError
@@ -36,6 +37,8 @@ class RunData(BaseModel):
     """One RGB colour for each class, 0–255."""
     ignore_index: int
     """Label value of pixels that are not counted."""
+    bands: tuple[Band, ...] = ()
+    """What the model's input channels are, in their order; empty: red, green and blue of 8 bits."""
     samples: dict[str, int]
     """Number of samples in each stream of `data.root`. For `labelled` and `unlabelled`: the number that training
     used, over all sources; no `unlabelled` if some of these have no index."""
@@ -50,9 +53,15 @@ def describe_data(recipe: Recipe, index: ShardIndex, used: Mapping[str, int | No
         used: number of `labelled` and of `unlabelled` samples that training uses; None where nobody knows it.
 
     Raises:
-        UserError: neither the index nor the model that the run starts from names the classes.
+        UserError: neither the index nor the model that the run starts from names the classes, or the index has not the
+            bands that the recipe names.
     """
     named = index.model_dump(include={"source", "classes", "palette", "ignore_index"})
+    try:
+        channels = choose_channels(index.bands, recipe.data.channels, recipe.data.value_ranges)
+    except ValueError as error:
+        raise UserError(f"{error} (data.root={shown(recipe.data.root)})") from None
+    named["bands"] = () if channels is None else channels.bands
     if not index.classes:
         named |= classes_of_start(recipe)
     samples = {name: stream.samples for name, stream in index.streams.items()} | dict(used or {})

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.images.bands import Band
 from maskmatch_scale.data.node_arrays import Arrays
 from maskmatch_scale.data.shards.columns import SHA256_BYTES, TableReference, Texts, read_table_file
 from maskmatch_scale.redact import PIPE, shown
@@ -269,6 +270,8 @@ class StreamEntry(_Frozen):
 
     labelled: bool
     shards: Annotated[ShardTable, PlainValidator(_as_table), PlainSerializer(ShardTable.as_json)]
+    class_pixels: tuple[int, ...] | None = None
+    """Pixels of each class in all label maps, and last those that are ignored; None = not known."""
 
     @property
     def samples(self) -> int:
@@ -289,6 +292,8 @@ class ShardIndex(_Frozen):
     """One RGB colour per class, 0–255, for pictures."""
     ignore_index: int = Field(default=255, ge=0, le=255)
     """Value of ignored pixels in a label map."""
+    bands: tuple[Band, ...] = ()
+    """What the pages of an image hold, in their order; empty: images are plain ones, read as RGB of 8 bits."""
     offsets: bool = False
     """Whether shards have side-cars that say where their samples begin
     (:mod:`~maskmatch_scale.data.shards.offsets`)."""
@@ -298,6 +303,8 @@ class ShardIndex(_Frozen):
     def _sound(self) -> ShardIndex:
         if self.ignore_index < len(self.classes):
             raise ValueError(f"ignore_index {self.ignore_index} is also class {self.classes[self.ignore_index]!r}")
+        if len({band.name for band in self.bands}) < len(self.bands):
+            raise ValueError(f"bands: two have the same name, of {', '.join(band.name for band in self.bands)}")
         if len(self.palette) != len(self.classes):
             raise ValueError(f"palette: {len(self.palette)} colours for {len(self.classes)} classes")
         labelled = [name for name, stream in self.streams.items() if stream.labelled]
@@ -357,7 +364,8 @@ class ShardIndex(_Frozen):
         Args:
             tables: by stream, the files in which its shards are; those of the others are listed.
         """
-        unsaid = {"streams"} if self.offsets else {"streams", "offsets"}  # older versions do not know the field
+        # Older versions do not know these fields.
+        unsaid = {"streams"} | {name for name in ("offsets", "bands") if not getattr(self, name)}
         content = {"format": FORMAT_WITH_TABLES if tables else FORMAT} | self.model_dump(mode="json", exclude=unsaid)
         head = json.dumps(content, indent=1, ensure_ascii=False)[:-2]
         parts = []
@@ -366,8 +374,10 @@ class ShardIndex(_Frozen):
                 shards = json.dumps(tables[name].model_dump())
             else:
                 shards = "[\n" + ",\n".join(f"   {json.dumps(shard)}" for shard in stream.shards.as_json()) + "\n  ]"
-            labelled = json.dumps(stream.labelled)
-            parts.append(f'  {json.dumps(name)}: {{\n  "labelled": {labelled},\n  "shards": {shards}}}')
+            facts = [f'"labelled": {json.dumps(stream.labelled)}']
+            if stream.class_pixels is not None:
+                facts.append(f'"class_pixels": {json.dumps(stream.class_pixels)}')
+            parts.append(f"  {json.dumps(name)}: {{\n  " + ",\n  ".join([*facts, f'"shards": {shards}']) + "}")
         return f'{head},\n "streams": {{\n{",".join(parts)}\n }}\n}}\n'.encode()
 
     def with_shards(self, stream: str, numbers: Sequence[int]) -> ShardIndex:

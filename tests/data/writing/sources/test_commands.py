@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from maskmatch_scale.cli import shard_sources  # noqa: F401
 from maskmatch_scale.cli.shards_write import write_app
 
 DOCS = (Path(__file__).parents[4] / "docs" / "writing.md").read_text(encoding="utf-8")

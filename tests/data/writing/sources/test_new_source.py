@@ -1,7 +1,7 @@
 """The seam for new data: what has to be written to add a data source, and that nothing else has to be touched.
 
-A data source is one file in `maskmatch_scale/data/writing/sources/` and its command in `cli/shards_write.py`. The first
-test defines a source from scratch, the second one that lists image files, with its command.
+A data source is one file in `maskmatch_scale/data/writing/sources/` and its command in `cli/shard_sources.py`. The
+first test defines a source from scratch, the second one that lists image files, with its command.
 """
 
 from __future__ import annotations
