@@ -36,7 +36,7 @@ def test_a_child_that_is_forked_while_a_thread_opens_a_file_has_it_not(tmp_path,
         thread.start()
         opened.wait()
         if (child := os.fork()) == 0:
-            links = (os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
+            links = [os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir()]
             os._exit(int(str(path) in links))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     thread.join()
