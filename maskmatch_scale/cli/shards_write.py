@@ -134,6 +134,23 @@ class SharedOptions:
             "--skip-bad", help="Leave bad samples out and list them, instead of stopping.", rich_help_panel=WRITING
         ),
     ] = False
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Write only part I of N, on one of N machines, into a folder of its own; `shards merge` puts them "
+            "together.",
+            rich_help_panel=WRITING,
+        ),
+    ] = None
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Delete what an earlier call has written to OUT, finished or not, and write anew.",
+            rich_help_panel=WRITING,
+        ),
+    ] = False
     samples_per_shard: Annotated[
         int, typer.Option(min=1, help="Largest number of samples in a shard.", rich_help_panel=WRITING)
     ] = 256
@@ -191,8 +208,7 @@ def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFile
 
 
 def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
-    from maskmatch_scale.data.writing import SKIPPED_NAME, write_shards
-    from maskmatch_scale.data.writing.sources.image_files import DUPLICATES_NAME
+    from maskmatch_scale.data.writing import DUPLICATES_NAME, SKIPPED_NAME, Part, write_shards
 
     console = Console(stderr=True)
     for note in source.notes:
@@ -203,6 +219,8 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
         workers=shared.workers,
         samples_per_shard=shared.samples_per_shard,
         skip_bad=shared.skip_bad,
+        part=Part.parse(shared.part) if shared.part is not None else None,
+        overwrite=shared.overwrite,
     )
     print_index(index, out)
     for name, what in ((DUPLICATES_NAME, "images dropped as duplicates"), (SKIPPED_NAME, "bad samples left out")):
@@ -212,7 +230,8 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
 
 def print_index(index: ShardIndex, root: str | Path) -> None:
     """Print a table of the streams of a shard folder."""
-    table = Table(title=Text(f"{shown(str(root))}: {len(index.classes)} classes"))
+    part = "" if index.part is None else f", only part {index.part}"
+    table = Table(title=Text(f"{shown(str(root))}: {len(index.classes)} classes{part}"))
     for column in ("stream", "labels", "samples", "shards", "MB"):
         table.add_column(column, justify="left" if column == "stream" else "right")
     for name, stream in index.streams.items():

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.writing.journal import DUPLICATES_NAME
 from maskmatch_scale.data.writing.protocol import StreamItems
 from maskmatch_scale.data.writing.sources.classes import IGNORE, Classes, load_classes, load_id_map
 from maskmatch_scale.data.writing.sources.duplicates import find_duplicates
@@ -27,9 +28,6 @@ from maskmatch_scale.files import write_whole
 
 REVISION = 1
 """Raise it with every change, here or in the module of a data set, that changes what is written."""
-
-DUPLICATES_NAME = "duplicates.jsonl"
-"""One line an image that was dropped: `stream`, `image`, and `same_as` with those of the image that was kept."""
 
 _HELD_OUT_FIRST = ("val", None, "dev", "labelled", "unlabelled")
 """Which of two equal images is kept, by stream; None stands for every other stream."""
