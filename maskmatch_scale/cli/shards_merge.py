@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from maskmatch_scale.cli.shards_write import print_index, shards_app
+from maskmatch_scale.cli.shards_write import print_index, print_notes, shards_app
 from maskmatch_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,4 +39,6 @@ def merge(
     if move and copy:
         raise UserError("--move and --copy exclude each other: give one of them, or neither for hard links")
     how: How = "move" if move else "copy" if copy else "link"
-    print_index(merge_shards(folders, out, how=how, check=check), out)
+    joined = merge_shards(folders, out, how=how, check=check)
+    print_index(joined.index, out)
+    print_notes(joined.notes)

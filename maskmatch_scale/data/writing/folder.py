@@ -15,11 +15,11 @@ What lies in it::
 from __future__ import annotations
 
 import fcntl
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex
@@ -28,10 +28,10 @@ from maskmatch_scale.data.shards.stored import write_index
 from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.data.writing.journal import JOURNAL_NAME, SKIPPED_NAME, Written, read_journal, read_skipped
 from maskmatch_scale.data.writing.overwrite import delete_written
+from maskmatch_scale.data.writing.plan import PLAN_NAME, read_plan, write_plan
 from maskmatch_scale.data.writing.shard import Shard
-from maskmatch_scale.files import sha256, write_whole
+from maskmatch_scale.files import sha256
 
-_PLAN_NAME = ".writing.json"
 _LOCK_NAME = ".lock"
 
 
@@ -72,7 +72,12 @@ def identity_of(index: ShardIndex) -> dict[str, object]:
 
 
 def begin(
-    out: Path, identity: Mapping[str, object], streams: Callable[[], Iterable[str]], *, overwrite: bool | None = False
+    out: Path,
+    identity: Mapping[str, object],
+    streams: Callable[[], Iterable[str]],
+    *,
+    under_way: Mapping[str, object] = MappingProxyType({}),
+    overwrite: bool | None = False,
 ) -> Begun:
     """Begin to write a folder, or go on.
 
@@ -80,24 +85,25 @@ def begin(
         out: the folder, locked.
         identity: name and settings of the source, as JSON values.
         streams: asked for the names of streams only in a new folder, because listing them may take long.
+        under_way: what tells this writing from others, as long as it is not finished.
         overwrite: whether to delete what an earlier writer has made; None: that cannot be asked for.
 
     Raises:
         DataError: the folder was begun or finished with other settings, or holds shards of which nothing is known.
     """
-    if overwrite and ((out / INDEX_NAME).exists() or (out / _PLAN_NAME).exists()):
-        delete_written(out, out / _PLAN_NAME)
+    if overwrite and ((out / INDEX_NAME).exists() or (out / PLAN_NAME).exists()):
+        delete_written(out)
     if (out / INDEX_NAME).exists():
         index = ShardIndex.load(out)
-        _refuse_other_settings(out, "holds shards written", identity_of(index), identity, overwrite)
+        refuse_other_settings(out, "holds shards written", identity_of(index), identity, overwrite)
         return Begun(index, resumed=True)
-    if (out / _PLAN_NAME).exists():
-        _refuse_other_settings(out, "was begun", json.loads((out / _PLAN_NAME).read_bytes()), identity, overwrite)
+    if (plan := read_plan(out)) is not None:
+        refuse_other_settings(out, "was begun", plan, {**identity, **under_way}, overwrite)
         return Begun(None, resumed=True)
     _refuse_strangers(out, streams())
     for name in (JOURNAL_NAME, SKIPPED_NAME):
         (out / name).unlink(missing_ok=True)
-    write_whole(out / _PLAN_NAME, json.dumps(identity, indent=2))
+    write_plan(out, {**identity, **under_way})
     return Begun(None, resumed=False)
 
 
@@ -175,7 +181,7 @@ def complete_side_cars(out: Path, index: ShardIndex) -> None:
 def finish(out: Path, index: ShardIndex) -> None:
     """Write the index, which marks the folder as finished, and remove what only a writer needs."""
     write_index(out, index)
-    for name in (_PLAN_NAME, JOURNAL_NAME):
+    for name in (PLAN_NAME, JOURNAL_NAME):
         (out / name).unlink(missing_ok=True)
 
 
@@ -191,9 +197,21 @@ def _looked_into(path: Path, labelled: bool) -> Written | None:
     return Written(path.name, len(table), path.stat().st_size, sha256(path))
 
 
-def _refuse_other_settings(
+def refuse_other_settings(
     out: Path, what: str, written: Mapping[str, object], asked: Mapping[str, object], overwrite: bool | None
 ) -> None:
+    """Raise if a folder was written with other settings than are asked for.
+
+    Args:
+        out: the folder.
+        what: what it is with the settings `written`.
+        written: settings by name.
+        asked: settings by name.
+        overwrite: whether it is an option to delete what is there; None: it is not.
+
+    Raises:
+        DataError: it names the first setting that differs, and what can be done.
+    """
     # Files last: new ones alone can be appended.
     for key in sorted(written.keys() | asked.keys(), key=lambda key: (key == "files", key)):
         if written.get(key) != asked.get(key):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,18 @@ def write_skipped(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
         write_whole(folder / SKIPPED_NAME, text)
     else:
         (folder / SKIPPED_NAME).unlink(missing_ok=True)
+
+
+def read_duplicates(folder: Path) -> set[tuple[str, str]]:
+    """Stream and path of every image that was dropped, because it equals another one."""
+    return {(line["stream"], line["image"]) for line in _lines(folder / DUPLICATES_NAME)}
+
+
+def write_duplicates(folder: Path, lines: Iterable[Mapping[str, object]], *, keep: bool = False) -> None:
+    """Write `duplicates.jsonl`; with ``keep``, after the lines that it has."""
+    path = folder / DUPLICATES_NAME
+    before = path.read_text(encoding="utf-8") if keep and path.is_file() else ""
+    write_whole(path, before + "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

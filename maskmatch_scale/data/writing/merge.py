@@ -13,10 +13,12 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.pool import usable_cores
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.offsets import FOLDER, is_side_car_of, side_car
 from maskmatch_scale.data.writing.folder import begin, complete_side_cars, finish, identity_of, is_whole, only_writer
@@ -28,7 +30,9 @@ from maskmatch_scale.data.writing.journal import (
     read_journal,
     write_skipped,
 )
+from maskmatch_scale.data.writing.keys import keys_by_stream
 from maskmatch_scale.data.writing.merging import Merged, Piece, ShardFolder, put_together
+from maskmatch_scale.data.writing.plan import MERGING
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.files import sha256, write_whole, writing
 from maskmatch_scale.progress import progress_of
@@ -38,6 +42,19 @@ How = Literal["link", "move", "copy"]
 copied and deleted when the index is written. `copy`: it is copied."""
 
 
+@dataclass(frozen=True)
+class Joined:
+    """What folders have come to.
+
+    Attributes:
+        index: as it lies in the folder.
+        notes: what the user should know, a line each.
+    """
+
+    index: ShardIndex
+    notes: tuple[str, ...]
+
+
 def merge_shards(
     folders: Sequence[str | Path],
     out: str | Path,
@@ -45,7 +62,7 @@ def merge_shards(
     how: How = "link",
     check: bool = False,
     progress: bool = True,
-) -> ShardIndex:
+) -> Joined:
     """Put shard folders together.
 
     Args:
@@ -55,9 +72,6 @@ def merge_shards(
         how: see :data:`How`. The small files of the folders are left where they are also by `move`.
         check: also compare the bytes of every shard with its checksum.
         progress: whether to report on stderr.
-
-    Returns:
-        The index, as it lies in `out/index.json`.
 
     Raises:
         DataError: the folders do not belong together; a shard is not there, or not as its index says; or `out` holds
@@ -83,12 +97,14 @@ def merge_shards(
         out.mkdir(parents=True, exist_ok=True)
         locks.enter_context(only_writer(out))
         _merge(merged, out, how, check, progress)
-    return merged.index
+        is_of_parts = "folders" not in merged.index.settings
+        return Joined(merged.index, () if is_of_parts else _repeated_keys(out, merged.index, progress))
 
 
 def _merge(merged: Merged, out: Path, how: How, check: bool, progress: bool) -> None:
     index = merged.index
-    begun = begin(out, json.loads(json.dumps(identity_of(index))), lambda: index.streams, overwrite=None)
+    identity = json.loads(json.dumps(identity_of(index)))
+    begun = begin(out, identity, lambda: index.streams, under_way={MERGING: True}, overwrite=None)
     if begun.index is not None and begun.index.streams != index.streams:
         raise DataError(f"{out}: holds other shards than these folders come to; choose another folder")
     if begun.index is None or not is_whole(out, index) or check:
@@ -101,6 +117,18 @@ def _merge(merged: Merged, out: Path, how: How, check: bool, progress: bool) -> 
     if how == "move":
         for piece in merged.pieces:  # those that lay on another disk
             piece.source.unlink(missing_ok=True)
+
+
+def _repeated_keys(out: Path, index: ShardIndex, progress: bool) -> tuple[str, ...]:
+    """A line for each stream in which keys are there several times."""
+    keys = keys_by_stream(out, index, workers=usable_cores(), progress=progress)
+    counts = {name: index.streams[name].samples - len(of_stream) for name, of_stream in keys.items()}
+    return tuple(
+        f"stream {name!r}: {count} samples have the key of another one; samples are told apart by their places, but "
+        "`labels: FOLDER` cannot match label maps to them by key"
+        for name, count in counts.items()
+        if count
+    )
 
 
 def _put_all(pieces: Sequence[Piece], out: Path, *, is_finished: bool, how: How, check: bool, progress: bool) -> None:

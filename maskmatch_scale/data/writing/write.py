@@ -79,8 +79,7 @@ def write_shards(
     if samples_per_shard < 1 or (workers is not None and workers < 1):
         raise UserError(f"workers={workers}, samples_per_shard={samples_per_shard}: both must be at least 1")
     out, workers = Path(out), workers or usable_cores()
-    identity = {"source": source.name, **source.settings, "samples_per_shard": samples_per_shard}
-    identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
+    identity = identity_of_source(source, samples_per_shard)
     own = identity if part is None else {**identity, "part": str(part)}
     out.mkdir(parents=True, exist_ok=True)
     with only_writer(out):
@@ -105,16 +104,20 @@ def write_shards(
             ignore_index=source.ignore_index,
             offsets=True,
             part=None if part is None else str(part),
-            streams={
-                name: StreamEntry(labelled=stream.labelled, shards=table(cuts[name], written))
-                for name, stream in streams.items()
-            },
+            streams={name: stream_entry(stream.labelled, cuts[name], written) for name, stream in streams.items()},
         )
         if part is None:
             refuse_empty(out, index, [name for name, of_stream in cuts.items() if of_stream])
         complete_side_cars(out, index)
         finish(out, index)
         return index
+
+
+def identity_of_source(source: DataSource, samples_per_shard: int) -> dict[str, object]:
+    """What tells a writing from one with other settings, as JSON values."""
+    identity = {"source": source.name, **source.settings, "samples_per_shard": samples_per_shard}
+    as_read_back: dict[str, object] = json.loads(json.dumps(identity))  # tuples become lists
+    return as_read_back
 
 
 def write_missing(
@@ -171,9 +174,10 @@ class _RenderOrFault:
             return fault
 
 
-def table(shards: Iterable[Shard], written: Mapping[str, Written]) -> ShardTable:
-    """The shards of a stream for the index, without those that came out empty or were not written here."""
+def stream_entry(labelled: bool, shards: Iterable[Shard], written: Mapping[str, Written]) -> StreamEntry:
+    """A stream for the index, without shards that came out empty or were not written here."""
     entries = [written[shard.file] for shard in shards if shard.file in written and written[shard.file].samples]
-    return ShardTable(
+    table = ShardTable(
         ShardEntry(file=entry.file, samples=entry.samples, bytes=entry.bytes, sha256=entry.sha256) for entry in entries
     )
+    return StreamEntry(labelled=labelled, shards=table)

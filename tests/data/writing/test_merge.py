@@ -25,7 +25,7 @@ from maskmatch_scale.data.writing import Part, merge_shards, write_shards
 from maskmatch_scale.data.writing import merge as merge_module
 from maskmatch_scale.data.writing.merging import summed_pixels
 from maskmatch_scale.errors import UserError
-from tests.data.writing.squares import Squares, contents, keys
+from tests.data.writing.squares import Squares, contents, jpeg, keys
 
 BAD = (2, 3, 4, 6, 16)
 """Of twenty samples in eight shards: the second shard holds 2, 3 and 4 only."""
@@ -37,7 +37,7 @@ def write(source: Squares, out: Path, part: str | None = None, **options) -> Sha
 
 
 def merge(folders: list[Path], out: Path, **options) -> ShardIndex:
-    return merge_shards(folders, out, progress=False, **options)
+    return merge_shards(folders, out, progress=False, **options).index
 
 
 def written_parts(source: Squares, folder: Path, count: int, **options) -> list[Path]:
@@ -179,6 +179,16 @@ class Others(Squares):
         return type(sample)(f"other-{item.number}", sample.image, sample.extension, sample.label)
 
 
+@dataclass(frozen=True)
+class Brighter(Squares):
+    """As `Squares`, with the same keys and other images."""
+
+    @staticmethod
+    def render(item):
+        sample = Squares.render(item)
+        return type(sample)(sample.key, jpeg(item.number + 100), sample.extension, sample.label)
+
+
 def test_data_sets_are_appended(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     write(Squares(bad=BAD), a)
@@ -203,6 +213,15 @@ def test_data_sets_are_appended(tmp_path: Path) -> None:
     third = tmp_path / "third"
     write(Others(labelled=3, unlabelled=0), third)
     assert merge([tmp_path / "out", third], tmp_path / "all").streams["labelled"].samples == 8
+
+
+def test_equal_keys_of_data_sets_are_counted(tmp_path: Path) -> None:
+    write(Squares(labelled=3, unlabelled=4), tmp_path / "a")
+    write(Brighter(labelled=0, unlabelled=6), tmp_path / "b")
+    (note,) = merge_shards([tmp_path / "a", tmp_path / "b"], tmp_path / "out", progress=False).notes
+    assert "'unlabelled': 4 samples have the key of another one" in note
+    write(Others(), tmp_path / "c")
+    assert merge_shards([tmp_path / "a", tmp_path / "c"], tmp_path / "other", progress=False).notes == ()
 
 
 def changed(folder: Path, **changes) -> Path:
