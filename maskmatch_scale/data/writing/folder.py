@@ -28,7 +28,7 @@ from maskmatch_scale.data.shards.stored import write_index
 from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.data.writing.journal import JOURNAL_NAME, SKIPPED_NAME, Written, read_journal, read_skipped
 from maskmatch_scale.data.writing.overwrite import delete_written
-from maskmatch_scale.data.writing.plan import PLAN_NAME, read_plan, write_plan
+from maskmatch_scale.data.writing.plan import MERGING, PLAN_NAME, read_plan, write_plan
 from maskmatch_scale.data.writing.shard import Shard
 from maskmatch_scale.files import sha256
 
@@ -222,6 +222,8 @@ def refuse_other_settings(
                 can = f"--append writes only the images that are new; or {can}"
             if key == "part":
                 can = "give each part, and the whole, a folder of its own"
+            if key == MERGING:
+                can = "finish it by the same `maskmatch shards merge`, or choose another folder"
             if key == "appended":
                 can = "--append appends again; or choose another folder"
             raise DataError(

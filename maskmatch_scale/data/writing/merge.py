@@ -1,8 +1,8 @@
 """Putting shard folders together: parts that several machines wrote, or data sets of the same classes.
 
-No shard is written: it gets another name by a hard link or by being moved, or it is copied. Each one that is there
-under its new name is entered in the journal first, and the index is written last, as by a writer. So it may be killed
-at any moment, and the same call goes on.
+No shard is written: it gets another name by a hard link or by being moved, or it is copied. All are entered in the
+journal first, each is whole when it gets its new name, and the index is written last. So it may be killed at any
+moment, and the same call goes on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,26 +142,28 @@ def _put_all(pieces: Sequence[Piece], out: Path, *, is_finished: bool, how: How,
         return _size(out / piece.entry.file) == piece.entry.bytes
 
     there = [is_there(piece) for piece in pieces]
-    _refuse_missing([piece for piece, done in zip(pieces, there, strict=True) if not done])
+    missing = [piece for piece, done in zip(pieces, there, strict=True) if not done]
+    _refuse_missing(missing)
     (out / FOLDER).mkdir(exist_ok=True)
-    with (
-        Journal(out / JOURNAL_NAME) as journal,
-        progress_of("merge", len(pieces), unit="shards", wanted=progress) as advance,
-    ):
+    with Journal(out / JOURNAL_NAME) as journal:
+        journal.enter(*map(_written, missing))  # a line without its shard does no harm
+    with progress_of("merge", len(pieces), unit="shards", wanted=progress) as advance:
         for piece, done in zip(pieces, there, strict=True):
-            entry, target = piece.entry, out / piece.entry.file
+            target = out / piece.entry.file
             source = target if done else piece.source
-            if check and sha256(source) != entry.sha256:
+            if check and sha256(source) != piece.entry.sha256:
                 raise DataError(f"{source}: its bytes are not those that its index says; delete it and write it again")
-            assert entry.bytes is not None
-            assert entry.sha256 is not None
             if not done:
-                written = Written(entry.file, entry.samples, entry.bytes, entry.sha256)
-                _put(piece.source, target, how, lambda written=written: journal.enter(written))  # type: ignore[misc]
-            beside = out / side_car(entry.file)
-            if not is_side_car_of(beside, entry.sha256) and is_side_car_of(piece.beside, entry.sha256):
-                _put(piece.beside, beside, "copy" if how == "copy" else "link", lambda: None)
+                _put(piece.source, target, how)
+            beside, digest = out / side_car(piece.entry.file), piece.entry.sha256 or ""
+            if not is_side_car_of(beside, digest) and is_side_car_of(piece.beside, digest):
+                _put(piece.beside, beside, "copy" if how == "copy" else "link")
             advance()
+
+
+def _written(piece: Piece) -> Written:
+    entry = piece.entry
+    return Written(entry.file, entry.samples, entry.bytes or 0, entry.sha256 or "")
 
 
 def _refuse_missing(pieces: Sequence[Piece]) -> None:
@@ -181,12 +183,12 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def _put(source: Path, target: Path, how: How, before: Callable[[], None]) -> None:
-    """Give a file a new name; `before` is called just before that, when a copy is complete."""
+def _put(source: Path, target: Path, how: How) -> None:
+    """Give a file a new name, under which it is whole or not there."""
     begun = target.with_name(f".{target.name}")
     begun.unlink(missing_ok=True)
     with writing(target):
-        if how == "move" and _renamed(source, target, before):
+        if how == "move" and _renamed(source, target):
             return
         if how != "link" or not _linked(source, begun):
             try:
@@ -196,20 +198,18 @@ def _put(source: Path, target: Path, how: How, before: Callable[[], None]) -> No
             except BaseException:
                 begun.unlink(missing_ok=True)
                 raise
-        before()
         begun.replace(target)
         begun.unlink(missing_ok=True)  # two links to one file: both names are there still
 
 
-def _renamed(source: Path, target: Path, before: Callable[[], None]) -> bool:
+def _renamed(source: Path, target: Path) -> bool:
     """Whether a file could be renamed: not from one disk to another, and no link, which may be relative."""
-    if source.is_symlink() or source.stat().st_dev != target.parent.stat().st_dev:
+    if source.is_symlink():
         return False
-    before()
     try:
         source.replace(target)
     except OSError as error:
-        if error.errno != errno.EXDEV:  # two mounts may be of one device
+        if error.errno != errno.EXDEV:
             raise
         return False
     return True

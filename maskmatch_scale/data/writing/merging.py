@@ -66,20 +66,29 @@ class Piece:
     """A shard of a folder.
 
     Attributes:
-        source: its file.
-        beside: its side-car, which may not be there.
+        folder: it lies in.
+        file: its name there.
         entry: as the index names it when all are put together.
     """
 
-    source: Path
-    beside: Path
+    folder: Path
+    file: str
     entry: ShardEntry
 
     @classmethod
     def of(cls, folder: ShardFolder, entry: ShardEntry, file: str) -> Piece:
         """Of a shard of a folder, and its name when all are put together."""
-        entry_then = entry.model_copy(update={"file": file})
-        return cls(folder.path / entry.file, folder.path / side_car(entry.file), entry_then)
+        return cls(folder.path, entry.file, entry.model_copy(update={"file": file}))
+
+    @property
+    def source(self) -> Path:
+        """Its file."""
+        return self.folder / self.file
+
+    @property
+    def beside(self) -> Path:
+        """Its side-car, which may not be there."""
+        return self.folder / side_car(self.file)
 
 
 @dataclass(frozen=True)

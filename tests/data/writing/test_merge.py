@@ -88,60 +88,51 @@ def test_a_table_of_many_shards_is_made_anew(tmp_path: Path, monkeypatch: pytest
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-class _Kill:
-    """Ends this process by SIGKILL the `at`-th time that a shard is entered in the journal, before or after it."""
+def _merge_and_die(folders: list[Path], out: Path, how: str, when: str) -> None:
+    """This process dies by SIGKILL at the fifth shard: before it, after it, or while it is copied."""
+    put, count = merge_module._put, []
 
-    def __init__(self, at: int, before: bool) -> None:
-        self._at, self._before = at, before
-
-    def __call__(self, *entries: object) -> None:
-        self._at -= 1
-        if self._at == 0 and self._before:
+    def counted(source: Path, target: Path, how: str) -> None:
+        count.extend([1] * (target.suffix == ".tar"))
+        if len(count) == 5 and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
-        _enter(self.journal, *entries)
-        if self._at == 0:
+        put(source, target, how)
+        if len(count) == 5 and when == "after":
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def half(source: Path, target: Path) -> None:
+        data = Path(source).read_bytes()
+        Path(target).write_bytes(data if len(count) < 5 else data[: len(data) // 2])
+        if len(count) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-_enter = merge_module.Journal.enter
-
-
-def _merge_and_die(folders: list[Path], out: Path, how: str, at: int, before: bool, links: bool) -> None:
-    kill = _Kill(at, before)
-
-    def enter(journal: object, *entries: object) -> None:
-        kill.journal = journal
-        kill(*entries)
-
-    merge_module.Journal.enter = enter
-    if not links:
-        _other_disk()
+    merge_module._put = counted
+    if when == "within":
+        merge_module.shutil.copyfile = half
+        merge_module._renamed = lambda source, target: False  # as if the result were on another disk
     merge(folders, out, how=how)
 
 
-def _other_disk() -> None:
-    """As if the folders were on another disk than the result."""
-    merge_module._linked = lambda source, target: False
-    merge_module._renamed = lambda source, target, before: False
-
-
 @pytest.mark.parametrize(
-    ("how", "before", "links"),
-    [("link", True, True), ("move", False, True), ("move", True, False), ("copy", False, True)],
+    ("how", "when"), [("link", "before"), ("move", "after"), ("move", "within"), ("copy", "within")]
 )
-def test_a_killed_merge_goes_on_and_nothing_is_lost(tmp_path: Path, how: str, before: bool, links: bool) -> None:
+def test_a_killed_merge_goes_on_and_nothing_is_lost(tmp_path: Path, how: str, when: str) -> None:
     write(Squares(bad=BAD), tmp_path / "whole")
     parts = written_parts(Squares(bad=BAD), tmp_path, 2)
     process = multiprocessing.get_context("fork").Process(
-        target=_merge_and_die, args=(parts, tmp_path / "out", how, 5, before, links)
+        target=_merge_and_die, args=(parts, tmp_path / "out", how, when)
     )
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out" / "index.json").exists()
-    assert len(list((tmp_path / "out").glob("[!.]*.tar"))) == 4
+    assert len(list((tmp_path / "out").glob("[!.]*.tar"))) == (5 if when == "after" else 4)
     there = {path.name for folder in [*parts, tmp_path / "out"] for path in folder.glob("[!.]*.tar")}
     assert there == {path.name for path in (tmp_path / "whole").glob("*.tar")}
+    with pytest.raises(DataError, match="--overwrite does not delete them"):
+        write(Squares(bad=BAD), tmp_path / "out", overwrite=True)
+    with pytest.raises(DataError, match=r"was begun with merging=True.*finish it by"):
+        write(Squares(bad=BAD), tmp_path / "out")
     merge(parts, tmp_path / "out", how=how, check=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert bool(list(parts[0].glob("*.tar"))) == (how != "move")
@@ -159,7 +150,7 @@ def test_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge_module.os, "link", refuse)
     merge(parts, tmp_path / "copied")
     assert not (tmp_path / "copied" / shard.name).samefile(shard)
-    monkeypatch.setattr(merge_module, "_renamed", lambda source, target, before: False)
+    monkeypatch.setattr(merge_module, "_renamed", lambda source, target: False)
     merge(parts, tmp_path / "moved", how="move")
     assert not shard.exists()
     assert contents(tmp_path / "copied") == contents(tmp_path / "linked") == contents(tmp_path / "moved")
