@@ -16,9 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.shards.index import INDEX_NAME
 from maskmatch_scale.data.writing.journal import DUPLICATES_NAME, read_duplicates, write_duplicates
 from maskmatch_scale.data.writing.protocol import Added, StreamItems
-from maskmatch_scale.data.writing.sources.appending import compare
+from maskmatch_scale.data.writing.sources.appending import compare, newer_files
 from maskmatch_scale.data.writing.sources.classes import IGNORE, Classes, load_classes, load_id_map
 from maskmatch_scale.data.writing.sources.duplicates import find_duplicates
 from maskmatch_scale.data.writing.sources.keys import keys_of
@@ -143,7 +144,8 @@ class ImageFiles:
                 gone = {(line["stream"], line["image"]) for line in lines}
                 new = {name: [item for item in new[name] if (name, item.image) not in gone] for name in new}
         streams = {name: StreamItems(self.streams[name].labelled, items) for name, items in new.items() if items}
-        return Added(self._shuffled(streams), compared.notes)
+        changed = newer_files(self.root, compared.unmoved, out / INDEX_NAME, workers)
+        return Added(self._shuffled(streams), compared.notes + changed)
 
     def _shuffled(self, streams: Mapping[str, StreamItems]) -> Mapping[str, StreamItems]:
         seed = self.options.shuffle_seed
