@@ -191,11 +191,12 @@ def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFile
 
 
 def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
+    from maskmatch_scale.data.shards.label_pixels import index_warnings
     from maskmatch_scale.data.writing import SKIPPED_NAME, write_shards
     from maskmatch_scale.data.writing.sources.image_files import DUPLICATES_NAME
 
     console = Console(stderr=True)
-    for note in source.notes:
+    for note in (*source.notes, *source.value_notes):
         console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
     index = write_shards(
         source,
@@ -208,6 +209,8 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
     for name, what in ((DUPLICATES_NAME, "images dropped as duplicates"), (SKIPPED_NAME, "bad samples left out")):
         if (out / name).is_file() and (lines := (out / name).read_bytes().count(b"\n")):
             console.print(f"{lines} {what}: {out / name}", soft_wrap=True, highlight=False, markup=False)
+    for line in index_warnings(index):
+        console.print(f"warning: {line}", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_index(index: ShardIndex, root: str | Path) -> None:

@@ -12,14 +12,16 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.pool import results, usable_cores
 from maskmatch_scale.data.shards.index import ShardEntry, ShardIndex, ShardTable, StreamEntry
+from maskmatch_scale.data.shards.label_pixels import pixels_of, sum_of
 from maskmatch_scale.data.shards.offsets import FOLDER, is_side_car_of, side_car, write_side_car
+from maskmatch_scale.data.writing.count_labels import CountLabels, with_pixels
 from maskmatch_scale.data.writing.folder import begin, finish, is_whole, only_writer, written_before
 from maskmatch_scale.data.writing.journal import JOURNAL_NAME, SKIPPED_NAME, Journal, Written, write_skipped
 from maskmatch_scale.data.writing.protocol import DataSource, EncodedSample, Prepares
@@ -83,6 +85,9 @@ def write_shards(
             for entry in _render_all(source, out, missing, journal, workers, skip_bad, progress):
                 written[entry.file] = entry
 
+        count = CountLabels(out, len(source.classes), source.ignore_index)
+        for name in (name for name, stream in streams.items() if stream.labelled):
+            written |= with_pixels([written[shard.file] for shard in shards[name]], count, workers)
         write_skipped(out, [written[shard.file] for cuts in shards.values() for shard in cuts])
         index = ShardIndex(
             source=source.name,
@@ -92,7 +97,11 @@ def write_shards(
             ignore_index=source.ignore_index,
             offsets=True,
             streams={
-                name: StreamEntry(labelled=stream.labelled, shards=_table(out, name, shards[name], written))
+                name: StreamEntry(
+                    labelled=stream.labelled,
+                    shards=_table(out, name, shards[name], written),
+                    class_pixels=_pixels(shards[name], written) if stream.labelled else None,
+                )
                 for name, stream in streams.items()
             },
         )
@@ -132,10 +141,11 @@ def _render_all(
     if not total:
         return
     items = (item for shard in shards for item in shard.items())
+    render = _RenderOrFault(source.render, len(source.classes), source.ignore_index)
     killed = "a rendering process was killed (out of memory?); run the same command again: finished shards are kept"
     with (
         progress_of(source.name, total, unit="samples", wanted=progress) as advance,
-        results(_RenderOrFault(source.render), items, workers, if_killed=killed) as samples,
+        results(render, items, workers, if_killed=killed) as samples,
     ):
         for shard in shards:
             of_shard = itertools.islice(samples, len(shard))
@@ -144,15 +154,29 @@ def _render_all(
 
 @dataclass(frozen=True)
 class _RenderOrFault:
-    """Renders an item, or returns why it cannot be used: a bad sample does not end the pool of processes."""
+    """Renders an item and counts the pixels of its classes, or returns why it cannot be used: a bad sample does not end
+    the pool of processes.
+    """
 
     render: Callable[[Any], EncodedSample]
+    classes: int
+    ignore_index: int
 
     def __call__(self, item: Any) -> Rendered:
         try:
-            return self.render(item)
+            sample = self.render(item)
+            if sample.label is None:
+                return sample
+            pixels = pixels_of(sample.label, f"sample {sample.key!r}", self.classes, self.ignore_index)
+            return replace(sample, class_pixels=pixels)
         except BadSample as fault:
             return fault
+
+
+def _pixels(shards: Sequence[Shard], written: Mapping[str, Written]) -> tuple[int, ...] | None:
+    """Pixels of each class in a labelled stream, and last those that are ignored."""
+    entries = [written[shard.file] for shard in shards]
+    return sum_of(entry.class_pixels for entry in entries if entry.samples)
 
 
 def _table(out: Path, name: str, shards: Sequence[Shard], written: Mapping[str, Written]) -> ShardTable:
