@@ -218,10 +218,11 @@ def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFile
 
 
 def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
+    from maskmatch_scale.data.shards.label_pixels import index_warnings
     from maskmatch_scale.data.writing import DUPLICATES_NAME, SKIPPED_NAME, Part, append_shards, write_shards
 
     console = Console(stderr=True)
-    print_notes(source.notes)
+    print_notes((*source.notes, *source.value_notes))
     options: Any = {
         "workers": shared.workers,
         "samples_per_shard": shared.samples_per_shard,
@@ -241,6 +242,8 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
     for name, what in ((DUPLICATES_NAME, "images dropped as duplicates"), (SKIPPED_NAME, "bad samples left out")):
         if (out / name).is_file() and (lines := (out / name).read_bytes().count(b"\n")):
             console.print(f"{lines} {what}: {out / name}", soft_wrap=True, highlight=False, markup=False)
+    for line in index_warnings(index):
+        console.print(f"warning: {line}", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_notes(notes: Iterable[str]) -> None:

@@ -67,6 +67,7 @@ class Photos:
         assert [str(fault) for fault in verify(self.out)] == []
         index = ShardIndex.load(self.out)
         for stream in index.streams.values():
+            assert stream.class_pixels == ((0, 64 * stream.samples, 0) if stream.labelled else None)
             for shard in stream.shards:
                 assert is_side_car_of(self.out / side_car(shard.file), shard.sha256 or "")
         found = [(key, name) for name in index.streams for key in keys(self.out, name)]

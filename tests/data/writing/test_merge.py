@@ -221,7 +221,8 @@ def test_data_sets_are_appended(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == before
     third = tmp_path / "third"
     write(Others(labelled=3, unlabelled=0), third)
-    assert merge([tmp_path / "out", third], tmp_path / "all").streams["labelled"].samples == 8
+    labelled = merge([tmp_path / "out", third], tmp_path / "all").streams["labelled"]
+    assert (labelled.samples, labelled.class_pixels) == (8, (0, 8 * 64, 0))
 
 
 def test_equal_keys_of_data_sets_are_counted(tmp_path: Path) -> None:
