@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -49,6 +49,23 @@ shards_app.add_typer(write_app, name="write")
 
 
 LABELS, SPLITS, WRITING = "Label maps", "Splits", "Writing"
+
+PartOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Write only part I of N, on one of N machines, to a folder of its own; `shards merge` joins the parts.",
+        rich_help_panel=WRITING,
+    ),
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Delete what an earlier call has written to OUT, finished or not, and write anew.",
+        rich_help_panel=WRITING,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -134,6 +151,16 @@ class SharedOptions:
             "--skip-bad", help="Leave bad samples out and list them, instead of stopping.", rich_help_panel=WRITING
         ),
     ] = False
+    part: PartOption = None
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append",
+            help="Write only the images that OUT does not have, to new shards; those that are there stay.",
+            rich_help_panel=WRITING,
+        ),
+    ] = False
+    overwrite: OverwriteOption = False
     samples_per_shard: Annotated[
         int, typer.Option(min=1, help="Largest number of samples in a shard.", rich_help_panel=WRITING)
     ] = 256
@@ -191,28 +218,48 @@ def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFile
 
 
 def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
-    from maskmatch_scale.data.writing import SKIPPED_NAME, write_shards
-    from maskmatch_scale.data.writing.sources.image_files import DUPLICATES_NAME
+    from maskmatch_scale.data.shards.label_pixels import index_warnings
+    from maskmatch_scale.data.writing import DUPLICATES_NAME, SKIPPED_NAME, Part, append_shards, write_shards
 
     console = Console(stderr=True)
-    for note in source.notes:
-        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
-    index = write_shards(
-        source,
-        out,
-        workers=shared.workers,
-        samples_per_shard=shared.samples_per_shard,
-        skip_bad=shared.skip_bad,
-    )
+    print_notes((*source.notes, *source.value_notes))
+    options: Any = {
+        "workers": shared.workers,
+        "samples_per_shard": shared.samples_per_shard,
+        "skip_bad": shared.skip_bad,
+        "overwrite": shared.overwrite,
+    }
+    if shared.append:
+        if shared.part is not None:
+            raise UserError("--append and --part exclude each other: append on one machine")
+        appended = append_shards(source, out, **options)
+        index = appended.index
+        print_notes((*appended.notes, f"appended: {_counted(appended.samples)}"))
+    else:
+        part = Part.parse(shared.part) if shared.part is not None else None
+        index = write_shards(source, out, part=part, **options)
     print_index(index, out)
     for name, what in ((DUPLICATES_NAME, "images dropped as duplicates"), (SKIPPED_NAME, "bad samples left out")):
         if (out / name).is_file() and (lines := (out / name).read_bytes().count(b"\n")):
             console.print(f"{lines} {what}: {out / name}", soft_wrap=True, highlight=False, markup=False)
+    for line in index_warnings(index):
+        console.print(f"warning: {line}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print what the user should know, on stderr."""
+    for note in notes:
+        Console(stderr=True).print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _counted(samples: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in samples.items()) or "nothing, no image is new"
 
 
 def print_index(index: ShardIndex, root: str | Path) -> None:
     """Print a table of the streams of a shard folder."""
-    table = Table(title=Text(f"{shown(str(root))}: {len(index.classes)} classes"))
+    part = "" if index.part is None else f", only part {index.part}"
+    table = Table(title=Text(f"{shown(str(root))}: {len(index.classes)} classes{part}"))
     for column in ("stream", "labels", "samples", "shards", "MB"):
         table.add_column(column, justify="left" if column == "stream" else "right")
     for name, stream in index.streams.items():

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
+from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.remote.address import join
 from maskmatch_scale.data.remote.cache_place import default_cache
 from maskmatch_scale.data.remote.shard_cache import ShardCache
@@ -14,7 +15,7 @@ from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.finding import find_index, modified
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.recipe import DataRecipe
-from maskmatch_scale.redact import is_remote
+from maskmatch_scale.redact import is_remote, shown
 
 
 def fetch_options(data: DataRecipe) -> FetchOptions:
@@ -28,7 +29,7 @@ def fetch_options(data: DataRecipe) -> FetchOptions:
     )
 
 
-def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False) -> ShardIndex:
+def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False, parts: bool = False) -> ShardIndex:
     """Read the index of a shard folder, ours or one that others wrote (:mod:`maskmatch_scale.data.shards.finding`).
 
     A remote one is fetched once by each process: during a run its shards must stay as they are.
@@ -37,16 +38,24 @@ def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False
         root: path or address of a folder, or of the index itself.
         data: how it is fetched if it is remote; None = by the defaults.
         fresh: whether a remote one is fetched again, although this process has read it.
+        parts: whether it may be that of one part of a data set, which several machines write.
 
     Raises:
-        DataError: there is none, it cannot be fetched, or it does not parse.
+        DataError: there is none, it cannot be fetched, it does not parse, or it is that of one part.
     """
     options = fetch_options(data or DataRecipe(root=root))
-    if not is_remote(root):
-        return _local_index(root, modified(root), options)
-    if fresh:
-        _remote_index.cache_clear()
-    return _remote_index(root, options)
+    if is_remote(root):
+        if fresh:
+            _remote_index.cache_clear()
+        index = _remote_index(root, options)
+    else:
+        index = _local_index(root, modified(root), options)
+    if index.part is not None and not parts:
+        raise DataError(
+            f"{shown(root)}: only part {index.part} of a data set; put all parts together by `maskmatch shards merge "
+            "PART… --out DIR`"
+        )
+    return index
 
 
 @lru_cache(maxsize=8)

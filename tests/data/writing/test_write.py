@@ -2,104 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.writing import EncodedSample, StreamItems, write_shards
-
-
-@dataclass(frozen=True)
-class Item:
-    number: int
-    labelled: bool
-    kill_file: str = ""
-    bad: bool = False
-
-
-@dataclass(frozen=True)
-class Squares:
-    """Grey squares. `kill_at`: the process that renders this unlabelled sample dies by SIGKILL, once.
-
-    `bad`: unlabelled samples that cannot be used.
-    """
-
-    seed: int = 0
-    labelled: int = 5
-    unlabelled: int = 20
-    kill_at: int = -1
-    kill_file: str = ""
-    bad: tuple[int, ...] = ()
-
-    name: str = field(default="squares", init=False)
-    classes: tuple[str, ...] = field(default=("paper", "ink"), init=False)
-    palette: tuple[tuple[int, int, int], ...] = field(default=((255, 255, 255), (0, 0, 0)), init=False)
-    ignore_index: int = field(default=255, init=False)
-
-    @property
-    def settings(self) -> Mapping[str, object]:
-        return {"seed": self.seed, "labelled": self.labelled, "unlabelled": self.unlabelled}
-
-    @property
-    def streams(self) -> Mapping[str, StreamItems]:
-        return {
-            "labelled": StreamItems(True, [Item(n, True) for n in range(self.labelled)]),
-            "unlabelled": StreamItems(
-                False,
-                [
-                    Item(n, False, self.kill_file if n == self.kill_at else "", n in self.bad)
-                    for n in range(self.unlabelled)
-                ],
-            ),
-        }
-
-    @staticmethod
-    def render(item: Item) -> EncodedSample:
-        if item.kill_file and not Path(item.kill_file).exists():
-            Path(item.kill_file).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if item.bad:
-            raise BadSample("not_an_image", f"square {item.number}: not square")
-        label = png(1) if item.labelled else None
-        return EncodedSample(f"square-{item.number:04d}", jpeg(item.number), "jpg", label)
-
-
-def jpeg(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", (8, 8), value).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", (8, 8), value).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def keys(folder: Path, name: str) -> list[str]:
-    """Of a stream, as training reads it."""
-    # Not with the others: processes that render squares need no torch.
-    from maskmatch_scale.data.shards.reading import ShardStream
-
-    stream = ShardStream(folder, name)
-    return [stream[number].key for number in range(len(stream))]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+from tests.data.writing.squares import Item, Squares, contents, jpeg, keys, png
 
 
 def test_what_is_written_can_be_read_back(tmp_path: Path) -> None:
@@ -225,6 +142,26 @@ def test_a_lost_shard_is_rendered_again_and_what_was_left_out_stays_listed(tmp_p
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("journal", ["as it is", "of an older version", "gone"])
+def test_pixels_of_classes_are_known_after_an_interruption(tmp_path: Path, journal: str) -> None:
+    whole, broken = write_shards(Squares(), tmp_path / "whole", workers=1, progress=False), tmp_path / "broken"
+    assert whole.streams["labelled"].class_pixels == (0, 5 * 64, 0)
+    assert whole.streams["unlabelled"].class_pixels is None
+    source = Squares(kill_at=12, kill_file=str(tmp_path / "killed"))
+    with pytest.raises(DataError, match="killed"):
+        write_shards(source, broken, workers=2, progress=False)
+    path = broken / ".written.jsonl"
+    lines = [json.loads(line) for line in path.read_text().split("\n") if line]
+    assert [line["class_pixels"] for line in lines if line["file"].startswith("labelled")] == [[0, 64, 0]] * 5
+    if journal == "of an older version":
+        old = [{key: value for key, value in line.items() if key != "class_pixels"} for line in lines]
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in old))
+    elif journal == "gone":
+        path.unlink()
+    write_shards(source, broken, workers=1, progress=False)
+    assert contents(broken) == contents(tmp_path / "whole")
+
+
 def test_a_stream_of_bad_samples_alone_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'unlabelled' could be used; skipped\.jsonl"):
         write_shards(Squares(bad=tuple(range(20))), tmp_path, workers=1, progress=False, skip_bad=True)
@@ -304,11 +241,13 @@ BAD_SAMPLE = [EncodedSample("", b"", "jpg")]
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        (EncodedSample("a.b", b"x", "jpg", b"y"), "no dot"),
+        (EncodedSample("a.b", b"x", "jpg", png(1)), "no dot"),
         (EncodedSample("a", b"x", "jpg", None), "carries no label map"),
-        (EncodedSample("a", b"x", "tiff", b"y"), "none of jpg"),
-        (EncodedSample("a", b"x", "png", b"y"), "store the image as jpg or webp"),
-        (EncodedSample("square-0000", b"x", "jpg", b"y"), "two samples"),
+        (EncodedSample("a", b"x", "jpg", b"y"), "sample 'a': not a readable label map"),
+        (EncodedSample("a", b"x", "jpg", png(2)), "sample 'a': label value 2, but there are 2 classes"),
+        (EncodedSample("a", b"x", "tiff", png(1)), "none of jpg"),
+        (EncodedSample("a", b"x", "png", png(1)), "store the image as jpg or webp"),
+        (EncodedSample("square-0000", b"x", "jpg", png(1)), "two samples"),
     ],
 )
 def test_a_sample_that_would_not_read_back_is_refused(tmp_path: Path, sample: EncodedSample, message: str) -> None:

@@ -9,27 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.writing.protocol import StreamItems
+from maskmatch_scale.data.shards.index import INDEX_NAME
+from maskmatch_scale.data.writing.journal import DUPLICATES_NAME, read_duplicates, write_duplicates
+from maskmatch_scale.data.writing.protocol import Added, StreamItems
+from maskmatch_scale.data.writing.sources.appending import compare, newer_files
 from maskmatch_scale.data.writing.sources.classes import IGNORE, Classes, load_classes, load_id_map
 from maskmatch_scale.data.writing.sources.duplicates import find_duplicates
 from maskmatch_scale.data.writing.sources.keys import keys_of
 from maskmatch_scale.data.writing.sources.label_rule import LabelRule
+from maskmatch_scale.data.writing.sources.label_values import binary_values
 from maskmatch_scale.data.writing.sources.options import Options
 from maskmatch_scale.data.writing.sources.read_files import FileItem, ReadFiles
 from maskmatch_scale.data.writing.sources.splits import Pair, listing_digest, sort_key
-from maskmatch_scale.files import write_whole
 
 REVISION = 1
 """Raise it with every change, here or in the module of a data set, that changes what is written."""
-
-DUPLICATES_NAME = "duplicates.jsonl"
-"""One line an image that was dropped: `stream`, `image`, and `same_as` with those of the image that was kept."""
 
 _HELD_OUT_FIRST = ("val", None, "dev", "labelled", "unlabelled")
 """Which of two equal images is kept, by stream; None stands for every other stream."""
@@ -118,18 +119,36 @@ class ImageFiles:
             (out / DUPLICATES_NAME).unlink(missing_ok=True)
         else:
             if not (resumed and (out / DUPLICATES_NAME).is_file()):
-                lines = [json.dumps(line) + "\n" for line in self._duplicates(workers, progress)]
-                write_whole(out / DUPLICATES_NAME, "".join(lines))
-            dropped: set[tuple[str, str]] = set()
-            with (out / DUPLICATES_NAME).open(encoding="utf-8") as file:
-                for line in map(json.loads, file):
-                    dropped.add((line["stream"], line["image"]))
+                names = sorted(streams, key=_place_of)
+                items = [(name, item) for name in names for item in streams[name].items]
+                write_duplicates(out, self._duplicates(items, workers, progress))
+            dropped = read_duplicates(out)
             if dropped:
                 kept = {
                     name: [item for item in stream.items if (name, item.image) not in dropped]
                     for name, stream in streams.items()
                 }
                 streams = {name: StreamItems(streams[name].labelled, items) for name, items in kept.items() if items}
+        return self._shuffled(streams)
+
+    def added(self, out: Path, keys: Mapping[str, AbstractSet[str]], *, workers: int, progress: bool) -> Added:
+        """The images that a folder does not have, but for those that have the same bytes as another one."""
+        dropped = {image for _, image in read_duplicates(out)}
+        compared = compare(self.streams, keys, dropped)
+        new = compared.new
+        if not self.options.keep_duplicates:
+            fresh = [(name, item) for name in sorted(new, key=_place_of) for item in new[name]]
+            found = self._duplicates([*compared.known, *fresh], workers, progress)
+            of_fresh = {(name, item.image) for name, item in fresh}
+            if lines := [line for line in found if (line["stream"], line["image"]) in of_fresh]:
+                write_duplicates(out, lines, keep=True)
+                gone = {(line["stream"], line["image"]) for line in lines}
+                new = {name: [item for item in new[name] if (name, item.image) not in gone] for name in new}
+        streams = {name: StreamItems(self.streams[name].labelled, items) for name, items in new.items() if items}
+        changed = newer_files(self.root, compared.unmoved, out / INDEX_NAME, workers)
+        return Added(self._shuffled(streams), compared.notes + changed)
+
+    def _shuffled(self, streams: Mapping[str, StreamItems]) -> Mapping[str, StreamItems]:
         seed = self.options.shuffle_seed
         if seed < 0:
             return streams
@@ -140,13 +159,18 @@ class ImageFiles:
             for name, stream in streams.items()
         }
 
-    def _duplicates(self, workers: int, progress: bool) -> Iterator[Mapping[str, object]]:
-        names = sorted(self.streams, key=_place_of)
-        found = [(name, item.image) for name in names for item in self.streams[name].items]
-        paths = [str(self.root / image) for _, image in found]
+    def _duplicates(
+        self, items: Sequence[tuple[str, FileItem]], workers: int, progress: bool
+    ) -> Iterator[Mapping[str, object]]:
+        """Of items with their streams, those with the bytes of an earlier one, as lines of `duplicates.jsonl`."""
+        paths = [str(self.root / item.image) for _, item in items]
         for number, first in sorted(find_duplicates(paths, threads=workers, progress=progress).items()):
-            (stream, image), (kept_stream, kept) = found[number], found[first]
-            yield {"stream": stream, "image": image, "same_as": {"stream": kept_stream, "image": kept}}
+            (stream, item), (kept_stream, kept) = items[number], items[first]
+            yield {
+                "stream": stream,
+                "image": item.image,
+                "same_as": {"stream": kept_stream, "image": kept.image},
+            }
 
     @cached_property
     def _labelled(self) -> bool:
@@ -168,15 +192,39 @@ class ImageFiles:
         classes, options = self._classes, self.options
         if options.id_map is not None:
             values: Mapping[int, int] | None = load_id_map(options.id_map, classes)
-        else:
-            table = classes if options.classes is not None else self.known_classes
-            values = table.id_map if table is not None and table.values is not None else None
-            if values is not None and all(value == number for value, number in values.items()):
+        elif classes.values is not None:
+            values = classes.id_map
+            if all(value == number for value, number in values.items()):
                 values = None  # label maps can stay as they are
+        else:
+            values = self._binary_values
         plain = LabelRule(len(classes.names), None, None, options.unknown_as_ignore)
-        mapped = LabelRule(len(classes.names), values, classes.colours, options.unknown_as_ignore)
+        is_found = options.id_map is None and self._binary_values is not None
+        mapped = LabelRule(len(classes.names), values, classes.colours, options.unknown_as_ignore, is_found)
         ready = () if options.id_map is not None else self.ready  # the user's map is of the files' own values
         return (*((end, plain) for end in ready), ("", mapped))
+
+    @cached_property
+    def _binary_values(self) -> Mapping[int, int] | None:
+        """Class values by label value of binary masks of 0 and 255; None: they are none, or their values are known."""
+        if self.options.id_map is not None or self._classes.values is not None or not self._labelled:
+            return None
+        pairs = (pair for pairs in self.listing.values() for pair in pairs)
+        labels = [pair.label for pair in pairs if pair.label is not None and not pair.label.endswith(self.ready)]
+        unknown_as_ignore = self.options.unknown_as_ignore
+        return binary_values(self.root, labels, self.classes, unknown_as_ignore=unknown_as_ignore)
+
+    @property
+    def value_notes(self) -> tuple[str, ...]:
+        """What the user should know of the values of label maps, a line each; they are read for it.
+
+        Raises:
+            DataError: nothing says what they mean.
+        """
+        if self._binary_values is None:
+            return ()
+        named = ", ".join(f"{value} = {self.classes[number]}" for value, number in self._binary_values.items())
+        return (f"label maps hold 0 and 255: written as {named}; --id-map says otherwise",)
 
 
 def _items(pairs: Sequence[Pair], key_root: str) -> list[FileItem]:
