@@ -69,7 +69,8 @@ class _Decoded(Dataset["EvaluationSample | DataError"]):
             assert raw.label is not None
             image = decode_image(raw.image, raw.name, max_pixels=self.max_pixels)
             size = (image.shape[-2], image.shape[-1])
-            label = decode_label(raw.label, raw.name, ignore_index=self.stream.index.ignore_index, size=size)
+            ignore_index = self.stream.index.ignore_index
+            label = decode_label(raw.label, raw.name, ignore_index=ignore_index, size=size, remap=raw.remap)
             return EvaluationSample(number, raw.key, image, label)
 
         try:

@@ -40,7 +40,9 @@ def label_map(raw: RawSample, num_classes: int, ignore_index: int, size: tuple[i
         BadSample: it cannot be used.
     """
     assert raw.label is not None
-    return decode_label(raw.label, raw.name, num_classes=num_classes, ignore_index=ignore_index, size=size)
+    return decode_label(
+        raw.label, raw.name, num_classes=num_classes, ignore_index=ignore_index, size=size, remap=raw.remap
+    )
 
 
 class SampleViews:

@@ -13,6 +13,7 @@ from torch import Tensor
 from maskmatch_scale.data.images.image import decode_planes
 from maskmatch_scale.data.images.label import decode_values
 from maskmatch_scale.data.images.opening import MAX_PIXELS
+from maskmatch_scale.data.images.remap import Remap
 
 
 def decode_image(
@@ -49,6 +50,7 @@ def decode_label(
     ignore_index: int = 255,
     size: tuple[int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
+    remap: Remap | None = None,
 ) -> Tensor:
     """A single-channel PNG, grey (1, 2, 4, 8 or 16 bits) or palette, of class values.
 
@@ -62,6 +64,8 @@ def decode_label(
         ignore_index: value of ignored pixels.
         size: (H, W) of the image in px, which the label map must have; None allows any.
         max_pixels: more are refused before anything is decoded.
+        remap: what the stored values become; then values that are none of its stored classes are refused, whatever
+            ``num_classes`` says.
 
     Returns:
         uint8 (H, W).
@@ -71,6 +75,12 @@ def decode_label(
             ``label_value``.
     """
     values = decode_values(
-        data, name, num_classes=num_classes, ignore_index=ignore_index, size=size, max_pixels=max_pixels
+        data,
+        name,
+        num_classes=num_classes if remap is None else remap.stored,
+        ignore_index=ignore_index,
+        size=size,
+        max_pixels=max_pixels,
     )
+    values = values if remap is None else remap.map(values)
     return torch.from_numpy(values)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
+from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.remote.address import join
 from maskmatch_scale.data.remote.cache_place import default_cache
 from maskmatch_scale.data.remote.shard_cache import ShardCache
@@ -14,7 +15,7 @@ from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.finding import find_index, modified
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.recipe import DataRecipe
-from maskmatch_scale.redact import is_remote
+from maskmatch_scale.redact import is_remote, shown
 
 
 def fetch_options(data: DataRecipe) -> FetchOptions:
@@ -33,20 +34,31 @@ def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False
 
     A remote one is fetched once by each process: during a run its shards must stay as they are.
 
+    Its classes are those that `data.remap` makes of the stored ones. Names that the recipe remaps must be classes of
+    `data.root`; an index of another folder may lack some.
+
     Args:
         root: path or address of a folder, or of the index itself.
-        data: how it is fetched if it is remote; None = by the defaults.
+        data: how it is fetched if it is remote, and which classes are remapped; None = by the defaults.
         fresh: whether a remote one is fetched again, although this process has read it.
 
     Raises:
-        DataError: there is none, it cannot be fetched, or it does not parse.
+        DataError: there is none, it cannot be fetched, it does not parse, or its classes cannot be remapped so.
     """
-    options = fetch_options(data or DataRecipe(root=root))
-    if not is_remote(root):
-        return _local_index(root, modified(root), options)
-    if fresh:
-        _remote_index.cache_clear()
-    return _remote_index(root, options)
+    data = data or DataRecipe(root=root)
+    options = fetch_options(data)
+    if is_remote(root):
+        if fresh:
+            _remote_index.cache_clear()
+        index = _remote_index(root, options)
+    else:
+        index = _local_index(root, modified(root), options)
+    if not data.remap:
+        return index
+    try:
+        return index.remapped(data.remap, strict=root == data.root)
+    except ValueError as error:
+        raise DataError(f"{shown(root)}: {error}") from None
 
 
 @lru_cache(maxsize=8)
