@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -118,6 +120,14 @@ class SharedOptions:
             min=1, metavar="PX", help="Shrink images whose longer side is larger than this.", rich_help_panel=WRITING
         ),
     ] = None
+    tile: Annotated[
+        int | None,
+        typer.Option(metavar="PX", help="Cut images that are larger into tiles of this side.", rich_help_panel=WRITING),
+    ] = None
+    overlap: Annotated[
+        int | None,
+        typer.Option(metavar="PX", help="How far tiles overlap their neighbours. Default: 0.", rich_help_panel=WRITING),
+    ] = None
     shuffle_seed: Annotated[
         int,
         typer.Option(help="Seed of the order of samples; -1 keeps the order of the data set.", rich_help_panel=WRITING),
@@ -191,8 +201,7 @@ def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFile
 
 
 def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
-    from maskmatch_scale.data.writing import SKIPPED_NAME, write_shards
-    from maskmatch_scale.data.writing.sources.image_files import DUPLICATES_NAME
+    from maskmatch_scale.data.writing import write_shards
 
     console = Console(stderr=True)
     for note in source.notes:
@@ -205,9 +214,27 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
         skip_bad=shared.skip_bad,
     )
     print_index(index, out)
-    for name, what in ((DUPLICATES_NAME, "images dropped as duplicates"), (SKIPPED_NAME, "bad samples left out")):
-        if (out / name).is_file() and (lines := (out / name).read_bytes().count(b"\n")):
-            console.print(f"{lines} {what}: {out / name}", soft_wrap=True, highlight=False, markup=False)
+    for what, where in _left_out(out):
+        console.print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _left_out(out: Path) -> Iterator[tuple[str, Path]]:
+    """What of a data set was not written, in words with its number; and the file that lists it."""
+    from maskmatch_scale.data.writing import SKIPPED_NAME
+    from maskmatch_scale.data.writing.protocol import LEFT_OUT
+    from maskmatch_scale.data.writing.sources.image_files import DUPLICATES_NAME
+
+    duplicates, skipped = out / DUPLICATES_NAME, out / SKIPPED_NAME
+    if duplicates.is_file() and (lines := duplicates.read_bytes().count(b"\n")):
+        yield f"{lines} images dropped as duplicates", duplicates
+    if skipped.is_file():
+        with skipped.open("rb") as file:
+            reasons = Counter(json.loads(line)["reason"] for line in file)
+        for reason, words in LEFT_OUT.items():
+            if tiles := reasons.pop(reason, 0):
+                yield f"{tiles} tiles left out that {words}", skipped
+        if reasons:
+            yield f"{reasons.total()} bad samples left out", skipped
 
 
 def print_index(index: ShardIndex, root: str | Path) -> None:

@@ -104,7 +104,7 @@ def decode_planes(
 def decode_large(
     data: bytes | Path, name: str, *, exif_orientation: bool, any_format: bool = True
 ) -> NDArray[np.uint8]:
-    """The RGB planes of an image that is predicted: as training would see it if it were written to a shard.
+    """The RGB planes of an image that is predicted or cut into tiles: as training would see it, written whole.
 
     TIFFs are not turned, whatever their tag `Orientation` says: `maskmatch predict`, which reads them in parts, does
     not turn them either.
@@ -135,7 +135,7 @@ def decode_large(
         if error.reason != "too_large":
             raise
         most = f"more than {MOST_WHOLE_PIXELS} pixels, or, if it is neither JPEG nor PNG, than Pillow's 179 million"
-        what = f"{most}; write it as a TIFF, which `maskmatch predict` reads in parts"
+        what = f"{most}; write it as a TIFF, which is read in parts"
         raise bad("too_large", name, what) from None
 
 

@@ -21,7 +21,7 @@ from maskmatch_scale.data.faults import BadSample
 MAX_PIXELS = 100_000_000
 """Default upper limit of pixels of an image or label map."""
 MOST_WHOLE_PIXELS = 500_000_000
-"""Upper limit of pixels of an image that is predicted and cannot be read in parts: 1.5 GB of RGB."""
+"""Upper limit of pixels of an image that is predicted or cut into tiles and cannot be read in parts: 1.5 GB of RGB."""
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 """How files of these formats begin."""

@@ -28,6 +28,27 @@ class EncodedSample:
     label: bytes | None = None
 
 
+class LeftOut(Exception):  # noqa: N818 - no error
+    """There is no sample of an item, and nothing is wrong with it: it is left out, and listed with those that are bad.
+
+    Attributes:
+        reason: one of :data:`LEFT_OUT`.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        assert reason in LEFT_OUT, reason
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """A process of the writer sends it by pickle."""
+        return type(self), (self.reason, str(self))
+
+
+LEFT_OUT = {"no_data": "have no data", "all_ignored": "have nothing but ignored pixels"}
+"""Why an item is left out, in words that follow `tiles`."""
+
+
 @dataclass(frozen=True)
 class StreamItems:
     """The samples of one stream before they are rendered.
@@ -74,8 +95,8 @@ class DataSource(Protocol):
     def render(self) -> Callable[[Any], EncodedSample]:
         """A picklable pure function from one item of a stream to its sample; it runs in another process.
 
-        It raises :class:`maskmatch_scale.data.faults.BadSample` for an item that cannot be used, and any other
-        exception to end the writing.
+        It raises :class:`maskmatch_scale.data.faults.BadSample` for an item that cannot be used, :class:`LeftOut` for
+        one that should not be, and any other exception to end the writing.
         """
 
 

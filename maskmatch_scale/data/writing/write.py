@@ -22,7 +22,7 @@ from maskmatch_scale.data.shards.index import ShardEntry, ShardIndex, ShardTable
 from maskmatch_scale.data.shards.offsets import FOLDER, is_side_car_of, side_car, write_side_car
 from maskmatch_scale.data.writing.folder import begin, finish, is_whole, only_writer, written_before
 from maskmatch_scale.data.writing.journal import JOURNAL_NAME, SKIPPED_NAME, Journal, Written, write_skipped
-from maskmatch_scale.data.writing.protocol import DataSource, EncodedSample, Prepares
+from maskmatch_scale.data.writing.protocol import DataSource, EncodedSample, LeftOut, Prepares
 from maskmatch_scale.data.writing.shard import Rendered, Shard, cut, write_shard
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.progress import progress_of
@@ -151,7 +151,7 @@ class _RenderOrFault:
     def __call__(self, item: Any) -> Rendered:
         try:
             return self.render(item)
-        except BadSample as fault:
+        except (BadSample, LeftOut) as fault:
             return fault
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
@@ -22,7 +23,9 @@ from maskmatch_scale.data.writing.sources.keys import keys_of
 from maskmatch_scale.data.writing.sources.label_rule import LabelRule
 from maskmatch_scale.data.writing.sources.options import Options
 from maskmatch_scale.data.writing.sources.read_files import FileItem, ReadFiles
+from maskmatch_scale.data.writing.sources.read_tiles import ReadTiles
 from maskmatch_scale.data.writing.sources.splits import Pair, listing_digest, sort_key
+from maskmatch_scale.data.writing.sources.tiles import Tiling, cut_streams, is_named_tiff, tiling_of
 from maskmatch_scale.files import write_whole
 
 REVISION = 1
@@ -64,6 +67,7 @@ class ImageFiles:
         """Raise what the user got wrong before anything is written."""
         if not any(self.listing.values()):
             raise DataError(f"{self.root}: no images in it that source {self.name} would take")
+        _ = self._tiling
         if self._labelled and not self.classes:
             raise DataError("label maps need names: --classes FILE, with a name a line in the order of their values")
 
@@ -95,6 +99,7 @@ class ImageFiles:
             "keep_duplicates": options.keep_duplicates,
             "revision": REVISION,
             "pillow": version("pillow"),
+            **self._tile_settings,
         }
 
     @cached_property
@@ -107,12 +112,13 @@ class ImageFiles:
         }
 
     @property
-    def render(self) -> ReadFiles:
+    def render(self) -> ReadFiles | ReadTiles:
         """What makes a sample of an item."""
-        return ReadFiles(str(self.root), self._rules, self.options.max_side)
+        whole = ReadFiles(str(self.root), self._rules, self.options.max_side)
+        return whole if self._tiling is None else ReadTiles(whole)
 
     def prepare(self, out: Path, *, resumed: bool, workers: int, progress: bool) -> Mapping[str, StreamItems]:
-        """Drop images of equal bytes, then shuffle. What was dropped is kept in `out/duplicates.jsonl`."""
+        """Drop images of equal bytes, shuffle, and cut into tiles. `out/duplicates.jsonl` keeps what was dropped."""
         streams = self.streams
         if self.options.keep_duplicates:
             (out / DUPLICATES_NAME).unlink(missing_ok=True)
@@ -131,14 +137,16 @@ class ImageFiles:
                 }
                 streams = {name: StreamItems(streams[name].labelled, items) for name, items in kept.items() if items}
         seed = self.options.shuffle_seed
-        if seed < 0:
+        if seed >= 0:
+            streams = {
+                name: StreamItems(
+                    stream.labelled, sorted(stream.items, key=lambda item: sort_key(seed, "order", item.image))
+                )
+                for name, stream in streams.items()
+            }
+        if self._tiling is None:
             return streams
-        return {
-            name: StreamItems(
-                stream.labelled, sorted(stream.items, key=lambda item: sort_key(seed, "order", item.image))
-            )
-            for name, stream in streams.items()
-        }
+        return cut_streams(streams, self.root, self._tiling, threads=workers, progress=progress)
 
     def _duplicates(self, workers: int, progress: bool) -> Iterator[Mapping[str, object]]:
         names = sorted(self.streams, key=_place_of)
@@ -147,6 +155,19 @@ class ImageFiles:
         for number, first in sorted(find_duplicates(paths, threads=workers, progress=progress).items()):
             (stream, image), (kept_stream, kept) = found[number], found[first]
             yield {"stream": stream, "image": image, "same_as": {"stream": kept_stream, "image": kept}}
+
+    @cached_property
+    def _tiling(self) -> Tiling | None:
+        return tiling_of(self.options.tile, self.options.overlap, self.options.max_side)
+
+    @property
+    def _tile_settings(self) -> Mapping[str, object]:
+        """Settings that only shards of tiles have: those of others stay as they were."""
+        if self._tiling is None:
+            return {}
+        has_tiffs = any(is_named_tiff(pair.image) for pairs in self.listing.values() for pair in pairs)
+        of_tiffs = {"rasterio": version("rasterio")} if has_tiffs and find_spec("rasterio") else {}
+        return {"tile": self._tiling.tile_px, "overlap": self._tiling.overlap_px, **of_tiffs}
 
     @cached_property
     def _labelled(self) -> bool:

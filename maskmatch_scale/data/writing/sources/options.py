@@ -19,6 +19,7 @@ class Options:
         split_seed: of the samples that are held out.
         max_side: longest side of an image, px; larger ones are shrunk.
         shuffle_seed: of the order of samples; negative keeps that of the data set.
+        tile, overlap: side of the tiles into which images are cut, and how far they overlap, px; None: no tiles.
         keep_duplicates: write images of equal bytes as often as they are there.
     """
 
@@ -32,5 +33,7 @@ class Options:
     val: str | None = None
     split_seed: int = 0
     max_side: int | None = None
+    tile: int | None = None
+    overlap: int | None = None
     shuffle_seed: int = 0
     keep_duplicates: bool = False

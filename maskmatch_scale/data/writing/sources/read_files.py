@@ -45,26 +45,42 @@ class ReadFiles:
             BadSample: a file is missing, empty, unreadable or too large, or the label map does not fit the image.
         """
         path = str(Path(self.root, item.image))
-        stored = store_image(_read(path, "no_image"), path, labelled=item.label is not None, max_side=self.max_side)
+        stored = store_image(read_file(path, "no_image"), path, labelled=item.label is not None, max_side=self.max_side)
         if item.label is None:
             return EncodedSample(item.key, stored.data, stored.extension)
         path = str(Path(self.root, item.label))
-        data = _read(path, "no_label")
-        rule = next(rule for end, rule in self.rules if item.label.endswith(end))
+        data = self.label_data(item.label)
+        rule = self.rule_of(item.label)
         values = rule.read(data, path)
-        size = (values.shape[1], values.shape[0])
-        if size != stored.original:
-            (width, height), (own_width, own_height) = stored.original, size
-            what = f"{own_width} × {own_height} px, but its image {item.image} has {width} × {height}"
-            raise BadSample("label_size", f"{path}: {what}")
+        check_label_size(path, values.shape[:2], item.image, stored.original[::-1])
         if stored.size != stored.original:
             values = np.asarray(Image.fromarray(values).resize(stored.size, Image.Resampling.NEAREST))
         elif rule.keeps(data):
             return EncodedSample(item.key, stored.data, stored.extension, data)
         return EncodedSample(item.key, stored.data, stored.extension, encode_label(values))
 
+    def rule_of(self, label: str) -> LabelRule:
+        """The rule for the values of a label map."""
+        return next(rule for end, rule in self.rules if label.endswith(end))
 
-def _read(path: str, if_missing: str) -> bytes:
+    def label_data(self, label: str) -> bytes:
+        """What the rule of a label map reads.
+
+        Raises:
+            BadSample: it cannot be read.
+        """
+        return read_file(str(Path(self.root, label)), "no_label")
+
+
+def check_label_size(label: str, size: tuple[int, ...], image: str, of_image: tuple[int, ...]) -> None:
+    """Raise :class:`BadSample` for a label map of another height and width than its image."""
+    if size != of_image:
+        (own_height, own_width), (height, width) = size, of_image
+        what = f"{own_width} × {own_height} px, but its image {image} has {width} × {height}"
+        raise BadSample("label_size", f"{label}: {what}")
+
+
+def read_file(path: str, if_missing: str) -> bytes:
     """The bytes of a file; :class:`BadSample` with the reason `if_missing` if it cannot be read."""
     try:
         return Path(path).read_bytes()

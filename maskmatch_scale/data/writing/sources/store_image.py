@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample
@@ -16,6 +18,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 _JPEG_QUALITY = 95
 _MAX_WEBP_PX = 16383
+_SMALLER = "--tile cuts it into tiles, --max-side shrinks it"
 _KEPT = {"JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "PNG": "png"}
 _WEBP = {"lossless": True, "method": 1, "quality": 20}  # of 2 MP in 0.3 s; slower settings save 1 %
 
@@ -60,7 +63,7 @@ def store_image(data: bytes, name: str, *, labelled: bool, max_side: int | None 
                 image.load()
                 return _store(image, data, name, labelled, max_side)
         except Image.DecompressionBombError as error:
-            raise BadSample("too_large", f"{name}: {error}; cut it into tiles") from None
+            raise BadSample("too_large", f"{name}: {error}; --tile cuts it into tiles") from None
 
 
 def _store(image: Image.Image, data: bytes, name: str, labelled: bool, max_side: int | None) -> Stored:
@@ -77,15 +80,32 @@ def _store(image: Image.Image, data: bytes, name: str, labelled: bool, max_side:
     if image_format in _KEPT and not (image_format == "PNG" and labelled):
         return Stored(data, _KEPT[image_format], size, size)
     if max(size) > _MAX_WEBP_PX:
-        what = f"{size[0]} × {size[1]} px are more than WebP holds ({_MAX_WEBP_PX} a side); --max-side shrinks it"
+        what = f"{size[0]} × {size[1]} px are more than WebP holds ({_MAX_WEBP_PX} a side); {_SMALLER}"
         raise BadSample("too_large", f"{name}: {what}")
     return Stored(encode_image(image.convert("RGB"), "WEBP", exif=exif, **_WEBP), "webp", size, size)
+
+
+def encode_tile(pixels: NDArray[np.uint8], *, is_jpeg: bool, exif: Image.Exif) -> tuple[bytes, str]:
+    """A part of an image as it is stored: lossless, or of a JPEG as a JPEG of quality 95.
+
+    Args:
+        pixels: uint8 (h, w, 3).
+        is_jpeg: whether the image was a JPEG, so that lossless tiles would be many times as large, and no better.
+        exif: with its orientation.
+
+    Returns:
+        The bytes, and their extension.
+    """
+    image = Image.fromarray(pixels)
+    if is_jpeg:
+        return encode_image(image, "JPEG", quality=_JPEG_QUALITY, exif=exif), "jpg"
+    return encode_image(image, "WEBP", exif=exif, **_WEBP), "webp"
 
 
 def _refuse_huge(size: tuple[int, int], name: str) -> None:
     """Raise for a width and height of more pixels than training reads by default."""
     if size[0] * size[1] > MAX_PIXELS:
-        what = f"{size[0]} × {size[1]} px, more than {MAX_PIXELS} pixels; --max-side shrinks it"
+        what = f"{size[0]} × {size[1]} px, more than {MAX_PIXELS} pixels; {_SMALLER}"
         raise BadSample("too_large", f"{name}: {what}")
 
 
