@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
+from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.images.bands import Channels, choose_channels
 from maskmatch_scale.data.remote.address import join
 from maskmatch_scale.data.remote.cache_place import default_cache
 from maskmatch_scale.data.remote.shard_cache import ShardCache
@@ -14,7 +16,7 @@ from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards.finding import find_index, modified
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.recipe import DataRecipe
-from maskmatch_scale.redact import is_remote
+from maskmatch_scale.redact import is_remote, shown
 
 
 def fetch_options(data: DataRecipe) -> FetchOptions:
@@ -47,6 +49,26 @@ def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False
     if fresh:
         _remote_index.cache_clear()
     return _remote_index(root, options)
+
+
+def channels_of(index: ShardIndex, data: DataRecipe, root: str | None = None) -> Channels | None:
+    """What the decoder makes of the images of a shard folder, as `data.channels` and `data.value_ranges` say.
+
+    Args:
+        index: of the folder.
+        data: the section of the recipe.
+        root: of the folder, for the message; None: `data.root`.
+
+    Returns:
+        For :func:`maskmatch_scale.data.images.decode.decode_image`; None for plain images, read as RGB.
+
+    Raises:
+        DataError: the index lacks a wanted band; names the key, the band and those that there are.
+    """
+    try:
+        return choose_channels(index.bands, data.channels, data.value_ranges)
+    except ValueError as error:
+        raise DataError(f"{shown(root or data.root)}: {error}") from None
 
 
 @lru_cache(maxsize=8)
