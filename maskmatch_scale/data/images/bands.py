@@ -57,6 +57,15 @@ class Channels:
         return tuple(band.name for band in self.bands)
 
 
+def shown_names(names: Sequence[str]) -> tuple[str, str, str]:
+    """Which bands people are shown as red, green and blue: those of these names, or the first three, or one as grey."""
+    if not names:
+        return RGB_NAMES
+    if set(RGB_NAMES) <= set(names):
+        return RGB_NAMES
+    return (names[0], names[1], names[2]) if len(names) >= 3 else (names[0],) * 3
+
+
 def choose_channels(
     stored: Sequence[Band],
     names: Sequence[str] | None = None,
