@@ -138,7 +138,7 @@ class SharedOptions:
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Names of all bands of the images, in their order: red,green,blue,nir; - leaves a band out. Without it "
+            help="Names of all bands of the images, in their order: red,green,blue,nir; - leaves a band out. Default: "
             "images are stored as RGB of 8 bits.",
             rich_help_panel=BANDS,
         ),
@@ -147,7 +147,7 @@ class SharedOptions:
         str | None,
         typer.Option(
             metavar="LOW:HIGH",
-            help="Stored values that become 0 and 255 when images are read, for all bands or for some: 0:3000,nir=0:6000; "
+            help="Values that become 0 and 255 when images are read: for all bands or for some: 0:3000,nir=0:6000; or "
             "auto: percentiles 0.5 and 99.5 of up to 64 images. Default: 0:255, for images of 8 bits.",
             rich_help_panel=BANDS,
         ),

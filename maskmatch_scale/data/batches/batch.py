@@ -16,7 +16,7 @@ from maskmatch_scale.data.remote.shard_cache import NOTHING, Fetched
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's micro-batch: B labelled and U unlabelled images of C channels and h × w px. It is made in host memory."""
+    """One rank's micro-batch: B labelled and U unlabelled images of C channels, h × w px. In host memory."""
 
     labelled_images: Tensor
     """uint8 (B, C, h, w), the weak view; B may be 0."""

@@ -110,7 +110,8 @@ def evaluation_samples(
 
     Raises:
         NotFetched: when it is the turn of a sample whose shard did not come.
-        DataError: the split has no labels, or its images lack a channel; or, when it is its turn, a sample cannot be used.
+        DataError: the split has no labels, or its images lack a channel; or, when it is its turn, a sample cannot be
+            used.
     """
     stream = ShardStream(data.root, split, data)
     if not stream.labels:

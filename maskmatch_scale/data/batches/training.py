@@ -84,8 +84,8 @@ class TrainingBatches(Dataset[Batch]):
         index: of ``data.root``, if it was read already.
 
     Raises:
-        DataError: a source is missing or empty, sources do not fit together or lack a channel, or lanes do not divide the
-            batch.
+        DataError: a source is missing or empty, or lacks a channel; sources do not fit together; or lanes do not divide
+            the batch.
     """
 
     def __init__(

@@ -83,7 +83,6 @@ class SampleViews:
         Raises:
             DataError: see :meth:`WeightedSource.load`.
         """
-
         channels = self._channels(source)
 
         def decode(raw: RawSample) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,8 @@ def open_stored(data: bytes | Path) -> Image.Image:
         ValueError: another format. Pillow's classes raise nearly any exception for damaged files.
     """
     start = start_of(data)
+    if start.startswith(TIFF_STARTS):
+        raise ValueError("a TIFF, and its index names no bands: `maskmatch shards index --bands` names them")
     if not is_stored(start):
         raise ValueError("neither JPEG nor PNG nor WebP")
     # The classes themselves: Image.open has limits of its own.

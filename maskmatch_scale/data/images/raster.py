@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.opening import PNG, bad, said, start_of
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.extras import needs

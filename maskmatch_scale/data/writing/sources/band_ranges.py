@@ -138,7 +138,7 @@ def _what_is_needed(names: str, wide: Sequence[str], kept: Sequence[str], seen: 
     found = {name: _extremes(values) for name, values in zip(kept, seen.values, strict=True) if name in wide}
     parts = [f"{name} {ends[0]} to {ends[1]}" if ends else f"{name} no data" for name, ends in found.items()]
     known = [ends for ends in found.values() if ends is not None]
-    all_12_bits = bool(known) and all(0 <= low and 255 < high < TWELVE_BITS for low, high in known)
+    all_12_bits = bool(known) and all(low >= 0 and 255 < high < TWELVE_BITS for low, high in known)
     hint = "12-bit data? --value-range 0:4095" if all_12_bits else "--value-range LOW:HIGH or NAME=LOW:HIGH,…"
     return (
         f"--bands {names}: these images have 16 bits; which values become 0 and 255? In {_counted(seen.images)} looked "

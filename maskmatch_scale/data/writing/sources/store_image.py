@@ -36,8 +36,9 @@ def store_image(data: bytes, name: str, *, labelled: bool, max_side: int | None 
     """Decode an image, to be sure that it can be decoded, and encode it again where it cannot stay as it is.
 
     JPEG and WebP stay as they are, PNG too if there is no label (beside one, `.png` is the label map). Others become
-    lossless WebP: 16 bits are cut to the upper 8 and alpha is dropped, as in training. An image larger than `max_side`
-    is shrunk and becomes a JPEG of quality 95. A TIFF of more bands than RGB is refused. An orientation in EXIF data stays there; pixels are not turned.
+    lossless WebP: 16 bits are cut to the upper 8 and alpha is dropped, as in training. A TIFF of more bands is refused.
+    An image larger than `max_side` is shrunk and becomes a JPEG of quality 95. An orientation in EXIF data stays there;
+    pixels are not turned.
 
     Args:
         data: the bytes of the file.
