@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.images.bands import Channels, choose_channels
 from maskmatch_scale.data.remote.address import join
 from maskmatch_scale.data.remote.cache_place import default_cache
 from maskmatch_scale.data.remote.shard_cache import ShardCache
@@ -59,6 +61,32 @@ def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False
         return index.remapped(data.remap, strict=root == data.root)
     except ValueError as error:
         raise DataError(f"{shown(root)}: {error}") from None
+
+
+def channels_of(
+    index: ShardIndex, data: DataRecipe, root: str | None = None, names: Sequence[str] | None = None
+) -> Channels | None:
+    """What the decoder makes of the images of a shard folder, as `data.channels` and `data.value_ranges` say.
+
+    Args:
+        index: of the folder.
+        data: the section of the recipe.
+        root: of the folder, for the message; None: `data.root`.
+        names: wanted bands of a folder other than `data.root`, in place of `data.channels`.
+
+    Returns:
+        For :func:`maskmatch_scale.data.images.decode.decode_image`; None for plain images, read as RGB.
+
+    Raises:
+        DataError: the index lacks a wanted band; names the key, the band and those that there are.
+    """
+    try:
+        if names is None:
+            return choose_channels(index.bands, data.channels, data.value_ranges)
+        ranges = {name: bounds for name, bounds in data.value_ranges.items() if name in names}
+        return choose_channels(index.bands, names, ranges)
+    except ValueError as error:
+        raise DataError(f"{shown(root or data.root)}: {error}") from None
 
 
 @lru_cache(maxsize=8)

@@ -16,7 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.images.bands import Band
 from maskmatch_scale.data.writing.protocol import StreamItems
+from maskmatch_scale.data.writing.sources.band_ranges import FoundBands, find_bands
 from maskmatch_scale.data.writing.sources.classes import IGNORE, Classes, load_classes, load_id_map
 from maskmatch_scale.data.writing.sources.duplicates import find_duplicates
 from maskmatch_scale.data.writing.sources.keys import keys_of
@@ -68,6 +70,8 @@ class ImageFiles:
         if not any(self.listing.values()):
             raise DataError(f"{self.root}: no images in it that source {self.name} would take")
         _ = self._tiling
+        if self.options.value_range is not None and self.options.bands is None:
+            raise DataError(f"--value-range {self.options.value_range}: --bands must name the bands that it is for")
         if self._labelled and not self.classes:
             raise DataError("label maps need names: --classes FILE, with a name a line in the order of their values")
 
@@ -86,6 +90,7 @@ class ImageFiles:
         """What the shards depend on; which files there are, but not where they lie."""
         options = self.options
         rules = [[end, rule.as_json()] for end, rule in self._rules]
+        of_bands = {} if self._bands is None else self._bands.rule.as_json()
         return {
             "files": listing_digest(self.listing.items()),
             "class_names": _short_digest([self.classes, self.palette]),
@@ -100,7 +105,18 @@ class ImageFiles:
             "revision": REVISION,
             "pillow": version("pillow"),
             **self._tile_settings,
+            **of_bands,
         }
+
+    @property
+    def bands(self) -> tuple[Band, ...]:
+        """Bands of the images; none if they are plain ones."""
+        return () if self._bands is None else self._bands.rule.bands
+
+    @property
+    def found(self) -> tuple[str, ...]:
+        """What the user should know of the images that were looked at, a line each."""
+        return () if self._bands is None else self._bands.notes
 
     @cached_property
     def streams(self) -> Mapping[str, StreamItems]:
@@ -114,7 +130,8 @@ class ImageFiles:
     @property
     def render(self) -> ReadFiles | ReadTiles:
         """What makes a sample of an item."""
-        whole = ReadFiles(str(self.root), self._rules, self.options.max_side)
+        rule = None if self._bands is None else self._bands.rule
+        whole = ReadFiles(str(self.root), self._rules, self.options.max_side, rule)
         return whole if self._tiling is None else ReadTiles(whole)
 
     def prepare(self, out: Path, *, resumed: bool, workers: int, progress: bool) -> Mapping[str, StreamItems]:
@@ -168,6 +185,13 @@ class ImageFiles:
         has_tiffs = any(is_named_tiff(pair.image) for pairs in self.listing.values() for pair in pairs)
         of_tiffs = {"rasterio": version("rasterio")} if has_tiffs and find_spec("rasterio") else {}
         return {"tile": self._tiling.tile_px, "overlap": self._tiling.overlap_px, **of_tiffs}
+
+    @cached_property
+    def _bands(self) -> FoundBands | None:
+        options, images = self.options, (pair.image for pairs in self.listing.values() for pair in pairs)
+        if options.bands is None:
+            return None
+        return find_bands(options.bands, options.value_range, self.root, images)
 
     @cached_property
     def _labelled(self) -> bool:

@@ -21,6 +21,8 @@ class Options:
         shuffle_seed: of the order of samples; negative keeps that of the data set.
         tile, overlap: side of the tiles into which images are cut, and how far they overlap, px; None: no tiles.
         keep_duplicates: write images of equal bytes as often as they are there.
+        bands: names of the bands of the images (:func:`parse_bands`); None: images are plain ones.
+        value_range: which of their values become 0 and 255 (:func:`parse_ranges`).
     """
 
     classes: str | None = None
@@ -37,3 +39,5 @@ class Options:
     overlap: int | None = None
     shuffle_seed: int = 0
     keep_duplicates: bool = False
+    bands: str | None = None
+    value_range: str | None = None

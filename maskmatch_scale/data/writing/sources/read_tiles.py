@@ -10,28 +10,29 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample
+from maskmatch_scale.data.images.band_pages import encode_pages
 from maskmatch_scale.data.images.encode import encode_label
 from maskmatch_scale.data.images.image import decode_large, orientation_alone
 from maskmatch_scale.data.images.label import decode_raw_values
 from maskmatch_scale.data.images.opening import JPEG, file_faults, is_stored, open_any, open_stored, start_of
-from maskmatch_scale.data.images.tiff import open_tiff, open_tiff_values
+from maskmatch_scale.data.images.raster import Raster, Window
+from maskmatch_scale.data.images.tiff import TiffImage, open_tiff, open_tiff_values
 from maskmatch_scale.data.writing.protocol import EncodedSample, LeftOut
 from maskmatch_scale.data.writing.sources.classes import IGNORE
+from maskmatch_scale.data.writing.sources.plain_tiff import refuse_lost_bands
 from maskmatch_scale.data.writing.sources.read_files import FileItem, ReadFiles, check_label_size
+from maskmatch_scale.data.writing.sources.store_bands import BandRule, Planes, open_bands, read_pages
 from maskmatch_scale.data.writing.sources.store_image import encode_tile
 from maskmatch_scale.data.writing.sources.tiles import TileItem, is_tiff
 
 _ALPHA = ("LA", "PA", "La", "RGBA", "RGBa")
 """Pillow's modes with transparency."""
-
-Window = tuple[slice, slice]
-"""Rows and columns, px."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,71 @@ class ReadTiles:
         if isinstance(item, FileItem):
             return self.whole(item)
         try:
-            return _tile(_kept.opened(self.whole, item.file), item)
+            return _kept.opened(self.whole, item.file).tile(item)
         finally:
             if item.is_last:
                 _kept.close()
+
+
+class _Image(Protocol):
+    """An image of which parts are stored."""
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """Height and width."""
+
+    def read(self, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+        """A part as :meth:`encode` takes it; and bool (h, w), which of its pixels have data, or None: all."""
+
+    def encode(self, pixels: NDArray[Any]) -> tuple[bytes, str]:
+        """A part as it is stored, and its extension."""
+
+
+class _Tiff:
+    """A TIFF that is stored as a plain image."""
+
+    def __init__(self, image: TiffImage) -> None:
+        self._image, self.size_px = image, image.size_px
+
+    def read(self, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+        return self._image.planes(*window).transpose(1, 2, 0), self._image.valid(*window)
+
+    def encode(self, pixels: NDArray[Any]) -> tuple[bytes, str]:
+        return encode_tile(pixels, is_jpeg=self._image.is_jpeg)
+
+
+class _Whole:
+    """An image of another format, decoded. Its tiles keep its orientation."""
+
+    def __init__(self, path: Path, start: bytes) -> None:
+        name = str(path)
+        self._pixels = decode_large(path, name, exif_orientation=False).transpose(1, 2, 0)
+        self.size_px: tuple[int, int] = self._pixels.shape[0], self._pixels.shape[1]
+        self._is_jpeg = start.startswith(JPEG)
+        opener = open_stored if is_stored(start) else open_any
+        with file_faults(name, "not_an_image", "image"), opener(path) as header:
+            self._exif = orientation_alone(header)
+            self._alpha = np.asarray(header.getchannel("A")) if header.mode in _ALPHA else None
+
+    def read(self, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+        return self._pixels[window], None if self._alpha is None else self._alpha[window] > 0
+
+    def encode(self, pixels: NDArray[Any]) -> tuple[bytes, str]:
+        return encode_tile(pixels, is_jpeg=self._is_jpeg, exif=self._exif)
+
+
+class _Bands:
+    """An image that is stored with all its bands."""
+
+    def __init__(self, image: Raster | Planes, name: str, rule: BandRule) -> None:
+        self._image, self._name, self._rule = image, name, rule
+        self.size_px = image.size_px
+
+    def read(self, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+        return read_pages(self._image, self._name, self._rule, window)
+
+    def encode(self, pixels: NDArray[Any]) -> tuple[bytes, str]:
+        return encode_pages(list(pixels)), "tif"
 
 
 @dataclass(frozen=True)
@@ -65,32 +127,34 @@ class _Opened:
     """An image and its label map, open.
 
     Attributes:
-        pixels: uint8 (h, w, 3) of a window.
-        valid: bool (h, w): which pixels of a window have data; None: all.
-        values: uint8 (h, w): class values of a window; None: there is no label map.
-        is_jpeg: whether the image was compressed as JPEG.
-        exif: its orientation, which its tiles keep.
+        image: which.
+        values: uint8 (h, w): class values of a part; None: there is no label map.
+        ignores_unknown: whether pixels without data are ignored in the label map, as for images of bands that are not
+            cut.
     """
 
-    pixels: Callable[[Window], NDArray[np.uint8]]
-    valid: Callable[[Window], NDArray[np.bool_] | None]
+    image: _Image
     values: Callable[[Window], NDArray[np.uint8]] | None
-    is_jpeg: bool
-    exif: Image.Exif
+    ignores_unknown: bool
 
+    def tile(self, item: TileItem) -> EncodedSample:
+        """The sample of a tile.
 
-def _tile(opened: _Opened, item: TileItem) -> EncodedSample:
-    valid = opened.valid(item.window)
-    if valid is not None and not valid.any():
-        raise LeftOut("no_data", f"{item.key}: no pixel has data")
-    label = None
-    if opened.values is not None:
-        values = opened.values(item.window)
-        if (values == IGNORE).all():
-            raise LeftOut("all_ignored", f"{item.key}: all pixels of its label map are ignored")
-        label = encode_label(values)
-    data, extension = encode_tile(opened.pixels(item.window), is_jpeg=opened.is_jpeg, exif=opened.exif)
-    return EncodedSample(item.key, data, extension, label)
+        Raises:
+            BadSample: see :class:`ReadTiles`, as for :class:`LeftOut`.
+        """
+        pixels, known = self.image.read(item.window)
+        if known is not None and not known.any():
+            raise LeftOut("no_data", f"{item.key}: no pixel has data")
+        label = None
+        if self.values is not None:
+            values = self.values(item.window)
+            if self.ignores_unknown and known is not None:
+                values = np.where(known, values, np.uint8(IGNORE))
+            if (values == IGNORE).all():
+                raise LeftOut("all_ignored", f"{item.key}: all pixels of its label map are ignored")
+            label = encode_label(np.ascontiguousarray(values))
+        return EncodedSample(item.key, *self.image.encode(pixels), label)
 
 
 class _Kept:
@@ -129,49 +193,38 @@ _kept = _Kept()
 
 
 def _open(files: ReadFiles, item: FileItem, stack: ExitStack) -> _Opened:
-    path = Path(files.root, item.image)
+    """Open the files of an item until ``stack`` is closed."""
+    image = _open_image(Path(files.root, item.image), files.bands, stack)
+    values = None
+    if item.label is not None:
+        size, values = _open_label(files, item.label, stack)
+        check_label_size(str(Path(files.root, item.label)), size, item.image, image.size_px)
+    return _Opened(image, values, files.bands is not None)
+
+
+def _open_image(path: Path, bands: BandRule | None, stack: ExitStack) -> _Image:
     name = str(path)
-    is_jpeg, exif = False, Image.Exif()
     try:
-        start, tiff = start_of(path), is_tiff(path)
+        start = start_of(path)
     except OSError as error:
         raise BadSample("no_image", f"{name}: cannot be read ({error.strerror})") from None
-    if tiff:
-        image = stack.enter_context(open_tiff(path, name))
-        is_jpeg, size = image.is_jpeg, image.size_px
-
-        def pixels(window: Window) -> NDArray[np.uint8]:
-            return np.ascontiguousarray(image.planes(*window).transpose(1, 2, 0))
-
-        valid: Callable[[Window], NDArray[np.bool_] | None] = lambda window: image.valid(*window)  # noqa: E731
-    else:
-        planes = decode_large(path, name, exif_orientation=False)
-        is_jpeg, size = start.startswith(JPEG), (planes.shape[1], planes.shape[2])
-        opener = open_stored if is_stored(start) else open_any
-        with file_faults(name, "not_an_image", "image"), opener(path) as header:
-            exif = orientation_alone(header)
-            alpha = np.asarray(header.getchannel("A")) if header.mode in _ALPHA else None
-
-        def pixels(window: Window) -> NDArray[np.uint8]:
-            return np.ascontiguousarray(planes[(slice(None), *window)].transpose(1, 2, 0))
-
-        def valid(window: Window) -> NDArray[np.bool_] | None:
-            return None if alpha is None else alpha[window] > 0
-
-    if item.label is None:
-        return _Opened(pixels, valid, None, is_jpeg, exif)
-    label_size, values = _open_label(files, item.label, stack)
-    check_label_size(str(Path(files.root, item.label)), label_size, item.image, size)
-    return _Opened(pixels, valid, values, is_jpeg, exif)
+    if bands is not None:
+        return _Bands(stack.enter_context(open_bands(path, name, bands.names)), name, bands)
+    if not is_tiff(start):
+        return _Whole(path, start)
+    refuse_lost_bands(path, name)
+    return _Tiff(stack.enter_context(open_tiff(path, name)))
 
 
 def _open_label(
     files: ReadFiles, label: str, stack: ExitStack
-) -> tuple[tuple[int, int], Callable[[Window], NDArray[np.uint8]]]:
-    """Height and width of a label map, and what reads class values of a window."""
+) -> tuple[tuple[int, ...], Callable[[Window], NDArray[np.uint8]]]:
+    """Height and width of a label map, and what reads class values of a part."""
     rule, path = files.rule_of(label), Path(files.root, label)
     name = str(path)
-    if path.is_file() and is_tiff(path) and (tiff := stack.enter_context(open_tiff_values(path, name))) is not None:
-        return tiff.size_px, lambda window: rule.values(tiff.read(*window), name, window)
+    if path.is_file() and is_tiff(start_of(path)):
+        tiff = stack.enter_context(open_tiff_values(path, name))
+        if tiff is not None:
+            return tiff.size_px, lambda window: rule.values(tiff.read(*window), name, window)
     raw = decode_raw_values(files.label_data(label), name)
     return raw.shape[:2], lambda window: rule.values(raw[window], name, window)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.images.opening import is_stored, open_any, open_stored, quiet, start_of
+from maskmatch_scale.data.images.opening import TIFF_STARTS, is_stored, open_any, open_stored, quiet, start_of
 from maskmatch_scale.data.images.tiff import has_rasterio
 from maskmatch_scale.data.pool import in_threads
 from maskmatch_scale.data.writing.protocol import StreamItems
@@ -28,8 +28,6 @@ from maskmatch_scale.progress import progress_of
 SMALLEST_TILE, LARGEST_TILE = 16, 10_000
 """Sides in px. A tile of the largest has as many pixels as training reads by default, and fits into a WebP."""
 
-_TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-"""How TIFFs and BigTIFFs begin."""
 _KEY_OF_TILE = re.compile(r"(.+)_y\d{6,}_x\d{6,}")
 
 
@@ -104,13 +102,9 @@ def tiling_of(tile: int | None, overlap: int | None, max_side: int | None) -> Ti
     return Tiling(tile, overlap or 0)
 
 
-def is_tiff(path: Path) -> bool:
-    """Whether a file begins as a TIFF.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    return start_of(path).startswith(_TIFFS)
+def is_tiff(start: bytes) -> bool:
+    """Whether a file that begins like this is a TIFF."""
+    return start.startswith(TIFF_STARTS)
 
 
 def is_named_tiff(path: str) -> bool:
@@ -163,10 +157,11 @@ def _size(root: Path, file: FileItem) -> tuple[int, int] | None:
     """Height and width, px; None if the header cannot be read."""
     path = root / file.image
     try:
-        if is_tiff(path):
+        start = start_of(path)
+        if is_tiff(start):
             with has_rasterio(file.image).open(path, driver="GTiff") as dataset:
                 return dataset.height, dataset.width
-        with quiet(), open_stored(path) if is_stored(start_of(path)) else open_any(path) as image:
+        with quiet(), open_stored(path) if is_stored(start) else open_any(path) as image:
             return image.height, image.width
     except UserError:
         raise

@@ -129,6 +129,31 @@ def test_tiles_are_the_pixels_and_the_labels_of_their_place(tree, names, run, sh
     assert (found.index.settings["tile"], found.index.settings["overlap"]) == (32, 8)
 
 
+def test_tiles_of_bands_keep_all_their_bits(tree, names, run, shards, tmp_path):
+    bands = np.random.default_rng(0).integers(1, 3000, (5, 70, 100), dtype=np.uint16)
+    bands[:, :40, :40] = 0
+    values = noise(70, 100, 1, high=3)[..., 0]
+    tiff(tree.root / "images" / "a.tif", bands, nodata=0)
+    png(tree.root / "labels" / "a.png", values)
+    arguments = ("folder", tree.root, tmp_path / "out", "--classes", names, "--tile", 32)
+    plain = ("folder", tree.root, tmp_path / "plain", *arguments[3:])
+    assert run(*plain)[0] == 2  # bands would be lost
+    code, said = run(*arguments, "--bands", "blue,green,red,nir,-", "--value-range", "0:3000")
+    assert code == 0
+    assert "1 tiles left out that have no data" in said
+    found = shards(tmp_path / "out")
+    samples = found.streams["labelled"]
+    assert len(samples) == 3 * 4 - 1
+    values[:40, :40] = 255
+    for key, sample in samples.items():
+        with Image.open(io.BytesIO(sample["tif"])) as image:
+            for page in range(4):
+                image.seek(page)
+                assert np.array_equal(np.asarray(image), cut_at(key, bands[page]))
+            assert image.n_frames == 4
+        assert np.array_equal(found.label("labelled", key), cut_at(key, values))
+
+
 def test_a_jpeg_in_a_tiff_has_jpeg_tiles_and_an_orientation_stays(tree, run, shards, tmp_path):
     tiff(tree.root / "a.tif", noise(64, 64).transpose(2, 0, 1), compress="jpeg", photometric="ycbcr")
     exif = Image.Exif()
