@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from maskmatch_scale.cli.shards_write import SPLITS, SharedOptions, print_index, source_command, write_app
+from maskmatch_scale.cli.shards_write import (
+    SPLITS,
+    OverwriteOption,
+    PartOption,
+    SharedOptions,
+    print_index,
+    source_command,
+    write_app,
+)
 
 if TYPE_CHECKING:
     from maskmatch_scale.data.writing.sources.image_files import ImageFiles
@@ -23,16 +31,19 @@ def write_scores(
     val: Annotated[int, typer.Option(min=0, help="Number of held-out pages, in four fonts.")] = 32,
     val_font: Annotated[int, typer.Option(min=0, help="Number of held-out pages in a fifth font.")] = 16,
     size: Annotated[int, typer.Option(min=64, help="Side of a page, px.")] = 512,
+    part: PartOption = None,
+    overwrite: OverwriteOption = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
 ) -> None:
     """Pages of real music, engraved and made to look like old scans, with exact labels."""
-    from maskmatch_scale.data.writing import write_shards
+    from maskmatch_scale.data.writing import Part, write_shards
     from maskmatch_scale.scores.source import ScoresSource
 
     pages = ScoresSource(
         seed=seed, labelled=labelled, unlabelled=unlabelled, dev=dev, val=val, val_font=val_font, size=size
     )
-    print_index(write_shards(pages, out, workers=workers), out)
+    given = Part.parse(part) if part is not None else None
+    print_index(write_shards(pages, out, workers=workers, part=given, overwrite=overwrite), out)
 
 
 _Val = Annotated[

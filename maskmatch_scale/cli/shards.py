@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from maskmatch_scale.cli import shard_sources  # noqa: F401 - adds the commands of the sources
+from maskmatch_scale.cli import shard_sources, shards_merge  # noqa: F401 - they add commands
 from maskmatch_scale.cli.shards_write import print_index, shards_app
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.redact import is_remote, shown
@@ -48,7 +48,7 @@ def verify(
     from maskmatch_scale.data.tools.verify import verify as faults_of
 
     data = _data(root, cache_dir, allow_pipe)
-    index = load_index(root, data)
+    index = load_index(root, data, parts=True)
     count = 0
     faults = faults_of(
         root, deep=not shallow, progress=True, workers=workers, index=index, open_shard=ShardOpener(root, data)
@@ -85,7 +85,7 @@ def show(
     from maskmatch_scale.data.tools.show import contact_sheet
 
     data = _data(root, cache_dir, allow_pipe)
-    index = load_index(root, data)
+    index = load_index(root, data, parts=True)
     if out is None:
         folder = Path() if is_remote(root) else Path(root).parent if Path(root).is_file() else Path(root)
         out = folder / "contact-sheet.png"

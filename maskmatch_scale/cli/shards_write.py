@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -51,6 +51,23 @@ shards_app.add_typer(write_app, name="write")
 
 
 LABELS, SPLITS, BANDS, WRITING = "Label maps", "Splits", "Bands", "Writing"
+
+PartOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Write only part I of N, on one of N machines, to a folder of its own; `shards merge` joins the parts.",
+        rich_help_panel=WRITING,
+    ),
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Delete what an earlier call has written to OUT, finished or not, and write anew.",
+        rich_help_panel=WRITING,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -162,6 +179,16 @@ class SharedOptions:
             rich_help_panel=BANDS,
         ),
     ] = None
+    part: PartOption = None
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append",
+            help="Write only the images that OUT does not have, to new shards; those that are there stay.",
+            rich_help_panel=WRITING,
+        ),
+    ] = False
+    overwrite: OverwriteOption = False
     samples_per_shard: Annotated[
         int, typer.Option(min=1, help="Largest number of samples in a shard.", rich_help_panel=WRITING)
     ] = 256
@@ -219,28 +246,33 @@ def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFile
 
 
 def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
-    from maskmatch_scale.data.writing import write_shards
+    from maskmatch_scale.data.writing import Part, append_shards, write_shards
 
-    console = Console(stderr=True)
-    for note in (*source.notes, *source.found):
-        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
-    index = write_shards(
-        source,
-        out,
-        workers=shared.workers,
-        samples_per_shard=shared.samples_per_shard,
-        skip_bad=shared.skip_bad,
-    )
+    print_notes((*source.notes, *source.found))
+    options: Any = {
+        "workers": shared.workers,
+        "samples_per_shard": shared.samples_per_shard,
+        "skip_bad": shared.skip_bad,
+        "overwrite": shared.overwrite,
+    }
+    if shared.append:
+        if shared.part is not None:
+            raise UserError("--append and --part exclude each other: append on one machine")
+        appended = append_shards(source, out, **options)
+        index = appended.index
+        print_notes((*appended.notes, f"appended: {_counted(appended.samples)}"))
+    else:
+        part = Part.parse(shared.part) if shared.part is not None else None
+        index = write_shards(source, out, part=part, **options)
     print_index(index, out)
     for what, where in _left_out(out):
-        console.print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)
+        Console(stderr=True).print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _left_out(out: Path) -> Iterator[tuple[str, Path]]:
     """What of a data set was not written, in words with its number; and the file that lists it."""
-    from maskmatch_scale.data.writing import SKIPPED_NAME
+    from maskmatch_scale.data.writing import DUPLICATES_NAME, SKIPPED_NAME
     from maskmatch_scale.data.writing.protocol import LEFT_OUT
-    from maskmatch_scale.data.writing.sources.image_files import DUPLICATES_NAME
 
     duplicates, skipped = out / DUPLICATES_NAME, out / SKIPPED_NAME
     if duplicates.is_file() and (lines := duplicates.read_bytes().count(b"\n")):
@@ -255,9 +287,20 @@ def _left_out(out: Path) -> Iterator[tuple[str, Path]]:
             yield f"{reasons.total()} bad samples left out", skipped
 
 
+def print_notes(notes: Iterable[str]) -> None:
+    """Print what the user should know, on stderr."""
+    for note in notes:
+        Console(stderr=True).print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _counted(samples: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in samples.items()) or "nothing, no image is new"
+
+
 def print_index(index: ShardIndex, root: str | Path) -> None:
     """Print a table of the streams of a shard folder."""
-    table = Table(title=Text(f"{shown(str(root))}: {len(index.classes)} classes"))
+    part = "" if index.part is None else f", only part {index.part}"
+    table = Table(title=Text(f"{shown(str(root))}: {len(index.classes)} classes{part}"))
     for column in ("stream", "labels", "samples", "shards", "MB"):
         table.add_column(column, justify="left" if column == "stream" else "right")
     for name, stream in index.streams.items():

@@ -108,7 +108,8 @@ def test_an_index_that_does_not_match_its_shards(capsys, monkeypatch, recipe_fil
 
 
 @pytest.mark.parametrize("command", ["", "train", "sweep", "evaluate", "report", "export", "doctor", "shards",
-                                     "shards write", "shards verify", "shards show", "shards index"])  # fmt: skip
+                                     "shards write", "shards verify", "shards show", "shards index",
+                                     "shards merge"])  # fmt: skip
 def test_help_has_an_example(capsys, monkeypatch, command):
     code, out, _ = run(capsys, monkeypatch, *command.split(), "--help")
     assert code == 0

@@ -29,6 +29,16 @@ def photos(folder: Path) -> None:
     (folder / "tiny" / "config.json").write_text(json.dumps({"model_type": "segformer"} | TINY_SEGFORMER))
 
 
+def grown_photos(folder: Path) -> None:
+    """Three more in `photos`, two of them with label maps."""
+    _write(folder, "photos", 3, 2, lambda label: label, first=20)
+
+
+def more_photos(folder: Path) -> None:
+    """`more/images` and `more/masks`, other photos."""
+    _write(folder, "more", 4, 3, lambda label: label, first=40)
+
+
 def shards(folder: Path) -> None:
     """`data/photos`, of `photos`."""
     (folder / "names.txt").write_text("ground\ncrack\nplant\n")
@@ -138,16 +148,19 @@ def _mine(folder: Path, **sections: Mapping[str, Any]) -> Recipe:
     return recipe_maker(folder / "data" / "mine", folder)(**({"engine": engine, "run": run} | sections))
 
 
-def _write(folder: Path, name: str, images: int, masks: int, change: Callable[[np.ndarray], np.ndarray]) -> None:
+def _write(
+    folder: Path, name: str, images: int, masks: int, change: Callable[[np.ndarray], np.ndarray], first: int = 0
+) -> None:
     for part in ("images", "masks"):
-        (folder / name / part).mkdir(parents=True)
-    for number in range(images):
+        (folder / name / part).mkdir(parents=True, exist_ok=True)
+    for number in range(first, first + images):
         image, label = draw_shapes(number)
         Image.fromarray(image).save(folder / name / "images" / f"{number:02d}.jpg")
-        if number < masks:
+        if number < first + masks:
             Image.fromarray(change(label)).save(folder / name / "masks" / f"{number:02d}.png")
 
 
 PREPARED = {make.__name__: make for make in (
-    photos, shards, recipe, binary, soft, scene, mine, trained, exported, vit, downloaded, pictures, orthophoto,
+    photos, grown_photos, more_photos, shards, recipe, binary, soft, scene, mine, trained, exported, vit, downloaded,
+    pictures, orthophoto,
 )}  # fmt: skip

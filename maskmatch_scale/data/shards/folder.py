@@ -31,7 +31,7 @@ def fetch_options(data: DataRecipe) -> FetchOptions:
     )
 
 
-def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False) -> ShardIndex:
+def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False, parts: bool = False) -> ShardIndex:
     """Read the index of a shard folder, ours or one that others wrote (:mod:`maskmatch_scale.data.shards.finding`).
 
     A remote one is fetched once by each process: during a run its shards must stay as they are.
@@ -43,9 +43,11 @@ def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False
         root: path or address of a folder, or of the index itself.
         data: how it is fetched if it is remote, and which classes are remapped; None = by the defaults.
         fresh: whether a remote one is fetched again, although this process has read it.
+        parts: whether it may be that of one part of a data set, which several machines write.
 
     Raises:
-        DataError: there is none, it cannot be fetched, it does not parse, or its classes cannot be remapped so.
+        DataError: there is none, it cannot be fetched, it does not parse, it is that of one part, or its classes cannot
+            be remapped so.
     """
     data = data or DataRecipe(root=root)
     options = fetch_options(data)
@@ -55,6 +57,11 @@ def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False
         index = _remote_index(root, options)
     else:
         index = _local_index(root, modified(root), options)
+    if index.part is not None and not parts:
+        raise DataError(
+            f"{shown(root)}: only part {index.part} of a data set; put all parts together by `maskmatch shards merge "
+            "PART… --out DIR`"
+        )
     if not data.remap:
         return index
     try:

@@ -307,6 +307,8 @@ class ShardIndex(_Frozen):
     offsets: bool = False
     """Whether shards have side-cars that say where their samples begin
     (:mod:`~maskmatch_scale.data.shards.offsets`)."""
+    part: str | None = Field(default=None, pattern=r"^[1-9]\d*/[1-9]\d*$")
+    """Which part of a data set this is, as `2/4`, if several machines write it; None: all of it."""
     streams: dict[str, StreamEntry]
     _remap: Remap | None = PrivateAttr(default=None)
 
@@ -376,7 +378,7 @@ class ShardIndex(_Frozen):
             tables: by stream, the files in which its shards are; those of the others are listed.
         """
         # Older versions do not know these fields.
-        unsaid = {"streams"} | {name for name in ("offsets", "bands") if not getattr(self, name)}
+        unsaid = {"streams"} | {name for name in ("offsets", "bands", "part") if not getattr(self, name)}
         content = {"format": FORMAT_WITH_TABLES if tables else FORMAT} | self.model_dump(mode="json", exclude=unsaid)
         head = json.dumps(content, indent=1, ensure_ascii=False)[:-2]
         parts = []

@@ -6,6 +6,7 @@ What lies in it::
     .writing.json           the settings of what is being written; a restart with others is refused
     .written.jsonl          the journal: a line for every shard that is done
     labelled-000000.tar     a shard that is done
+    offsets/                where the samples of each shard begin
     skipped.jsonl           at the end: every sample that was left out, if there was one
     shards-*.safetensors    the list of shards of a stream that has very many
     index.json              last of all; .writing.json and .written.jsonl are removed
@@ -14,22 +15,23 @@ What lies in it::
 from __future__ import annotations
 
 import fcntl
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex
+from maskmatch_scale.data.shards.offsets import FOLDER, is_side_car_of, side_car, write_side_car
 from maskmatch_scale.data.shards.stored import write_index
 from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.data.writing.journal import JOURNAL_NAME, SKIPPED_NAME, Written, read_journal, read_skipped
-from maskmatch_scale.data.writing.protocol import DataSource
+from maskmatch_scale.data.writing.overwrite import delete_written
+from maskmatch_scale.data.writing.plan import MERGING, PLAN_NAME, read_plan, write_plan
 from maskmatch_scale.data.writing.shard import Shard
-from maskmatch_scale.files import sha256, write_whole
+from maskmatch_scale.files import sha256
 
-_PLAN_NAME = ".writing.json"
 _LOCK_NAME = ".lock"
 
 
@@ -63,28 +65,45 @@ def only_writer(out: Path) -> Iterator[None]:
         yield
 
 
-def begin(out: Path, identity: Mapping[str, object], source: DataSource) -> Begun:
+def identity_of(index: ShardIndex) -> dict[str, object]:
+    """What tells a folder from one that was written with other settings: :func:`begin` compares it."""
+    part = {} if index.part is None else {"part": index.part}
+    return {"source": index.source, **index.settings, **part}
+
+
+def begin(
+    out: Path,
+    identity: Mapping[str, object],
+    streams: Callable[[], Iterable[str]],
+    *,
+    under_way: Mapping[str, object] = MappingProxyType({}),
+    overwrite: bool | None = False,
+) -> Begun:
     """Begin to write a folder, or go on.
 
     Args:
         out: the folder, locked.
         identity: name and settings of the source, as JSON values.
-        source: asked for its streams only in a new folder, because listing them may take long.
+        streams: asked for the names of streams only in a new folder, because listing them may take long.
+        under_way: what tells this writing from others, as long as it is not finished.
+        overwrite: whether to delete what an earlier writer has made; None: that cannot be asked for.
 
     Raises:
         DataError: the folder was begun or finished with other settings, or holds shards of which nothing is known.
     """
+    if overwrite and ((out / INDEX_NAME).exists() or (out / PLAN_NAME).exists()):
+        delete_written(out)
     if (out / INDEX_NAME).exists():
         index = ShardIndex.load(out)
-        _refuse_other_settings(out, {"source": index.source, **index.settings}, identity)
+        refuse_other_settings(out, "holds shards written", identity_of(index), identity, overwrite)
         return Begun(index, resumed=True)
-    if (out / _PLAN_NAME).exists():
-        _refuse_other_settings(out, json.loads((out / _PLAN_NAME).read_bytes()), identity)
+    if (plan := read_plan(out)) is not None:
+        refuse_other_settings(out, "was begun", plan, {**identity, **under_way}, overwrite)
         return Begun(None, resumed=True)
-    _refuse_strangers(out, source.streams)
+    _refuse_strangers(out, streams())
     for name in (JOURNAL_NAME, SKIPPED_NAME):
         (out / name).unlink(missing_ok=True)
-    write_whole(out / _PLAN_NAME, json.dumps(identity, indent=2))
+    write_plan(out, {**identity, **under_way})
     return Begun(None, resumed=False)
 
 
@@ -131,10 +150,38 @@ def written_before(out: Path, index: ShardIndex | None, shards: Iterable[Shard])
     return written
 
 
+def refuse_empty(out: Path, index: ShardIndex, streams: Iterable[str]) -> None:
+    """Raise if one of these streams has come out without a sample.
+
+    Raises:
+        DataError: it names the stream.
+    """
+    for name in streams:
+        if not len(index.streams[name].shards):
+            raise DataError(f"{out}: no sample of stream {name!r} could be used; {SKIPPED_NAME} says why")
+
+
+def complete_side_cars(out: Path, index: ShardIndex) -> None:
+    """Write those side-cars that are not there: of shards that were written by a version that wrote none.
+
+    What a writer has left that was killed while it wrote one is removed.
+    """
+    for unfinished in (out / FOLDER).glob(".*"):
+        unfinished.unlink()
+    for stream in index.streams.values():
+        for shard in stream.shards:
+            beside = out / side_car(shard.file)
+            assert shard.bytes is not None
+            assert shard.sha256 is not None
+            if not is_side_car_of(beside, shard.sha256):
+                with (out / shard.file).open("rb") as tar:
+                    write_side_car(tar, beside, shard.bytes, shard.sha256, labelled=stream.labelled)
+
+
 def finish(out: Path, index: ShardIndex) -> None:
     """Write the index, which marks the folder as finished, and remove what only a writer needs."""
     write_index(out, index)
-    for name in (_PLAN_NAME, JOURNAL_NAME):
+    for name in (PLAN_NAME, JOURNAL_NAME):
         (out / name).unlink(missing_ok=True)
 
 
@@ -150,12 +197,37 @@ def _looked_into(path: Path, labelled: bool) -> Written | None:
     return Written(path.name, len(table), path.stat().st_size, sha256(path))
 
 
-def _refuse_other_settings(out: Path, written: Mapping[str, object], asked: Mapping[str, object]) -> None:
-    for key in sorted(written.keys() | asked.keys()):
+def refuse_other_settings(
+    out: Path, what: str, written: Mapping[str, object], asked: Mapping[str, object], overwrite: bool | None
+) -> None:
+    """Raise if a folder was written with other settings than are asked for.
+
+    Args:
+        out: the folder.
+        what: what it is with the settings `written`.
+        written: settings by name.
+        asked: settings by name.
+        overwrite: whether it is an option to delete what is there; None: it is not.
+
+    Raises:
+        DataError: it names the first setting that differs, and what can be done.
+    """
+    # Files last: new ones alone can be appended.
+    for key in sorted(written.keys() | asked.keys(), key=lambda key: (key == "files", key)):
         if written.get(key) != asked.get(key):
+            can = "choose another folder"
+            if overwrite is not None:
+                can += ", or --overwrite deletes what was written here and writes anew"
+            if key == "files" and what.startswith("holds") and overwrite is not None:
+                can = f"--append writes only the images that are new; or {can}"
+            if key == "part":
+                can = "give each part, and the whole, a folder of its own"
+            if key == MERGING:
+                can = "finish it by the same `maskmatch shards merge`, or choose another folder"
+            if key == "appended":
+                can = "--append appends again; or choose another folder"
             raise DataError(
-                f"{out}: holds shards written with {key}={written.get(key)!r}, but {key}={asked.get(key)!r} is asked "
-                "for; choose another folder or delete this one"
+                f"{out}: {what} with {key}={written.get(key)!r}, but {key}={asked.get(key)!r} is asked for; {can}"
             )
 
 

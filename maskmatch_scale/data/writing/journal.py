@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ JOURNAL_NAME = ".written.jsonl"
 SKIPPED_NAME = "skipped.jsonl"
 """One line a sample that was left out: `shard`, `item` (its number in the stream), `reason`, `message`. Reasons are
 those of bad samples, and those of tiles that hold nothing (`protocol.LEFT_OUT`)."""
+
+DUPLICATES_NAME = "duplicates.jsonl"
+"""One line an image that was dropped: `stream`, `image`, and `same_as` with those of the image that was kept."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,17 @@ class Journal:
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
-    def enter(self, entry: Written) -> None:
-        """Add a line, and flush it to the disk.
+    def enter(self, *entries: Written) -> None:
+        """Add a line for each shard, and flush them to the disk.
 
         Raises:
-            OSError: it cannot be written, with the path of the journal. Half of it may have been.
+            OSError: they cannot be written, with the path of the journal. A part of them may have been.
         """
-        # The line break comes first, so that a line that was cut off spoils no other line.
-        line = b"\n" + json.dumps(asdict(entry)).encode() + b"\n"
+        # A line break comes first, so that a line that was cut off spoils no other line.
+        lines = b"".join(b"\n" + json.dumps(asdict(entry)).encode() + b"\n" for entry in entries)
         with writing(self._path):
-            while line:
-                line = line[self._file.write(line) :]
+            while lines:
+                lines = lines[self._file.write(lines) :]
             os.fsync(self._file.fileno())
 
 
@@ -81,13 +84,24 @@ def read_skipped(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return skipped
 
 
-def write_skipped(folder: Path, written: Iterable[Written]) -> None:
+def write_skipped(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write `skipped.jsonl`, or remove it if no sample was left out."""
-    lines = [json.dumps(line) + "\n" for entry in written for line in entry.skipped]
-    if lines:
-        write_whole(folder / SKIPPED_NAME, "".join(lines))
+    if text := "".join(json.dumps(line) + "\n" for line in lines):
+        write_whole(folder / SKIPPED_NAME, text)
     else:
         (folder / SKIPPED_NAME).unlink(missing_ok=True)
+
+
+def read_duplicates(folder: Path) -> set[tuple[str, str]]:
+    """Stream and path of every image that was dropped, because it equals another one."""
+    return {(line["stream"], line["image"]) for line in _lines(folder / DUPLICATES_NAME)}
+
+
+def write_duplicates(folder: Path, lines: Iterable[Mapping[str, object]], *, keep: bool = False) -> None:
+    """Write `duplicates.jsonl`; with ``keep``, after the lines that it has."""
+    path = folder / DUPLICATES_NAME
+    before = path.read_text(encoding="utf-8") if keep and path.is_file() else ""
+    write_whole(path, before + "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ Decision: docs/decisions/0030-a-stream-is-a-list-of-shards.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -125,6 +126,37 @@ class Prepares(Protocol):
             out: the folder that is written.
             resumed: whether an earlier writer with the same settings was at work in `out`, and so may have kept
                 something there.
+            workers: threads or processes to use.
+            progress: whether to report on stderr.
+        """
+
+
+@dataclass(frozen=True)
+class Added:
+    """What a data source has besides the samples that a folder has already.
+
+    Attributes:
+        streams: the new samples, in the order of their shards; streams of none are left out.
+        notes: what the user should know of samples that are in the folder, a line each.
+    """
+
+    streams: Mapping[str, StreamItems]
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Appends(Protocol):
+    """A data source that knows its samples again by their keys."""
+
+    def added(self, out: Path, keys: Mapping[str, AbstractSet[str]], *, workers: int, progress: bool) -> Added:
+        """The samples that are not in a folder which this source has written before, with fewer files.
+
+        A sample that is in the folder stays in its stream. What the source keeps in `out` has to be written whole or
+        not at all, and a second call has the same result as one.
+
+        Args:
+            out: the folder, locked.
+            keys: of its samples, by stream. Samples that were left out as bad are not among them: they are tried again.
             workers: threads or processes to use.
             progress: whether to report on stderr.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -43,20 +44,35 @@ class Shard:
         return self.stream.items[self.start : self.end]
 
 
-def cut(name: str, stream: StreamItems, samples_per_shard: int) -> list[Shard]:
+def file_name(stream: str, number: int) -> str:
+    """Name of a shard."""
+    return f"{stream}-{number:06d}.tar"
+
+
+def stream_and_number(file: str) -> tuple[str, int] | None:
+    """What :func:`file_name` was given; None if it did not give this name."""
+    match = re.fullmatch(r"([^/]+)-(\d{6,})\.tar", file)
+    return (match[1], int(match[2])) if match and file_name(match[1], int(match[2])) == file else None
+
+
+def cut(
+    name: str, stream: StreamItems, samples_per_shard: int, *, first: int = 0, at_least: int = MIN_SHARDS
+) -> list[Shard]:
     """Spread a stream over shards: consecutive items, in numbers that differ by one at most.
 
     Args:
         name: of the stream.
         stream: its items.
         samples_per_shard: upper limit.
+        first: number of the first shard.
+        at_least: so many shards, if there are so many samples.
     """
     total = len(stream.items)
-    count = max(min(MIN_SHARDS, total), -(-total // samples_per_shard))
+    count = max(min(at_least, total), -(-total // samples_per_shard))
     edges = [total * number // count for number in range(count + 1)] if count else [0]
     return [
-        Shard(f"{name}-{number:06d}.tar", stream, start, end)
-        for number, (start, end) in enumerate(itertools.pairwise(edges))
+        Shard(file_name(name, number), stream, start, end)
+        for number, (start, end) in enumerate(itertools.pairwise(edges), first)
     ]
 
 

@@ -11,17 +11,25 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskmatch_scale.data.faults import BadSample, DataError
+from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.pool import results, usable_cores
 from maskmatch_scale.data.shards.index import ShardEntry, ShardIndex, ShardTable, StreamEntry
-from maskmatch_scale.data.shards.offsets import FOLDER, is_side_car_of, side_car, write_side_car
-from maskmatch_scale.data.writing.folder import begin, finish, is_whole, only_writer, written_before
-from maskmatch_scale.data.writing.journal import JOURNAL_NAME, SKIPPED_NAME, Journal, Written, write_skipped
+from maskmatch_scale.data.writing.folder import (
+    begin,
+    complete_side_cars,
+    finish,
+    is_whole,
+    only_writer,
+    refuse_empty,
+    written_before,
+)
+from maskmatch_scale.data.writing.journal import JOURNAL_NAME, Journal, Written, write_skipped
+from maskmatch_scale.data.writing.parts import Part
 from maskmatch_scale.data.writing.protocol import DataSource, EncodedSample, HasBands, LeftOut, Prepares
 from maskmatch_scale.data.writing.shard import Rendered, Shard, cut, write_shard
 from maskmatch_scale.errors import UserError
@@ -38,6 +46,8 @@ def write_shards(
     workers: int | None = None,
     samples_per_shard: int = SAMPLES_PER_SHARD,
     skip_bad: bool = False,
+    part: Part | None = None,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> ShardIndex:
     """Render every sample of a source into tar shards and write their index.
@@ -52,6 +62,10 @@ def write_shards(
         samples_per_shard: upper limit. The shards of a small stream have fewer, so that there are at least eight.
         skip_bad: leave out samples for which the source raises :class:`BadSample`, and list them in `skipped.jsonl`.
             It is not one of the settings: after a bad sample has stopped the writing, call again with it to go on.
+        part: write only this part of the shards, into a folder of its own; :func:`merge_shards` puts all parts together
+            to what one writer writes. None writes all.
+        overwrite: delete what an earlier writer has made in the folder, finished or not, and write anew. Files that no
+            writer has made are kept.
         progress: whether to report on stderr, a bar with the time left on a terminal, a line now and then elsewhere.
 
     Returns:
@@ -65,25 +79,23 @@ def write_shards(
     if samples_per_shard < 1 or (workers is not None and workers < 1):
         raise UserError(f"workers={workers}, samples_per_shard={samples_per_shard}: both must be at least 1")
     out, workers = Path(out), workers or usable_cores()
-    identity = {"source": source.name, **source.settings, "samples_per_shard": samples_per_shard}
-    identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
+    identity = identity_of_source(source, samples_per_shard)
+    own = identity if part is None else {**identity, "part": str(part)}
     out.mkdir(parents=True, exist_ok=True)
     with only_writer(out):
-        begun = begin(out, identity, source)
+        begun = begin(out, own, lambda: source.streams, overwrite=overwrite)
         if begun.index is not None and is_whole(out, begun.index):
             return begun.index
 
         streams = source.streams
         if isinstance(source, Prepares):
             streams = source.prepare(out, resumed=begun.resumed, workers=workers, progress=progress)
-        shards = {name: cut(name, stream, samples_per_shard) for name, stream in streams.items()}
-        written = written_before(out, begun.index, itertools.chain.from_iterable(shards.values()))
-        missing = [shard for cuts in shards.values() for shard in cuts if shard.file not in written]
-        with Journal(out / JOURNAL_NAME) as journal:
-            for entry in _render_all(source, out, missing, journal, workers, skip_bad, progress):
-                written[entry.file] = entry
-
-        write_skipped(out, [written[shard.file] for cuts in shards.values() for shard in cuts])
+        cuts = {name: cut(name, stream, samples_per_shard) for name, stream in streams.items()}
+        shards = [shard for of_stream in cuts.values() for shard in of_stream]
+        shards = shards if part is None else part.share(shards)
+        written = written_before(out, begun.index, shards)
+        write_missing(source, out, shards, written, workers=workers, skip_bad=skip_bad, progress=progress)
+        write_skipped(out, [line for shard in shards for line in written[shard.file].skipped])
         index = ShardIndex(
             source=source.name,
             settings={key: value for key, value in identity.items() if key != "source"},
@@ -92,31 +104,38 @@ def write_shards(
             ignore_index=source.ignore_index,
             bands=source.bands if isinstance(source, HasBands) else (),
             offsets=True,
-            streams={
-                name: StreamEntry(labelled=stream.labelled, shards=_table(out, name, shards[name], written))
-                for name, stream in streams.items()
-            },
+            part=None if part is None else str(part),
+            streams={name: stream_entry(stream.labelled, cuts[name], written) for name, stream in streams.items()},
         )
-        _complete_side_cars(out, index)
+        if part is None:
+            refuse_empty(out, index, [name for name, of_stream in cuts.items() if of_stream])
+        complete_side_cars(out, index)
         finish(out, index)
         return index
 
 
-def _complete_side_cars(out: Path, index: ShardIndex) -> None:
-    """Write those side-cars that are not there: of shards that were written by a version that wrote none.
+def identity_of_source(source: DataSource, samples_per_shard: int) -> dict[str, object]:
+    """What tells a writing from one with other settings, as JSON values."""
+    identity = {"source": source.name, **source.settings, "samples_per_shard": samples_per_shard}
+    as_read_back: dict[str, object] = json.loads(json.dumps(identity))  # tuples become lists
+    return as_read_back
 
-    What a writer has left that was killed while it wrote one is removed.
-    """
-    for unfinished in (out / FOLDER).glob(".*"):
-        unfinished.unlink()
-    for stream in index.streams.values():
-        for shard in stream.shards:
-            beside = out / side_car(shard.file)
-            assert shard.bytes is not None
-            assert shard.sha256 is not None
-            if not is_side_car_of(beside, shard.sha256):
-                with (out / shard.file).open("rb") as tar:
-                    write_side_car(tar, beside, shard.bytes, shard.sha256, labelled=stream.labelled)
+
+def write_missing(
+    source: DataSource,
+    out: Path,
+    shards: Sequence[Shard],
+    written: dict[str, Written],
+    *,
+    workers: int,
+    skip_bad: bool,
+    progress: bool,
+) -> None:
+    """Write those of the shards that are not in `written`, and add them to it."""
+    missing = [shard for shard in shards if shard.file not in written]
+    with Journal(out / JOURNAL_NAME) as journal:
+        for entry in _render_all(source, out, missing, journal, workers, skip_bad, progress):
+            written[entry.file] = entry
 
 
 def _render_all(
@@ -156,11 +175,10 @@ class _RenderOrFault:
             return fault
 
 
-def _table(out: Path, name: str, shards: Sequence[Shard], written: Mapping[str, Written]) -> ShardTable:
-    """The shards of a stream for the index, without those that came out empty."""
-    entries = [written[shard.file] for shard in shards if written[shard.file].samples]
-    if shards and not entries:
-        raise DataError(f"{out}: no sample of stream {name!r} could be used; {SKIPPED_NAME} says why")
-    return ShardTable(
+def stream_entry(labelled: bool, shards: Iterable[Shard], written: Mapping[str, Written]) -> StreamEntry:
+    """A stream for the index, without shards that came out empty or were not written here."""
+    entries = [written[shard.file] for shard in shards if shard.file in written and written[shard.file].samples]
+    table = ShardTable(
         ShardEntry(file=entry.file, samples=entry.samples, bytes=entry.bytes, sha256=entry.sha256) for entry in entries
     )
+    return StreamEntry(labelled=labelled, shards=table)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -17,7 +18,9 @@ from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.images.bands import Band
-from maskmatch_scale.data.writing.protocol import StreamItems
+from maskmatch_scale.data.writing.journal import DUPLICATES_NAME, read_duplicates, write_duplicates
+from maskmatch_scale.data.writing.protocol import Added, StreamItems
+from maskmatch_scale.data.writing.sources.appending import compare
 from maskmatch_scale.data.writing.sources.band_ranges import FoundBands, find_bands
 from maskmatch_scale.data.writing.sources.classes import IGNORE, Classes, load_classes, load_id_map
 from maskmatch_scale.data.writing.sources.duplicates import find_duplicates
@@ -28,13 +31,9 @@ from maskmatch_scale.data.writing.sources.read_files import FileItem, ReadFiles
 from maskmatch_scale.data.writing.sources.read_tiles import ReadTiles
 from maskmatch_scale.data.writing.sources.splits import Pair, listing_digest, sort_key
 from maskmatch_scale.data.writing.sources.tiles import Tiling, cut_streams, is_named_tiff, tiling_of
-from maskmatch_scale.files import write_whole
 
 REVISION = 1
 """Raise it with every change, here or in the module of a data set, that changes what is written."""
-
-DUPLICATES_NAME = "duplicates.jsonl"
-"""One line an image that was dropped: `stream`, `image`, and `same_as` with those of the image that was kept."""
 
 _HELD_OUT_FIRST = ("val", None, "dev", "labelled", "unlabelled")
 """Which of two equal images is kept, by stream; None stands for every other stream."""
@@ -141,37 +140,60 @@ class ImageFiles:
             (out / DUPLICATES_NAME).unlink(missing_ok=True)
         else:
             if not (resumed and (out / DUPLICATES_NAME).is_file()):
-                lines = [json.dumps(line) + "\n" for line in self._duplicates(workers, progress)]
-                write_whole(out / DUPLICATES_NAME, "".join(lines))
-            dropped: set[tuple[str, str]] = set()
-            with (out / DUPLICATES_NAME).open(encoding="utf-8") as file:
-                for line in map(json.loads, file):
-                    dropped.add((line["stream"], line["image"]))
+                names = sorted(streams, key=_place_of)
+                items = [(name, item) for name in names for item in streams[name].items]
+                write_duplicates(out, self._duplicates(items, workers, progress))
+            dropped = read_duplicates(out)
             if dropped:
                 kept = {
                     name: [item for item in stream.items if (name, item.image) not in dropped]
                     for name, stream in streams.items()
                 }
                 streams = {name: StreamItems(streams[name].labelled, items) for name, items in kept.items() if items}
-        seed = self.options.shuffle_seed
-        if seed >= 0:
-            streams = {
-                name: StreamItems(
-                    stream.labelled, sorted(stream.items, key=lambda item: sort_key(seed, "order", item.image))
-                )
-                for name, stream in streams.items()
-            }
+        streams = self._shuffled(streams)
         if self._tiling is None:
             return streams
         return cut_streams(streams, self.root, self._tiling, threads=workers, progress=progress)
 
-    def _duplicates(self, workers: int, progress: bool) -> Iterator[Mapping[str, object]]:
-        names = sorted(self.streams, key=_place_of)
-        found = [(name, item.image) for name in names for item in self.streams[name].items]
-        paths = [str(self.root / image) for _, image in found]
+    def added(self, out: Path, keys: Mapping[str, AbstractSet[str]], *, workers: int, progress: bool) -> Added:
+        """The images that a folder does not have, but for those that have the same bytes as another one."""
+        dropped = {image for _, image in read_duplicates(out)}
+        compared = compare(self.streams, keys, dropped)
+        new = compared.new
+        if not self.options.keep_duplicates:
+            fresh = [(name, item) for name in sorted(new, key=_place_of) for item in new[name]]
+            found = self._duplicates([*compared.known, *fresh], workers, progress)
+            of_fresh = {(name, item.image) for name, item in fresh}
+            if lines := [line for line in found if (line["stream"], line["image"]) in of_fresh]:
+                write_duplicates(out, lines, keep=True)
+                gone = {(line["stream"], line["image"]) for line in lines}
+                new = {name: [item for item in new[name] if (name, item.image) not in gone] for name in new}
+        streams = {name: StreamItems(self.streams[name].labelled, items) for name, items in new.items() if items}
+        return Added(self._shuffled(streams), compared.notes)
+
+    def _shuffled(self, streams: Mapping[str, StreamItems]) -> Mapping[str, StreamItems]:
+        seed = self.options.shuffle_seed
+        if seed < 0:
+            return streams
+        return {
+            name: StreamItems(
+                stream.labelled, sorted(stream.items, key=lambda item: sort_key(seed, "order", item.image))
+            )
+            for name, stream in streams.items()
+        }
+
+    def _duplicates(
+        self, items: Sequence[tuple[str, FileItem]], workers: int, progress: bool
+    ) -> Iterator[Mapping[str, object]]:
+        """Of items with their streams, those with the bytes of an earlier one, as lines of `duplicates.jsonl`."""
+        paths = [str(self.root / item.image) for _, item in items]
         for number, first in sorted(find_duplicates(paths, threads=workers, progress=progress).items()):
-            (stream, image), (kept_stream, kept) = found[number], found[first]
-            yield {"stream": stream, "image": image, "same_as": {"stream": kept_stream, "image": kept}}
+            (stream, item), (kept_stream, kept) = items[number], items[first]
+            yield {
+                "stream": stream,
+                "image": item.image,
+                "same_as": {"stream": kept_stream, "image": kept.image},
+            }
 
     @cached_property
     def _tiling(self) -> Tiling | None:

@@ -24,9 +24,18 @@ def keys_of(images: Sequence[str], key_root: str = "") -> list[str]:
     suspects = np.flatnonzero(counts[place] > 1).tolist()
     times = Counter(keys[number] for number in suspects)
     for number in [number for number in suspects if times[keys[number]] > 1]:
-        path = images[number].encode("utf-8", "surrogateescape")
-        keys[number] += "-" + hashlib.sha256(path).hexdigest()[:16]
+        keys[number] += _hash(images[number])
     return keys
+
+
+def variants_of(key: str, image: str) -> tuple[str, str]:
+    """The key of an image without a hash of its path, and with it: another image decides which of them it has."""
+    plain = key.removesuffix(_hash(image))
+    return plain, plain + _hash(image)
+
+
+def _hash(image: str) -> str:
+    return "-" + hashlib.sha256(image.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _key(path: str, start: re.Pattern[str] | None) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from maskmatch_scale.cli import shard_sources  # noqa: F401
-from maskmatch_scale.cli.shards_write import write_app
+from maskmatch_scale.cli import shard_sources, shards_merge  # noqa: F401
+from maskmatch_scale.cli.shards_write import shards_app, write_app
 
 DOCS = (Path(__file__).parents[4] / "docs" / "writing.md").read_text(encoding="utf-8")
 COMMANDS = sorted(set(re.findall(r"^maskmatch shards write .*", DOCS.replace("\\\n", ""), re.MULTILINE)))
@@ -27,9 +27,8 @@ def test_commands_of_the_documentation_exist(line):
 
 
 def test_options_of_the_documentation_exist():
-    known = {
-        option for command in get_command(write_app).commands.values() for p in command.params for option in p.opts
-    }
+    commands = [*get_command(write_app).commands.values(), get_command(shards_app).commands["merge"]]
+    known = {option for command in commands for p in command.params for option in p.opts}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", DOCS)) - {"--help"} <= known | {"--split"}
 
 

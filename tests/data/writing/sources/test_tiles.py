@@ -20,6 +20,7 @@ from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.decode import decode_image
+from maskmatch_scale.data.writing import merge_shards
 from maskmatch_scale.data.writing.protocol import LeftOut
 from maskmatch_scale.data.writing.sources.label_rule import LabelRule
 from maskmatch_scale.data.writing.sources.read_files import FileItem, ReadFiles
@@ -276,6 +277,21 @@ def test_options_that_do_not_fit_together(tree, run, tmp_path, options, said):
     assert code == 2
     assert said in error
     assert not (tmp_path / "out").exists()
+
+
+def test_parts_of_tiles_are_put_together(tree, run, contents, tmp_path):
+    for number in range(4):
+        pixels = noise(70, 100, number)
+        pixels[:32, :32] = 0
+        tiff(tree.root / f"{number}.tif", pixels.transpose(2, 0, 1), nodata=0)
+    arguments = ("--tile", 32, "--samples-per-shard", 5)
+    assert run("folder", tree.root, tmp_path / "whole", *arguments)[0] == 0
+    parts = [tmp_path / f"part-{number}" for number in (1, 2)]
+    for number, part in enumerate(parts, start=1):
+        assert run("folder", tree.root, part, *arguments, "--part", f"{number}/2")[0] == 0
+    merge_shards(parts, tmp_path / "merged")
+    assert contents(tmp_path / "merged") == contents(tmp_path / "whole")
+    assert (tmp_path / "merged" / "skipped.jsonl").read_bytes().count(b"no_data") == 4
 
 
 def test_other_tiles_need_another_folder(tree, run, tmp_path):

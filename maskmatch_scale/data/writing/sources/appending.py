@@ -1,0 +1,100 @@
+"""Which image files are new to a shard folder that was written from fewer of them.
+
+A file is known by its key (:mod:`~maskmatch_scale.data.writing.sources.keys`), which is in the headers of the shards;
+one that was dropped as a duplicate, by its path in `duplicates.jsonl`. What became of a sample then stays so: if a
+sample that was held out would be chosen otherwise among more files, or if an image has got a label map since, it is
+counted and left where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+
+from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.writing.protocol import StreamItems
+from maskmatch_scale.data.writing.sources.keys import variants_of
+from maskmatch_scale.data.writing.sources.read_files import FileItem
+
+
+@dataclass
+class Compared:
+    """The samples of a source, compared with those of a folder.
+
+    Attributes:
+        new: by stream.
+        known: streams of the folder, and the items of the source that are in them.
+        moved: items, with the stream that they are in and the one that they would be in now.
+        lost: how many samples of the folder the source has no file of.
+    """
+
+    new: dict[str, list[FileItem]] = field(default_factory=dict)
+    known: list[tuple[str, FileItem]] = field(default_factory=list)
+    moved: list[tuple[FileItem, str, str]] = field(default_factory=list)
+    lost: int = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know, a line each."""
+        notes = []
+        if self.lost:
+            notes.append(f"{self.lost} samples of the folder have no file in the source any more; they stay in it")
+        if self.moved:
+            item, was, now = self.moved[0]
+            notes.append(
+                f"{len(self.moved)} samples of the folder would be in another stream now, such as {item.image} ({now}, "
+                f"not {was}); they stay where they are, as they were written"
+            )
+        return tuple(notes)
+
+
+def compare(
+    streams: Mapping[str, StreamItems], keys: Mapping[str, AbstractSet[str]], dropped: AbstractSet[str]
+) -> Compared:
+    """Tell new samples from those that a folder has.
+
+    Args:
+        streams: all that the source has, of :class:`FileItem`.
+        keys: of the folder, by stream.
+        dropped: images that are not in the folder because they equal another one.
+
+    Raises:
+        DataError: it cannot be told which of two images is in the folder.
+    """
+    found = Compared()
+    left = {name: set(of_stream) for name, of_stream in keys.items()}
+    unknown = [(name, item) for name, stream in streams.items() for item in stream.items]
+    for other_streams in (False, True):  # all of a stream first: another image may have the same key in another one
+        still_unknown = []
+        for name, item in unknown:
+            candidates = [of for of in left if (of != name) == other_streams]
+            was = next((of for of in candidates if _take(item, left[of])), None)
+            if was is None:
+                still_unknown.append((name, item))
+            else:
+                found.known.append((was, item))
+                if was != name:
+                    found.moved.append((item, was, name))
+        unknown = still_unknown
+    for name, item in unknown:
+        if item.image not in dropped:
+            found.new.setdefault(name, []).append(item)
+    found.lost = sum(map(len, left.values()))
+    return found
+
+
+def _take(item: FileItem, keys: set[str]) -> bool:
+    """Whether an item has one of these keys, which is then taken out of them."""
+    plain, with_hash = variants_of(item.key, item.image)
+    for key in (item.key, with_hash):
+        if key in keys:
+            keys.remove(key)
+            return True
+    if plain in keys:
+        # Another image has the same key without a hash now: which of them is in the folder?
+        raise DataError(
+            f"{item.image}: several images have the key {plain!r} now, and one of them is in the folder; rename those "
+            "that are new, or write another folder"
+        )
+    return False
