@@ -16,6 +16,7 @@ from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.writing.protocol import StreamItems
+from maskmatch_scale.data.writing.sources.annotations import AnnotationRule
 from maskmatch_scale.data.writing.sources.classes import IGNORE, Classes, load_classes, load_id_map
 from maskmatch_scale.data.writing.sources.duplicates import find_duplicates
 from maskmatch_scale.data.writing.sources.keys import keys_of
@@ -48,6 +49,7 @@ class ImageFiles:
         ready: ends of the names of label maps that hold class values already; the id map is not applied to them.
         key_root: folders to leave out of keys: a regular expression for the start of a path.
         notes: what the user should know of the listing, a line each.
+        annotations: what draws label maps; then `Pair.label` is not the path of one, but the annotations themselves.
     """
 
     name: str
@@ -58,6 +60,7 @@ class ImageFiles:
     ready: tuple[str, ...] = ()
     key_root: str = ""
     notes: tuple[str, ...] = ()
+    annotations: AnnotationRule | None = None
     ignore_index: int = field(default=IGNORE, init=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +84,9 @@ class ImageFiles:
     def settings(self) -> Mapping[str, object]:
         """What the shards depend on; which files there are, but not where they lie."""
         options = self.options
-        rules = [[end, rule.as_json()] for end, rule in self._rules]
+        rules: object = [[end, rule.as_json()] for end, rule in self._rules]
+        if self.annotations is not None:
+            rules = self.annotations.as_json()
         return {
             "files": listing_digest(self.listing.items()),
             "class_names": _short_digest([self.classes, self.palette]),
@@ -109,7 +114,7 @@ class ImageFiles:
     @property
     def render(self) -> ReadFiles:
         """What makes a sample of an item."""
-        return ReadFiles(str(self.root), self._rules, self.options.max_side)
+        return ReadFiles(str(self.root), self._rules, self.options.max_side, self.annotations)
 
     def prepare(self, out: Path, *, resumed: bool, workers: int, progress: bool) -> Mapping[str, StreamItems]:
         """Drop images of equal bytes, then shuffle. What was dropped is kept in `out/duplicates.jsonl`."""
