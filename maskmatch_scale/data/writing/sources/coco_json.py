@@ -206,9 +206,8 @@ def _categories(rows: Any, used: set[Any], path: Path, notes: list[str]) -> dict
         if row.get("supercategory") != row["name"]:
             groups.add(str(row.get("supercategory")))
     for number in [number for number, name in names.items() if name in groups and number not in used]:
-        notes.append(
-            f"{path}: category {number} {names[number]!r} is left out: it names a group of others and has no annotation"
-        )
+        note = f"category {names[number]!r} is left out: it names a group of others and has no annotation"
+        notes += [] if note in notes else [note]
         del names[number]
     twice = sorted(name for name, count in Counter(names.values()).items() if count > 1)
     if twice:

@@ -66,7 +66,8 @@ class ImageFiles:
     def __post_init__(self) -> None:
         """Raise what the user got wrong before anything is written."""
         if not any(self.listing.values()):
-            raise DataError(f"{self.root}: no images in it that source {self.name} would take")
+            told = "; ".join(("", *self.notes))
+            raise DataError(f"{self.root}: no images in it that source {self.name} would take{told}")
         if self._labelled and not self.classes:
             raise DataError("label maps need names: --classes FILE, with a name a line in the order of their values")
 
