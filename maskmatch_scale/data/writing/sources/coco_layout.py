@@ -20,7 +20,8 @@ from pathlib import Path, PurePosixPath
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.writing.sources.coco_json import CocoFile
-from maskmatch_scale.data.writing.sources.listing import images_below
+from maskmatch_scale.data.writing.sources.found_instead import left_out_formats
+from maskmatch_scale.data.writing.sources.listing import files_below, is_image
 
 _OF_OTHER_TASKS = ("person_keypoints_", "captions_", "stuff_", "image_info_", "panoptic_", "instances_")
 _ROBOFLOW = "_annotations.coco.json"
@@ -111,9 +112,11 @@ def place_images(source: Path, files: Sequence[CocoFile], given: Path | None, no
     root = Path(os.path.commonpath([folder.resolve() for folder in folders]))
     starts = [folder.resolve().relative_to(root).as_posix().removeprefix(".") for folder in folders]
     no_images = (*_NO_IMAGES, *(file.path.stem for file in files))
-    there = {
-        start: images_below(root, start, [f"{start}/{name}".lstrip("/") for name in no_images]) for start in set(starts)
-    }
+    there = {}
+    for start in sorted(set(starts)):
+        found = files_below(root, start, [f"{start}/{name}".lstrip("/") for name in no_images])
+        notes += left_out_formats(found)
+        there[start] = [path for path in found if is_image(path)]
     paths = [_paths(file, start, there[start], root, notes) for file, start in zip(files, starts, strict=True)]
     named: dict[str, Path] = {}
     for file, of_file in zip(files, paths, strict=True):
@@ -122,7 +125,8 @@ def place_images(source: Path, files: Sequence[CocoFile], given: Path | None, no
                 raise DataError(f"{path} is named twice: in {named[path]} and in {file.path}; give one JSON")
             named[path] = file.path
     others = sorted({path for found in there.values() for path in found} - named.keys())
-    key_root = "|".join(re.escape(f"{start}/") for start in sorted(set(starts), key=len, reverse=True) if start)
+    shared = {os.path.commonpath([path.rpartition("/")[0] for path in of_file]) for of_file in paths}
+    key_root = "|".join(re.escape(f"{start}/") for start in sorted(shared, key=len, reverse=True) if start)
     return Layout(root, paths, others, f"({key_root})" if key_root else "")
 
 

@@ -111,7 +111,8 @@ def _without_labels(root: Path, images: str, pairs: list[Pair], labels: str | No
     found = instead_of_labels(root, images, [pair.image for pair in pairs], labels, suffix, files)
     where = f"folder {' or '.join(_LABEL_FOLDERS)}" if labels is None else f"{suffix} in {labels or root} that fits it"
     remedy = "--labels and --label-suffix say where label maps are; without --classes images alone are written"
-    return f"no label map is found for {len(pairs)} images, such as {pairs[0].image}: there is no {where}; {found or remedy}"
+    lacking = f"no label map is found for {len(pairs)} images, such as {pairs[0].image}: there is no {where}"
+    return f"{lacking}; {found or remedy}"
 
 
 def _all_labelled(pairs: list[Pair], what: str) -> None:

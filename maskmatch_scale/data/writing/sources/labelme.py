@@ -38,6 +38,7 @@ from maskmatch_scale.data.writing.sources.annotations import (
     pack,
 )
 from maskmatch_scale.data.writing.sources.classes import IGNORE, load_classes
+from maskmatch_scale.data.writing.sources.found_instead import left_out_formats
 from maskmatch_scale.data.writing.sources.image_files import ImageFiles
 from maskmatch_scale.data.writing.sources.listing import files_below, folder, is_image
 from maskmatch_scale.data.writing.sources.options import Options
@@ -72,6 +73,7 @@ def labelme(
         raise DataError("--split-…: labelme takes --dev and --val")
     notes: list[str] = []
     files = files_below(folder(root, "give the folder of the images and of labelme's .json"))
+    notes += left_out_formats(files)
     images = [path for path in files if is_image(path)]
     found = _jsons(root, files, images, notes)
     labels = Counter(str(shape["label"]) for content in found.values() for shape in content["shapes"])
