@@ -11,10 +11,13 @@ def section(title):
     return read_blocks(found.split("\n## ")[0])
 
 
-@pytest.mark.parametrize("title", ["Classes merged or ignored when reading", "Huge images"])
+NEEDS = {"Huge images": "rasterio", "COCO JSON": "pycocotools", "labelme": "pycocotools"}
+
+
+@pytest.mark.parametrize("title", ["COCO JSON", "labelme", "Classes merged or ignored when reading", "Huge images"])
 def test_every_command_of_a_section_runs(title, tmp_path):
-    if title == "Huge images":
-        pytest.importorskip("rasterio")
+    if title in NEEDS:
+        pytest.importorskip(NEEDS[title])
     blocks = section(title)
     assert blocks
     run_blocks(blocks, tmp_path)

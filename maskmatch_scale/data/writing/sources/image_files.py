@@ -20,6 +20,7 @@ from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.images.bands import Band
 from maskmatch_scale.data.writing.journal import DUPLICATES_NAME, read_duplicates, write_duplicates
 from maskmatch_scale.data.writing.protocol import Added, StreamItems
+from maskmatch_scale.data.writing.sources.annotations import AnnotationRule
 from maskmatch_scale.data.writing.sources.appending import compare
 from maskmatch_scale.data.writing.sources.band_ranges import FoundBands, find_bands
 from maskmatch_scale.data.writing.sources.classes import IGNORE, Classes, load_classes, load_id_map
@@ -52,6 +53,7 @@ class ImageFiles:
         ready: ends of the names of label maps that hold class values already; the id map is not applied to them.
         key_root: folders to leave out of keys: a regular expression for the start of a path.
         notes: what the user should know of the listing, a line each.
+        annotations: what draws label maps; then `Pair.label` is not the path of one, but the annotations themselves.
     """
 
     name: str
@@ -62,12 +64,14 @@ class ImageFiles:
     ready: tuple[str, ...] = ()
     key_root: str = ""
     notes: tuple[str, ...] = ()
+    annotations: AnnotationRule | None = None
     ignore_index: int = field(default=IGNORE, init=False)
 
     def __post_init__(self) -> None:
         """Raise what the user got wrong before anything is written."""
         if not any(self.listing.values()):
-            raise DataError(f"{self.root}: no images in it that source {self.name} would take")
+            told = "; ".join(("", *self.notes))
+            raise DataError(f"{self.root}: no images in it that source {self.name} would take{told}")
         _ = self._tiling
         if self.options.value_range is not None and self.options.bands is None:
             raise DataError(f"--value-range {self.options.value_range}: --bands must name the bands that it is for")
@@ -88,7 +92,9 @@ class ImageFiles:
     def settings(self) -> Mapping[str, object]:
         """What the shards depend on; which files there are, but not where they lie."""
         options = self.options
-        rules = [[end, rule.as_json()] for end, rule in self._rules]
+        rules: object = [[end, rule.as_json()] for end, rule in self._rules]
+        if self.annotations is not None:
+            rules = self.annotations.as_json()
         of_bands = {} if self._bands is None else self._bands.rule.as_json()
         return {
             "files": listing_digest(self.listing.items()),
@@ -130,7 +136,7 @@ class ImageFiles:
     def render(self) -> ReadFiles | ReadTiles:
         """What makes a sample of an item."""
         rule = None if self._bands is None else self._bands.rule
-        whole = ReadFiles(str(self.root), self._rules, self.options.max_side, rule)
+        whole = ReadFiles(str(self.root), self._rules, self.options.max_side, rule, self.annotations)
         return whole if self._tiling is None else ReadTiles(whole)
 
     def prepare(self, out: Path, *, resumed: bool, workers: int, progress: bool) -> Mapping[str, StreamItems]:

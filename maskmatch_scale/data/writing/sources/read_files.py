@@ -12,7 +12,9 @@ from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.encode import encode_label
+from maskmatch_scale.data.images.image import orientation_of
 from maskmatch_scale.data.writing.protocol import EncodedSample
+from maskmatch_scale.data.writing.sources.annotations import AnnotationRule
 from maskmatch_scale.data.writing.sources.classes import IGNORE
 from maskmatch_scale.data.writing.sources.label_rule import LabelRule
 from maskmatch_scale.data.writing.sources.store_bands import BandRule, store_bands
@@ -20,7 +22,7 @@ from maskmatch_scale.data.writing.sources.store_image import Stored, store_image
 
 
 class FileItem(NamedTuple):
-    """One sample: its key, and its files as in :class:`Pair`."""
+    """One sample: its key, and its files or its annotations as in :class:`Pair`."""
 
     key: str
     image: str
@@ -36,12 +38,14 @@ class ReadFiles:
         rules: pairs of an ending of label maps' names and the rule for their values; the first ending that fits counts.
         max_side: as in :class:`Options`.
         bands: how images with bands are read; None: images are plain ones.
+        annotations: what draws label maps of an item's annotations; None: items name the files of label maps.
     """
 
     root: str
     rules: tuple[tuple[str, LabelRule], ...]
     max_side: int | None
     bands: BandRule | None = None
+    annotations: AnnotationRule | None = None
 
     def __call__(self, item: FileItem) -> EncodedSample:
         """Read, check and encode.
@@ -53,9 +57,9 @@ class ReadFiles:
         stored, known = self._stored(read_file(path, "no_image"), path, item.label is not None)
         if item.label is None:
             return EncodedSample(item.key, stored.data, stored.extension)
-        path = str(Path(self.root, item.label))
-        data = self.label_data(item.label)
-        rule = self.rule_of(item.label)
+        path, rule, data = self.label_name(item), self.rule_of(item.label), self.label_data(item.label)
+        if self.annotations is not None:
+            refuse_flipped(stored.data, path)
         values = rule.read(data, path)
         check_label_size(path, values.shape[:2], item.image, stored.original[::-1])
         if known is not None:
@@ -72,16 +76,26 @@ class ReadFiles:
             return store_image(data, path, labelled=labelled, max_side=self.max_side), None
         return store_bands(data, path, self.bands, max_side=self.max_side)
 
-    def rule_of(self, label: str) -> LabelRule:
-        """The rule for the values of a label map."""
+    def label_name(self, item: FileItem) -> str:
+        """What messages call the label map of an item that has one."""
+        if self.annotations is not None:
+            return f"annotations of {Path(self.root, item.image)}"
+        return str(Path(self.root, item.label or ""))
+
+    def rule_of(self, label: str) -> LabelRule | AnnotationRule:
+        """What makes class values of a label."""
+        if self.annotations is not None:
+            return self.annotations
         return next(rule for end, rule in self.rules if label.endswith(end))
 
     def label_data(self, label: str) -> bytes:
-        """What the rule of a label map reads.
+        """What :meth:`rule_of` reads.
 
         Raises:
             BadSample: it cannot be read.
         """
+        if self.annotations is not None:
+            return label.encode()
         return read_file(str(Path(self.root, label)), "no_label")
 
 
@@ -91,6 +105,13 @@ def check_label_size(label: str, size: tuple[int, ...], image: str, of_image: tu
         (own_height, own_width), (height, width) = size, of_image
         what = f"{own_width} × {own_height} px, but its image {image} has {width} × {height}"
         raise BadSample("label_size", f"{label}: {what}")
+
+
+def refuse_flipped(image: bytes | Path, name: str) -> None:
+    """Raise for a photo that its EXIF data turns to an image of the same size: annotations of both fit it."""
+    if (orientation := orientation_of(image)) in (2, 3, 4):
+        what = f"the photo is turned by EXIF orientation {orientation}, and the annotations do not say whether they are"
+        raise BadSample("label_size", f"{name}: {what}; save it upright and without that (`mogrify -auto-orient`)")
 
 
 def read_file(path: str, if_missing: str) -> bytes:

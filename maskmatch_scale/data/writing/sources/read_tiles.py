@@ -24,9 +24,10 @@ from maskmatch_scale.data.images.opening import JPEG, file_faults, is_stored, op
 from maskmatch_scale.data.images.raster import Raster, Window
 from maskmatch_scale.data.images.tiff import TiffImage, open_tiff, open_tiff_values
 from maskmatch_scale.data.writing.protocol import EncodedSample, LeftOut
+from maskmatch_scale.data.writing.sources.annotations import AnnotationRule
 from maskmatch_scale.data.writing.sources.classes import IGNORE
 from maskmatch_scale.data.writing.sources.plain_tiff import refuse_lost_bands
-from maskmatch_scale.data.writing.sources.read_files import FileItem, ReadFiles, check_label_size
+from maskmatch_scale.data.writing.sources.read_files import FileItem, ReadFiles, check_label_size, refuse_flipped
 from maskmatch_scale.data.writing.sources.store_bands import BandRule, Planes, open_bands, read_pages
 from maskmatch_scale.data.writing.sources.store_image import encode_tile
 from maskmatch_scale.data.writing.sources.tiles import TileItem, is_tiff
@@ -197,8 +198,11 @@ def _open(files: ReadFiles, item: FileItem, stack: ExitStack) -> _Opened:
     image = _open_image(Path(files.root, item.image), files.bands, stack)
     values = None
     if item.label is not None:
-        size, values = _open_label(files, item.label, stack)
-        check_label_size(str(Path(files.root, item.label)), size, item.image, image.size_px)
+        name = files.label_name(item)
+        size, values = _open_label(files, item.label, name, stack)
+        if files.annotations is not None and not isinstance(image, _Tiff):
+            refuse_flipped(Path(files.root, item.image), name)
+        check_label_size(name, size, item.image, image.size_px)
     return _Opened(image, values, files.bands is not None)
 
 
@@ -217,11 +221,14 @@ def _open_image(path: Path, bands: BandRule | None, stack: ExitStack) -> _Image:
 
 
 def _open_label(
-    files: ReadFiles, label: str, stack: ExitStack
+    files: ReadFiles, label: str, name: str, stack: ExitStack
 ) -> tuple[tuple[int, ...], Callable[[Window], NDArray[np.uint8]]]:
     """Height and width of a label map, and what reads class values of a part."""
-    rule, path = files.rule_of(label), Path(files.root, label)
-    name = str(path)
+    rule = files.rule_of(label)
+    if isinstance(rule, AnnotationRule):
+        drawn = rule.read(files.label_data(label), name)
+        return drawn.shape[:2], lambda window: drawn[window]
+    path = Path(name)
     if path.is_file() and is_tiff(start_of(path)):
         tiff = stack.enter_context(open_tiff_values(path, name))
         if tiff is not None:

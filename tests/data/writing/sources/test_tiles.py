@@ -155,6 +155,29 @@ def test_tiles_of_bands_keep_all_their_bits(tree, names, run, shards, tmp_path):
         assert np.array_equal(found.label("labelled", key), cut_at(key, values))
 
 
+def test_tiles_of_annotations_are_drawn_once_and_cut(tree, run, shards, tmp_path):
+    pytest.importorskip("pycocotools")
+    tree.image("images/a.png", (100, 70))
+    outlines = [[5.0, 5.0, 60.0, 8.0, 40.0, 60.0], [50.0, 30.0, 95.0, 30.0, 95.0, 65.0, 50.0, 65.0]]
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 70}],
+        "categories": [{"id": 4, "name": "box"}, {"id": 9, "name": "disc"}],
+        "annotations": [
+            {"id": n, "image_id": 1, "category_id": category, "segmentation": [outline], "iscrowd": 0}
+            for n, (category, outline) in enumerate(zip((4, 9), outlines, strict=True))
+        ],
+    }
+    file = tree.text("a.json", json.dumps(content))
+    for name, options in (("whole", ()), ("tiles", ("--tile", 32))):
+        code, error = run("coco", file, tmp_path / name, "--images", tree.root / "images", *options)
+        assert code == 0, error
+    whole = shards(tmp_path / "whole").label("labelled", "a")
+    assert len(np.unique(whole)) == 3
+    found = shards(tmp_path / "tiles")
+    assert len(found.keys("labelled")) == 3 * 4
+    assert all(np.array_equal(found.label("labelled", key), cut_at(key, whole)) for key in found.keys("labelled"))
+
+
 def test_a_jpeg_in_a_tiff_has_jpeg_tiles_and_an_orientation_stays(tree, run, shards, tmp_path):
     tiff(tree.root / "a.tif", noise(64, 64).transpose(2, 0, 1), compress="jpeg", photometric="ycbcr")
     exif = Image.Exif()
