@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from maskmatch_scale.cli import shard_sources, shards_merge  # noqa: F401 - they add commands
+from maskmatch_scale.cli import (
+    shard_sources,  # noqa: F401 - adds the commands of the sources
+    shards_merge,  # noqa: F401 - adds a command
+    verified,
+)
 from maskmatch_scale.cli.shards_write import print_index, shards_app
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.redact import is_remote, shown
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from maskmatch_scale.recipe import DataRecipe
 
 __all__ = ["shards_app"]
@@ -39,19 +46,31 @@ def verify(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes. Default: one for a small folder, else one for each core.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print each fault as a JSON object on stdout.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print each fault as a JSON object on stdout, and last `summary`: pixels of each class."
+        ),
+    ] = False,
     cache_dir: _CacheDir = None,
     allow_pipe: _AllowPipe = False,
 ) -> None:
-    """Check every shard and every sample against the index, and name each fault."""
+    """Check every shard and every sample against the index, name each fault, and count the pixels of each class."""
     from maskmatch_scale.data.shards.folder import ShardOpener, load_index
     from maskmatch_scale.data.tools.verify import verify as faults_of
 
     data = _data(root, cache_dir, allow_pipe)
     index = load_index(root, data, parts=True)
     count = 0
+    labels: dict[str, NDArray[np.int64]] = {}
     faults = faults_of(
-        root, deep=not shallow, progress=True, workers=workers, index=index, open_shard=ShardOpener(root, data)
+        root,
+        deep=not shallow,
+        progress=True,
+        workers=workers,
+        index=index,
+        open_shard=ShardOpener(root, data),
+        labels=labels,
     )
     for fault in faults:
         count += 1
@@ -59,10 +78,18 @@ def verify(
             print(json.dumps(fault.as_json(), ensure_ascii=False))  # noqa: T201
         else:
             print(fault, file=sys.stderr)  # noqa: T201
-    if count:
-        raise UserError(f"{shown(root)}: {count} fault{'s' if count > 1 else ''}, named above")
-    if not as_json:
+    if as_json:
+        print(json.dumps({"summary": verified.as_json(index, labels, count)}, ensure_ascii=False))  # noqa: T201
+    else:
         print_index(index, root)
+        verified.print_labels(index, labels)
+        for line in verified.warnings_of(index, labels):
+            print(f"warning: {line}", file=sys.stderr)  # noqa: T201
+    samples = sum(stream.samples for stream in index.streams.values())
+    if count:
+        raise UserError(f"{shown(root)}: {samples} samples, {count} fault{'s' if count > 1 else ''}, named above")
+    if not as_json:
+        print(f"{samples} samples, no faults")  # noqa: T201
 
 
 @shards_app.command("show", epilog="Example: maskmatch shards show data/scores --stream labelled --out sheet.png")

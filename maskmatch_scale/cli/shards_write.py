@@ -246,9 +246,10 @@ def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFile
 
 
 def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
+    from maskmatch_scale.data.shards.label_pixels import index_warnings
     from maskmatch_scale.data.writing import Part, append_shards, write_shards
 
-    print_notes((*source.notes, *source.found))
+    print_notes((*source.notes, *source.found, *source.value_notes))
     options: Any = {
         "workers": shared.workers,
         "samples_per_shard": shared.samples_per_shard,
@@ -265,8 +266,11 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
         part = Part.parse(shared.part) if shared.part is not None else None
         index = write_shards(source, out, part=part, **options)
     print_index(index, out)
+    console = Console(stderr=True)
     for what, where in _left_out(out):
-        Console(stderr=True).print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)
+    for line in index_warnings(index):
+        console.print(f"warning: {line}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _left_out(out: Path) -> Iterator[tuple[str, Path]]:

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -35,17 +36,64 @@ def bad(shapes, tmp_path):
 
 
 def test_verify_names_every_fault(shapes, bad):
-    assert "unlabelled" in run("verify", shapes).stdout
-    with pytest.raises(UserError, match="1 fault, named above"):
+    assert run("verify", shapes).stdout.splitlines()[-1] == "42 samples, no faults"
+    with pytest.raises(UserError, match="42 samples, 1 fault, named above"):
         run("verify", bad)
-    run("verify", bad, "--shallow")
+    assert "label maps of" not in run("verify", bad, "--shallow").stdout
 
 
 def test_faults_as_json(bad, capsys):
     with pytest.raises(UserError):
         app(["shards", "verify", str(bad), "--json"], standalone_mode=False)
-    (fault,) = map(json.loads, capsys.readouterr().out.splitlines())
+    fault, last = map(json.loads, capsys.readouterr().out.splitlines())
     assert (fault["key"], fault["reason"], fault["stream"]) == ("val-0000", "not_an_image", "val")
+    assert (last["summary"]["faults"], last["summary"]["samples"]) == (1, 42)
+    assert list(last["summary"]["streams"]["labelled"]["class_pixels"]) == ["ground", "square", "disc"]
+
+
+def test_pixels_of_each_class(tmp_path):
+    """Two samples of 8 × 8 px; one class never occurs, and most of `val` is ignored."""
+    for number, values in enumerate(([0] * 60 + [2] * 4, [0] * 64, [255] * 60 + [2] * 4)):
+        for folder, pixels in (("images", [number] * 64), ("labels", values)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            picture = Image.fromarray(np.reshape(np.array(pixels, np.uint8), (8, 8)))
+            picture.save(tmp_path / folder / f"{'val' if number == 2 else number}.png")
+    (tmp_path / "val.csv").write_text(
+        "image,label,stream\n"
+        + "".join(
+            f"images/{name}.png,labels/{name}.png,{stream}\n"
+            for name, stream in (("0", "labelled"), ("1", "labelled"), ("val", "val"))
+        )
+    )
+    written = run("write", "list", tmp_path / "val.csv", tmp_path / "out", "--classes", classes_file(tmp_path))
+    said = ["stream 'labelled': no pixel of class 'square'", "stream 'val': no pixel of classes 'ground', 'square'"]
+    said.append("stream 'val': 93.8% of the pixels are ignored")
+    warned = [f"warning: {line}" for line in said]
+    assert [line for line in written.stderr.splitlines() if line.startswith("warning")] == warned
+    verified = run("verify", tmp_path / "out")
+    assert [line for line in verified.stderr.splitlines() if line.startswith("warning")] == warned
+    rows = [line.replace(" ", "") for line in verified.stdout.splitlines()]
+    assert {"│ground│96.88%│2│", "│square│0.00%│0│", "│disc│3.12%│1│", "│ignored│93.75%│1│"} <= set(rows)
+    summary = json.loads(run("verify", tmp_path / "out", "--json").stdout)["summary"]
+    assert summary == {
+        "samples": 3,
+        "faults": 0,
+        "streams": {
+            "labelled": {
+                "samples": 2,
+                "class_pixels": {"ground": 124, "square": 0, "disc": 4},
+                "class_samples": {"ground": 2, "square": 0, "disc": 1},
+                "ignored_pixels": 0,
+            },
+            "val": {
+                "samples": 1,
+                "class_pixels": {"ground": 0, "square": 0, "disc": 4},
+                "class_samples": {"ground": 0, "square": 0, "disc": 1},
+                "ignored_pixels": 60,
+            },
+        },
+        "warnings": said,
+    }
 
 
 def test_show_makes_a_picture(shapes, tmp_path):
@@ -71,7 +119,8 @@ def test_an_index_for_shards_that_exist(shapes, tmp_path, make_recipe):
     run("index", f"{shards}/unlabelled-{{000000..{last:06d}}}.tar", shards, *options)
     written, found = ShardIndex.load(shapes), ShardIndex.load(shards)
     for name in ("labelled", "unlabelled", "dev"):
-        assert found.streams[name] == written.streams[name]
+        ours, theirs = found.streams[name], written.streams[name]
+        assert (ours.labelled, ours.shards) == (theirs.labelled, theirs.shards)
     assert (found.classes, found.palette) == (written.classes, written.palette)
     train(make_recipe(data={"root": str(shards)}, run={"steps": 1}))
 

@@ -426,7 +426,7 @@ class ShardIndex(_Frozen):
         entry = self.streams[stream]
         if np.array_equal(numbers, np.arange(len(entry.shards))):
             return self
-        fewer = entry.model_copy(update={"shards": entry.shards.take(numbers)})
+        fewer = entry.model_copy(update={"shards": entry.shards.take(numbers), "class_pixels": None})
         return self.model_copy(update={"streams": {**self.streams, stream: fewer}})
 
     def stream(self, name: str) -> StreamEntry:

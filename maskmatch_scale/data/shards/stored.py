@@ -141,10 +141,12 @@ def share_index(digest: str, parse: Callable[[], ShardIndex], options: FetchOpti
     arrays = of_node(options).get(f"index{_VERSION}", digest, lambda: _as_arrays(parse()), most=_KEPT)
     head = json.loads(arrays["head"].tobytes())
     streams = {}
+    pixels = head.pop("class_pixels", {})  # which older versions did not keep
     for number, (name, labelled) in enumerate(head.pop("streams").items()):
         own = f"{number}."
         columns = {column.removeprefix(own): array for column, array in arrays.items() if column.startswith(own)}
-        streams[name] = StreamEntry(labelled=labelled, shards=ShardTable.of_columns(columns))
+        table = ShardTable.of_columns(columns)
+        streams[name] = StreamEntry(labelled=labelled, shards=table, class_pixels=pixels.get(name))
     return ShardIndex.model_validate({**head, "streams": streams})
 
 
@@ -162,7 +164,7 @@ def share_tables(index: ShardIndex, options: FetchOptions | None) -> ShardIndex:
                 digest.update(np.ascontiguousarray(values).data)
             found = of_node(options).get(f"shards{_VERSION}", digest.hexdigest(), table.all_columns, most=_KEPT)
             table = ShardTable.of_columns(found)
-        streams[name] = StreamEntry(labelled=stream.labelled, shards=table)
+        streams[name] = stream.model_copy(update={"shards": table})
     return index.model_copy(update={"streams": streams})
 
 
@@ -198,6 +200,7 @@ def _as_arrays(index: ShardIndex) -> Arrays:
     """The columns of all streams, by number of the stream, and the rest as JSON."""
     head = index.model_dump(mode="json", exclude={"streams"})
     head["streams"] = {name: stream.labelled for name, stream in index.streams.items()}
+    head["class_pixels"] = {name: stream.class_pixels for name, stream in index.streams.items()}
     columns = {
         f"{number}.{column}": array
         for number, stream in enumerate(index.streams.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.images.bands import Channels
 from maskmatch_scale.data.images.decode import decode_image, decode_label
 from maskmatch_scale.data.shards.index import ShardEntry
+from maskmatch_scale.data.shards.label_pixels import count_pixels
 from maskmatch_scale.data.shards.tar import TarTable, read_table
 
 OpenShard = Callable[[str], BinaryIO]
@@ -63,8 +64,15 @@ class ShardToCheck:
     entry: ShardEntry
 
 
-Checked = tuple[list[Fault], NDArray[np.uint64]]
-"""Faults of a shard, and a hash of the key of each of its samples, uint64 (samples,)."""
+class Checked(NamedTuple):
+    """What was found in a shard."""
+
+    faults: list[Fault]
+    keys: NDArray[np.uint64]
+    """A hash of the key of each sample, uint64 (samples,)."""
+    labels: NDArray[np.int64]
+    """int64 (2, classes + 1): pixels of each class in the label maps that were decoded, and samples with some; last
+    those that are ignored."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ class ShardCheck:
             faults.append(Fault(shard.stream, entry.file, key, reason, message))
 
         hashes = np.empty(0, np.uint64)
+        labels = np.zeros((2, self.num_classes + 1), np.int64)
         try:
             with self.open_shard(entry.file) as file:
                 size, digest = _size_and_digest(file)
@@ -115,7 +124,8 @@ class ShardCheck:
                     found(reason, f"{entry.file}: {said}{why}; {again}")
                 for place in range(len(table)):
                     try:
-                        self._check_sample(file, table, place)
+                        if (pixels := self._check_sample(file, table, place)) is not None:
+                            labels += np.stack([pixels, pixels > 0])
                     except BadSample as bad:
                         found(bad.reason, str(bad), table.key(place))
         except BadSample as bad:
@@ -123,25 +133,28 @@ class ShardCheck:
         except (OSError, DataError) as error:
             message = str(error) if entry.file in str(error) else f"{entry.file}: {error}"
             found("shard_unreadable", f"{message}; {again}")
-        return faults, hashes
+        return Checked(faults, hashes, labels)
 
-    def _check_sample(self, file: BinaryIO, table: TarTable, place: int) -> None:
+    def _check_sample(self, file: BinaryIO, table: TarTable, place: int) -> NDArray[np.int64] | None:
+        """Pixels of each class and ignored ones, int64 (classes + 1,), if there is a label map and it is decoded."""
         if not self.deep:
             if fault := table.fault(place):
                 raise fault
-            return
+            return None
         image, label = table.read(file, place)
         name = f"{table.shard}: sample {table.key(place)!r}"
         pixels = decode_image(image, name, channels=self.channels, max_pixels=self.max_pixels, contiguous=False)
-        if label is not None:
-            decode_label(
-                label,
-                name,
-                num_classes=self.num_classes,
-                ignore_index=self.ignore_index,
-                size=(pixels.shape[1], pixels.shape[2]),
-                max_pixels=self.max_pixels,
-            )
+        if label is None:
+            return None
+        values = decode_label(
+            label,
+            name,
+            num_classes=self.num_classes,
+            ignore_index=self.ignore_index,
+            size=(pixels.shape[1], pixels.shape[2]),
+            max_pixels=self.max_pixels,
+        )
+        return count_pixels(values.numpy(), self.num_classes, self.ignore_index)
 
 
 def _size_and_digest(file: BinaryIO) -> tuple[int, str]:

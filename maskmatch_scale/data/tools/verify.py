@@ -14,7 +14,7 @@ from maskmatch_scale.data.images.bands import choose_channels
 from maskmatch_scale.data.images.opening import MAX_PIXELS
 from maskmatch_scale.data.pool import results, usable_cores
 from maskmatch_scale.data.shards.folder import ShardOpener, load_index
-from maskmatch_scale.data.shards.index import ShardIndex, StreamEntry
+from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex, StreamEntry
 from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.data.tools.shard_check import Fault, OpenShard, ShardCheck, ShardToCheck
 from maskmatch_scale.progress import progress_of
@@ -32,8 +32,10 @@ def verify(
     index: ShardIndex | None = None,
     open_shard: OpenShard | None = None,
     max_pixels: int = MAX_PIXELS,
+    labels: dict[str, NDArray[np.int64]] | None = None,
 ) -> Iterator[Fault]:
-    """Check every shard: presence, size, checksum, number of samples, headers, keys, and whether samples decode.
+    """Check every shard: presence, size, checksum, number of samples, headers, keys, and whether samples decode; and
+    whether label maps have as many pixels of each class as the index says.
 
     Args:
         root: the shard folder.
@@ -44,10 +46,12 @@ def verify(
         index: of the folder; None reads ``root/index.json``.
         open_shard: how to open a shard, picklable if there are workers; None opens ``root/file``.
         max_pixels: larger images are faults.
+        labels: if ``deep``, each labelled stream is entered when it is done: int64 (2, classes + 1), pixels of each
+            class in the label maps that could be decoded, and samples that have some; last those that are ignored.
 
     Returns:
-        The faults as they are found, in the order of the index. Keys that two shards of a stream share come last in
-        that stream.
+        The faults as they are found, in the order of the index. Keys that two shards of a stream share, and other
+        pixels than the index says, come last in that stream.
 
     Raises:
         DataError: no index, or one that does not parse; a process was killed.
@@ -62,10 +66,12 @@ def verify(
         sizes = np.concatenate([stream.shards.bytes for stream in index.streams.values()] or [np.zeros(0, np.int64)])
         small = bool(sizes.all()) and int(sizes.sum()) <= _SMALL_BYTES
         workers = 1 if small else usable_cores()
-    return _faults(index, check, min(workers, shards), progress)
+    return _faults(index, check, min(workers, shards), progress, {} if labels is None else labels)
 
 
-def _faults(index: ShardIndex, check: ShardCheck, workers: int, progress: bool) -> Iterator[Fault]:
+def _faults(
+    index: ShardIndex, check: ShardCheck, workers: int, progress: bool, labels: dict[str, NDArray[np.int64]]
+) -> Iterator[Fault]:
     shards = (
         ShardToCheck(name, stream.labelled, entry) for name, stream in index.streams.items() for entry in stream.shards
     )
@@ -77,13 +83,29 @@ def _faults(index: ShardIndex, check: ShardCheck, workers: int, progress: bool) 
     ):
         for name, stream in index.streams.items():
             hashes = []
+            total_of_labels = np.zeros((2, len(index.classes) + 1), np.int64)
+            is_sound = True
             for samples in stream.shards.samples.tolist():
-                faults, keys = next(checked)
+                faults, keys, labels_of_shard = next(checked)
                 hashes.append(keys)
+                total_of_labels += labels_of_shard
+                is_sound &= not faults
                 advance(samples)
                 yield from faults
             if hashes:
                 yield from _shared_keys(name, stream, hashes, check.open_shard)
+            if check.deep and stream.labelled:
+                labels[name] = total_of_labels
+                if is_sound:  # otherwise pixels are missing
+                    yield from _other_pixels(name, stream, total_of_labels[0])
+
+
+def _other_pixels(name: str, stream: StreamEntry, pixels: NDArray[np.int64]) -> Iterator[Fault]:
+    """Whether the index says other pixels of a stream than there are: int64 (classes + 1,)."""
+    if stream.class_pixels is not None and list(stream.class_pixels) != pixels.tolist():
+        said, there = ", ".join(map(str, stream.class_pixels)), ", ".join(map(str, pixels.tolist()))
+        message = f"stream {name!r}: class_pixels says {said}, but its label maps have {there}"
+        yield Fault(name, INDEX_NAME, None, "wrong_count", f"{INDEX_NAME}: {message}; write the shards again")
 
 
 def _shared_keys(

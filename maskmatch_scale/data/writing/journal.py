@@ -34,6 +34,7 @@ class Written:
         bytes: of the file.
         sha256: of the file.
         skipped: the lines of `skipped.jsonl` of the samples that were left out.
+        class_pixels: of a labelled shard, pixels of each class, and last those that are ignored; None: not counted.
     """
 
     file: str
@@ -41,6 +42,7 @@ class Written:
     bytes: int
     sha256: str
     skipped: tuple[dict[str, Any], ...] = ()
+    class_pixels: tuple[int, ...] | None = None
 
 
 class Journal:
@@ -72,8 +74,13 @@ class Journal:
 
 def read_journal(folder: Path) -> dict[str, Written]:
     """The shards that the journal of a folder knows, by file name; none if there is no journal."""
-    lines = _lines(folder / JOURNAL_NAME)
-    return {line["file"]: Written(**line | {"skipped": tuple(line["skipped"])}) for line in lines}
+    return {line["file"]: _entry(line) for line in _lines(folder / JOURNAL_NAME)}
+
+
+def _entry(line: Mapping[str, Any]) -> Written:
+    pixels = line.get("class_pixels")  # older versions did not count them
+    tuples = {"skipped": tuple(line["skipped"]), "class_pixels": None if pixels is None else tuple(pixels)}
+    return Written(**{**line, **tuples})
 
 
 def read_skipped(folder: Path) -> dict[str, list[dict[str, Any]]]:

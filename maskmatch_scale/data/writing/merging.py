@@ -16,6 +16,7 @@ from typing import Any
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardEntry, ShardIndex, ShardTable, StreamEntry
+from maskmatch_scale.data.shards.label_pixels import sum_of
 from maskmatch_scale.data.shards.offsets import side_car
 from maskmatch_scale.data.writing.journal import DUPLICATES_NAME, read_skipped
 from maskmatch_scale.data.writing.parts import Part
@@ -262,9 +263,7 @@ def _stream(labelled: bool, pieces: Sequence[Piece], entries: Iterable[StreamEnt
 
 def summed_pixels(entries: Iterable[StreamEntry]) -> tuple[int, ...] | None:
     """Pixels of each class in several streams together; None if those of one are not known."""
-    counts = [entry.class_pixels for entry in entries if len(entry.shards)]
-    known = [count for count in counts if count is not None]
-    return tuple(map(sum, zip(*known, strict=True))) if known and len(known) == len(counts) else None
+    return sum_of(entry.class_pixels for entry in entries if len(entry.shards))
 
 
 def _is_of(stream: str, file: str) -> bool:

@@ -23,12 +23,15 @@ class EncodedSample:
         image: an encoded image.
         extension: one of :data:`maskmatch_scale.data.shards.tar.IMAGE_EXTENSIONS`; `png` only where there is no label.
         label: an 8-bit single-channel PNG of class values, or None.
+        class_pixels: of the label map, pixels of each class, and last those that are ignored. The writer counts them; a
+            source leaves them out.
     """
 
     key: str
     image: bytes
     extension: str
     label: bytes | None = None
+    class_pixels: tuple[int, ...] | None = None
 
 
 class LeftOut(Exception):  # noqa: N818 - no error

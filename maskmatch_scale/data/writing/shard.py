@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from maskmatch_scale.data.faults import BadSample, DataError
+from maskmatch_scale.data.shards.label_pixels import sum_of
 from maskmatch_scale.data.shards.offsets import side_car, write_side_car
 from maskmatch_scale.data.shards.tar import IMAGE_EXTENSIONS
 from maskmatch_scale.data.writing.journal import Journal, Written
@@ -98,6 +99,7 @@ def write_shard(
     begun = out / f".{shard.file}"
     keys: set[str] = set()
     skipped = []
+    pixels: list[tuple[int, ...] | None] = []
     with _unless_whole_removed(begun, out / shard.file), begun.open("wb") as file:
         digested = _Digested(file)
         # A fixed time and raw bytes: nothing but the samples decides what the tar holds.
@@ -115,6 +117,7 @@ def write_shard(
                     if sample.label is not None:
                         members["png"] = sample.label
                     tar.write(members)
+                    pixels.append(sample.class_pixels)
                 advance()
         file.flush()
         os.fsync(file.fileno())
@@ -122,7 +125,8 @@ def write_shard(
             beside = out / side_car(shard.file)
             with begun.open("rb") as written:
                 write_side_car(written, beside, digested.bytes, digested.sha256(), labelled=shard.stream.labelled)
-        entry = Written(shard.file, len(keys), digested.bytes, digested.sha256(), tuple(skipped))
+        counted = sum_of(pixels)
+        entry = Written(shard.file, len(keys), digested.bytes, digested.sha256(), tuple(skipped), counted)
         if not keys:
             begun.unlink()
             entry = Written(shard.file, 0, 0, "", tuple(skipped))

@@ -12,13 +12,15 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.pool import results, usable_cores
 from maskmatch_scale.data.shards.index import ShardEntry, ShardIndex, ShardTable, StreamEntry
+from maskmatch_scale.data.shards.label_pixels import pixels_of, sum_of
+from maskmatch_scale.data.writing.count_labels import CountLabels, with_pixels
 from maskmatch_scale.data.writing.folder import (
     begin,
     complete_side_cars,
@@ -131,11 +133,13 @@ def write_missing(
     skip_bad: bool,
     progress: bool,
 ) -> None:
-    """Write those of the shards that are not in `written`, and add them to it."""
+    """Write those of the shards that are not in `written`, and add them to it, with the pixels of classes of all."""
     missing = [shard for shard in shards if shard.file not in written]
     with Journal(out / JOURNAL_NAME) as journal:
         for entry in _render_all(source, out, missing, journal, workers, skip_bad, progress):
             written[entry.file] = entry
+    labelled = [written[shard.file] for shard in shards if shard.stream.labelled]
+    written |= with_pixels(labelled, CountLabels(out, len(source.classes), source.ignore_index), workers)
 
 
 def _render_all(
@@ -152,10 +156,11 @@ def _render_all(
     if not total:
         return
     items = (item for shard in shards for item in shard.items())
+    render = _RenderOrFault(source.render, len(source.classes), source.ignore_index)
     killed = "a rendering process was killed (out of memory?); run the same command again: finished shards are kept"
     with (
         progress_of(source.name, total, unit="samples", wanted=progress) as advance,
-        results(_RenderOrFault(source.render), items, workers, if_killed=killed) as samples,
+        results(render, items, workers, if_killed=killed) as samples,
     ):
         for shard in shards:
             of_shard = itertools.islice(samples, len(shard))
@@ -164,13 +169,21 @@ def _render_all(
 
 @dataclass(frozen=True)
 class _RenderOrFault:
-    """Renders an item, or returns why it cannot be used: a bad sample does not end the pool of processes."""
+    """Renders an item and counts the pixels of its classes, or returns why it cannot be used: a bad sample does not end
+    the pool of processes.
+    """
 
     render: Callable[[Any], EncodedSample]
+    classes: int
+    ignore_index: int
 
     def __call__(self, item: Any) -> Rendered:
         try:
-            return self.render(item)
+            sample = self.render(item)
+            if sample.label is None:
+                return sample
+            pixels = pixels_of(sample.label, f"sample {sample.key!r}", self.classes, self.ignore_index)
+            return replace(sample, class_pixels=pixels)
         except (BadSample, LeftOut) as fault:
             return fault
 
@@ -181,4 +194,5 @@ def stream_entry(labelled: bool, shards: Iterable[Shard], written: Mapping[str, 
     table = ShardTable(
         ShardEntry(file=entry.file, samples=entry.samples, bytes=entry.bytes, sha256=entry.sha256) for entry in entries
     )
-    return StreamEntry(labelled=labelled, shards=table)
+    pixels = sum_of(entry.class_pixels for entry in entries) if labelled else None
+    return StreamEntry(labelled=labelled, shards=table, class_pixels=pixels)

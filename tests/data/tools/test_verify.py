@@ -102,6 +102,28 @@ def test_size_checksum_and_count(folder):
     assert len(messages) == 4
 
 
+def test_pixels_that_the_index_does_not_have(folder):
+    labels, again = {}, {}
+    assert list(verify(folder, labels=labels)) == []
+    index = ShardIndex.load(folder)
+    assert {name: tuple(counts[0]) for name, counts in labels.items()} == {
+        name: stream.class_pixels for name, stream in index.streams.items() if stream.labelled
+    }
+    pixels = list(index.streams["val"].class_pixels)
+    pixels[1] += 1
+    edit_index(folder, lambda streams: streams["val"].update(class_pixels=pixels))
+    (fault,) = verify(folder, labels=again)
+    assert (fault.stream, fault.shard, fault.reason) == ("val", "index.json", "wrong_count")
+    assert f"says {', '.join(map(str, pixels))}, but its label maps have {pixels[0]}, {pixels[1] - 1}" in str(fault)
+    assert (again["val"] == labels["val"]).all()
+    assert list(verify(folder, deep=False, labels=again)) == []
+
+
+def test_pixels_of_a_damaged_stream_are_not_compared(folder):
+    (folder / ShardIndex.load(folder).streams["val"].shards.file(0)).unlink()
+    assert [fault.reason for fault in verify(folder)] == ["shard_unreadable"]
+
+
 def test_a_shard_cut_short_says_where(folder):
     shards = ShardIndex.load(folder).streams["unlabelled"].shards
     path = folder / shards.file(0)

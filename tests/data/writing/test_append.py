@@ -67,6 +67,7 @@ class Photos:
         assert [str(fault) for fault in verify(self.out)] == []
         index = ShardIndex.load(self.out)
         for stream in index.streams.values():
+            assert stream.class_pixels == ((0, 64 * stream.samples, 0) if stream.labelled else None)
             for shard in stream.shards:
                 assert is_side_car_of(self.out / side_car(shard.file), shard.sha256 or "")
         found = [(key, name) for name in index.streams for key in keys(self.out, name)]
@@ -147,6 +148,20 @@ def test_samples_stay_where_they_are_and_it_is_said(tmp_path: Path) -> None:
     assert "such as images/bare.jpg (labelled, not unlabelled); they stay" in moved
     assert photos.streams()["bare"] == "unlabelled"
     assert photos.append().notes == ()
+
+
+def test_files_that_were_changed_are_counted(tmp_path: Path) -> None:
+    photos = Photos(tmp_path)
+    photos.add(*numbered(0, 9))
+    photos.write()
+    later = (photos.out / "index.json").stat().st_mtime_ns + 10**9
+    for path in ("images/001.jpg", "labels/001.png", "labels/004.png"):
+        os.utime(photos.source / path, ns=(later, later))
+    photos.add("new.jpg")
+    os.utime(photos.source / "images" / "new.jpg", ns=(later, later))
+    (note,) = photos.append().notes
+    assert note.startswith("2 samples of the folder have files that were changed after")
+    assert "such as images/001.jpg; they stay" in note
 
 
 def test_duplicates_of_images_that_are_there(tmp_path: Path) -> None:

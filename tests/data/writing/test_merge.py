@@ -80,6 +80,24 @@ def test_the_parts_share_the_work(tmp_path: Path) -> None:
         load_index(str(parts[1]))
 
 
+def test_a_part_that_was_killed_goes_on(tmp_path: Path) -> None:
+    write(Squares(), tmp_path / "whole")
+    write(Squares(), tmp_path / "1", "1/2")
+    source = Squares(kill_at=16, kill_file=str(tmp_path / "killed"))
+    process = multiprocessing.get_context("fork").Process(target=write, args=(source, tmp_path / "2", "2/2"))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "2").glob("[!.]*.tar")}
+    assert done
+    with pytest.raises(DataError, match="no index"):
+        merge([tmp_path / "1", tmp_path / "2"], tmp_path / "out")
+    write(source, tmp_path / "2", "2/2")
+    assert all((tmp_path / "2" / name).stat().st_mtime_ns == time for name, time in done.items())
+    merge([tmp_path / "1", tmp_path / "2"], tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_table_of_many_shards_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored, "LARGE", 4)
     write(Squares(), tmp_path / "whole")
@@ -203,7 +221,8 @@ def test_data_sets_are_appended(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == before
     third = tmp_path / "third"
     write(Others(labelled=3, unlabelled=0), third)
-    assert merge([tmp_path / "out", third], tmp_path / "all").streams["labelled"].samples == 8
+    labelled = merge([tmp_path / "out", third], tmp_path / "all").streams["labelled"]
+    assert (labelled.samples, labelled.class_pixels) == (8, (0, 8 * 64, 0))
 
 
 def test_equal_keys_of_data_sets_are_counted(tmp_path: Path) -> None:

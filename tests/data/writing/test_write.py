@@ -142,6 +142,26 @@ def test_a_lost_shard_is_rendered_again_and_what_was_left_out_stays_listed(tmp_p
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("journal", ["as it is", "of an older version", "gone"])
+def test_pixels_of_classes_are_known_after_an_interruption(tmp_path: Path, journal: str) -> None:
+    whole, broken = write_shards(Squares(), tmp_path / "whole", workers=1, progress=False), tmp_path / "broken"
+    assert whole.streams["labelled"].class_pixels == (0, 5 * 64, 0)
+    assert whole.streams["unlabelled"].class_pixels is None
+    source = Squares(kill_at=12, kill_file=str(tmp_path / "killed"))
+    with pytest.raises(DataError, match="killed"):
+        write_shards(source, broken, workers=2, progress=False)
+    path = broken / ".written.jsonl"
+    lines = [json.loads(line) for line in path.read_text().split("\n") if line]
+    assert [line["class_pixels"] for line in lines if line["file"].startswith("labelled")] == [[0, 64, 0]] * 5
+    if journal == "of an older version":
+        old = [{key: value for key, value in line.items() if key != "class_pixels"} for line in lines]
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in old))
+    elif journal == "gone":
+        path.unlink()
+    write_shards(source, broken, workers=1, progress=False)
+    assert contents(broken) == contents(tmp_path / "whole")
+
+
 def test_a_stream_of_bad_samples_alone_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'unlabelled' could be used; skipped\.jsonl"):
         write_shards(Squares(bad=tuple(range(20))), tmp_path, workers=1, progress=False, skip_bad=True)
@@ -221,11 +241,13 @@ BAD_SAMPLE = [EncodedSample("", b"", "jpg")]
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        (EncodedSample("a.b", b"x", "jpg", b"y"), "no dot"),
+        (EncodedSample("a.b", b"x", "jpg", png(1)), "no dot"),
         (EncodedSample("a", b"x", "jpg", None), "carries no label map"),
-        (EncodedSample("a", b"x", "bmp", b"y"), "none of jpg"),
-        (EncodedSample("a", b"x", "png", b"y"), "store the image as jpg or webp"),
-        (EncodedSample("square-0000", b"x", "jpg", b"y"), "two samples"),
+        (EncodedSample("a", b"x", "jpg", b"y"), "sample 'a': not a readable label map"),
+        (EncodedSample("a", b"x", "jpg", png(2)), "sample 'a': label value 2, but there are 2 classes"),
+        (EncodedSample("a", b"x", "bmp", png(1)), "none of jpg"),
+        (EncodedSample("a", b"x", "png", png(1)), "store the image as jpg or webp"),
+        (EncodedSample("square-0000", b"x", "jpg", png(1)), "two samples"),
     ],
 )
 def test_a_sample_that_would_not_read_back_is_refused(tmp_path: Path, sample: EncodedSample, message: str) -> None:

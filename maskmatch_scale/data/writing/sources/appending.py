@@ -8,11 +8,14 @@ counted and left where it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.pool import in_threads
 from maskmatch_scale.data.writing.protocol import StreamItems
 from maskmatch_scale.data.writing.sources.keys import variants_of
 from maskmatch_scale.data.writing.sources.read_files import FileItem
@@ -35,6 +38,12 @@ class Compared:
     lost: int = 0
 
     @property
+    def unmoved(self) -> list[FileItem]:
+        """Items that are in the stream in which they would be now."""
+        moved = {item for item, _, _ in self.moved}
+        return [item for _, item in self.known if item not in moved]
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know, a line each."""
         notes = []
@@ -47,6 +56,33 @@ class Compared:
                 f"not {was}); they stay where they are, as they were written"
             )
         return tuple(notes)
+
+
+def newer_files(root: Path, items: Sequence[FileItem], since: Path, threads: int) -> tuple[str, ...]:
+    """A line on files of samples that were changed after a file was written; none if none was.
+
+    Args:
+        root: what their paths are relative to.
+        items: the samples.
+        since: the file.
+        threads: that ask the file system.
+    """
+    then = since.stat().st_mtime_ns
+
+    def newer(item: FileItem) -> str | None:
+        for path in (item.image, item.label):
+            with suppress(OSError, ValueError):  # a label may be no path
+                if path is not None and (root / path).stat().st_mtime_ns > then:
+                    return path
+        return None
+
+    found = [path for path in in_threads(newer, items, threads) if path is not None]
+    if not found:
+        return ()
+    return (
+        f"{len(found)} samples of the folder have files that were changed after {since}, such as {found[0]}; they stay "
+        "as they were written",
+    )
 
 
 def compare(

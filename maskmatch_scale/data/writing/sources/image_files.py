@@ -18,15 +18,17 @@ from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.images.bands import Band
+from maskmatch_scale.data.shards.index import INDEX_NAME
 from maskmatch_scale.data.writing.journal import DUPLICATES_NAME, read_duplicates, write_duplicates
 from maskmatch_scale.data.writing.protocol import Added, StreamItems
 from maskmatch_scale.data.writing.sources.annotations import AnnotationRule
-from maskmatch_scale.data.writing.sources.appending import compare
+from maskmatch_scale.data.writing.sources.appending import compare, newer_files
 from maskmatch_scale.data.writing.sources.band_ranges import FoundBands, find_bands
 from maskmatch_scale.data.writing.sources.classes import IGNORE, Classes, load_classes, load_id_map
 from maskmatch_scale.data.writing.sources.duplicates import find_duplicates
 from maskmatch_scale.data.writing.sources.keys import keys_of
 from maskmatch_scale.data.writing.sources.label_rule import LabelRule
+from maskmatch_scale.data.writing.sources.label_values import binary_values
 from maskmatch_scale.data.writing.sources.options import Options
 from maskmatch_scale.data.writing.sources.read_files import FileItem, ReadFiles
 from maskmatch_scale.data.writing.sources.read_tiles import ReadTiles
@@ -175,7 +177,8 @@ class ImageFiles:
                 gone = {(line["stream"], line["image"]) for line in lines}
                 new = {name: [item for item in new[name] if (name, item.image) not in gone] for name in new}
         streams = {name: StreamItems(self.streams[name].labelled, items) for name, items in new.items() if items}
-        return Added(self._shuffled(streams), compared.notes)
+        changed = newer_files(self.root, compared.unmoved, out / INDEX_NAME, workers)
+        return Added(self._shuffled(streams), compared.notes + changed)
 
     def _shuffled(self, streams: Mapping[str, StreamItems]) -> Mapping[str, StreamItems]:
         seed = self.options.shuffle_seed
@@ -241,15 +244,40 @@ class ImageFiles:
         classes, options = self._classes, self.options
         if options.id_map is not None:
             values: Mapping[int, int] | None = load_id_map(options.id_map, classes)
-        else:
-            table = classes if options.classes is not None else self.known_classes
-            values = table.id_map if table is not None and table.values is not None else None
-            if values is not None and all(value == number for value, number in values.items()):
+        elif classes.values is not None:
+            values = classes.id_map
+            if all(value == number for value, number in values.items()):
                 values = None  # label maps can stay as they are
+        else:
+            values = self._binary_values
         plain = LabelRule(len(classes.names), None, None, options.unknown_as_ignore)
-        mapped = LabelRule(len(classes.names), values, classes.colours, options.unknown_as_ignore)
+        is_found = options.id_map is None and self._binary_values is not None
+        mapped = LabelRule(len(classes.names), values, classes.colours, options.unknown_as_ignore, is_found)
         ready = () if options.id_map is not None else self.ready  # the user's map is of the files' own values
         return (*((end, plain) for end in ready), ("", mapped))
+
+    @cached_property
+    def _binary_values(self) -> Mapping[int, int] | None:
+        """Class values by label value of binary masks of 0 and 255; None: they are none, or their values are known."""
+        said = self.options.id_map is not None or self._classes.values is not None or self.annotations is not None
+        if said or not self._labelled:
+            return None
+        pairs = (pair for pairs in self.listing.values() for pair in pairs)
+        labels = [pair.label for pair in pairs if pair.label is not None and not pair.label.endswith(self.ready)]
+        unknown_as_ignore = self.options.unknown_as_ignore
+        return binary_values(self.root, labels, self.classes, unknown_as_ignore=unknown_as_ignore)
+
+    @property
+    def value_notes(self) -> tuple[str, ...]:
+        """What the user should know of the values of label maps, a line each; they are read for it.
+
+        Raises:
+            DataError: nothing says what they mean.
+        """
+        if self._binary_values is None:
+            return ()
+        named = ", ".join(f"{value} = {self.classes[number]}" for value, number in self._binary_values.items())
+        return (f"label maps hold 0 and 255: written as {named}; --id-map says otherwise",)
 
 
 def _items(pairs: Sequence[Pair], key_root: str) -> list[FileItem]:

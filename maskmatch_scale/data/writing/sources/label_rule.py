@@ -31,12 +31,14 @@ class LabelRule:
         id_map: class value, or `IGNORE`, by label value; None: values are class values, and 255 is ignored.
         colours: class value, or `IGNORE`, by colour of an RGB label map; None: such maps are refused.
         unknown_as_ignore: ignore what the table does not name, instead of raising.
+        is_found: whether the id map was not given, but found from the label maps.
     """
 
     classes: int
     id_map: Mapping[int, int] | None = None
     colours: Mapping[RGB, int] | None = None
     unknown_as_ignore: bool = False
+    is_found: bool = False
 
     def read(self, data: bytes, name: str) -> NDArray[np.uint8]:
         """Decode a label map and map its values.
@@ -108,6 +110,9 @@ class LabelRule:
         if self.id_map is None:
             last = self.classes - 1
             return f"is no class (0 to {last}) and not {IGNORE}; --id-map or --unknown-as-ignore says what it is"
+        if self.is_found:
+            values = " nor ".join(map(str, self.id_map))
+            return f"is neither {values}, as in other label maps; --id-map or --unknown-as-ignore says what it is"
         return "is not in the id map; add it there, or give --unknown-as-ignore"
 
     def _from_colours(self, pixels: NDArray[np.uint8], name: str, corner: tuple[int, int]) -> NDArray[np.uint8]:
