@@ -57,6 +57,8 @@ def check_fit(checkpoint: Checkpoint, model: Mapping[str, Any], shapes: Mapping[
     for what, now in model.items():
         if wrote.get(what) != now:
             before, after = _shown(wrote.get(what)), _shown(now)
+            if "classes" in what:
+                remedy = f"compare data.remap, or the classes of data.root; {remedy}"
             raise CheckpointError(f"{folder}: it has another model: {what} {before}, this run has {after}; {remedy}")
     prefix = "student/"
     stored = {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from maskmatch_scale.cli.shards_write import (
+    LABELS,
     SPLITS,
     OverwriteOption,
     PartOption,
@@ -105,6 +106,81 @@ def _list(
 
     columns = {"image_column": image_column, "label_column": label_column, "stream_column": stream_column}
     return image_list(file, shared.of_source(val=val), root=root, **columns)
+
+
+_Background = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Class of the pixels that no annotation covers; `ignore`: they are ignored. Default: background.",
+        rich_help_panel=LABELS,
+    ),
+]
+_Unannotated = Annotated[
+    str,
+    typer.Option(
+        metavar="background|unlabelled",
+        help="What images are that the JSON names, but has no annotation of.",
+        rich_help_panel=LABELS,
+    ),
+]
+
+
+@source_command("coco", "street data/street --dev 0.1 --val 0.2")
+def _coco(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="COCO JSON, or folder as CVAT, Roboflow or Label Studio export it.")
+    ],
+    shared: SharedOptions,
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the images. Default: found by their names.")
+    ] = None,
+    panoptic: Annotated[
+        bool, typer.Option("--panoptic", help="Of a folder, take panoptic_*.json, not instances_*.json.")
+    ] = False,
+    segments: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="PNGs of a panoptic JSON. Default: the folder beside it that has its name."),
+    ] = None,
+    background: _Background = None,
+    others: Annotated[
+        str,
+        typer.Option(
+            metavar="ignore|background",
+            help="What annotations become whose category --classes leaves out.",
+            rich_help_panel=LABELS,
+        ),
+    ] = "ignore",
+    unannotated: _Unannotated = "background",
+    val: _Val = None,
+) -> ImageFiles:
+    """COCO JSON, instances or panoptic; --classes chooses and orders categories by name."""
+    from maskmatch_scale.data.writing.sources.coco import coco
+
+    return coco(
+        source,
+        shared.of_source(val=val),
+        images=images,
+        panoptic=panoptic,
+        segments=segments,
+        background=background,
+        others=others,
+        unannotated=unannotated,
+    )
+
+
+@source_command("labelme", "scans data/scans --classes names.txt --dev 0.1 --val 0.2")
+def _labelme(
+    root: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images with labelme's .json beside them.")],
+    shared: SharedOptions,
+    background: _Background = None,
+    unannotated: _Unannotated = "background",
+    val: _Val = None,
+) -> ImageFiles:
+    """A folder that was annotated with labelme: a .json beside an image."""
+    from maskmatch_scale.data.writing.sources.labelme import labelme
+
+    return labelme(root, shared.of_source(val=val), background=background, unannotated=unannotated)
 
 
 @source_command("voc", "VOCdevkit/VOC2012 data/voc --aug")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -48,7 +50,7 @@ write_app = typer.Typer(
 shards_app.add_typer(write_app, name="write")
 
 
-LABELS, SPLITS, WRITING = "Label maps", "Splits", "Writing"
+LABELS, SPLITS, BANDS, WRITING = "Label maps", "Splits", "Bands", "Writing"
 
 PartOption = Annotated[
     str | None,
@@ -135,6 +137,14 @@ class SharedOptions:
             min=1, metavar="PX", help="Shrink images whose longer side is larger than this.", rich_help_panel=WRITING
         ),
     ] = None
+    tile: Annotated[
+        int | None,
+        typer.Option(metavar="PX", help="Cut images that are larger into tiles of this side.", rich_help_panel=WRITING),
+    ] = None
+    overlap: Annotated[
+        int | None,
+        typer.Option(metavar="PX", help="How far tiles overlap their neighbours. Default: 0.", rich_help_panel=WRITING),
+    ] = None
     shuffle_seed: Annotated[
         int,
         typer.Option(help="Seed of the order of samples; -1 keeps the order of the data set.", rich_help_panel=WRITING),
@@ -151,6 +161,24 @@ class SharedOptions:
             "--skip-bad", help="Leave bad samples out and list them, instead of stopping.", rich_help_panel=WRITING
         ),
     ] = False
+    bands: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Names of all bands of the images, in their order: red,green,blue,nir; - leaves a band out. Default: "
+            "images are stored as RGB of 8 bits.",
+            rich_help_panel=BANDS,
+        ),
+    ] = None
+    value_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW:HIGH",
+            help="Values that become 0 and 255 when images are read: for all bands or for some: 0:3000,nir=0:6000; or "
+            "auto: percentiles 0.5 and 99.5 of up to 64 images. Default: 0:255, for images of 8 bits.",
+            rich_help_panel=BANDS,
+        ),
+    ] = None
     part: PartOption = None
     append: Annotated[
         bool,
@@ -219,10 +247,9 @@ def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFile
 
 def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
     from maskmatch_scale.data.shards.label_pixels import index_warnings
-    from maskmatch_scale.data.writing import DUPLICATES_NAME, SKIPPED_NAME, Part, append_shards, write_shards
+    from maskmatch_scale.data.writing import Part, append_shards, write_shards
 
-    console = Console(stderr=True)
-    print_notes((*source.notes, *source.value_notes))
+    print_notes((*source.notes, *source.found, *source.value_notes))
     options: Any = {
         "workers": shared.workers,
         "samples_per_shard": shared.samples_per_shard,
@@ -239,11 +266,29 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
         part = Part.parse(shared.part) if shared.part is not None else None
         index = write_shards(source, out, part=part, **options)
     print_index(index, out)
-    for name, what in ((DUPLICATES_NAME, "images dropped as duplicates"), (SKIPPED_NAME, "bad samples left out")):
-        if (out / name).is_file() and (lines := (out / name).read_bytes().count(b"\n")):
-            console.print(f"{lines} {what}: {out / name}", soft_wrap=True, highlight=False, markup=False)
+    console = Console(stderr=True)
+    for what, where in _left_out(out):
+        console.print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)
     for line in index_warnings(index):
         console.print(f"warning: {line}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _left_out(out: Path) -> Iterator[tuple[str, Path]]:
+    """What of a data set was not written, in words with its number; and the file that lists it."""
+    from maskmatch_scale.data.writing import DUPLICATES_NAME, SKIPPED_NAME
+    from maskmatch_scale.data.writing.protocol import LEFT_OUT
+
+    duplicates, skipped = out / DUPLICATES_NAME, out / SKIPPED_NAME
+    if duplicates.is_file() and (lines := duplicates.read_bytes().count(b"\n")):
+        yield f"{lines} images dropped as duplicates", duplicates
+    if skipped.is_file():
+        with skipped.open("rb") as file:
+            reasons = Counter(json.loads(line)["reason"] for line in file)
+        for reason, words in LEFT_OUT.items():
+            if tiles := reasons.pop(reason, 0):
+                yield f"{tiles} tiles left out that {words}", skipped
+        if reasons:
+            yield f"{reasons.total()} bad samples left out", skipped
 
 
 def print_notes(notes: Iterable[str]) -> None:
@@ -268,3 +313,6 @@ def print_index(index: ShardIndex, root: str | Path) -> None:
         size = f"{int(sizes.sum()) / 1e6:.1f}" if sizes.all() else "unknown"
         table.add_row(Text(name), labels, str(stream.samples), str(len(stream.shards)), size)
     Console().print(table)
+    if index.bands:
+        bands = ", ".join(f"{band.name} {band.low:g}:{band.high:g}" for band in index.bands)
+        Console().print(f"bands: {bands}", soft_wrap=True, highlight=False, markup=False)

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from maskmatch_scale.data.images.tiff import TiffImage
 from maskmatch_scale.evaluation.save_pictures import flat_palette, save_map
 from maskmatch_scale.files import file_whole, name_of_unfinished, write_whole
 from maskmatch_scale.predict.overlay import Overlay
 from maskmatch_scale.predict.polygons import coco_annotations, geojson_features
 from maskmatch_scale.predict.reading import OpenImage
 from maskmatch_scale.predict.rows import NO_DATA, Rows
-from maskmatch_scale.predict.tiff import TiffImage
 from maskmatch_scale.predict.write_tiff import write_tiff
 
 Polygons = Literal["coco", "geojson"]

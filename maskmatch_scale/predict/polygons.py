@@ -77,7 +77,7 @@ def geojson_features(
     Args:
         classes: (H, W).
         names: of the classes.
-        georeference: of :class:`maskmatch_scale.predict.tiff.TiffImage`; None: the image has none.
+        georeference: of :class:`maskmatch_scale.data.images.tiff.TiffImage`; None: the image has none.
         path: file to write.
     """
     features = need_geojson()

@@ -19,6 +19,7 @@ from torch import Tensor
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.images.image import decode_large
 from maskmatch_scale.data.images.opening import bad
+from maskmatch_scale.data.images.tiff import TiffImage, open_tiff
 from maskmatch_scale.data.remote.fetch import read_bytes
 from maskmatch_scale.data.remote.shard_cache import ShardCache
 from maskmatch_scale.data.shards.folder import fetch_options
@@ -26,7 +27,6 @@ from maskmatch_scale.data.shards.tar import TarTable, read_table
 from maskmatch_scale.evaluation.inference import WholeImage
 from maskmatch_scale.predict.inputs import Shard, Share
 from maskmatch_scale.predict.naming import safe_path
-from maskmatch_scale.predict.tiff import TiffImage, open_tiff
 from maskmatch_scale.recipe import DataRecipe
 from maskmatch_scale.redact import is_remote, shown
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from maskmatch_scale.data.faults import BadSample
+from maskmatch_scale.data.images.tiff import has_rasterio
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.precision import autocast
 from maskmatch_scale.errors import UserError, of_this_rank
@@ -27,7 +28,6 @@ from maskmatch_scale.predict.polygons import need_coco, need_geojson
 from maskmatch_scale.predict.reading import OpenImage, Reader, Task
 from maskmatch_scale.predict.rows import Rows, rows_of
 from maskmatch_scale.predict.settings import NAME, claim
-from maskmatch_scale.predict.tiff import has_rasterio
 from maskmatch_scale.progress import Advance, progress_of
 
 

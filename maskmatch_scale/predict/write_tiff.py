@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maskmatch_scale.predict.tiff import has_rasterio
+from maskmatch_scale.data.images.tiff import has_rasterio
 
 TILE_PX = 256
 """Side of a tile."""

@@ -122,7 +122,7 @@ class DataRecipe(Section):
     remap: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
     """Classes that become another one when label maps are read: from a class name of the index to another one, to a new
     name (classes with the same new name are merged), or to `ignore`. The others stay. Class values count up in the
-    order of the index."""
+    order of the index; a merged class stands where the first of its members stood."""
     sequential_lanes: Annotated[int, Field(ge=1)] | None = None
     """Number of parts in which the shards of sources without an index are read side by side, over all ranks; a multiple
     of ranks × `data.workers`. null = as many as that (at least one for each rank) in a new run, and as many as before

@@ -72,6 +72,51 @@ def soft(folder: Path) -> None:
         ).save(folder / "soft" / f"{number}.png")
 
 
+def street(folder: Path) -> None:
+    """`street`: instances and panoptic segments of COCO's layout, of cars and trees; one image has no annotation."""
+    categories = [{"id": 1, "name": "car"}, {"id": 2, "name": "tree"}, {"id": 5, "name": "sign"}]
+    (folder / "street" / "annotations" / "panoptic_val2017").mkdir(parents=True)
+    (folder / "street" / "val2017").mkdir()
+    images, instances, panoptic = [], [], []
+    for number in range(8):
+        image, label = draw_shapes(number)
+        height, width = label.shape
+        Image.fromarray(image).save(folder / "street" / "val2017" / f"{number}.jpg")
+        ids = np.zeros((height, width, 3), np.uint8)
+        ids[..., 0] = np.where(label == 255, 0, label)
+        Image.fromarray(ids).save(folder / "street" / "annotations" / "panoptic_val2017" / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.jpg", "height": height, "width": width})
+        found = [value for value in (1, 2) if (label == value).any()]
+        segments = [{"id": value, "category_id": value, "iscrowd": 0} for value in found]
+        panoptic.append({"image_id": number, "file_name": f"{number}.png", "segments_info": segments})
+        for value in found if number else ():
+            pixels = (label == value).T.ravel()
+            edges = [0, *(np.flatnonzero(np.diff(pixels)) + 1).tolist(), pixels.size]
+            counts = [0] * bool(pixels[0]) + np.diff(edges).tolist()
+            shape = {"size": [height, width], "counts": counts}
+            row = {"id": len(instances), "image_id": number, "category_id": value, "segmentation": shape}
+            instances.append(row | {"iscrowd": 0, "bbox": [0, 0, width, height]})
+    for kind, rows in (("instances", instances), ("panoptic", panoptic)):
+        content = {"images": images, "categories": categories, "annotations": rows}
+        (folder / "street" / "annotations" / f"{kind}_val2017.json").write_text(json.dumps(content))
+
+
+def outlined(folder: Path) -> None:
+    """`outlined`: images with labelme's JSONs, of discs and boxes."""
+    (folder / "outlined").mkdir()
+    for number in range(6):
+        image, label = draw_shapes(number)
+        Image.fromarray(image).save(folder / "outlined" / f"{number}.jpg")
+        shapes = []
+        for value, name in ((1, "box"), (2, "disc")):
+            y, x = np.nonzero(label == value)
+            if len(y):
+                points = [[int(x.min()), int(y.min())], [int(x.max()) + 1, int(y.max()) + 1]]
+                shapes.append({"label": name, "points": points, "shape_type": "rectangle"})
+        size = {"imageHeight": label.shape[0], "imageWidth": label.shape[1]}
+        (folder / "outlined" / f"{number}.json").write_text(json.dumps({"shapes": shapes, **size}))
+
+
 def scene(folder: Path) -> None:
     """`scenes` and `labels`: GeoTIFFs of 200 × 300 px, a part of which has no data; a second scene without labels."""
     import rasterio
@@ -162,5 +207,5 @@ def _write(
 
 PREPARED = {make.__name__: make for make in (
     photos, grown_photos, more_photos, shards, recipe, binary, soft, scene, mine, trained, exported, vit, downloaded,
-    pictures, orthophoto,
+    pictures, orthophoto, street, outlined,
 )}  # fmt: skip

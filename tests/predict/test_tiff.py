@@ -11,9 +11,9 @@ from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.image import decode_large
+from maskmatch_scale.data.images.tiff import open_tiff
 from maskmatch_scale.export import load_export
 from maskmatch_scale.predict import write_tiff as writing
-from maskmatch_scale.predict.tiff import open_tiff
 
 rasterio = pytest.importorskip("rasterio")
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

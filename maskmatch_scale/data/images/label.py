@@ -12,6 +12,7 @@ from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.opening import (
     BIT_DEPTH,
     MAX_PIXELS,
+    MOST_WHOLE_PIXELS,
     PNG,
     bad,
     check_size,
@@ -85,9 +86,12 @@ def decode_raw_values(data: bytes, name: str) -> NDArray[Any]:
         uint8 or, of 16 bits, uint16 (H, W); uint8 (H, W, 3) of an RGB image.
 
     Raises:
-        BadSample: ``not_a_label``: another format, corrupt, or of other channels.
+        BadSample: ``not_a_label``: another format, corrupt, or of other channels; ``too_large``.
     """
-    with file_faults(name, "not_a_label", "label map"), open_any(data) as image:
+    with file_faults(name, "not_a_label", "label map"), _open_raw(data) as image:
+        if image.height * image.width > MOST_WHOLE_PIXELS:
+            what = f"{image.height} × {image.width} px, more than {MOST_WHOLE_PIXELS} pixels; write it as a TIFF"
+            raise BadSample("too_large", f"{name}: {what}")
         if image.format not in _FORMATS:
             raise BadSample(
                 "not_a_label", f"{name}: a label map of format {image.format}, not one of {', '.join(_FORMATS)}"
@@ -98,6 +102,11 @@ def decode_raw_values(data: bytes, name: str) -> NDArray[Any]:
             what = f"label map of mode {image.mode}; grey (8 or 16 bits), palette or RGB is needed"
             raise BadSample("not_a_label", f"{name}: {what}")
         return _values(image, data)
+
+
+def _open_raw(data: bytes) -> Image.Image:
+    """A PNG without Pillow's own limit of size, which would be less than that of the image that it belongs to."""
+    return open_stored(data) if data.startswith(PNG) else open_any(data)
 
 
 def is_8_bit_grey_png(data: bytes) -> bool:

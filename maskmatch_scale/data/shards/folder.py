@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.images.bands import Channels, choose_channels
 from maskmatch_scale.data.remote.address import join
 from maskmatch_scale.data.remote.cache_place import default_cache
 from maskmatch_scale.data.remote.shard_cache import ShardCache
@@ -34,16 +36,21 @@ def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False
 
     A remote one is fetched once by each process: during a run its shards must stay as they are.
 
+    Its classes are those that `data.remap` makes of the stored ones. Names that the recipe remaps must be classes of
+    `data.root`; an index of another folder may lack some.
+
     Args:
         root: path or address of a folder, or of the index itself.
-        data: how it is fetched if it is remote; None = by the defaults.
+        data: how it is fetched if it is remote, and which classes are remapped; None = by the defaults.
         fresh: whether a remote one is fetched again, although this process has read it.
         parts: whether it may be that of one part of a data set, which several machines write.
 
     Raises:
-        DataError: there is none, it cannot be fetched, it does not parse, or it is that of one part.
+        DataError: there is none, it cannot be fetched, it does not parse, it is that of one part, or its classes cannot
+            be remapped so.
     """
-    options = fetch_options(data or DataRecipe(root=root))
+    data = data or DataRecipe(root=root)
+    options = fetch_options(data)
     if is_remote(root):
         if fresh:
             _remote_index.cache_clear()
@@ -55,7 +62,38 @@ def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False
             f"{shown(root)}: only part {index.part} of a data set; put all parts together by `maskmatch shards merge "
             "PART… --out DIR`"
         )
-    return index
+    if not data.remap:
+        return index
+    try:
+        return index.remapped(data.remap, strict=root == data.root)
+    except ValueError as error:
+        raise DataError(f"{shown(root)}: {error}") from None
+
+
+def channels_of(
+    index: ShardIndex, data: DataRecipe, root: str | None = None, names: Sequence[str] | None = None
+) -> Channels | None:
+    """What the decoder makes of the images of a shard folder, as `data.channels` and `data.value_ranges` say.
+
+    Args:
+        index: of the folder.
+        data: the section of the recipe.
+        root: of the folder, for the message; None: `data.root`.
+        names: wanted bands of a folder other than `data.root`, in place of `data.channels`.
+
+    Returns:
+        For :func:`maskmatch_scale.data.images.decode.decode_image`; None for plain images, read as RGB.
+
+    Raises:
+        DataError: the index lacks a wanted band; names the key, the band and those that there are.
+    """
+    try:
+        if names is None:
+            return choose_channels(index.bands, data.channels, data.value_ranges)
+        ranges = {name: bounds for name, bounds in data.value_ranges.items() if name in names}
+        return choose_channels(index.bands, names, ranges)
+    except ValueError as error:
+        raise DataError(f"{shown(root or data.root)}: {error}") from None
 
 
 @lru_cache(maxsize=8)

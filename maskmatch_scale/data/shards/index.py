@@ -28,10 +28,20 @@ from typing import Annotated, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.images.bands import Band
+from maskmatch_scale.data.images.remap import Remap, remap_classes
 from maskmatch_scale.data.node_arrays import Arrays
 from maskmatch_scale.data.shards.columns import SHA256_BYTES, TableReference, Texts, read_table_file
 from maskmatch_scale.redact import PIPE, shown
@@ -300,6 +310,7 @@ class ShardIndex(_Frozen):
     part: str | None = Field(default=None, pattern=r"^[1-9]\d*/[1-9]\d*$")
     """Which part of a data set this is, as `2/4`, if several machines write it; None: all of it."""
     streams: dict[str, StreamEntry]
+    _remap: Remap | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _sound(self) -> ShardIndex:
@@ -381,6 +392,34 @@ class ShardIndex(_Frozen):
                 facts.append(f'"class_pixels": {json.dumps(stream.class_pixels)}')
             parts.append(f"  {json.dumps(name)}: {{\n  " + ",\n  ".join([*facts, f'"shards": {shards}']) + "}")
         return f'{head},\n "streams": {{\n{",".join(parts)}\n }}\n}}\n'.encode()
+
+    @property
+    def remap(self) -> Remap | None:
+        """How label maps become values of :attr:`classes`; None: as they are. See :meth:`remapped`."""
+        return self._remap
+
+    def remapped(self, remap: Mapping[str, str], *, strict: bool = True) -> ShardIndex:
+        """The same index with the classes, colours and pixels of classes that `data.remap` makes of its own.
+
+        Args:
+            remap: see :func:`remap_classes`.
+            strict: likewise.
+
+        Raises:
+            ValueError: likewise; or, if ``strict``, the index names no classes.
+        """
+        if strict and not self.classes:
+            raise ValueError("data.remap: the index names no classes; write one that does (`maskmatch shards index`)")
+        made = remap_classes(self.classes, self.palette, self.ignore_index, remap, strict=strict)
+        streams = {
+            name: stream
+            if stream.class_pixels is None
+            else stream.model_copy(update={"class_pixels": made.sums(stream.class_pixels)})
+            for name, stream in self.streams.items()
+        }
+        new = self.model_copy(update={"classes": made.classes, "palette": made.palette, "streams": streams})
+        new._remap = made
+        return new
 
     def with_shards(self, stream: str, numbers: Sequence[int]) -> ShardIndex:
         """The same index with only these shards of a stream; the index itself if they are all shards."""

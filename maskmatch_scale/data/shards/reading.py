@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskmatch_scale.data.faults import BadSample, DataError, NotFetched
+from maskmatch_scale.data.images.remap import Remap
 from maskmatch_scale.data.node_arrays import NodeArrays
 from maskmatch_scale.data.remote.address import join
 from maskmatch_scale.data.remote.shard_cache import Fetched, ShardCache, cached_name
@@ -56,6 +57,8 @@ class RawSample:
     shard: str
     image: bytes
     label: bytes | None
+    remap: Remap | None = None
+    """What the values of the label map become; None: they stay."""
 
     @property
     def name(self) -> str:
@@ -183,7 +186,7 @@ class ShardStream:
             sample = self._ranges.sample(shard, place, self.cache)
             if sample is not None:
                 with suppress(BadSample):
-                    return prepare(RawSample(sample[0], file, *sample[1:]))
+                    return prepare(RawSample(sample[0], file, *sample[1:], self.index.remap))
         try:
             return prepare(self.read(shard, place, patience_s=patience_s))
         except DataError:
@@ -219,7 +222,7 @@ class ShardStream:
                 reason = "truncated" if table.truncated else "wrong_count"
                 raise BadSample(reason, f"{shown(self.location(shard))}: {_other_count(table, said)}")
             image, label = table.read(file, place)
-        return RawSample(table.key(place), name, image, label)
+        return RawSample(table.key(place), name, image, label, self.index.remap)
 
     def key(self, shard: int, place: int) -> str | None:
         """The key of a sample; None if the headers of its shard were not read, or not that far."""

@@ -143,7 +143,7 @@ class LabelsElsewhere(ShardStream):
                         f"{both}: where the label map of {image.key!r} was is that of {raw.key!r}: a shard has changed "
                         f"since keys were matched; remove {self._kept}, and start again"
                     )
-                return prepare(replace(image, shard=both, label=raw.label))
+                return prepare(replace(image, shard=both, label=raw.label, remap=raw.remap))
 
             return self.label_stream.load(*label, prepare_both, patience_s=patience_s)
 

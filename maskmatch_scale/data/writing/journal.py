@@ -17,7 +17,8 @@ from maskmatch_scale.files import write_whole, writing
 JOURNAL_NAME = ".written.jsonl"
 
 SKIPPED_NAME = "skipped.jsonl"
-"""One line a sample that was left out: `shard`, `item` (its number in the stream), `reason`, `message`."""
+"""One line a sample that was left out: `shard`, `item` (its number in the stream), `reason`, `message`. Reasons are
+those of bad samples, and those of tiles that hold nothing (`protocol.LEFT_OUT`)."""
 
 DUPLICATES_NAME = "duplicates.jsonl"
 """One line an image that was dropped: `stream`, `image`, and `same_as` with those of the image that was kept."""

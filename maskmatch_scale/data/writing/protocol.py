@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from maskmatch_scale.data.images.bands import Band
+
 
 @dataclass(frozen=True)
 class EncodedSample:
@@ -30,6 +32,27 @@ class EncodedSample:
     extension: str
     label: bytes | None = None
     class_pixels: tuple[int, ...] | None = None
+
+
+class LeftOut(Exception):  # noqa: N818 - no error
+    """There is no sample of an item, and nothing is wrong with it: it is left out, and listed with those that are bad.
+
+    Attributes:
+        reason: one of :data:`LEFT_OUT`.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        assert reason in LEFT_OUT, reason
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """A process of the writer sends it by pickle."""
+        return type(self), (self.reason, str(self))
+
+
+LEFT_OUT = {"no_data": "have no data", "all_ignored": "have nothing but ignored pixels"}
+"""Why an item is left out, in words that follow `tiles`."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +101,18 @@ class DataSource(Protocol):
     def render(self) -> Callable[[Any], EncodedSample]:
         """A picklable pure function from one item of a stream to its sample; it runs in another process.
 
-        It raises :class:`maskmatch_scale.data.faults.BadSample` for an item that cannot be used, and any other
-        exception to end the writing.
+        It raises :class:`maskmatch_scale.data.faults.BadSample` for an item that cannot be used, :class:`LeftOut` for
+        one that should not be, and any other exception to end the writing.
         """
+
+
+@runtime_checkable
+class HasBands(Protocol):
+    """A data source whose images may have bands: TIFFs of one page a band."""
+
+    @property
+    def bands(self) -> tuple[Band, ...]:
+        """What the pages of an image hold; none if images are plain ones."""
 
 
 @runtime_checkable

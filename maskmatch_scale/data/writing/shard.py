@@ -17,15 +17,15 @@ from maskmatch_scale.data.shards.label_pixels import sum_of
 from maskmatch_scale.data.shards.offsets import side_car, write_side_car
 from maskmatch_scale.data.shards.tar import IMAGE_EXTENSIONS
 from maskmatch_scale.data.writing.journal import Journal, Written
-from maskmatch_scale.data.writing.protocol import EncodedSample, StreamItems
+from maskmatch_scale.data.writing.protocol import EncodedSample, LeftOut, StreamItems
 from maskmatch_scale.files import writing
 from maskmatch_scale.progress import Advance
 
 MIN_SHARDS = 8
 """A stream is spread over at least so many shards, if it has so many samples, so that each rank has its own shards."""
 
-Rendered = EncodedSample | BadSample
-"""A sample, or why it cannot be used."""
+Rendered = EncodedSample | BadSample | LeftOut
+"""A sample, or why there is none."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def write_shard(
         # A fixed time and raw bytes: nothing but the samples decides what the tar holds.
         with webdataset.TarWriter(digested, encoder=False, mtime=0) as tar:
             for number, sample in enumerate(samples, shard.start):
-                if isinstance(sample, BadSample):
-                    if not skip_bad:
+                if isinstance(sample, (BadSample, LeftOut)):
+                    if isinstance(sample, BadSample) and not skip_bad:
                         raise BadSample(sample.reason, f"{sample}; --skip-bad (skip_bad=True) leaves such samples out")
                     line = {"shard": shard.file, "item": number, "reason": sample.reason, "message": str(sample)}
                     skipped.append(line)

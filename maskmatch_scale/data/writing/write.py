@@ -32,7 +32,7 @@ from maskmatch_scale.data.writing.folder import (
 )
 from maskmatch_scale.data.writing.journal import JOURNAL_NAME, Journal, Written, write_skipped
 from maskmatch_scale.data.writing.parts import Part
-from maskmatch_scale.data.writing.protocol import DataSource, EncodedSample, Prepares
+from maskmatch_scale.data.writing.protocol import DataSource, EncodedSample, HasBands, LeftOut, Prepares
 from maskmatch_scale.data.writing.shard import Rendered, Shard, cut, write_shard
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.progress import progress_of
@@ -104,6 +104,7 @@ def write_shards(
             classes=source.classes,
             palette=source.palette,
             ignore_index=source.ignore_index,
+            bands=source.bands if isinstance(source, HasBands) else (),
             offsets=True,
             part=None if part is None else str(part),
             streams={name: stream_entry(stream.labelled, cuts[name], written) for name, stream in streams.items()},
@@ -183,7 +184,7 @@ class _RenderOrFault:
                 return sample
             pixels = pixels_of(sample.label, f"sample {sample.key!r}", self.classes, self.ignore_index)
             return replace(sample, class_pixels=pixels)
-        except BadSample as fault:
+        except (BadSample, LeftOut) as fault:
             return fault
 
 

@@ -245,7 +245,7 @@ BAD_SAMPLE = [EncodedSample("", b"", "jpg")]
         (EncodedSample("a", b"x", "jpg", None), "carries no label map"),
         (EncodedSample("a", b"x", "jpg", b"y"), "sample 'a': not a readable label map"),
         (EncodedSample("a", b"x", "jpg", png(2)), "sample 'a': label value 2, but there are 2 classes"),
-        (EncodedSample("a", b"x", "tiff", png(1)), "none of jpg"),
+        (EncodedSample("a", b"x", "bmp", png(1)), "none of jpg"),
         (EncodedSample("a", b"x", "png", png(1)), "store the image as jpg or webp"),
         (EncodedSample("square-0000", b"x", "jpg", png(1)), "two samples"),
     ],

@@ -13,13 +13,17 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.images.bands import Band
 from maskmatch_scale.data.shards.index import INDEX_NAME
 from maskmatch_scale.data.writing.journal import DUPLICATES_NAME, read_duplicates, write_duplicates
 from maskmatch_scale.data.writing.protocol import Added, StreamItems
+from maskmatch_scale.data.writing.sources.annotations import AnnotationRule
 from maskmatch_scale.data.writing.sources.appending import compare, newer_files
+from maskmatch_scale.data.writing.sources.band_ranges import FoundBands, find_bands
 from maskmatch_scale.data.writing.sources.classes import IGNORE, Classes, load_classes, load_id_map
 from maskmatch_scale.data.writing.sources.duplicates import find_duplicates
 from maskmatch_scale.data.writing.sources.keys import keys_of
@@ -27,7 +31,9 @@ from maskmatch_scale.data.writing.sources.label_rule import LabelRule
 from maskmatch_scale.data.writing.sources.label_values import binary_values
 from maskmatch_scale.data.writing.sources.options import Options
 from maskmatch_scale.data.writing.sources.read_files import FileItem, ReadFiles
+from maskmatch_scale.data.writing.sources.read_tiles import ReadTiles
 from maskmatch_scale.data.writing.sources.splits import Pair, listing_digest, sort_key
+from maskmatch_scale.data.writing.sources.tiles import Tiling, cut_streams, is_named_tiff, tiling_of
 
 REVISION = 1
 """Raise it with every change, here or in the module of a data set, that changes what is written."""
@@ -49,6 +55,7 @@ class ImageFiles:
         ready: ends of the names of label maps that hold class values already; the id map is not applied to them.
         key_root: folders to leave out of keys: a regular expression for the start of a path.
         notes: what the user should know of the listing, a line each.
+        annotations: what draws label maps; then `Pair.label` is not the path of one, but the annotations themselves.
     """
 
     name: str
@@ -59,12 +66,17 @@ class ImageFiles:
     ready: tuple[str, ...] = ()
     key_root: str = ""
     notes: tuple[str, ...] = ()
+    annotations: AnnotationRule | None = None
     ignore_index: int = field(default=IGNORE, init=False)
 
     def __post_init__(self) -> None:
         """Raise what the user got wrong before anything is written."""
         if not any(self.listing.values()):
-            raise DataError(f"{self.root}: no images in it that source {self.name} would take")
+            told = "; ".join(("", *self.notes))
+            raise DataError(f"{self.root}: no images in it that source {self.name} would take{told}")
+        _ = self._tiling
+        if self.options.value_range is not None and self.options.bands is None:
+            raise DataError(f"--value-range {self.options.value_range}: --bands must name the bands that it is for")
         if self._labelled and not self.classes:
             raise DataError("label maps need names: --classes FILE, with a name a line in the order of their values")
 
@@ -82,7 +94,10 @@ class ImageFiles:
     def settings(self) -> Mapping[str, object]:
         """What the shards depend on; which files there are, but not where they lie."""
         options = self.options
-        rules = [[end, rule.as_json()] for end, rule in self._rules]
+        rules: object = [[end, rule.as_json()] for end, rule in self._rules]
+        if self.annotations is not None:
+            rules = self.annotations.as_json()
+        of_bands = {} if self._bands is None else self._bands.rule.as_json()
         return {
             "files": listing_digest(self.listing.items()),
             "class_names": _short_digest([self.classes, self.palette]),
@@ -96,7 +111,19 @@ class ImageFiles:
             "keep_duplicates": options.keep_duplicates,
             "revision": REVISION,
             "pillow": version("pillow"),
+            **self._tile_settings,
+            **of_bands,
         }
+
+    @property
+    def bands(self) -> tuple[Band, ...]:
+        """Bands of the images; none if they are plain ones."""
+        return () if self._bands is None else self._bands.rule.bands
+
+    @property
+    def found(self) -> tuple[str, ...]:
+        """What the user should know of the images that were looked at, a line each."""
+        return () if self._bands is None else self._bands.notes
 
     @cached_property
     def streams(self) -> Mapping[str, StreamItems]:
@@ -108,12 +135,14 @@ class ImageFiles:
         }
 
     @property
-    def render(self) -> ReadFiles:
+    def render(self) -> ReadFiles | ReadTiles:
         """What makes a sample of an item."""
-        return ReadFiles(str(self.root), self._rules, self.options.max_side)
+        rule = None if self._bands is None else self._bands.rule
+        whole = ReadFiles(str(self.root), self._rules, self.options.max_side, rule, self.annotations)
+        return whole if self._tiling is None else ReadTiles(whole)
 
     def prepare(self, out: Path, *, resumed: bool, workers: int, progress: bool) -> Mapping[str, StreamItems]:
-        """Drop images of equal bytes, then shuffle. What was dropped is kept in `out/duplicates.jsonl`."""
+        """Drop images of equal bytes, shuffle, and cut into tiles. `out/duplicates.jsonl` keeps what was dropped."""
         streams = self.streams
         if self.options.keep_duplicates:
             (out / DUPLICATES_NAME).unlink(missing_ok=True)
@@ -129,7 +158,10 @@ class ImageFiles:
                     for name, stream in streams.items()
                 }
                 streams = {name: StreamItems(streams[name].labelled, items) for name, items in kept.items() if items}
-        return self._shuffled(streams)
+        streams = self._shuffled(streams)
+        if self._tiling is None:
+            return streams
+        return cut_streams(streams, self.root, self._tiling, threads=workers, progress=progress)
 
     def added(self, out: Path, keys: Mapping[str, AbstractSet[str]], *, workers: int, progress: bool) -> Added:
         """The images that a folder does not have, but for those that have the same bytes as another one."""
@@ -173,6 +205,26 @@ class ImageFiles:
             }
 
     @cached_property
+    def _tiling(self) -> Tiling | None:
+        return tiling_of(self.options.tile, self.options.overlap, self.options.max_side)
+
+    @property
+    def _tile_settings(self) -> Mapping[str, object]:
+        """Settings that only shards of tiles have: those of others stay as they were."""
+        if self._tiling is None:
+            return {}
+        has_tiffs = any(is_named_tiff(pair.image) for pairs in self.listing.values() for pair in pairs)
+        of_tiffs = {"rasterio": version("rasterio")} if has_tiffs and find_spec("rasterio") else {}
+        return {"tile": self._tiling.tile_px, "overlap": self._tiling.overlap_px, **of_tiffs}
+
+    @cached_property
+    def _bands(self) -> FoundBands | None:
+        options, images = self.options, (pair.image for pairs in self.listing.values() for pair in pairs)
+        if options.bands is None:
+            return None
+        return find_bands(options.bands, options.value_range, self.root, images)
+
+    @cached_property
     def _labelled(self) -> bool:
         return any(self._is_labelled(pairs) for pairs in self.listing.values())
 
@@ -207,7 +259,8 @@ class ImageFiles:
     @cached_property
     def _binary_values(self) -> Mapping[int, int] | None:
         """Class values by label value of binary masks of 0 and 255; None: they are none, or their values are known."""
-        if self.options.id_map is not None or self._classes.values is not None or not self._labelled:
+        said = self.options.id_map is not None or self._classes.values is not None or self.annotations is not None
+        if said or not self._labelled:
             return None
         pairs = (pair for pairs in self.listing.values() for pair in pairs)
         labels = [pair.label for pair in pairs if pair.label is not None and not pair.label.endswith(self.ready)]

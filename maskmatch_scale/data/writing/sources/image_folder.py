@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.writing.sources.found_instead import instead_of_labels, left_out_formats
 from maskmatch_scale.data.writing.sources.image_files import ImageFiles
-from maskmatch_scale.data.writing.sources.listing import files_below, folder, images_below
+from maskmatch_scale.data.writing.sources.listing import files_below, folder, is_image
 from maskmatch_scale.data.writing.sources.options import Options
 from maskmatch_scale.data.writing.sources.splits import Pair, hold_out, read_split, split_train
 
@@ -48,7 +49,15 @@ def image_folder(
     notes: list[str] = []
 
     def train() -> list[Pair]:
-        return _pairs(root, images, labels, label_suffix, notes)
+        pairs = _pairs(root, images, labels, label_suffix, notes)
+        if options.split_labelled is None and pairs and not any(pair.label for pair in pairs):
+            told = _without_labels(root, images, pairs, labels, label_suffix)
+            maps = labels is not None and any(path.endswith(label_suffix) for path in files_below(root, labels))
+            if options.classes is not None or (maps and labels != images):
+                raise DataError(f"{root}: {told}")
+            if labels is not None:
+                notes.append(f"all images are unlabelled: {told}")
+        return pairs
 
     with_labels, without = split_train(options.split_labelled, options.split_unlabelled, train, lambda line: line)
     listing = {"labelled": with_labels, "unlabelled": without}
@@ -76,7 +85,9 @@ def image_folder(
 def _pairs(root: Path, images: str, labels: str | None, suffix: str, notes: list[str]) -> list[Pair]:
     """Every image with its label map, if it has one. What the user should know is added to `notes`."""
     apart = labels is not None and labels != images and f"{labels}/".startswith(f"{images}/" if images else "")
-    found = images_below(root, images, (labels,) if apart and labels is not None else ())
+    files = files_below(root, images, (labels,) if apart and labels is not None else ())
+    notes += left_out_formats(files)
+    found = [path for path in files if is_image(path)]
     if labels is None:
         return [Pair(path) for path in found]
     there = {path for path in files_below(root, labels) if path.endswith(suffix)}
@@ -87,12 +98,21 @@ def _pairs(root: Path, images: str, labels: str | None, suffix: str, notes: list
         pairs.append(Pair(path, label if label in there and label != path else None))
     used = {pair.label for pair in pairs}
     pairs = [pair for pair in pairs if pair.image not in used]  # label maps that lie among the images
-    if there and used == {None}:
-        first = min(there)
-        raise DataError(f"{root}: no label map fits an image, not even {first}; --labels and --label-suffix say how")
+    if bare := sum(pair.label is None for pair in pairs) if used != {None} else 0:
+        notes.append(f"{bare} of {len(pairs)} images have no label map: unlabelled")
     if orphans := sorted(there - used - set(found)):
         notes.append(f"{len(orphans)} label maps in {root / labels} fit no image, such as {orphans[0]}")
     return pairs
+
+
+def _without_labels(root: Path, images: str, pairs: list[Pair], labels: str | None, suffix: str) -> str:
+    """That no image has a label map, what was found instead, and what to do."""
+    files = files_below(root)
+    found = instead_of_labels(root, images, [pair.image for pair in pairs], labels, suffix, files)
+    where = f"folder {' or '.join(_LABEL_FOLDERS)}" if labels is None else f"{suffix} in {labels or root} that fits it"
+    remedy = "--labels and --label-suffix say where label maps are; without --classes images alone are written"
+    lacking = f"no label map is found for {len(pairs)} images, such as {pairs[0].image}: there is no {where}"
+    return f"{lacking}; {found or remedy}"
 
 
 def _all_labelled(pairs: list[Pair], what: str) -> None:

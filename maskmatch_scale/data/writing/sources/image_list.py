@@ -73,6 +73,12 @@ def image_list(
         if others and (others[0].label is None) != (pair.label is None):
             raise DataError(f"{where}: stream {stream!r} has samples with and without label maps; use two streams")
         others.append(pair)
+    if options.classes is not None and not any(pair.label for pairs in listing.values() for pair in pairs):
+        columns = ", ".join(dict.fromkeys(str(column) for _, row in _rows(file) for column in row))
+        raise DataError(
+            f"{file}: no row has a label map in column {label_column!r}; --label-column names it of: {columns}; "
+            "for images alone leave out --classes"
+        )
     for name, amount in (("val", options.val), ("dev", options.dev)):
         if amount is not None:
             if name in listing:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,14 +53,33 @@ class LabelRule:
         Raises:
             BadSample: `not_a_label` or `label_value`; names the file, the value and a pixel that has it.
         """
-        pixels = decode_raw_values(data, name)
+        return self.values(decode_raw_values(data, name), name)
+
+    def values(
+        self, pixels: NDArray[Any], name: str, window: tuple[slice, slice] = (slice(0, None), slice(0, None))
+    ) -> NDArray[np.uint8]:
+        """Map the values of a label map, or of a part of it.
+
+        Args:
+            pixels: as :func:`decode_raw_values` returns them.
+            name: of the file, for the message.
+            window: rows and columns that they are of.
+
+        Returns:
+            uint8 (h, w), class values and `IGNORE`.
+
+        Raises:
+            BadSample: as :meth:`read`.
+        """
+        corner = window[0].start, window[1].start
         if pixels.ndim == 3:
-            return self._from_colours(pixels, name)
+            return self._from_colours(pixels, name, corner)
         mapped = self._table[pixels]
         if (mapped == _UNKNOWN).any():
             if not self.unknown_as_ignore:
-                y, x = np.argwhere(mapped == _UNKNOWN)[0].tolist()
-                raise BadSample("label_value", f"{name}: value {pixels[y, x]} at x={x}, y={y} {self._why_unknown}")
+                first = tuple(np.argwhere(mapped == _UNKNOWN)[0])
+                value, (y, x) = pixels[first], np.add(first, corner).tolist()
+                raise BadSample("label_value", f"{name}: value {value} at x={x}, y={y} {self._why_unknown}")
             mapped = np.where(mapped == _UNKNOWN, IGNORE, mapped)
         values: NDArray[np.uint8] = mapped.astype(np.uint8)
         return values
@@ -95,7 +115,7 @@ class LabelRule:
             return f"is neither {values}, as in other label maps; --id-map or --unknown-as-ignore says what it is"
         return "is not in the id map; add it there, or give --unknown-as-ignore"
 
-    def _from_colours(self, pixels: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
+    def _from_colours(self, pixels: NDArray[np.uint8], name: str, corner: tuple[int, int]) -> NDArray[np.uint8]:
         if self.colours is None:
             raise BadSample(
                 "not_a_label", f"{name}: an RGB label map; --classes with a colour a class says what it means"
@@ -108,7 +128,7 @@ class LabelRule:
             if rgb in self.colours:
                 values[number] = self.colours[rgb]
             elif not self.unknown_as_ignore:
-                y, x = np.argwhere(packed == colour)[0].tolist()
+                y, x = np.add(np.argwhere(packed == colour)[0], corner).tolist()
                 raise BadSample(
                     "label_value",
                     f"{name}: colour {rgb} at x={x}, y={y} is that of no class; add it to --classes (as `ignore` "

@@ -25,7 +25,12 @@ def images_below(root: Path, start: str = "", leave_out: Iterable[str] = ()) -> 
         start: the folder, relative to `root`.
         leave_out: folders that are not entered, relative to `root`.
     """
-    return [path for path in files_below(root, start, leave_out) if path[path.rfind(".") :].lower() in EXTENSIONS]
+    return [path for path in files_below(root, start, leave_out) if is_image(path)]
+
+
+def is_image(path: str) -> bool:
+    """Whether a file is taken for an image, by its ending."""
+    return path[path.rfind(".") :].lower() in EXTENSIONS
 
 
 def files_below(root: Path, start: str = "", leave_out: Iterable[str] = ()) -> list[str]:

@@ -19,7 +19,10 @@ class Options:
         split_seed: of the samples that are held out.
         max_side: longest side of an image, px; larger ones are shrunk.
         shuffle_seed: of the order of samples; negative keeps that of the data set.
+        tile, overlap: side of the tiles into which images are cut, and how far they overlap, px; None: no tiles.
         keep_duplicates: write images of equal bytes as often as they are there.
+        bands: names of the bands of the images (:func:`parse_bands`); None: images are plain ones.
+        value_range: which of their values become 0 and 255 (:func:`parse_ranges`).
     """
 
     classes: str | None = None
@@ -32,5 +35,9 @@ class Options:
     val: str | None = None
     split_seed: int = 0
     max_side: int | None = None
+    tile: int | None = None
+    overlap: int | None = None
     shuffle_seed: int = 0
     keep_duplicates: bool = False
+    bands: str | None = None
+    value_range: str | None = None

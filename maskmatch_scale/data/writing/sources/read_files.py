@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.encode import encode_label
+from maskmatch_scale.data.images.image import orientation_of
 from maskmatch_scale.data.writing.protocol import EncodedSample
+from maskmatch_scale.data.writing.sources.annotations import AnnotationRule
+from maskmatch_scale.data.writing.sources.classes import IGNORE
 from maskmatch_scale.data.writing.sources.label_rule import LabelRule
-from maskmatch_scale.data.writing.sources.store_image import store_image
+from maskmatch_scale.data.writing.sources.store_bands import BandRule, store_bands
+from maskmatch_scale.data.writing.sources.store_image import Stored, store_image
 
 
 class FileItem(NamedTuple):
-    """One sample: its key, and its files as in :class:`Pair`."""
+    """One sample: its key, and its files or its annotations as in :class:`Pair`."""
 
     key: str
     image: str
@@ -32,11 +37,15 @@ class ReadFiles:
         root: what paths are relative to.
         rules: pairs of an ending of label maps' names and the rule for their values; the first ending that fits counts.
         max_side: as in :class:`Options`.
+        bands: how images with bands are read; None: images are plain ones.
+        annotations: what draws label maps of an item's annotations; None: items name the files of label maps.
     """
 
     root: str
     rules: tuple[tuple[str, LabelRule], ...]
     max_side: int | None
+    bands: BandRule | None = None
+    annotations: AnnotationRule | None = None
 
     def __call__(self, item: FileItem) -> EncodedSample:
         """Read, check and encode.
@@ -45,26 +54,67 @@ class ReadFiles:
             BadSample: a file is missing, empty, unreadable or too large, or the label map does not fit the image.
         """
         path = str(Path(self.root, item.image))
-        stored = store_image(_read(path, "no_image"), path, labelled=item.label is not None, max_side=self.max_side)
+        stored, known = self._stored(read_file(path, "no_image"), path, item.label is not None)
         if item.label is None:
             return EncodedSample(item.key, stored.data, stored.extension)
-        path = str(Path(self.root, item.label))
-        data = _read(path, "no_label")
-        rule = next(rule for end, rule in self.rules if item.label.endswith(end))
+        path, rule, data = self.label_name(item), self.rule_of(item.label), self.label_data(item.label)
+        if self.annotations is not None:
+            refuse_flipped(stored.data, path)
         values = rule.read(data, path)
-        size = (values.shape[1], values.shape[0])
-        if size != stored.original:
-            (width, height), (own_width, own_height) = stored.original, size
-            what = f"{own_width} × {own_height} px, but its image {item.image} has {width} × {height}"
-            raise BadSample("label_size", f"{path}: {what}")
+        check_label_size(path, values.shape[:2], item.image, stored.original[::-1])
+        if known is not None:
+            values = np.where(known, values, np.uint8(IGNORE))
         if stored.size != stored.original:
             values = np.asarray(Image.fromarray(values).resize(stored.size, Image.Resampling.NEAREST))
-        elif rule.keeps(data):
+        elif known is None and rule.keeps(data):
             return EncodedSample(item.key, stored.data, stored.extension, data)
         return EncodedSample(item.key, stored.data, stored.extension, encode_label(values))
 
+    def _stored(self, data: bytes, path: str, labelled: bool) -> tuple[Stored, NDArray[np.bool_] | None]:
+        """The image as it is stored, and which of its pixels have data, (H, W); None: all."""
+        if self.bands is None:
+            return store_image(data, path, labelled=labelled, max_side=self.max_side), None
+        return store_bands(data, path, self.bands, max_side=self.max_side)
 
-def _read(path: str, if_missing: str) -> bytes:
+    def label_name(self, item: FileItem) -> str:
+        """What messages call the label map of an item that has one."""
+        if self.annotations is not None:
+            return f"annotations of {Path(self.root, item.image)}"
+        return str(Path(self.root, item.label or ""))
+
+    def rule_of(self, label: str) -> LabelRule | AnnotationRule:
+        """What makes class values of a label."""
+        if self.annotations is not None:
+            return self.annotations
+        return next(rule for end, rule in self.rules if label.endswith(end))
+
+    def label_data(self, label: str) -> bytes:
+        """What :meth:`rule_of` reads.
+
+        Raises:
+            BadSample: it cannot be read.
+        """
+        if self.annotations is not None:
+            return label.encode()
+        return read_file(str(Path(self.root, label)), "no_label")
+
+
+def check_label_size(label: str, size: tuple[int, ...], image: str, of_image: tuple[int, ...]) -> None:
+    """Raise :class:`BadSample` for a label map of another height and width than its image."""
+    if size != of_image:
+        (own_height, own_width), (height, width) = size, of_image
+        what = f"{own_width} × {own_height} px, but its image {image} has {width} × {height}"
+        raise BadSample("label_size", f"{label}: {what}")
+
+
+def refuse_flipped(image: bytes | Path, name: str) -> None:
+    """Raise for a photo that its EXIF data turns to an image of the same size: annotations of both fit it."""
+    if (orientation := orientation_of(image)) in (2, 3, 4):
+        what = f"the photo is turned by EXIF orientation {orientation}, and the annotations do not say whether they are"
+        raise BadSample("label_size", f"{name}: {what}; save it upright and without that (`mogrify -auto-orient`)")
+
+
+def read_file(path: str, if_missing: str) -> bytes:
     """The bytes of a file; :class:`BadSample` with the reason `if_missing` if it cannot be read."""
     try:
         return Path(path).read_bytes()

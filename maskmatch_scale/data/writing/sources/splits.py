@@ -20,7 +20,10 @@ from maskmatch_scale.data.writing.sources.options import Options
 
 
 class Pair(NamedTuple):
-    """Files of one sample, relative to the root of the data set, with forward slashes."""
+    """Files of one sample, relative to the root of the data set, with forward slashes.
+
+    Where labels are annotations, `label` is these themselves: `sources/annotations.py`.
+    """
 
     image: str
     label: str | None = None

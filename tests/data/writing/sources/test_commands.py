@@ -14,7 +14,7 @@ from maskmatch_scale.cli.shards_write import shards_app, write_app
 
 DOCS = (Path(__file__).parents[4] / "docs" / "writing.md").read_text(encoding="utf-8")
 COMMANDS = sorted(set(re.findall(r"^maskmatch shards write .*", DOCS.replace("\\\n", ""), re.MULTILINE)))
-SOURCES = ("scores", "folder", "list", "voc", "cityscapes", "ade20k", "coco-stuff")
+SOURCES = ("scores", "folder", "list", "voc", "cityscapes", "ade20k", "coco-stuff", "coco", "labelme")
 
 
 @pytest.mark.parametrize("line", [pytest.param(line, id=str(number)) for number, line in enumerate(COMMANDS)])

@@ -6,18 +6,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from maskmatch_scale.data.images.image import TWELVE_BITS, refuse_dark
 from maskmatch_scale.data.images.opening import bad, said
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.extras import needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CACHE_MB = 256
 """Of decoded tiles, which GDAL keeps while neighbouring windows are read."""
@@ -63,7 +64,7 @@ def open_tiff(data: bytes | Path, name: str) -> Iterator[TiffImage]:
 
 
 class TiffImage:
-    """An image of :mod:`maskmatch_scale.evaluation.inference` that is read from its file in parts.
+    """An image that is read from its file in parts, as :mod:`maskmatch_scale.evaluation.inference` asks for them.
 
     Of several channels those that are called red, green and blue are taken, or else the first three. One channel is
     repeated, or looked up in its palette. Of 16 bits the upper 8 are taken, as from other formats. It is not turned by
@@ -101,15 +102,28 @@ class TiffImage:
         Raises:
             BadSample: ``not_an_image``: this part of the file is damaged.
         """
-        return torch.from_numpy(self._eight_bits(self._stored(rows, columns)))
+        import torch  # which processes that write shards do not need
 
-    def valid(self, rows: slice) -> NDArray[np.bool_] | None:
-        """Which pixels of some rows have data: (rows, W); None: all have, as the file's own header says."""
+        return torch.from_numpy(self.planes(rows, columns))
+
+    def planes(self, rows: slice, columns: slice) -> NDArray[np.uint8]:
+        """Likewise, as an array."""
+        return self._eight_bits(self._stored(rows, columns))
+
+    def valid(self, rows: slice, columns: slice | None = None) -> NDArray[np.bool_] | None:
+        """Which pixels of some rows have data: (rows, columns), of all columns by default; None: all of the image have,
+        as the file's own header says.
+        """
         if all("all_valid" in (flag.name for flag in flags) for flags in self.dataset.mask_flag_enums):
             return None
         with _readable(self._name):
-            mask = self.dataset.dataset_mask(window=self._window(rows, slice(0, self.size_px[1])))
+            mask = self.dataset.dataset_mask(window=self._window(rows, columns or slice(0, self.size_px[1])))
         return np.asarray(mask > 0)
+
+    @property
+    def is_jpeg(self) -> bool:
+        """Whether its pixels were compressed as JPEG, and so have lost details already."""
+        return self.dataset.tags(ns="IMAGE_STRUCTURE").get("COMPRESSION", "") in ("JPEG", "YCbCr JPEG")
 
     @property
     def may_lack_data(self) -> bool:
@@ -163,6 +177,59 @@ class TiffImage:
             if largest >= TWELVE_BITS:
                 break
         refuse_dark(largest, self._name)
+
+
+class TiffValues:
+    """A label map of a data set that is read from its TIFF in parts.
+
+    Args:
+        dataset: rasterio's, open for reading: of one channel of 8 or 16 bits, or of RGB colours of 8.
+        name: of the file, for messages.
+    """
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.dataset, self._name = dataset, name
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.dataset.height, self.dataset.width
+
+    def read(self, rows: slice, columns: slice) -> NDArray[Any]:
+        """What :func:`~maskmatch_scale.data.images.label.decode_raw_values` returns, of a part: uint8 or uint16
+        (rows, columns), or uint8 (rows, columns, 3) of colours.
+
+        Raises:
+            BadSample: ``not_a_label``: this part of the file is damaged.
+        """
+        window = has_rasterio(self._name).windows.Window.from_slices(rows, columns)
+        try:
+            if self.dataset.count == 1:
+                return np.asarray(self.dataset.read(1, window=window))
+            return np.ascontiguousarray(self.dataset.read([1, 2, 3], window=window).transpose(1, 2, 0))
+        except Exception as error:  # of GDAL's C++ as well
+            raise bad("not_a_label", self._name, f"not a readable label map ({said(error)}); replace it") from None
+
+
+@contextmanager
+def open_tiff_values(path: Path, name: str) -> Iterator[TiffValues | None]:
+    """Open a label map while the body runs; None if it is no TIFF whose numbers GDAL reads as they are: then it has to
+    be decoded whole.
+    """
+    rasterio = has_rasterio(name)
+    with ExitStack() as opened, warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        opened.enter_context(rasterio.Env(GDAL_CACHEMAX=_CACHE_MB))
+        try:
+            dataset = opened.enter_context(rasterio.open(path, driver="GTiff"))
+        except Exception:  # whoever decodes it whole says what is wrong
+            yield None
+            return
+        kinds = (dataset.count, *sorted(set(dataset.dtypes)))
+        structure = dataset.tags(ns="IMAGE_STRUCTURE") | dataset.tags(1, ns="IMAGE_STRUCTURE")
+        is_plain = not {"MINISWHITE", "NBITS"} & structure.keys()
+        known = ((1, "uint8"), (1, "uint16"), (3, "uint8"), (4, "uint8"))
+        yield TiffValues(dataset, name) if is_plain and kinds in known else None
 
 
 def _rgb_channels(dataset: Any, name: str) -> list[int]:
