@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from maskmatch_scale.export.write import export_run
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.train import train
 from tests.conftest import TINY_SEGFORMER, ShapesSource, draw_shapes, recipe_maker
+from tests.data.banded import write_geotiffs
 
 _COUNTS = {"labelled": 4, "unlabelled": 8, "dev": 2, "val": 2}
 
@@ -136,6 +138,28 @@ def scene(folder: Path) -> None:
         file.write(draw.integers(0, 3, (1, 200, 300), dtype=np.uint8))
 
 
+def bands(folder: Path) -> None:
+    """`fields/images` and `fields/labels`, GeoTIFFs: ten of five bands of 16 bits, eight with label maps; `names.txt`;
+    and `tiny`, a SegFormer's configuration.
+    """
+    import rasterio
+
+    write_geotiffs(folder / "fields", 10, 8)
+    for path in sorted((folder / "fields" / "labels").glob("*.png")):
+        with (
+            Image.open(path) as image,
+            rasterio.open(folder / "fields" / "images" / path.with_suffix(".tif").name) as of,
+        ):
+            profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "crs": of.crs, "transform": of.transform}
+            size = {"width": of.width, "height": of.height}
+            with rasterio.open(path.with_suffix(".tif"), "w", **profile, **size) as file:
+                file.write(np.asarray(image), 1)
+        path.unlink()
+    shutil.copy(folder / "fields" / "names.txt", folder / "names.txt")
+    (folder / "tiny").mkdir()
+    (folder / "tiny" / "config.json").write_text(json.dumps({"model_type": "segformer"} | TINY_SEGFORMER))
+
+
 def mine(folder: Path) -> None:
     """`data/mine`, three classes; `configs/mine.yaml` of it and a tiny SegFormer, for a run `runs/mine`."""
     write_shards(ShapesSource(_COUNTS), folder / "data" / "mine", workers=1, progress=False)
@@ -206,6 +230,6 @@ def _write(
 
 
 PREPARED = {make.__name__: make for make in (
-    photos, grown_photos, more_photos, shards, recipe, binary, soft, scene, mine, trained, exported, vit, downloaded,
-    pictures, orthophoto, street, outlined,
+    photos, grown_photos, more_photos, shards, recipe, binary, soft, scene, bands, mine, trained, exported, vit,
+    downloaded, pictures, orthophoto, street, outlined,
 )}  # fmt: skip

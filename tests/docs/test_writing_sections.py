@@ -11,10 +11,17 @@ def section(title):
     return read_blocks(found.split("\n## ")[0])
 
 
-NEEDS = {"Huge images": "rasterio", "COCO JSON": "pycocotools", "labelme": "pycocotools"}
+NEEDS = {
+    "Huge images": "rasterio",
+    "Bands and 16 bits": "rasterio",
+    "COCO JSON": "pycocotools",
+    "labelme": "pycocotools",
+}
+"""Libraries of extras."""
+TITLES = ("Classes merged or ignored when reading", *NEEDS)
 
 
-@pytest.mark.parametrize("title", ["COCO JSON", "labelme", "Classes merged or ignored when reading", "Huge images"])
+@pytest.mark.parametrize("title", TITLES)
 def test_every_command_of_a_section_runs(title, tmp_path):
     if title in NEEDS:
         pytest.importorskip(NEEDS[title])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskmatch_scale.data.images.image import TWELVE_BITS, refuse_dark
-from maskmatch_scale.data.images.opening import bad, said
+from maskmatch_scale.data.images.opening import TIFF_STARTS, bad, said
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.extras import needs
 
@@ -36,6 +36,11 @@ def has_rasterio(wanted_for: str) -> Any:
         UserError: it is not installed.
     """
     return needs("rasterio", "rasterio", "geo", wanted_for)
+
+
+def is_tiff(start: bytes) -> bool:
+    """Whether a file that begins like this is a TIFF."""
+    return start.startswith(TIFF_STARTS)
 
 
 @contextmanager

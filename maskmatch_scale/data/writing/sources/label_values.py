@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ import numpy as np
 
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.images.label import decode_raw_values
+from maskmatch_scale.data.images.opening import start_of
+from maskmatch_scale.data.images.tiff import is_tiff, open_tiff_values
 from maskmatch_scale.data.pool import in_threads, usable_cores
 from maskmatch_scale.data.writing.sources.classes import IGNORE
 from maskmatch_scale.data.writing.sources.splits import sort_key
@@ -27,6 +30,8 @@ LOOKED_AT = 1000
 
 _SHOWN = 5
 """Values that a message shows, besides the last."""
+_ROWS = 512
+"""Of a huge label map that are read together."""
 _AT_ONCE = 8
 """Label maps that are read a thread before the next ones are."""
 
@@ -92,14 +97,36 @@ def _values(root: Path, paths: Sequence[str]) -> Iterator[_Found]:
     def look(path: str) -> _Found:
         try:
             pixels = decode_raw_values((root / path).read_bytes(), path)
-        except (OSError, BadSample):  # the writer will say so
+        except OSError:  # the writer will say so
             return _Found(path, [])
+        except BadSample:  # likewise, if it is not only too large to be read whole
+            return _Found(path, _values_of_tiff(root / path))
         return _Found(path, [] if pixels.ndim == 3 else np.unique(pixels).tolist())
 
     threads = usable_cores()
     starts = [0, *range(1, len(paths), _AT_ONCE * threads), len(paths)]
     for start, end in itertools.pairwise(starts):
         yield from in_threads(look, paths[start:end], threads, at_once=1)
+
+
+def _values_of_tiff(path: Path) -> list[int]:
+    """The values of a TIFF, ascending, read in parts; none if it cannot be read so, or has colours."""
+    found: set[int] = set()
+    if not is_tiff(start_of(path)) or not find_spec("rasterio"):
+        return []
+    try:
+        with open_tiff_values(path, str(path)) as tiff:
+            if tiff is None:
+                return []
+            height, width = tiff.size_px
+            for top in range(0, height, _ROWS):
+                pixels = tiff.read(slice(top, min(top + _ROWS, height)), slice(0, width))
+                if pixels.ndim == 3:
+                    return []
+                found |= set(np.flatnonzero(np.bincount(pixels.ravel())).tolist())
+    except BadSample:
+        return []
+    return sorted(found)
 
 
 def _question(root: Path, found: _Found, classes: Sequence[str]) -> str:

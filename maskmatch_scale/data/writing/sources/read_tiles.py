@@ -22,7 +22,7 @@ from maskmatch_scale.data.images.image import decode_large, orientation_alone
 from maskmatch_scale.data.images.label import decode_raw_values
 from maskmatch_scale.data.images.opening import JPEG, file_faults, is_stored, open_any, open_stored, start_of
 from maskmatch_scale.data.images.raster import Raster, Window
-from maskmatch_scale.data.images.tiff import TiffImage, open_tiff, open_tiff_values
+from maskmatch_scale.data.images.tiff import TiffImage, is_tiff, open_tiff, open_tiff_values
 from maskmatch_scale.data.writing.protocol import EncodedSample, LeftOut
 from maskmatch_scale.data.writing.sources.annotations import AnnotationRule
 from maskmatch_scale.data.writing.sources.classes import IGNORE
@@ -30,7 +30,7 @@ from maskmatch_scale.data.writing.sources.plain_tiff import refuse_lost_bands
 from maskmatch_scale.data.writing.sources.read_files import FileItem, ReadFiles, check_label_size, refuse_flipped
 from maskmatch_scale.data.writing.sources.store_bands import BandRule, Planes, open_bands, read_pages
 from maskmatch_scale.data.writing.sources.store_image import encode_tile
-from maskmatch_scale.data.writing.sources.tiles import TileItem, is_tiff
+from maskmatch_scale.data.writing.sources.tiles import TileItem
 
 _ALPHA = ("LA", "PA", "La", "RGBA", "RGBa")
 """Pillow's modes with transparency."""

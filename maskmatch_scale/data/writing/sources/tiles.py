@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.images.opening import TIFF_STARTS, is_stored, open_any, open_stored, quiet, start_of
-from maskmatch_scale.data.images.tiff import has_rasterio
+from maskmatch_scale.data.images.opening import is_stored, open_any, open_stored, quiet, start_of
+from maskmatch_scale.data.images.tiff import has_rasterio, is_tiff
 from maskmatch_scale.data.pool import in_threads
 from maskmatch_scale.data.writing.protocol import StreamItems
 from maskmatch_scale.data.writing.sources.read_files import FileItem
@@ -102,13 +102,8 @@ def tiling_of(tile: int | None, overlap: int | None, max_side: int | None) -> Ti
     return Tiling(tile, overlap or 0)
 
 
-def is_tiff(start: bytes) -> bool:
-    """Whether a file that begins like this is a TIFF."""
-    return start.startswith(TIFF_STARTS)
-
-
 def is_named_tiff(path: str) -> bool:
-    """Whether a file has the name of a TIFF; what it holds may differ (:func:`is_tiff`)."""
+    """Whether a file has the name of a TIFF; what it holds may differ."""
     return path.lower().endswith((".tif", ".tiff"))
 
 

@@ -302,6 +302,23 @@ def test_options_that_do_not_fit_together(tree, run, tmp_path, options, said):
     assert not (tmp_path / "out").exists()
 
 
+def test_binary_masks_that_pillow_would_not_read_whole(tree, run, shards, tmp_path, monkeypatch):
+    """Its limit is 179 million pixels."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    mask = np.where(noise(64, 64, 1)[..., 0] > 100, 255, 0).astype(np.uint8)
+    tiff(tree.root / "images" / "a.tif", noise(64, 64).transpose(2, 0, 1))
+    tiff(tree.root / "masks" / "a.tif", mask[None])
+    names = tree.text("two.txt", "ground", "object")
+    options = ("--classes", names, "--tile", 32, "--label-suffix", ".tif")
+    code, said = run("folder", tree.root, tmp_path / "out", *options)
+    assert code == 0
+    assert "written as 0 = ground, 255 = object" in said
+    found = shards(tmp_path / "out")
+    for key in found.keys("labelled"):
+        assert np.array_equal(found.label("labelled", key), cut_at(key, mask == 255))
+    assert found.index.streams["labelled"].class_pixels == (int((mask == 0).sum()), int((mask == 255).sum()), 0)
+
+
 def test_parts_of_tiles_are_put_together(tree, run, contents, tmp_path):
     for number in range(4):
         pixels = noise(70, 100, number)
