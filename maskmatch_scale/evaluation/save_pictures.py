@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskmatch_scale.data.batches.held_out import evaluation_samples
-from maskmatch_scale.data.images.bands import RGB_NAMES
-from maskmatch_scale.data.images.shown import shown_channels
+from maskmatch_scale.data.images.bands import RGB_NAMES, shown_names
 from maskmatch_scale.data.shards.folder import channels_of, load_index
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.evaluation.inference import Inference
@@ -35,7 +34,7 @@ def save_pictures(
 ) -> list[Path]:
     """Write image, label map and the prediction of each model, for ``count`` samples spread over a split.
 
-    Of images with bands three are shown (`data/images/shown.py`).
+    Of images with bands three are shown (`shown_names`).
 
     Args:
         folder: an empty one that becomes `RUN/pictures/<split>`; each sample gets a folder in it.
@@ -119,7 +118,8 @@ def save_masked_pictures(
 def _shown(index: ShardIndex, data: DataRecipe) -> list[int]:
     """Channels that pictures of the samples show."""
     channels = channels_of(index, data)
-    return list(shown_channels(RGB_NAMES if channels is None else channels.names))
+    names = RGB_NAMES if channels is None else channels.names
+    return [names.index(name) for name in shown_names(names)]
 
 
 def save_map(classes: Tensor, palette: Sequence[int], path: Path) -> None:

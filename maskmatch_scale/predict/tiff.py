@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from maskmatch_scale.data.images.band_pages import mapped
+from maskmatch_scale.data.images.bands import shown_names
+from maskmatch_scale.data.images.file_bands import FileBands
 from maskmatch_scale.data.images.image import TWELVE_BITS, refuse_dark
 from maskmatch_scale.data.images.opening import bad, said
+from maskmatch_scale.data.images.raster import Raster
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.extras import needs
 
@@ -38,15 +42,16 @@ def has_rasterio(wanted_for: str) -> Any:
 
 
 @contextmanager
-def open_tiff(data: bytes | Path, name: str) -> Iterator[TiffImage]:
+def open_tiff(data: bytes | Path, name: str, bands: FileBands | None = None) -> Iterator[TiffImage]:
     """Open a TIFF while the body runs.
 
     Args:
         data: the file: its bytes or its path.
         name: of it, for messages.
+        bands: the channels of the model; None: RGB.
 
     Raises:
-        BadSample: ``not_an_image``: it is no TIFF, is damaged, or has no channels of 8 or 16 bits.
+        BadSample: ``not_an_image``: it is no TIFF, is damaged, has no channels of 8 or 16 bits, or other bands.
     """
     rasterio = has_rasterio(name)
     with ExitStack() as opened, warnings.catch_warnings():
@@ -58,7 +63,13 @@ def open_tiff(data: bytes | Path, name: str) -> Iterator[TiffImage]:
             else:
                 dataset = rasterio.open(data, driver="GTiff")
             opened.enter_context(dataset)
-            image = TiffImage(dataset, name)
+            bands = bands or FileBands()
+            if bands.bands:
+                pages = dataset.subdatasets if dataset.count == 1 and len(dataset.subdatasets) > 1 else []
+                datasets = [opened.enter_context(rasterio.open(page)) for page in pages] or [dataset]
+                image: TiffImage = BandsTiff(datasets, name, bands)
+            else:
+                image = TiffImage(dataset, name, bands)
         yield image
 
 
@@ -72,19 +83,27 @@ class TiffImage:
     Args:
         dataset: rasterio's, open for reading.
         name: of the file, for messages.
+        bands: may say which channels are red, green and blue.
 
     Raises:
-        BadSample: ``not_an_image``: it has channels of another type.
+        BadSample: ``not_an_image``: it has channels of another type, or another number than ``bands`` says.
     """
 
-    def __init__(self, dataset: Any, name: str) -> None:
+    unused: str | None = None
+    """A line on channels that are not used, although they are no transparency, and nobody said so."""
+
+    def __init__(self, dataset: Any, name: str, bands: FileBands) -> None:
         self.dataset, self._name = dataset, name
         kinds = set(dataset.dtypes)
         if kinds not in ({"uint8"}, {"uint16"}):
             what = f"a TIFF of {', '.join(sorted(kinds))}; scale it to 8 bits: gdal_translate -ot Byte -scale IN OUT"
             raise bad("not_an_image", name, what)
         self._bits = 16 if kinds == {"uint16"} else 8
-        self._channels = _rgb_channels(dataset, name)
+        if bands.given is not None:
+            self._channels = [place + 1 for place in bands.places(dataset.count, dataset.descriptions, name)]
+        else:
+            self._channels = _rgb_channels(dataset, name)
+            self.unused = _unused(dataset, self._channels, name)
         self._white_is_zero = dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
         self._palette = _palette(dataset, self._white_is_zero) if len(self._channels) == 1 else None
         if self._bits == 16:
@@ -165,6 +184,37 @@ class TiffImage:
         refuse_dark(largest, self._name)
 
 
+class BandsTiff(TiffImage):
+    """An image of a model whose channels are bands: their stored values, mapped by their ranges as shards are.
+
+    Args:
+        datasets: rasterio's, open for reading; several are the pages of a file of one band each.
+        name: of the file, for messages.
+        bands: the channels.
+
+    Raises:
+        BadSample: ``not_an_image``: it has bands of another type, or it cannot be told which are the channels.
+    """
+
+    def __init__(self, datasets: Sequence[Any], name: str, bands: FileBands) -> None:
+        self.dataset, self._name = datasets[0], name
+        self._raster = Raster(datasets, name)
+        self._places = bands.places(self._raster.count, self._raster.descriptions, name)
+        self._bands = bands
+
+    def read(self, rows: slice, columns: slice) -> Tensor:
+        """Pixels of a part: uint8 (C, rows, columns)."""
+        stored = self._raster.read(self._places, window=self._window(rows, columns))
+        return torch.from_numpy(mapped(stored, self._bands.bands))
+
+    def shrunk(self, height: int, width: int) -> Image.Image:
+        """The image in another size: bands that are shown as red, green and blue. Some pixels are passed over."""
+        channels = [self._bands.names.index(name) for name in shown_names(self._bands.names)]
+        stored = self._raster.read([self._places[channel] for channel in channels], shape=(height, width))
+        planes = mapped(stored, [self._bands.bands[channel] for channel in channels])
+        return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+
+
 def _rgb_channels(dataset: Any, name: str) -> list[int]:
     """Numbers, from 1, of one channel or of three."""
     meant = {interpretation.name: number for number, interpretation in enumerate(dataset.colorinterp, start=1)}
@@ -173,6 +223,16 @@ def _rgb_channels(dataset: Any, name: str) -> list[int]:
     if {"red", "green", "blue"} <= meant.keys():
         return [meant["red"], meant["green"], meant["blue"]]
     return [1] if dataset.count < 3 else [1, 2, 3]
+
+
+def _unused(dataset: Any, channels: list[int], name: str) -> str | None:
+    """A line on channels of a file that are left out and are no transparency; None: there are none."""
+    alpha = {number for number, meaning in enumerate(dataset.colorinterp, start=1) if meaning.name == "alpha"}
+    left = [number for number in range(1, dataset.count + 1) if number not in alpha and number not in channels]
+    if not left:
+        return None
+    taken = "channel 1 is taken as grey" if len(channels) == 1 else f"channels {channels} are red, green and blue"
+    return f"{name}: {taken}, {left} are not used; --bands names those of your files, such as red,green,blue,-"
 
 
 def _palette(dataset: Any, white_is_zero: bool) -> NDArray[np.uint8] | None:
