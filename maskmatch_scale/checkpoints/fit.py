@@ -10,7 +10,6 @@ from maskmatch_scale.checkpoints.finding import Checkpoint
 from maskmatch_scale.checkpoints.layout import CheckpointError
 from maskmatch_scale.recipe import Recipe
 
-
 _PLAIN = {"channels": "red, green, blue"}
 """Of facts that are left out where they are the usual ones."""
 

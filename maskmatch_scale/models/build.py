@@ -63,9 +63,7 @@ def build_segmenter(
     names = channel_names(in_channels)
     for key in OPTIONS:
         if key in (backbone_options or {}):
-            raise ValueError(
-                f"model.backbone_options.{key}: the data decide the channels (data.channels); remove it"
-            )
+            raise ValueError(f"model.backbone_options.{key}: the data decide the channels (data.channels); remove it")
     source: Path | bool = isinstance(pretrained, bool) and pretrained
     own = None
     if isinstance(pretrained, str | Path):

@@ -19,7 +19,7 @@ from torch import Tensor
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.images.bands import shown_names
 from maskmatch_scale.data.images.decode import decode_image
-from maskmatch_scale.data.images.file_bands import FileBands
+from maskmatch_scale.data.images.file_bands import RGB_FILES, FileBands
 from maskmatch_scale.data.images.image import decode_large
 from maskmatch_scale.data.images.opening import MOST_WHOLE_PIXELS, bad
 from maskmatch_scale.data.remote.fetch import read_bytes
@@ -52,7 +52,10 @@ class DecodedImage(WholeImage):
         return False
 
     def shrunk(self, height: int, width: int) -> PillowImage.Image:
-        """The image in another size, its shown channels. Where it is much larger, some of its rows and columns are passed over."""
+        """The image in another size, its shown channels.
+
+        Where it is much larger, some of its rows and columns are passed over.
+        """
         own_height, own_width = self.size_px
         step = max(1, min(own_height // height, own_width // width) // 2)
         some: Tensor = self.pixels[:, ::step, ::step][list(self.shown)]
@@ -95,7 +98,7 @@ class Reader:
 
     data: DataRecipe
     exif_orientation: bool
-    bands: FileBands = FileBands()
+    bands: FileBands = RGB_FILES
     note: Callable[[str], None] = lambda line: None
 
     def count(self, share: Share) -> int:
@@ -156,9 +159,7 @@ class Reader:
         return Path(shard.location).open("rb")
 
     @contextmanager
-    def _sample(
-        self, shard: Shard, table: TarTable, file: BinaryIO, place: int, where: str
-    ) -> Iterator[OpenImage]:
+    def _sample(self, shard: Shard, table: TarTable, file: BinaryIO, place: int, where: str) -> Iterator[OpenImage]:
         data, _ = table.read(file, place)
         if shard.bands is None and self.bands.bands:  # no index says what its pages are
             yield self._with_bands(torch.from_numpy(self.bands.read(data, where)))

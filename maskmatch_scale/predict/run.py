@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from maskmatch_scale.data.faults import BadSample
+from maskmatch_scale.data.images.file_bands import FileBands
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.precision import autocast
-from maskmatch_scale.data.images.file_bands import FileBands
 from maskmatch_scale.errors import UserError, of_this_rank
 from maskmatch_scale.evaluation.inference import Inference, inference_with
 from maskmatch_scale.export.opening import Model, open_model

@@ -62,8 +62,8 @@ def _compare(path: Path, settings: dict[str, Any]) -> None:
     if different:
         key = different[0]
         raise UserError(
-            f"{path}: made with {key} = {_short(before.get(key))}, and now it is {_short(settings.get(key))}; name another "
-            "folder, or give --overwrite to make all predictions again"
+            f"{path}: made with {key} = {_short(before.get(key))}, and now it is {_short(settings.get(key))}; name "
+            "another folder, or give --overwrite to make all predictions again"
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maskmatch_scale.data.images.band_pages import mapped
 from maskmatch_scale.data.images.bands import shown_names
-from maskmatch_scale.data.images.file_bands import FileBands
+from maskmatch_scale.data.images.file_bands import RGB_FILES, FileBands
 from maskmatch_scale.data.images.image import TWELVE_BITS, refuse_dark
 from maskmatch_scale.data.images.opening import bad, said
 from maskmatch_scale.data.images.raster import Raster
@@ -63,7 +63,7 @@ def open_tiff(data: bytes | Path, name: str, bands: FileBands | None = None) -> 
             else:
                 dataset = rasterio.open(data, driver="GTiff")
             opened.enter_context(dataset)
-            bands = bands or FileBands()
+            bands = bands or RGB_FILES
             if bands.bands:
                 pages = dataset.subdatasets if dataset.count == 1 and len(dataset.subdatasets) > 1 else []
                 datasets = [opened.enter_context(rasterio.open(page)) for page in pages] or [dataset]

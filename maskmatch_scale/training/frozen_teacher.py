@@ -97,8 +97,8 @@ def check_bands(recipe: Recipe, teacher: Model, bands: Sequence[Band]) -> None:
     if teacher.bands != tuple(bands):
         theirs, ours = (", ".join(in_words(each)) for each in (teacher.bands, bands))
         raise UserError(
-            f"method.teacher={recipe.method.teacher}: its channels are {theirs}, and those of the data {ours}; both see "
-            "the same images, so name a model of these channels (data.channels, data.value_ranges)"
+            f"method.teacher={recipe.method.teacher}: its channels are {theirs}, and those of the data {ours}; both "
+            "see the same images, so name a model of these channels (data.channels, data.value_ranges)"
         )
 
 

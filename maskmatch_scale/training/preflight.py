@@ -43,7 +43,13 @@ from maskmatch_scale.runs.lock import refuse_live_run
 from maskmatch_scale.runs.model import build_student
 from maskmatch_scale.runs.model_checks import check_backbone, check_graphs, check_model, check_statistics, freeze
 from maskmatch_scale.seeds import derive_seed
-from maskmatch_scale.training.frozen_teacher import check_bands, check_classes, check_same_teacher, open_teacher, teacher_facts
+from maskmatch_scale.training.frozen_teacher import (
+    check_bands,
+    check_classes,
+    check_same_teacher,
+    open_teacher,
+    teacher_facts,
+)
 from maskmatch_scale.training.memory_check import check_memory
 
 

@@ -124,5 +124,9 @@ class FileBands:
         return bad("not_an_image", name, what)
 
 
+RGB_FILES = FileBands()
+"""Files of a model of RGB, of which nothing is said."""
+
+
 def _bands(count: int) -> str:
     return f"{count} band{'s' if count > 1 else ''}"

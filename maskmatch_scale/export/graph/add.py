@@ -73,7 +73,9 @@ def plan_for_run(run: Path, size_px: tuple[int, int] | None, images: Sequence[Pa
     try:
         return Plan(size_px, held_out_tiles(recipe.data, size_px))
     except DataError as error:
-        return Plan(size_px, noise_tiles(segmenter.in_channels, size_px, f"data.root of the run cannot be read: {error}"))
+        return Plan(
+            size_px, noise_tiles(segmenter.in_channels, size_px, f"data.root of the run cannot be read: {error}")
+        )
 
 
 def plan_for_export(folder: Path, size_px: tuple[int, int] | None, images: Sequence[Path]) -> Plan:
@@ -92,7 +94,9 @@ def plan_for_export(folder: Path, size_px: tuple[int, int] | None, images: Seque
     )
     if images:
         return Plan(size_px, given_tiles(images, size_px, description.bands))
-    return Plan(size_px, noise_tiles(segmenter.in_channels, size_px, "an export has no data; name images with --onnx-images"))
+    return Plan(
+        size_px, noise_tiles(segmenter.in_channels, size_px, "an export has no data; name images with --onnx-images")
+    )
 
 
 def _checked(size_px: tuple[int, int], segmenter: Segmenter) -> tuple[int, int]:
@@ -192,11 +196,12 @@ def _facts(segmenter: Segmenter, plan: Plan, one: Difference, several: Differenc
 
 def _section(name: str, facts: dict[str, Any], one: Difference) -> str:
     _, channels, height, width = facts["input"]["shape"]
+    shape = f"float32 (1, {channels}, {height}, {width})"
     colours = "RGB in 0–1" if "channels" not in facts else f"{', '.join(map(plain, facts['channels']))} in 0–1"
     mean, std = (", ".join(f"{value:g}" for value in facts[key]) for key in ("mean", "std"))
     batches = BATCH_GRAPH in facts["difference_from_torch"]
     more = f" `{BATCH_GRAPH}` takes any number of images a call." if batches else ""
-    return f"""`{GRAPH}` takes one image of {height}×{width} px a call: `{INPUT}`, float32 (1, {channels}, {height}, {width}),
+    return f"""`{GRAPH}` takes one image of {height}×{width} px a call: `{INPUT}`, {shape},
 {colours}, minus the mean ({mean}), divided by the standard deviation ({std}); this is not part of the graph. It gives
 `{OUTPUT}`, float32 (1, classes, h, w), which may be coarser than the image: upsample them bilinearly.{more} Opset
 {facts["opset"]}. Compared with torch by onnxruntime {facts["versions"]["onnxruntime"]} on a CPU, on

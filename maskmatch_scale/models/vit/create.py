@@ -21,7 +21,11 @@ from maskmatch_scale.models.weights import named, read_weights
 
 
 def create_vit(
-    name: str, image_size: int | tuple[int, int] | None, weights: Path | bool, options: dict[str, Any], in_channels: int = 3
+    name: str,
+    image_size: int | tuple[int, int] | None,
+    weights: Path | bool,
+    options: dict[str, Any],
+    in_channels: int = 3,
 ) -> tuple[Any, tuple[str, ...]]:
     """Create a timm model that takes any image of whole patches, gives its tokens, and can drop masked ones.
 
