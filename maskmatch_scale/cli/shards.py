@@ -124,6 +124,17 @@ def index_command(
         ),
     ] = None,
     ignore_index: Annotated[int, typer.Option(min=0, max=255, help="Label value of pixels that are ignored.")] = 255,
+    bands: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Names of the pages of the images, in their order: red,green,blue,nir."),
+    ] = None,
+    value_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW:HIGH",
+            help="Values that become 0 and 255, for all bands or for some: 0:3000,nir=0:6000. Required with --bands.",
+        ),
+    ] = None,
     rescan: Annotated[
         bool, typer.Option("--rescan", help="Look at all shards again, also at those of an earlier call.")
     ] = False,
@@ -152,6 +163,7 @@ def index_command(
     """
     from maskmatch_scale.data.shards.folder import fetch_options
     from maskmatch_scale.data.tools.survey import Meaning, survey
+    from maskmatch_scale.data.writing.sources.band_options import given_bands
     from maskmatch_scale.data.writing.sources.classes import load_classes
 
     *unlabelled, out = patterns
@@ -166,15 +178,16 @@ def index_command(
         raise UserError("no shards: give patterns and then the folder to write to, e.g. 'shards/{000..127}.tar' data/x")
     if with_labels and classes is None and not add:
         raise UserError("labelled shards: --classes FILE must say what the label values mean")
+    if value_range is not None and bands is None:
+        raise UserError(f"--value-range {value_range}: --bands must name the bands that it is for")
+    named_bands = () if bands is None else given_bands(bands, value_range)
     named = load_classes(classes) if classes else None
     index = survey(
         streams,
         with_labels,
         Path(out),
         fetch_options(_data(out, cache_dir, allow_pipe)),
-        Meaning(tuple(named.names), tuple(named.palette), ignore_index)
-        if named
-        else Meaning(ignore_index=ignore_index),
+        Meaning(tuple(named.names) if named else (), tuple(named.palette) if named else (), ignore_index, named_bands),
         rescan=rescan,
         scan=scan,
         add=add,

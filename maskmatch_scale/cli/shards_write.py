@@ -48,7 +48,7 @@ write_app = typer.Typer(
 shards_app.add_typer(write_app, name="write")
 
 
-LABELS, SPLITS, WRITING = "Label maps", "Splits", "Writing"
+LABELS, SPLITS, BANDS, WRITING = "Label maps", "Splits", "Bands", "Writing"
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,24 @@ class SharedOptions:
             "--skip-bad", help="Leave bad samples out and list them, instead of stopping.", rich_help_panel=WRITING
         ),
     ] = False
+    bands: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Names of all bands of the images, in their order: red,green,blue,nir; - leaves a band out. Default: "
+            "images are stored as RGB of 8 bits.",
+            rich_help_panel=BANDS,
+        ),
+    ] = None
+    value_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW:HIGH",
+            help="Values that become 0 and 255 when images are read: for all bands or for some: 0:3000,nir=0:6000; or "
+            "auto: percentiles 0.5 and 99.5 of up to 64 images. Default: 0:255, for images of 8 bits.",
+            rich_help_panel=BANDS,
+        ),
+    ] = None
     samples_per_shard: Annotated[
         int, typer.Option(min=1, help="Largest number of samples in a shard.", rich_help_panel=WRITING)
     ] = 256
@@ -195,7 +213,7 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
     from maskmatch_scale.data.writing.sources.image_files import DUPLICATES_NAME
 
     console = Console(stderr=True)
-    for note in source.notes:
+    for note in (*source.notes, *source.found):
         console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
     index = write_shards(
         source,
@@ -221,3 +239,6 @@ def print_index(index: ShardIndex, root: str | Path) -> None:
         size = f"{int(sizes.sum()) / 1e6:.1f}" if sizes.all() else "unknown"
         table.add_row(Text(name), labels, str(stream.samples), str(len(stream.shards)), size)
     Console().print(table)
+    if index.bands:
+        bands = ", ".join(f"{band.name} {band.low:g}:{band.high:g}" for band in index.bands)
+        Console().print(f"bands: {bands}", soft_wrap=True, highlight=False, markup=False)

@@ -47,13 +47,13 @@ class WeakView:
         """Draw one view.
 
         Args:
-            image: uint8 (3, H, W).
+            image: uint8 (C, H, W).
             label: uint8 (H, W), or None for an unlabelled image.
             generator: the generator that every number is drawn from.
             around: (y, x) of a pixel of the image that the view must contain.
 
         Returns:
-            image uint8 (3, h + 2 m, w + 2 m) of a crop of (h, w) px with a margin of m px; label uint8 (h, w),
+            image uint8 (C, h + 2 m, w + 2 m) of a crop of (h, w) px with a margin of m px; label uint8 (h, w),
             ignore_index on padding (None for an unlabelled image); valid bool (h, w), False on padding.
         """
         height, width = image.shape[-2:]
@@ -71,7 +71,7 @@ class WeakView:
             rows if inside[0] == window[0] else max(1, round(inside[0] * rows / window[0])),
             columns if inside[1] == window[1] else max(1, round(inside[1] * columns / window[1])),
         )
-        view = image.new_zeros(3, rows, columns)
+        view = image.new_zeros(len(image), rows, columns)
         cut = image[:, top : top + inside[0], left : left + inside[1]]
         view[:, : target[0], : target[1]] = F.resize(cut, list(target), InterpolationMode.BILINEAR, antialias=True)
         if self.margin_px:
@@ -92,13 +92,13 @@ class WeakView:
         """A crop, and around it what the image has there, resized by the same factor.
 
         Args:
-            crop: uint8 (3, h, w), not mirrored.
-            image: uint8 (3, H, W).
+            crop: uint8 (C, h, w), not mirrored.
+            image: uint8 (C, H, W).
             rows: of the image that the crop shows.
             columns: likewise.
 
         Returns:
-            uint8 (3, h + 2 m, w + 2 m), zero where the image ends.
+            uint8 (C, h + 2 m, w + 2 m), zero where the image ends.
         """
         _, height, width = crop.shape
         margin, sides = self.margin_px, image.shape[-2:]
@@ -106,7 +106,7 @@ class WeakView:
         (left, right), (before, after) = _reach(columns, sides[1], width, margin)
         size = [below - above, after - before]
         wide = F.resize(image[:, top:bottom, left:right], size, InterpolationMode.BILINEAR, antialias=True)
-        view = image.new_zeros(3, height + 2 * margin, width + 2 * margin)
+        view = image.new_zeros(len(image), height + 2 * margin, width + 2 * margin)
         down, across = max(above, 0), max(before, 0)
         part = wide[:, down - above :, across - before :][:, : view.shape[1] - down, : view.shape[2] - across]
         view[:, down : down + part.shape[1], across : across + part.shape[2]] = part

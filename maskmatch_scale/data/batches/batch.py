@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from maskmatch_scale.data.images.bands import RGB_NAMES
 from maskmatch_scale.data.order.lane import LaneState
 from maskmatch_scale.data.order.source import Skip
 from maskmatch_scale.data.remote.shard_cache import NOTHING, Fetched
@@ -15,14 +16,14 @@ from maskmatch_scale.data.remote.shard_cache import NOTHING, Fetched
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's micro-batch: B labelled and U unlabelled images of h × w px. It is made in host memory."""
+    """One rank's micro-batch: B labelled and U unlabelled images of C channels, h × w px. In host memory."""
 
     labelled_images: Tensor
-    """uint8 (B, 3, h, w), the weak view; B may be 0."""
+    """uint8 (B, C, h, w), the weak view; B may be 0."""
     labels: Tensor
     """uint8 (B, h, w), ignore_index where nothing counts."""
     unlabelled_images: Tensor
-    """uint8 (U, 3, h + 2 m, w + 2 m), the weak view and a margin of m px around it (`method.teacher_margin_px`); U may
+    """uint8 (U, C, h + 2 m, w + 2 m), the weak view and a margin of m px around it (`method.teacher_margin_px`); U may
     be 0."""
     unlabelled_valid: Tensor
     """bool (U, h, w), False on padding, of the weak view alone."""
@@ -40,7 +41,15 @@ class Batch:
     """Of each lane of a source without an index that it has samples of: the source, its number, and where it is now."""
 
     @classmethod
-    def empty(cls, labelled: int, unlabelled: int, size: tuple[int, int], draws: int = 0, margin_px: int = 0) -> Batch:
+    def empty(
+        cls,
+        labelled: int,
+        unlabelled: int,
+        size: tuple[int, int],
+        draws: int = 0,
+        margin_px: int = 0,
+        channels: int = len(RGB_NAMES),
+    ) -> Batch:
         """A batch of uninitialised memory.
 
         Args:
@@ -49,12 +58,13 @@ class Batch:
             size: (h, w) in px.
             draws: numbers that are drawn for each unlabelled (or, without any, labelled) image, d.
             margin_px: around the weak view of unlabelled images, m.
+            channels: of the images, C.
         """
         rows, columns = size
         return cls(
-            torch.empty(labelled, 3, rows, columns, dtype=torch.uint8),
+            torch.empty(labelled, channels, rows, columns, dtype=torch.uint8),
             torch.empty(labelled, rows, columns, dtype=torch.uint8),
-            torch.empty(unlabelled, 3, rows + 2 * margin_px, columns + 2 * margin_px, dtype=torch.uint8),
+            torch.empty(unlabelled, channels, rows + 2 * margin_px, columns + 2 * margin_px, dtype=torch.uint8),
             torch.empty(unlabelled, rows, columns, dtype=torch.bool),
             torch.empty(unlabelled or labelled, draws, dtype=torch.float64),
             (),

@@ -14,6 +14,7 @@ from maskmatch_scale.data.batches.processes import in_processes
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.images.decode import decode_image, decode_label
 from maskmatch_scale.data.order.epoch import Cut
+from maskmatch_scale.data.shards.folder import channels_of
 from maskmatch_scale.data.shards.reading import RawSample, ShardStream
 from maskmatch_scale.recipe import DataRecipe
 from maskmatch_scale.redact import shown
@@ -30,7 +31,7 @@ class EvaluationSample:
     """Its number in the split."""
     key: str
     image: Tensor
-    """uint8 (3, H, W)."""
+    """uint8 (C, H, W)."""
     label: Tensor
     """uint8 (H, W)."""
 
@@ -61,13 +62,14 @@ class EvaluationSample:
 class _Decoded(Dataset["EvaluationSample | DataError"]):
     """Maps the number of a sample of a labelled stream to the sample."""
 
-    def __init__(self, stream: ShardStream, max_pixels: int, patience_s: float) -> None:
-        self.stream, self.max_pixels, self.patience_s = stream, max_pixels, patience_s
+    def __init__(self, stream: ShardStream, data: DataRecipe, patience_s: float) -> None:
+        self.stream, self.max_pixels, self.patience_s = stream, data.max_image_px, patience_s
+        self.channels = channels_of(stream.index, data)
 
     def __getitem__(self, number: int) -> EvaluationSample | DataError:
         def decode(raw: RawSample) -> EvaluationSample:
             assert raw.label is not None
-            image = decode_image(raw.image, raw.name, max_pixels=self.max_pixels)
+            image = decode_image(raw.image, raw.name, channels=self.channels, max_pixels=self.max_pixels)
             size = (image.shape[-2], image.shape[-1])
             label = decode_label(raw.label, raw.name, ignore_index=self.stream.index.ignore_index, size=size)
             return EvaluationSample(number, raw.key, image, label)
@@ -108,7 +110,8 @@ def evaluation_samples(
 
     Raises:
         NotFetched: when it is the turn of a sample whose shard did not come.
-        DataError: the split has no labels; or, when it is its turn, a sample cannot be used.
+        DataError: the split has no labels, or its images lack a channel; or, when it is its turn, a sample cannot be
+            used.
     """
     stream = ShardStream(data.root, split, data)
     if not stream.labels:
@@ -116,7 +119,7 @@ def evaluation_samples(
     if numbers is None:
         cut = Cut(len(stream), world_size)
         numbers = range(cut.start(rank), cut.start(rank + 1))
-    decoded = _Decoded(stream, data.max_image_px, patience_s)
+    decoded = _Decoded(stream, data, patience_s)
     workers = min(workers, len(numbers) - 1)  # for a single sample there is nothing to decode meanwhile
     if workers > 0:
         found = in_processes(decoded, numbers, workers, _AHEAD, pin_memory=pin_memory)

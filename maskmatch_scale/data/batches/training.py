@@ -29,13 +29,14 @@ from maskmatch_scale.data.batches.dealing import check_shards, check_turns, cont
 from maskmatch_scale.data.batches.sources import Side, count_lanes, open_side
 from maskmatch_scale.data.batches.views import SampleViews, label_map
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.images.bands import RGB_NAMES
 from maskmatch_scale.data.order.lane import LaneState
 from maskmatch_scale.data.order.patience import Patience
 from maskmatch_scale.data.order.queue import SamplePlace
 from maskmatch_scale.data.order.sequential import SequentialSource
 from maskmatch_scale.data.order.source import Skip, WeightedSource
 from maskmatch_scale.data.remote.shard_cache import Fetched
-from maskmatch_scale.data.shards.folder import load_index
+from maskmatch_scale.data.shards.folder import channels_of, load_index
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.seeds import derive_seed
@@ -60,7 +61,7 @@ class _Unlabelled(NamedTuple):
     source: WeightedSource | SequentialSource
     place: SamplePlace
     view: Tensor
-    """uint8 (3, h + 2 m, w + 2 m)."""
+    """uint8 (C, h + 2 m, w + 2 m)."""
     valid: Tensor
     """bool (h, w)."""
     skipped: list[Skip]
@@ -83,7 +84,8 @@ class TrainingBatches(Dataset[Batch]):
         index: of ``data.root``, if it was read already.
 
     Raises:
-        DataError: a source is missing or empty, sources do not fit together, or lanes do not divide the batch.
+        DataError: a source is missing or empty, or lacks a channel; sources do not fit together; or lanes do not divide
+            the batch.
     """
 
     def __init__(
@@ -114,13 +116,29 @@ class TrainingBatches(Dataset[Batch]):
         if unlabelled:
             self.unlabelled = open_side("unlabelled", recipe, self.index, self.lanes, self._deal, world_size, patience)
             self._check_lanes()
+        self.channel_names = self._checked_channels()
+        """What the images of a batch have, by channel."""
         ignore_index = self.index.ignore_index
         self._class_pixels = ClassPixels(
             self.labelled.indexed if self.labelled else [],
             num_classes,
             partial(label_map, num_classes=num_classes, ignore_index=ignore_index),
         )
-        self._views = SampleViews(recipe, num_classes, ignore_index, self._class_pixels.total)
+        self._views = SampleViews(recipe, num_classes, ignore_index, self.channel_names, self._class_pixels.total)
+
+    def _checked_channels(self) -> tuple[str, ...]:
+        """The names of the channels, which every source has."""
+        channels = channels_of(self.index, self.recipe.data)
+        names = RGB_NAMES if channels is None else channels.names
+        for side in (self.labelled, self.unlabelled):
+            for source in side.indexed if side else ():
+                channels_of(source.stream.index, self.recipe.data, source.stream.root, names)
+        if channels is not None and self.sequential:
+            raise DataError(
+                f"source {self.sequential[0].name!r} has no index, so nobody knows its bands, and {', '.join(names)} "
+                "are wanted; index it (`maskmatch shards index --bands`)"
+            )
+        return names
 
     @property
     def labelled_samples(self) -> int:
@@ -288,7 +306,9 @@ class TrainingBatches(Dataset[Batch]):
 
     def _empty(self, labelled: int, unlabelled: int) -> Batch:
         drawn = self._draw.width if self._draw else 0
-        return Batch.empty(labelled, unlabelled, self.recipe.data.crop_px, drawn, self.recipe.method.teacher_margin_px)
+        margin_px = self.recipe.method.teacher_margin_px
+        channels = len(self.channel_names)
+        return Batch.empty(labelled, unlabelled, self.recipe.data.crop_px, drawn, margin_px, channels)
 
     def places(self, side: Side, number: int) -> Iterator[tuple[WeightedSource, SamplePlace]]:
         """The source and place of each of this rank's images of one side in micro-batch ``number``.

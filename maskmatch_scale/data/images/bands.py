@@ -98,3 +98,17 @@ def choose_channels(
     pages = tuple(known[name] for name in wanted)
     bands = (Band(name, *ranges.get(name, (stored[known[name]].low, stored[known[name]].high))) for name in wanted)
     return Channels(tuple(bands), pages)
+
+
+def shown_channels(stored: Sequence[Band]) -> Channels | None:
+    """The bands of an index that people are shown as red, green and blue, see :func:`shown_names`."""
+    return choose_channels(stored, shown_names([band.name for band in stored]))
+
+
+def shown_names(names: Sequence[str]) -> tuple[str, str, str]:
+    """Which bands people are shown as red, green and blue: those of these names, or the first three, or one as grey."""
+    if not names:
+        return RGB_NAMES
+    if set(RGB_NAMES) <= set(names):
+        return RGB_NAMES
+    return (names[0], names[1], names[2]) if len(names) >= 3 else (names[0],) * 3

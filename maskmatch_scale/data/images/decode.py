@@ -1,8 +1,8 @@
 """Bytes of a shard member to a uint8 tensor. The bytes may come from anybody; nothing is ever unpickled.
 
 Formats are told by content, whatever the member's extension: JPEG is read by libjpeg-turbo, PNG and WebP by Pillow's
-classes for the two. No other decoder of Pillow is used. ``max_pixels`` is checked against the header before anything is
-decoded. Pillow's own limit of size, 179 million pixels, holds for WebP only.
+classes for the two, TIFFs of bands by Pillow's class for TIFF, or by rasterio. No other decoder of Pillow is used.
+``max_pixels`` is checked against the header before anything is decoded. Pillow's own limit of size, 179 million pixels, holds for WebP only.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def decode_image(
             piece out next does not need it.
 
     Returns:
-        uint8 (C, H, W), a channel of ``channels`` each; (3, H, W) without. JPEG pixels are those of libjpeg-turbo's accurate settings, the same as Pillow's.
+        uint8 (C, H, W), a channel of ``channels`` each; (3, H, W) without. JPEG pixels are those of libjpeg-turbo's
+        accurate settings, the same as Pillow's.
 
     Raises:
         BadSample: ``not_an_image``: another format, corrupt or cut short (what is there is not used), 12-bit data in 16

@@ -25,6 +25,8 @@ MOST_WHOLE_PIXELS = 500_000_000
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 """How files of these formats begin."""
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""How TIFFs and BigTIFFs begin."""
 BIT_DEPTH = 24
 """The byte of a PNG that holds its bits a channel."""
 _RIFF = b"RIFF"
@@ -56,6 +58,8 @@ def open_stored(data: bytes | Path) -> Image.Image:
         ValueError: another format. Pillow's classes raise nearly any exception for damaged files.
     """
     start = start_of(data)
+    if start.startswith(TIFF_STARTS):
+        raise ValueError("a TIFF, and its index names no bands: `maskmatch shards index --bands` names them")
     if not is_stored(start):
         raise ValueError("neither JPEG nor PNG nor WebP")
     # The classes themselves: Image.open has limits of its own.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -51,13 +52,16 @@ def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False
     return _remote_index(root, options)
 
 
-def channels_of(index: ShardIndex, data: DataRecipe, root: str | None = None) -> Channels | None:
+def channels_of(
+    index: ShardIndex, data: DataRecipe, root: str | None = None, names: Sequence[str] | None = None
+) -> Channels | None:
     """What the decoder makes of the images of a shard folder, as `data.channels` and `data.value_ranges` say.
 
     Args:
         index: of the folder.
         data: the section of the recipe.
         root: of the folder, for the message; None: `data.root`.
+        names: wanted bands of a folder other than `data.root`, in place of `data.channels`.
 
     Returns:
         For :func:`maskmatch_scale.data.images.decode.decode_image`; None for plain images, read as RGB.
@@ -66,7 +70,10 @@ def channels_of(index: ShardIndex, data: DataRecipe, root: str | None = None) ->
         DataError: the index lacks a wanted band; names the key, the band and those that there are.
     """
     try:
-        return choose_channels(index.bands, data.channels, data.value_ranges)
+        if names is None:
+            return choose_channels(index.bands, data.channels, data.value_ranges)
+        ranges = {name: bounds for name, bounds in data.value_ranges.items() if name in names}
+        return choose_channels(index.bands, names, ranges)
     except ValueError as error:
         raise DataError(f"{shown(root or data.root)}: {error}") from None
 

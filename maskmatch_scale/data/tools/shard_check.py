@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskmatch_scale.data.faults import BadSample, DataError
+from maskmatch_scale.data.images.bands import Channels
 from maskmatch_scale.data.images.decode import decode_image, decode_label
 from maskmatch_scale.data.shards.index import ShardEntry
 from maskmatch_scale.data.shards.tar import TarTable, read_table
@@ -76,6 +77,7 @@ class ShardCheck:
         deep: whether to decode every image and label map.
         max_pixels: larger images are faults.
         open_shard: how to open a shard.
+        channels: all bands of the images; None: they are plain ones.
     """
 
     num_classes: int
@@ -83,6 +85,7 @@ class ShardCheck:
     deep: bool
     max_pixels: int
     open_shard: OpenShard
+    channels: Channels | None = None
 
     def __call__(self, shard: ShardToCheck) -> Checked:
         """Check one shard."""
@@ -129,7 +132,7 @@ class ShardCheck:
             return
         image, label = table.read(file, place)
         name = f"{table.shard}: sample {table.key(place)!r}"
-        pixels = decode_image(image, name, max_pixels=self.max_pixels, contiguous=False)
+        pixels = decode_image(image, name, channels=self.channels, max_pixels=self.max_pixels, contiguous=False)
         if label is not None:
             decode_label(
                 label,

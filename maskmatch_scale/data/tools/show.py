@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.images.bands import shown_channels
 from maskmatch_scale.data.images.decode import decode_image, decode_label
 from maskmatch_scale.data.shards.folder import ShardOpener, load_index
 from maskmatch_scale.data.shards.index import ShardIndex, StreamEntry
@@ -35,6 +36,8 @@ def contact_sheet(
     open_shard: OpenShard | None = None,
 ) -> Path:
     """Write a PNG of samples: image, then label map in colours over the image in grey; keys below, classes on top.
+
+    Of images with bands, those called red, green and blue are shown, or else the first three, or one as grey.
 
     A sample that cannot be used gets a card that says why. Pixels of ``ignore_index`` are striped; a percentage beside
     a class is its share of the labelled pixels that are shown.
@@ -109,7 +112,7 @@ def _card(
             key = table.key(place)
             encoded, encoded_label = table.read(file, place)
         name = f"{file_name}: sample {key!r}"
-        image = decode_image(encoded, name).permute(1, 2, 0).numpy()
+        image = decode_image(encoded, name, channels=shown_channels(index.bands)).permute(1, 2, 0).numpy()
         size = (image.shape[0], image.shape[1])
         pictures = [thumbnail(Image.fromarray(image), longest)]
         if encoded_label is not None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.images.bands import Band
 from maskmatch_scale.data.pool import in_threads, results, usable_cores
 from maskmatch_scale.data.remote.fetch import ask_size
 from maskmatch_scale.data.remote.shard_cache import ShardCache
@@ -39,17 +40,19 @@ _NOTED_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Meaning:
-    """What the values of label maps mean.
+    """What the values of label maps and the pages of images mean.
 
     Attributes:
         classes: names by label value; empty where nothing is labelled.
         palette: one RGB colour a class, 0–255.
         ignore_index: value of ignored pixels.
+        bands: what the pages of images are; empty: images are plain ones.
     """
 
     classes: tuple[str, ...] = ()
     palette: tuple[tuple[int, int, int], ...] = ()
     ignore_index: int = 255
+    bands: tuple[Band, ...] = ()
 
 
 def survey(
@@ -74,7 +77,7 @@ def survey(
         labelled: names of the streams with label maps.
         out: folder of the index, made if it is not there. Shards within it are listed by their name alone.
         options: how shards of other machines are fetched.
-        meaning: of the label maps.
+        meaning: of the label maps and the images.
         rescan: whether to look at all shards again. A local one whose size or time has changed is looked at in any
             case; a remote one is taken to be as it was.
         scan: whether to open every shard, for its checksum, also those whose number of samples an index says.
@@ -127,6 +130,7 @@ def survey(
         classes=meaning.classes,
         palette=meaning.palette,
         ignore_index=meaning.ignore_index,
+        bands=meaning.bands,
         offsets=offsets,
         streams={
             name: StreamEntry(
@@ -168,7 +172,10 @@ def _added(
             raise DataError(f"{out / INDEX_NAME}: stream {name!r} cannot have shards with and without labels")
         joined = {shard.location: shard for shard in streams.get(name, [])}
         streams[name] = list((joined | {shard.location: shard for shard in shards}).values())
-    of_before = Meaning(before.classes, before.palette, before.ignore_index)
+    if meaning.bands and meaning.bands != before.bands:
+        raise DataError(f"{out / INDEX_NAME}: it has other bands or ranges of values; make an index of its own")
+    meaning = replace(meaning, bands=before.bands)
+    of_before = Meaning(before.classes, before.palette, before.ignore_index, before.bands)
     if before.classes and meaning.classes and meaning != of_before:
         raise DataError(f"{out / INDEX_NAME}: it has other classes, colours or ignore_index; make an index of its own")
     named = [*labelled, *(name for name, stream in before.streams.items() if stream.labelled)]

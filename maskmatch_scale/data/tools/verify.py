@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.images.bands import choose_channels
 from maskmatch_scale.data.images.opening import MAX_PIXELS
 from maskmatch_scale.data.pool import results, usable_cores
 from maskmatch_scale.data.shards.folder import ShardOpener, load_index
@@ -53,7 +54,9 @@ def verify(
     """
     index = index or load_index(str(root))
     open_shard = open_shard or ShardOpener(str(root))
-    check = ShardCheck(len(index.classes), index.ignore_index, deep, max_pixels, open_shard)
+    check = ShardCheck(
+        len(index.classes), index.ignore_index, deep, max_pixels, open_shard, choose_channels(index.bands)
+    )
     shards = sum(len(stream.shards) for stream in index.streams.values())
     if workers is None:
         sizes = np.concatenate([stream.shards.bytes for stream in index.streams.values()] or [np.zeros(0, np.int64)])

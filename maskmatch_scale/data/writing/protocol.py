@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from maskmatch_scale.data.images.bands import Band
+
 
 @dataclass(frozen=True)
 class EncodedSample:
@@ -77,6 +79,15 @@ class DataSource(Protocol):
         It raises :class:`maskmatch_scale.data.faults.BadSample` for an item that cannot be used, and any other
         exception to end the writing.
         """
+
+
+@runtime_checkable
+class HasBands(Protocol):
+    """A data source whose images may have bands: TIFFs of one page a band."""
+
+    @property
+    def bands(self) -> tuple[Band, ...]:
+        """What the pages of an image hold; none if images are plain ones."""
 
 
 @runtime_checkable

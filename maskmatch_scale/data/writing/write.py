@@ -22,7 +22,7 @@ from maskmatch_scale.data.shards.index import ShardEntry, ShardIndex, ShardTable
 from maskmatch_scale.data.shards.offsets import FOLDER, is_side_car_of, side_car, write_side_car
 from maskmatch_scale.data.writing.folder import begin, finish, is_whole, only_writer, written_before
 from maskmatch_scale.data.writing.journal import JOURNAL_NAME, SKIPPED_NAME, Journal, Written, write_skipped
-from maskmatch_scale.data.writing.protocol import DataSource, EncodedSample, Prepares
+from maskmatch_scale.data.writing.protocol import DataSource, EncodedSample, HasBands, Prepares
 from maskmatch_scale.data.writing.shard import Rendered, Shard, cut, write_shard
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.progress import progress_of
@@ -90,6 +90,7 @@ def write_shards(
             classes=source.classes,
             palette=source.palette,
             ignore_index=source.ignore_index,
+            bands=source.bands if isinstance(source, HasBands) else (),
             offsets=True,
             streams={
                 name: StreamEntry(labelled=stream.labelled, shards=_table(out, name, shards[name], written))

@@ -306,7 +306,7 @@ BAD_SAMPLE = [EncodedSample("", b"", "jpg")]
     [
         (EncodedSample("a.b", b"x", "jpg", b"y"), "no dot"),
         (EncodedSample("a", b"x", "jpg", None), "carries no label map"),
-        (EncodedSample("a", b"x", "tiff", b"y"), "none of jpg"),
+        (EncodedSample("a", b"x", "bmp", b"y"), "none of jpg"),
         (EncodedSample("a", b"x", "png", b"y"), "store the image as jpg or webp"),
         (EncodedSample("square-0000", b"x", "jpg", b"y"), "two samples"),
     ],

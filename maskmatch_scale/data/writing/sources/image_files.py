@@ -15,7 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.images.bands import Band
 from maskmatch_scale.data.writing.protocol import StreamItems
+from maskmatch_scale.data.writing.sources.band_ranges import FoundBands, find_bands
 from maskmatch_scale.data.writing.sources.classes import IGNORE, Classes, load_classes, load_id_map
 from maskmatch_scale.data.writing.sources.duplicates import find_duplicates
 from maskmatch_scale.data.writing.sources.keys import keys_of
@@ -64,6 +66,8 @@ class ImageFiles:
         """Raise what the user got wrong before anything is written."""
         if not any(self.listing.values()):
             raise DataError(f"{self.root}: no images in it that source {self.name} would take")
+        if self.options.value_range is not None and self.options.bands is None:
+            raise DataError(f"--value-range {self.options.value_range}: --bands must name the bands that it is for")
         if self._labelled and not self.classes:
             raise DataError("label maps need names: --classes FILE, with a name a line in the order of their values")
 
@@ -82,6 +86,7 @@ class ImageFiles:
         """What the shards depend on; which files there are, but not where they lie."""
         options = self.options
         rules = [[end, rule.as_json()] for end, rule in self._rules]
+        of_bands = {} if self._bands is None else self._bands.rule.as_json()
         return {
             "files": listing_digest(self.listing.items()),
             "class_names": _short_digest([self.classes, self.palette]),
@@ -95,7 +100,18 @@ class ImageFiles:
             "keep_duplicates": options.keep_duplicates,
             "revision": REVISION,
             "pillow": version("pillow"),
+            **of_bands,
         }
+
+    @property
+    def bands(self) -> tuple[Band, ...]:
+        """Bands of the images; none if they are plain ones."""
+        return () if self._bands is None else self._bands.rule.bands
+
+    @property
+    def found(self) -> tuple[str, ...]:
+        """What the user should know of the images that were looked at, a line each."""
+        return () if self._bands is None else self._bands.notes
 
     @cached_property
     def streams(self) -> Mapping[str, StreamItems]:
@@ -109,7 +125,8 @@ class ImageFiles:
     @property
     def render(self) -> ReadFiles:
         """What makes a sample of an item."""
-        return ReadFiles(str(self.root), self._rules, self.options.max_side)
+        rule = None if self._bands is None else self._bands.rule
+        return ReadFiles(str(self.root), self._rules, self.options.max_side, rule)
 
     def prepare(self, out: Path, *, resumed: bool, workers: int, progress: bool) -> Mapping[str, StreamItems]:
         """Drop images of equal bytes, then shuffle. What was dropped is kept in `out/duplicates.jsonl`."""
@@ -147,6 +164,13 @@ class ImageFiles:
         for number, first in sorted(find_duplicates(paths, threads=workers, progress=progress).items()):
             (stream, image), (kept_stream, kept) = found[number], found[first]
             yield {"stream": stream, "image": image, "same_as": {"stream": kept_stream, "image": kept}}
+
+    @cached_property
+    def _bands(self) -> FoundBands | None:
+        options, images = self.options, (pair.image for pairs in self.listing.values() for pair in pairs)
+        if options.bands is None:
+            return None
+        return find_bands(options.bands, options.value_range, self.root, images)
 
     @cached_property
     def _labelled(self) -> bool:

@@ -20,6 +20,8 @@ class Options:
         max_side: longest side of an image, px; larger ones are shrunk.
         shuffle_seed: of the order of samples; negative keeps that of the data set.
         keep_duplicates: write images of equal bytes as often as they are there.
+        bands: names of the bands of the images (:func:`parse_bands`); None: images are plain ones.
+        value_range: which of their values become 0 and 255 (:func:`parse_ranges`).
     """
 
     classes: str | None = None
@@ -34,3 +36,5 @@ class Options:
     max_side: int | None = None
     shuffle_seed: int = 0
     keep_duplicates: bool = False
+    bands: str | None = None
+    value_range: str | None = None

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.encode import encode_label
 from maskmatch_scale.data.writing.protocol import EncodedSample
+from maskmatch_scale.data.writing.sources.classes import IGNORE
 from maskmatch_scale.data.writing.sources.label_rule import LabelRule
-from maskmatch_scale.data.writing.sources.store_image import store_image
+from maskmatch_scale.data.writing.sources.store_bands import BandRule, store_bands
+from maskmatch_scale.data.writing.sources.store_image import Stored, store_image
 
 
 class FileItem(NamedTuple):
@@ -32,11 +35,13 @@ class ReadFiles:
         root: what paths are relative to.
         rules: pairs of an ending of label maps' names and the rule for their values; the first ending that fits counts.
         max_side: as in :class:`Options`.
+        bands: how images with bands are read; None: images are plain ones.
     """
 
     root: str
     rules: tuple[tuple[str, LabelRule], ...]
     max_side: int | None
+    bands: BandRule | None = None
 
     def __call__(self, item: FileItem) -> EncodedSample:
         """Read, check and encode.
@@ -45,7 +50,7 @@ class ReadFiles:
             BadSample: a file is missing, empty, unreadable or too large, or the label map does not fit the image.
         """
         path = str(Path(self.root, item.image))
-        stored = store_image(_read(path, "no_image"), path, labelled=item.label is not None, max_side=self.max_side)
+        stored, known = self._stored(_read(path, "no_image"), path, item.label is not None)
         if item.label is None:
             return EncodedSample(item.key, stored.data, stored.extension)
         path = str(Path(self.root, item.label))
@@ -57,11 +62,19 @@ class ReadFiles:
             (width, height), (own_width, own_height) = stored.original, size
             what = f"{own_width} × {own_height} px, but its image {item.image} has {width} × {height}"
             raise BadSample("label_size", f"{path}: {what}")
+        if known is not None:
+            values = np.where(known, values, np.uint8(IGNORE))
         if stored.size != stored.original:
             values = np.asarray(Image.fromarray(values).resize(stored.size, Image.Resampling.NEAREST))
-        elif rule.keeps(data):
+        elif known is None and rule.keeps(data):
             return EncodedSample(item.key, stored.data, stored.extension, data)
         return EncodedSample(item.key, stored.data, stored.extension, encode_label(values))
+
+    def _stored(self, data: bytes, path: str, labelled: bool) -> tuple[Stored, NDArray[np.bool_] | None]:
+        """The image as it is stored, and which of its pixels have data, (H, W); None: all."""
+        if self.bands is None:
+            return store_image(data, path, labelled=labelled, max_side=self.max_side), None
+        return store_bands(data, path, self.bands, max_side=self.max_side)
 
 
 def _read(path: str, if_missing: str) -> bytes:

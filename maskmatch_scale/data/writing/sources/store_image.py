@@ -10,6 +10,7 @@ from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.encode import encode_image
 from maskmatch_scale.data.images.image import MODES, eight_bits, jpeg_size, orientation_alone
 from maskmatch_scale.data.images.opening import MAX_PIXELS, file_faults, open_any
+from maskmatch_scale.data.writing.sources.plain_tiff import refuse_lost_bands
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 """Files taken for images, in lower case."""
@@ -35,8 +36,9 @@ def store_image(data: bytes, name: str, *, labelled: bool, max_side: int | None 
     """Decode an image, to be sure that it can be decoded, and encode it again where it cannot stay as it is.
 
     JPEG and WebP stay as they are, PNG too if there is no label (beside one, `.png` is the label map). Others become
-    lossless WebP: 16 bits are cut to the upper 8 and alpha is dropped, as in training. An image larger than `max_side`
-    is shrunk and becomes a JPEG of quality 95. An orientation in EXIF data stays there; pixels are not turned.
+    lossless WebP: 16 bits are cut to the upper 8 and alpha is dropped, as in training. A TIFF of more bands is refused.
+    An image larger than `max_side` is shrunk and becomes a JPEG of quality 95. An orientation in EXIF data stays there;
+    pixels are not turned.
 
     Args:
         data: the bytes of the file.
@@ -53,8 +55,9 @@ def store_image(data: bytes, name: str, *, labelled: bool, max_side: int | None 
         size = jpeg_size(data)
         if size is not None and (max_side is None or max(size) <= max_side):
             height, width = size
-            _refuse_huge((width, height), name)
+            refuse_huge((width, height), name)
             return Stored(data, "jpg", (width, height), (width, height))
+        refuse_lost_bands(data, name)
         try:
             with open_any(data) as image:
                 image.load()
@@ -70,10 +73,10 @@ def _store(image: Image.Image, data: bytes, name: str, labelled: bool, max_side:
     exif = orientation_alone(image)
     image_format, image = image.format, eight_bits(image, data, name)
     if max_side is not None and max(size) > max_side:
-        small = _shrunk(size, max_side)
+        small = shrunk(size, max_side)
         image = image.convert("L" if image.mode == "L" else "RGB").resize(small, Image.Resampling.LANCZOS)
         return Stored(encode_image(image, "JPEG", quality=_JPEG_QUALITY, exif=exif), "jpg", small, size)
-    _refuse_huge(size, name)
+    refuse_huge(size, name)
     if image_format in _KEPT and not (image_format == "PNG" and labelled):
         return Stored(data, _KEPT[image_format], size, size)
     if max(size) > _MAX_WEBP_PX:
@@ -82,14 +85,14 @@ def _store(image: Image.Image, data: bytes, name: str, labelled: bool, max_side:
     return Stored(encode_image(image.convert("RGB"), "WEBP", exif=exif, **_WEBP), "webp", size, size)
 
 
-def _refuse_huge(size: tuple[int, int], name: str) -> None:
+def refuse_huge(size: tuple[int, int], name: str) -> None:
     """Raise for a width and height of more pixels than training reads by default."""
     if size[0] * size[1] > MAX_PIXELS:
         what = f"{size[0]} × {size[1]} px, more than {MAX_PIXELS} pixels; --max-side shrinks it"
         raise BadSample("too_large", f"{name}: {what}")
 
 
-def _shrunk(size: tuple[int, int], max_side: int) -> tuple[int, int]:
+def shrunk(size: tuple[int, int], max_side: int) -> tuple[int, int]:
     """Width and height when the longer one becomes `max_side`."""
     longer = max(size)
     return tuple(max(1, round(side * max_side / longer)) for side in size)  # type: ignore[return-value]
