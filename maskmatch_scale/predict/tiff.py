@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maskmatch_scale.data.images.band_pages import mapped
 from maskmatch_scale.data.images.bands import shown_names
-from maskmatch_scale.data.images.file_bands import RGB_FILES, FileBands
+from maskmatch_scale.data.images.file_bands import RGB_FILES, FileBands, without_data
 from maskmatch_scale.data.images.image import TWELVE_BITS, refuse_dark
 from maskmatch_scale.data.images.opening import bad, said
 from maskmatch_scale.data.images.raster import Raster
@@ -204,8 +204,9 @@ class BandsTiff(TiffImage):
 
     def read(self, rows: slice, columns: slice) -> Tensor:
         """Pixels of a part: uint8 (C, rows, columns)."""
-        stored = self._raster.read(self._places, window=self._window(rows, columns))
-        return torch.from_numpy(mapped(stored, self._bands.bands))
+        window = self._window(rows, columns)
+        planes = mapped(self._raster.read(self._places, window=window), self._bands.bands)
+        return torch.from_numpy(without_data(planes, self._raster.valid(window=window)))
 
     def shrunk(self, height: int, width: int) -> Image.Image:
         """The image in another size: bands that are shown as red, green and blue. Some pixels are passed over."""

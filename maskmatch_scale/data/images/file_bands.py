@@ -9,10 +9,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.band_pages import mapped
 from maskmatch_scale.data.images.bands import RGB_NAMES, Band, Channels, choose_channels
-from maskmatch_scale.data.images.opening import MOST_WHOLE_PIXELS, PNG, TIFF_STARTS, bad, check_size, start_of
+from maskmatch_scale.data.images.opening import (
+    MOST_WHOLE_PIXELS,
+    PNG,
+    TIFF_STARTS,
+    bad,
+    check_size,
+    file_faults,
+    open_any,
+    start_of,
+)
 from maskmatch_scale.data.images.raster import open_raster
 
 UNUSED = "-"
@@ -71,19 +79,18 @@ class FileBands:
             if len(self.given) != count:
                 raise bad("not_an_image", name, f"{_bands(count)}, and --bands names {len(self.given)}")
             return tuple(self.given.index(channel) for channel in self.names)
-        called = [" ".join((text or "").split()).casefold() for text in descriptions]
+        called = [" ".join((text or "").split()).casefold() for text in descriptions] or [""] * count
         wanted = [channel.casefold() for channel in self.names]
         if all(called.count(channel) == 1 for channel in wanted):
             return tuple(called.index(channel) for channel in wanted)
         if count == len(wanted) and all(text == own or text not in wanted for text, own in zip(called, wanted)):
             return tuple(range(count))
-        missing = ", ".join([*self.names, *[UNUSED] * max(0, count - len(wanted))]).replace(" ", "")
-        raise bad(
-            "not_an_image",
-            name,
-            f"{_bands(count)}, and the model's channels are {', '.join(self.names)}; say which band is which, in the "
-            f"order of the file and with {UNUSED} for one that is not used: --bands {missing}",
-        )
+        what = f"{_bands(count)}, and the model's channels are {', '.join(self.names)}"
+        if count < len(wanted):
+            raise bad("not_an_image", name, f"{what}; name files that have them all")
+        example = ",".join([*self.names, *[UNUSED] * (count - len(wanted))])
+        remedy = f"say which band is which, in the order of the file and with {UNUSED} for one that is not used"
+        raise bad("not_an_image", name, f"{what}; {remedy}, such as --bands {example}")
 
     def of_pages(self, stored: Sequence[Band]) -> Channels | None:
         """What the decoder makes of images whose pages an index names; None: plain images, as RGB.
@@ -98,7 +105,9 @@ class FileBands:
         return choose_channels(stored, self.names, ranges)
 
     def read(self, data: bytes | Path, name: str) -> NDArray[np.uint8]:
-        """A whole image of a TIFF or PNG, mapped by the ranges of the channels as shards are.
+        """A whole image, mapped by the ranges of the channels as those of shards are; 0 where it has no data.
+
+        TIFFs and PNGs are read with all their bits, other formats as 8 bits of grey or RGB.
 
         Args:
             data: the file: its bytes or its path.
@@ -108,20 +117,33 @@ class FileBands:
             uint8 (C, H, W).
 
         Raises:
-            BadSample: ``not_an_image``: another format, damaged, or other bands; ``too_large``.
+            BadSample: ``not_an_image``: no image, damaged, or other bands; ``too_large``.
             UserError: rasterio is not installed.
         """
-        if not start_of(data).startswith((PNG, *TIFF_STARTS)):
-            raise self.no_bands(name)
-        with open_raster(data, name) as raster:
-            check_size(*raster.size_px, name, MOST_WHOLE_PIXELS)
-            places = self.places(raster.count, raster.descriptions, name)
-            return mapped(raster.read(places), self.bands)
+        if start_of(data).startswith((PNG, *TIFF_STARTS)):
+            with open_raster(data, name) as raster:
+                check_size(*raster.size_px, name, MOST_WHOLE_PIXELS)
+                places = self.places(raster.count, raster.descriptions, name)
+                planes = mapped(raster.read(places), self.bands)
+                return without_data(planes, raster.valid())
+        with file_faults(name, "not_an_image", "image"), open_any(data) as image:
+            places = self.places(len(image.getbands()), (), name)
+            if image.mode not in ("L", "LA", "RGB", "RGBA"):
+                raise bad("not_an_image", name, f"mode {image.mode}; of TIFF and PNG other bands are read too")
+            pixels = np.atleast_3d(np.asarray(image))
+        return mapped(pixels[:, :, places].transpose(2, 0, 1), self.bands)
 
-    def no_bands(self, name: str) -> BadSample:
-        """Why a file of a format without bands cannot be used."""
-        what = f"no TIFF and no PNG, and the model's channels are {', '.join(self.names)}; name files that have them"
-        return bad("not_an_image", name, what)
+
+def without_data(planes: NDArray[np.uint8], valid: NDArray[np.bool_] | None) -> NDArray[np.uint8]:
+    """Planes (C, H, W) that are 0 where there are no data, as writers of shards make them; changed in place.
+
+    Args:
+        planes: mapped.
+        valid: bool (H, W), False where there are no data; None: all have.
+    """
+    if valid is not None:
+        planes[:, ~valid] = 0
+    return planes
 
 
 RGB_FILES = FileBands()
