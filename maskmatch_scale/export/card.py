@@ -181,7 +181,7 @@ def _input(description: Description, segmenter: Segmenter) -> str:
         rows = (f"- {plain(band.name)}: {band.low:g} to {band.high:g}" for band in description.bands)
         channels = (
             f"{len(description.bands)} channels, in this order, with the stored values that become 0 and 1 (in 255 "
-            "steps; values outside become 0 or 1):\n\n" + "\n".join(rows) + "\n\nThen"
+            "steps; values outside become 0 or 1):\n\n" + "\n".join(rows) + "\n\nThese in 0–1"
         )
     return (
         f"{channels}, minus the mean ({mean}), divided by the standard deviation ({std}). Trained on crops of "
