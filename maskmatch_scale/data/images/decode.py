@@ -2,7 +2,8 @@
 
 Formats are told by content, whatever the member's extension: JPEG is read by libjpeg-turbo, PNG and WebP by Pillow's
 classes for the two, TIFFs of bands by Pillow's class for TIFF, or by rasterio. No other decoder of Pillow is used.
-``max_pixels`` is checked against the header before anything is decoded. Pillow's own limit of size, 179 million pixels, holds for WebP only.
+``max_pixels`` is checked against the header before anything is decoded. Pillow's own
+limit of size, 179 million pixels, holds for WebP only.
 """
 
 from __future__ import annotations

@@ -22,6 +22,9 @@ _BLOCK_PX = 1 << 28
 KINDS = ("uint8", "uint16", "int16")
 """Types of values that shards hold."""
 
+Window = tuple[slice, slice]
+"""Rows and columns, px."""
+
 
 class Raster:
     """An image whose bands are read from its file: those of one raster, or one a page of a TIFF of grey pages.
@@ -59,36 +62,55 @@ class Raster:
         if first.colorinterp[0].name == "palette":
             raise bad("not_an_image", name, "a palette image, whose values are no measurements; convert it to RGB")
 
-    def read(self, bands: Sequence[int], shape: tuple[int, int] | None = None, window: Any = None) -> NDArray[Any]:
+    def read(
+        self, bands: Sequence[int], shape: tuple[int, int] | None = None, window: Window | None = None
+    ) -> NDArray[Any]:
         """Values of bands, numbered from 0: (bands, H, W) of type `kind`.
 
         Args:
             bands: which.
             shape: (H, W) of what is returned, made by leaving pixels out; None: all pixels.
-            window: the part that is read, rasterio's; None: all.
+            window: rows and columns that are read; None: all.
 
         Raises:
             BadSample: ``not_an_image``: the file is damaged.
         """
+        part = _part(shape, window)
         with _readable(self._name):
-            size = {} if shape is None else {"out_shape": shape}
             if len(self._datasets) == 1:
-                of_one = {} if shape is None else {"out_shape": (len(bands), *shape)}
-                values: NDArray[Any] = self._datasets[0].read([band + 1 for band in bands], window=window, **of_one)
+                if shape is not None:
+                    part["out_shape"] = (len(bands), *shape)
+                values: NDArray[Any] = self._datasets[0].read([band + 1 for band in bands], **part)
                 return values
-            return np.stack([self._datasets[band].read(1, window=window, **size) for band in bands])
+            return np.stack([self._datasets[band].read(1, **part) for band in bands])
 
-    def valid(self, shape: tuple[int, int] | None = None, window: Any = None) -> NDArray[np.bool_] | None:
-        """Which pixels have data in some band, (H, W); None: all have, as the file's own header says.
+    def valid(
+        self, bands: Sequence[int], shape: tuple[int, int] | None = None, window: Window | None = None
+    ) -> NDArray[np.bool_] | None:
+        """Which pixels have data, (H, W); None: all have, as the file's own header says.
 
-        A mask, a value `nodata`, or a band of transparency says it. Arguments as for :meth:`read`.
+        A mask, a value `nodata` that all bands have, or a band of transparency says it, unless that band is wanted
+        itself: GDAL calls near infrared in an 8-bit TIFF so. Arguments as for :meth:`read`.
         """
         first = self._datasets[0]
+        if any(first.colorinterp[band].name == "alpha" for band in bands if band < first.count):
+            if first.nodata is None:
+                return None
+            known: NDArray[np.bool_] = (self.read(bands, shape, window) != first.nodata).any(axis=0)
+            return known
         if all("all_valid" in (flag.name for flag in flags) for flags in first.mask_flag_enums):
             return None
         with _readable(self._name):
-            mask = first.dataset_mask(window=window, **({} if shape is None else {"out_shape": shape}))
+            mask = first.dataset_mask(**_part(shape, window))
         return np.asarray(mask > 0)
+
+
+def _part(shape: tuple[int, int] | None, window: Window | None) -> dict[str, Any]:
+    """Arguments of rasterio for reading a part."""
+    part: dict[str, Any] = {} if shape is None else {"out_shape": shape}
+    if window is not None:
+        part["window"] = tuple((along.start, along.stop) for along in window)
+    return part
 
 
 @contextmanager

@@ -96,10 +96,10 @@ def _look(names: Sequence[str], root: Path, images: Iterable[str]) -> _Seen:
     for image in sorted(set(images), key=lambda path: sort_key(0, "bands", path))[:_SAMPLE]:
         path = root / image
         try:
-            with open_bands(path.read_bytes(), str(path), len(names)) as raster:
-                height, width = raster.size_px
+            with open_bands(path, str(path), names) as opened:
+                height, width = opened.size_px
                 shape = (min(height, _SIDE_PX), min(width, _SIDE_PX))
-                values, valid = raster.read(numbers, shape), raster.valid(shape)
+                values, valid = opened.read(numbers, shape), opened.valid(numbers, shape)
         except BadSample as error:
             first = first or error
             continue
@@ -114,7 +114,7 @@ def _look(names: Sequence[str], root: Path, images: Iterable[str]) -> _Seen:
         for of_band, plane in zip(seen.values, values, strict=True):
             of_band.append((plane if valid is None else plane[valid]).ravel().astype(np.int64))
     if not seen.images:
-        raise DataError(f"--bands {','.join(names)}: none of the images looked at can be read; {first}")
+        raise DataError(f"none of the images looked at can be read: {first}")
     seen.share /= seen.images
     return seen
 

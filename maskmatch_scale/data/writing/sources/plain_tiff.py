@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from maskmatch_scale.data.faults import BadSample
-from maskmatch_scale.data.images.opening import TIFF_STARTS
+from maskmatch_scale.data.images.opening import TIFF_STARTS, start_of
+from maskmatch_scale.data.images.raster import open_raster
+from maskmatch_scale.errors import UserError
 
 _BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA, _FORMAT = 258, 262, 277, 338, 339
 """Numbers of TIFF tags."""
@@ -22,19 +25,21 @@ _REDUCED_OR_MASK = 1 | 4
 _SUBFILE = 254
 _KINDS = {1: "uint", 2: "int", 3: "float"}
 _MOST_PAGES = 100
+_SIDE_PX = 1024
+"""Of a larger image that is not read whole, so many rows and columns are looked at, evenly spread."""
 
 
-def refuse_lost_bands(data: bytes, name: str) -> None:
+def refuse_lost_bands(data: bytes | Path, name: str) -> None:
     """Raise :class:`BadSample` for a TIFF that has more bands than RGB or grey with transparency, or several pages.
 
     A fourth band that is declared as transparency but has more than two values is probably another one: GDAL calls near
     infrared in an 8-bit TIFF so. Any other file passes, also a damaged one, which decoding will find.
 
     Args:
-        data: the bytes of the file.
+        data: the file: its bytes, or its path if it is too large for them; then a part of its pixels is looked at.
         name: of it, for the message.
     """
-    if not data.startswith(TIFF_STARTS):
+    if not start_of(data).startswith(TIFF_STARTS):
         return
     first = _tags(data)
     if first is None:
@@ -62,39 +67,51 @@ def _named(name: str, what: str, count: int) -> BadSample:
     return BadSample("not_an_image", f"{name}: {what}; name each: --bands {example}{more}")
 
 
-def _tags(data: bytes) -> Any:
+def _opened(data: bytes | Path) -> BinaryIO:
+    return io.BytesIO(data) if isinstance(data, bytes) else data.open("rb")
+
+
+def _tags(data: bytes | Path) -> Any:
     """The tags of the first page; None if they cannot be read."""
     try:
-        directory = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data.startswith(TIFF_STARTS[2:]) else 8])
-        file = io.BytesIO(data)
-        file.seek(directory.next)
-        directory.load(file)
-        return dict(directory)
+        with _opened(data) as file:
+            header = file.read(16)
+            is_big = header.startswith(TIFF_STARTS[2:])
+            directory = TiffImagePlugin.ImageFileDirectory_v2(header if is_big else header[:8])
+            file.seek(directory.next)
+            directory.load(file)
+            return dict(directory)
     except Exception:  # of damaged bytes any
         return None
 
 
-def _kinds_of_last(data: bytes) -> int:
+def _kinds_of_last(data: bytes | Path) -> int:
     """How many different values the last band has."""
     try:
+        if isinstance(data, Path):
+            with open_raster(data, str(data)) as raster:
+                height, width = raster.size_px
+                return len(np.unique(raster.read([raster.count - 1], (min(height, _SIDE_PX), min(width, _SIDE_PX)))))
         with Image.open(io.BytesIO(data)) as image:
             return len(np.unique(np.asarray(image.getchannel(len(image.getbands()) - 1))))
-    except Exception:
+    except UserError:
+        raise
+    except Exception:  # decoding will find what is wrong
         return 0
 
 
-def _pages_alike(data: bytes) -> int:
+def _pages_alike(data: bytes | Path) -> int:
     """How many pages are images of the size of the first, and neither smaller copies nor masks; at most about 100."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _opened(data) as file:
+            image = TiffImagePlugin.TiffImageFile(file)
             size, count, number = image.size, 1, 1
             while number < _MOST_PAGES:
                 try:
                     image.seek(number)
                 except EOFError:
                     break
-                tags: Any = image.tag_v2  # type: ignore[attr-defined]
-                count += image.size == size and not tags.get(_SUBFILE, 0) & _REDUCED_OR_MASK
+                count += image.size == size and not image.tag_v2.get(_SUBFILE, 0) & _REDUCED_OR_MASK
                 number += 1
             return count
     except Exception:

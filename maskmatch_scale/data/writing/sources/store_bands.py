@@ -6,7 +6,8 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import floor
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,8 @@ from PIL import Image
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.band_pages import encode_pages
 from maskmatch_scale.data.images.bands import Band
-from maskmatch_scale.data.images.opening import PNG, TIFF_STARTS, file_faults, open_any
-from maskmatch_scale.data.images.raster import open_raster
+from maskmatch_scale.data.images.opening import PNG, TIFF_STARTS, file_faults, open_any, start_of
+from maskmatch_scale.data.images.raster import Raster, Window, open_raster
 from maskmatch_scale.data.writing.sources.band_options import SKIPPED
 from maskmatch_scale.data.writing.sources.store_image import Stored, refuse_huge, shrunk
 
@@ -46,14 +47,6 @@ class BandRule:
         return {"bands": ",".join(self.names), "value_ranges": ranges}
 
 
-class WithKnown(NamedTuple):
-    """An image as it is stored, and which of its pixels have data."""
-
-    stored: Stored
-    known: NDArray[np.bool_] | None
-    """(H, W) of the file that was read; None: all."""
-
-
 class Planes:
     """The bands of an image that Pillow has decoded, with the methods of
     :class:`maskmatch_scale.data.images.raster.Raster`.
@@ -68,35 +61,38 @@ class Planes:
         self.count: int = pixels.shape[2]
         self.kind = pixels.dtype
 
-    def read(self, bands: Sequence[int], shape: tuple[int, int] | None = None) -> NDArray[Any]:
+    def read(
+        self, bands: Sequence[int], shape: tuple[int, int] | None = None, window: Window | None = None
+    ) -> NDArray[Any]:
         """Values of bands, (bands, H, W)."""
-        rows, columns = (np.arange(to) * of // to for to, of in zip(shape or self.size_px, self.size_px, strict=True))
-        return np.stack([self._pixels[:, :, band][rows][:, columns] for band in bands])
+        pixels = self._pixels[window] if window is not None else self._pixels
+        rows, columns = (
+            np.arange(to) * of // to for to, of in zip(shape or pixels.shape[:2], pixels.shape[:2], strict=True)
+        )
+        return np.stack([pixels[:, :, band][rows][:, columns] for band in bands])
 
-    def valid(self, shape: tuple[int, int] | None = None) -> None:
+    def valid(self, bands: Sequence[int], shape: tuple[int, int] | None = None, window: Window | None = None) -> None:
         """All pixels have data."""
 
 
 @contextmanager
-def open_bands(data: bytes, name: str, count: int) -> Generator[Any, None, None]:
+def open_bands(data: bytes | Path, name: str, names: Sequence[str]) -> Generator[Raster | Planes, None, None]:
     """Open an image of bands while the body runs: a TIFF or PNG with all its bits, any other with 8.
 
     Args:
-        data: the bytes of the file.
+        data: the file: its bytes or its path.
         name: of it, for the message.
-        count: number of bands that it must have.
-
-    Returns:
-        A :class:`~maskmatch_scale.data.images.raster.Raster` or :class:`Planes`.
+        names: of its bands.
 
     Raises:
         BadSample: it cannot be read, or has another number of bands.
     """
-    if not data:
+    start = start_of(data)
+    if not start:
         raise BadSample("empty", f"{name}: a file of no bytes")
-    if data.startswith((*TIFF_STARTS, PNG)):
+    if start.startswith((*TIFF_STARTS, PNG)):
         with open_raster(data, name) as raster:
-            _check_count(raster.count, count, name)
+            _check_count(raster.count, names, name)
             yield raster
         return
     with file_faults(name, "not_an_image", "image"), open_any(data) as image:
@@ -104,12 +100,43 @@ def open_bands(data: bytes, name: str, count: int) -> Generator[Any, None, None]
             raise BadSample("not_an_image", f"{name}: mode {image.mode}; of TIFF and PNG other bands are read too")
         pixels = np.asarray(image)
     planes = Planes(pixels if pixels.ndim == 3 else pixels[:, :, None])
-    _check_count(planes.count, count, name)
+    _check_count(planes.count, names, name)
     yield planes
 
 
-def store_bands(data: bytes, name: str, rule: BandRule, *, max_side: int | None = None) -> WithKnown:
-    """The bands that are kept, as a TIFF. Pixels without data become the low end of each range, so they are read as 0.
+def read_pages(
+    image: Raster | Planes, name: str, rule: BandRule, window: Window | None = None
+) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+    """The bands that are kept, and which pixels have data; the others become the low end of each range, so that they
+    are read as 0.
+
+    Args:
+        image: open.
+        name: of the file, for the message.
+        rule: which bands.
+        window: rows and columns that are read; None: all.
+
+    Returns:
+        (bands, h, w) of uint8, uint16 or int16; bool (h, w), or None: all have data.
+
+    Raises:
+        BadSample: `not_an_image`.
+    """
+    if rule.eight_bits and image.kind != np.uint8:
+        what = f"values of type {image.kind}, but others have 8 bits"
+        raise BadSample("not_an_image", f"{name}: {what}; --value-range LOW:HIGH says which values become 0 and 255")
+    pages, known = image.read(rule.numbers, window=window), image.valid(rule.numbers, window=window)
+    if known is not None:
+        limits = np.iinfo(pages.dtype)
+        for page, band in zip(pages, rule.bands, strict=True):
+            page[~known] = min(max(floor(band.low), limits.min), limits.max)
+    return pages, known
+
+
+def store_bands(
+    data: bytes, name: str, rule: BandRule, *, max_side: int | None = None
+) -> tuple[Stored, NDArray[np.bool_] | None]:
+    """An image as a TIFF of the bands that are kept, and which of its pixels have data.
 
     An image larger than `max_side` is shrunk. It is not turned, whatever its tag `Orientation` says.
 
@@ -119,26 +146,22 @@ def store_bands(data: bytes, name: str, rule: BandRule, *, max_side: int | None 
         rule: which bands.
         max_side: longest side, px; None: any.
 
+    Returns:
+        The image; bool (H, W) of the file that was read, or None: all have data.
+
     Raises:
         BadSample: `empty`, `not_an_image` or `too_large`.
     """
-    with open_bands(data, name, len(rule.names)) as raster:
-        height, width = original = raster.size_px
-        size = (width, height) if max_side is None or max(original) <= max_side else shrunk((width, height), max_side)
+    with open_bands(data, name, rule.names) as image:
+        height, width = image.size_px
+        size = (width, height)
+        if max_side is not None and max(size) > max_side:
+            size = shrunk(size, max_side)
         refuse_huge(size, name)
-        if rule.eight_bits and raster.kind != np.uint8:
-            what = f"values of type {raster.kind}, but others have 8 bits"
-            raise BadSample(
-                "not_an_image", f"{name}: {what}; --value-range LOW:HIGH says which values become 0 and 255"
-            )
-        pages, known = raster.read(rule.numbers), raster.valid()
-    if known is not None:
-        limits = np.iinfo(pages.dtype)
-        for page, band in zip(pages, rule.bands, strict=True):
-            page[~known] = min(max(floor(band.low), limits.min), limits.max)
+        pages, known = read_pages(image, name, rule)
     if size != (width, height):
         pages = np.stack([_resized(page, size) for page in pages])
-    return WithKnown(Stored(encode_pages(list(pages)), "tif", size, (width, height)), known)
+    return Stored(encode_pages(list(pages)), "tif", size, (width, height)), known
 
 
 def _resized(page: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
@@ -149,7 +172,7 @@ def _resized(page: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
     return values
 
 
-def _check_count(found: int, count: int, name: str) -> None:
-    if found != count:
-        what = f"{found} band{'s' * (found != 1)}, but --bands names {count}"
+def _check_count(found: int, names: Sequence[str], name: str) -> None:
+    if found != len(names):
+        what = f"{found} band{'s' * (found != 1)}, but --bands {','.join(names)} names {len(names)}"
         raise BadSample("not_an_image", f"{name}: {what} ({SKIPPED} leaves a band out)")
