@@ -301,8 +301,7 @@ class PartialFile:
 
     def __init__(self, folder: CacheFolder, path: Path, place: Path, room: int) -> None:
         self._folder, self._path, self._place, self._room = folder, path, place, room
-        self._file = path.open("x+b")
-        file_locks.hold(self._file.fileno())
+        self._file = file_locks.create(path)
         self._file.truncate(room)
 
     def resize(self, size: int) -> None:

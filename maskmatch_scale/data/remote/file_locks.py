@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 _held: set[int] = set()
 """Descriptors on which this process holds a lock."""
+_opening = threading.Lock()
+"""Held from before a file is opened until its descriptor is in `_held`; no child is forked in between."""
 
 
 def _close_inherited() -> None:
@@ -20,9 +24,10 @@ def _close_inherited() -> None:
         with suppress(OSError):
             os.close(descriptor)
     _held.clear()
+    _opening.release()
 
 
-os.register_at_fork(after_in_child=_close_inherited)
+os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_close_inherited)
 
 
 def take(path: Path, *, wait: bool, may_be_removed: bool) -> int | None:
@@ -40,8 +45,9 @@ def take(path: Path, *, wait: bool, may_be_removed: bool) -> int | None:
         OSError: the file cannot be made.
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        _held.add(descriptor)
+        with _opening:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            _held.add(descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -57,11 +63,18 @@ def take(path: Path, *, wait: bool, may_be_removed: bool) -> int | None:
         release(descriptor)  # the file was removed while we waited; others lock the one that took its place
 
 
-def hold(descriptor: int) -> None:
-    """Lock a new file that this process has open, until :func:`release`."""
-    _held.add(descriptor)
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def create(path: Path) -> BinaryIO:
+    """Make a new file and lock it, until :func:`release`.
+
+    Raises:
+        OSError: it exists, or cannot be made.
+    """
+    with _opening:
+        file = path.open("x+b")
+        _held.add(file.fileno())
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
 
 
 def release(descriptor: int, *, close: bool = True) -> None:
