@@ -204,9 +204,13 @@ class BandsTiff(TiffImage):
 
     def read(self, rows: slice, columns: slice) -> Tensor:
         """Pixels of a part: uint8 (C, rows, columns)."""
-        window = self._window(rows, columns)
+        window = rows, columns
         planes = mapped(self._raster.read(self._places, window=window), self._bands.bands)
-        return torch.from_numpy(without_data(planes, self._raster.valid(window=window)))
+        return torch.from_numpy(without_data(planes, self._raster.valid(self._places, window=window)))
+
+    def valid(self, rows: slice) -> NDArray[np.bool_] | None:
+        """Which pixels of some rows have data, as when shards are written: (rows, W); None: all have."""
+        return self._raster.valid(self._places, window=(rows, slice(0, self.size_px[1])))
 
     def shrunk(self, height: int, width: int) -> Image.Image:
         """The image in another size: bands that are shown as red, green and blue. Some pixels are passed over."""

@@ -64,11 +64,24 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(scope="session")
 def bands(tiffs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of five bands, with a `dev`."""
-    from maskmatch_scale.cli.main import app
     from typer.testing import CliRunner
 
+    from maskmatch_scale.cli.main import app
+
     out = tmp_path_factory.mktemp("bands") / "shards"
-    words = ["shards", "write", "folder", tiffs, out, "--classes", tiffs / "classes.txt", "--dev", "2", "--workers", "1"]
+    words = [
+        "shards",
+        "write",
+        "folder",
+        tiffs,
+        out,
+        "--classes",
+        tiffs / "classes.txt",
+        "--dev",
+        "2",
+        "--workers",
+        "1",
+    ]
     words += ["--bands", ",".join(NAMES), "--value-range", "0:4095"]
     result = CliRunner().invoke(app, list(map(str, words)))
     assert result.exit_code == 0, result.output

@@ -125,7 +125,7 @@ class FileBands:
                 check_size(*raster.size_px, name, MOST_WHOLE_PIXELS)
                 places = self.places(raster.count, raster.descriptions, name)
                 planes = mapped(raster.read(places), self.bands)
-                return without_data(planes, raster.valid())
+                return without_data(planes, raster.valid(places))
         with file_faults(name, "not_an_image", "image"), open_any(data) as image:
             places = self.places(len(image.getbands()), (), name)
             if image.mode not in ("L", "LA", "RGB", "RGBA"):
