@@ -8,16 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from maskmatch_scale.data.writing import write_shards
+from maskmatch_scale.data.writing.sources.image_folder import image_folder
+from maskmatch_scale.data.writing.sources.options import Options
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.train import train
 from tests.cli.test_main import run as command
-from tests.conftest import TINY_SEGFORMER, TINY_VIT, draw_shapes, recipe_maker
+from tests.conftest import TINY_SEGFORMER, TINY_VIT, recipe_maker
+from tests.data.banded import NAMES, measured, write_geotiffs
 
 rasterio = pytest.importorskip("rasterio")
 
-NAMES = ("red", "green", "blue", "nir", "swir")
 MODELS = {
     "vit": {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT},
     "segformer": {"backbone": "transformers/segformer-b0", "backbone_options": TINY_SEGFORMER},
@@ -25,9 +27,8 @@ MODELS = {
 
 
 def draw_bands(seed: int) -> np.ndarray:
-    """uint16 (5, 96, 128) of 0 to 4095: the colours of shapes, and two bands made of them."""
-    rgb = draw_shapes(seed)[0].transpose(2, 0, 1).astype(np.uint16)
-    return np.stack([*(rgb * 16), 4095 - rgb[0] * 8, rgb[1] * 10])
+    """uint16 (5, 96, 128)."""
+    return measured(seed)[0]
 
 
 def write_tiff(path: Path, bands: np.ndarray, names: tuple[str, ...] = (), **options: object) -> Path:
@@ -43,15 +44,9 @@ def write_tiff(path: Path, bands: np.ndarray, names: tuple[str, ...] = (), **opt
 
 @pytest.fixture(scope="session")
 def tiffs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder `images` of 9 TIFFs, `labels` for 5 of them, and `classes.txt`."""
+    """`images` of 9 GeoTIFFs, `labels` of 5 of them, and `names.txt`."""
     root = tmp_path_factory.mktemp("tiffs")
-    (root / "images").mkdir()
-    (root / "labels").mkdir()
-    for number in range(9):
-        write_tiff(root / "images" / f"{number}.tif", draw_bands(number))
-        if number < 5:
-            Image.fromarray(draw_shapes(number)[1]).save(root / "labels" / f"{number}.png")
-    (root / "classes.txt").write_text("ground\nsquare\ndisc\n")
+    write_geotiffs(root, 9, 5)
     return root
 
 
@@ -64,27 +59,9 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(scope="session")
 def bands(tiffs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of five bands, with a `dev`."""
-    from typer.testing import CliRunner
-
-    from maskmatch_scale.cli.main import app
-
     out = tmp_path_factory.mktemp("bands") / "shards"
-    words = [
-        "shards",
-        "write",
-        "folder",
-        tiffs,
-        out,
-        "--classes",
-        tiffs / "classes.txt",
-        "--dev",
-        "2",
-        "--workers",
-        "1",
-    ]
-    words += ["--bands", ",".join(NAMES), "--value-range", "0:4095"]
-    result = CliRunner().invoke(app, list(map(str, words)))
-    assert result.exit_code == 0, result.output
+    options = Options(classes=str(tiffs / "names.txt"), dev="2", bands=",".join(NAMES), value_range="0:4000")
+    write_shards(image_folder(tiffs, options), out, workers=1, progress=False)
     return out
 
 

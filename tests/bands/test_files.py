@@ -18,10 +18,11 @@ from maskmatch_scale.export import load_export
 from maskmatch_scale.export.write import export_run
 from maskmatch_scale.predict.tiff import open_tiff
 from maskmatch_scale.train import train
-from tests.bands.conftest import NAMES, draw_bands, write_tiff
+from tests.bands.conftest import draw_bands, write_tiff
 from tests.conftest import recipe_maker
+from tests.data.banded import NAMES
 
-BANDS = tuple(Band(name, 0, 4095) for name in NAMES)
+BANDS = tuple(Band(name, 0, 4000) for name in NAMES)
 rasterio = pytest.importorskip("rasterio")
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -67,7 +68,7 @@ def test_what_cannot_be_told_is_refused_with_what_to_say(count, descriptions, gi
 
 def test_parts_of_a_file_are_the_mapped_bands(tmp_path):
     stored = draw_bands(3)
-    expected = np.rint(stored / 4095 * 255).astype(np.uint8)
+    expected = np.rint(stored / 4000 * 255).astype(np.uint8)
     turned = write_tiff(tmp_path / "turned.tif", stored[::-1], NAMES[::-1], tiled=True, blockxsize=64, blockysize=64)
     assert np.array_equal(read(turned, FileBands(BANDS)), expected)
     with open_tiff(turned.read_bytes(), "x", FileBands(BANDS)) as image:

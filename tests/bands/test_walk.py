@@ -18,12 +18,13 @@ from maskmatch_scale.export.write import export_run
 from maskmatch_scale.runs.evaluate import evaluate_run, inference_of
 from maskmatch_scale.runs.model import open_run
 from maskmatch_scale.train import train
-from tests.bands.conftest import MODELS, NAMES, draw_bands, write_tiff
+from tests.bands.conftest import MODELS, draw_bands, write_tiff
+from tests.data.banded import NAMES
 
 
 def mapped(stored):
-    """By the rule of the documentation, of the range 0 to 4095."""
-    return np.rint(stored / 4095 * 255).clip(0, 255).astype(np.uint8)
+    """By the rule of the documentation, of the range 0 to 4000."""
+    return np.rint(stored / 4000 * 255).clip(0, 255).astype(np.uint8)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -33,7 +34,7 @@ def test_a_run_sees_all_bands(bands_runs, model):
     _, segmenter, step = open_run(run, "ema")
     assert (segmenter.channels, step) == (NAMES, 2)
     state = json.loads(next((run / "checkpoints").glob("step-*/state.json")).read_text())
-    assert state["model"]["channels"] == [f"{name} (0 to 4095)" for name in NAMES]
+    assert state["model"]["channels"] == [f"{name} (0 to 4000)" for name in NAMES]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss_m"] for record in records if record["kind"] == "train"]
     assert len(losses) == 2
@@ -60,24 +61,24 @@ def test_predictions_of_files_shards_and_exports_are_those_of_the_run(bands_runs
     run = bands_runs(model)
     recipe, segmenter, _ = open_run(run, "ema")
     inference = inference_of(recipe, segmenter, torch.device("cpu"))
-    expected = {n: inference.predict(segmenter, torch.from_numpy(mapped(draw_bands(n)))).numpy() for n in (0, 7)}
+    expected = {n: inference.predict(segmenter, torch.from_numpy(mapped(draw_bands(n)))).numpy() for n in (1, 7)}
     export_run(run, tmp_path / "export")
 
     for source in (run, tmp_path / "export"):
         out = tmp_path / f"of-{source.name}"
         assert cli("predict", source, tiffs / "images", "--out", out)[0] == 0
         for number, classes in expected.items():
-            assert np.array_equal(np.array(Image.open(out / "ids" / f"{number}.tif")), classes)
+            assert np.array_equal(np.array(Image.open(out / "ids" / f"{number:02d}.tif")), classes)
     assert cli("predict", run, bands, "--out", tmp_path / "of-shards")[0] == 0
     found = {path.stem: path for path in (tmp_path / "of-shards" / "ids").rglob("*.png")}
     assert len(found) == 9
     for number, classes in expected.items():
-        assert np.array_equal(np.array(Image.open(found[str(number)])), classes)
+        assert np.array_equal(np.array(Image.open(found[f"{number:02d}"])), classes)
 
     exported = load_export(tmp_path / "export")
     images = torch.randn(2, 5, 64, 96)
     assert exported(images).equal(segmenter(images))
-    for image in (draw_bands(7).transpose(1, 2, 0), tiffs / "images" / "7.tif"):
+    for image in (draw_bands(7).transpose(1, 2, 0), tiffs / "images" / "07.tif"):
         assert np.array_equal(exported.predict(image).classes, expected[7])
 
 
@@ -86,11 +87,11 @@ def test_an_export_says_its_bands_and_the_library_loads_it(bands_runs, tmp_path,
     run = bands_runs(model)
     export_run(run, tmp_path / "export")
     content = json.loads((tmp_path / "export" / "segmenter.json").read_text())
-    assert content["bands"] == [{"name": name, "low": 0.0, "high": 4095.0} for name in NAMES]
+    assert content["bands"] == [{"name": name, "low": 0.0, "high": 4000.0} for name in NAMES]
     assert len(content["mean"]) == len(content["std"]) == 5
     card = (tmp_path / "export" / "README.md").read_text()
     assert "5 channels, in this order" in card
-    assert "- swir: 0 to 4095" in card
+    assert "- swir: 0 to 4000" in card
     assert "(B, 5, H, W)" in card
     segmenter = open_run(run, "ema")[1]
     images = torch.randn(1, 5, 64, 64)
@@ -111,6 +112,7 @@ def test_an_export_says_its_bands_and_the_library_loads_it(bands_runs, tmp_path,
             torch.testing.assert_close(theirs(images)[:, theirs.num_prefix_tokens :], features)
 
 
+@pytest.mark.slow
 def test_a_graph_has_as_many_channels(bands_runs, tiffs, tmp_path):
     pytest.importorskip("onnxruntime")
     list(hand_on(bands_runs("vit"), tmp_path / "export", onnx=True))
@@ -150,8 +152,8 @@ def test_a_run_continues_with_the_same_bands_alone(make_bands_recipe):
     run = train(recipe)
     longer = recipe.model_copy(update={"run": recipe.run.model_copy(update={"steps": 2})})
     for key, value, said in (
-        ("channels", NAMES[:3], r"channels red \(0 to 4095\), .*, swir \(0 to 4095\), this run has red .*4095\);"),
-        ("channels", NAMES[::-1], r"this run has swir \(0 to 4095\), nir"),
+        ("channels", NAMES[:3], r"channels red \(0 to 4000\), .*, swir \(0 to 4000\), this run has red .*4000\);"),
+        ("channels", NAMES[::-1], r"this run has swir \(0 to 4000\), nir"),
         ("value_ranges", {"nir": (0.0, 100.0)}, r"nir \(0 to 100\)"),
     ):
         changed = longer.model_copy(update={"data": longer.data.model_copy(update={key: value})})
@@ -167,7 +169,7 @@ def test_chosen_bands_in_another_order(make_bands_recipe, tmp_path):
     _, segmenter, _ = open_run(run, "ema")
     assert segmenter.channels == ("swir", "red")
     stored = json.loads((run / "data.json").read_text())["bands"]
-    assert stored == [{"name": "swir", "low": 0, "high": 4095}, {"name": "red", "low": 0, "high": 2000}]
+    assert stored == [{"name": "swir", "low": 0, "high": 4000}, {"name": "red", "low": 0, "high": 2000}]
     (record,) = evaluate_run(run, "dev", ("ema",))
     assert record["miou"] is not None
 
@@ -179,7 +181,7 @@ def test_weights_of_other_bands_are_adapted_and_said(bands_runs, make_bands_reci
     said = capsys.readouterr()
     text = said.out + said.err
     assert "stem: 5 → 3 channels" in text
-    assert "its channels are red (0 to 4095), green" in text
+    assert "its channels are red (0 to 4000), green" in text
 
 
 def test_a_teacher_of_other_bands_is_refused(bands_runs, make_bands_recipe):
