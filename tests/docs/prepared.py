@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,28 @@ def scene(folder: Path) -> None:
             file.write(pixels)
     with rasterio.open(folder / "labels" / "a.tif", "w", count=1, **size, **place) as file:
         file.write(draw.integers(0, 3, (1, 200, 300), dtype=np.uint8))
+
+
+def bands(folder: Path) -> None:
+    """`fields/images` and `fields/labels`, GeoTIFFs: ten of five bands of 16 bits, eight with label maps; `names.txt`;
+    and `tiny`, a SegFormer's configuration.
+    """
+    import rasterio
+
+    write_geotiffs(folder / "fields", 10, 8)
+    for path in sorted((folder / "fields" / "labels").glob("*.png")):
+        with (
+            Image.open(path) as image,
+            rasterio.open(folder / "fields" / "images" / path.with_suffix(".tif").name) as of,
+        ):
+            profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "crs": of.crs, "transform": of.transform}
+            size = {"width": of.width, "height": of.height}
+            with rasterio.open(path.with_suffix(".tif"), "w", **profile, **size) as file:
+                file.write(np.asarray(image), 1)
+        path.unlink()
+    shutil.copy(folder / "fields" / "names.txt", folder / "names.txt")
+    (folder / "tiny").mkdir()
+    (folder / "tiny" / "config.json").write_text(json.dumps({"model_type": "segformer"} | TINY_SEGFORMER))
 
 
 def mine(folder: Path) -> None:
@@ -169,6 +192,6 @@ def _write(folder: Path, name: str, images: int, masks: int, change: Callable[[n
 
 
 PREPARED = {make.__name__: make for make in (
-    photos, shards, recipe, binary, soft, scene, mine, trained, exported, vit, downloaded, pictures, orthophoto,
+    photos, shards, recipe, binary, soft, scene, bands, mine, trained, exported, vit, downloaded, pictures, orthophoto,
     fields_run,
 )}  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 
 from maskmatch_scale.data.batches.choosing import choice_of, choose, drawn_samples
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.images.bands import RGB_NAMES
 from maskmatch_scale.data.order.epoch import permutation
 from maskmatch_scale.data.order.mix import Leg, SourceInfo
 from maskmatch_scale.data.order.patience import Patience
 from maskmatch_scale.data.order.sequential import Deal, SequentialSource
 from maskmatch_scale.data.order.source import WeightedSource
 from maskmatch_scale.data.remote.patterns import expand
-from maskmatch_scale.data.shards.folder import fetch_options
+from maskmatch_scale.data.shards.folder import channels_of, fetch_options
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.recipe import Recipe, SourceRecipe
+from maskmatch_scale.recipe import DataRecipe, Recipe, SourceRecipe
 from maskmatch_scale.recipe.where import Where
 from maskmatch_scale.redact import is_remote, shown
 from maskmatch_scale.seeds import derive_seed
@@ -192,6 +193,30 @@ def _open_sequential(
         where=None if source.where is None else Where(source.where),
     )
     return opened, note if choice else None
+
+
+def common_channels(data: DataRecipe, index: ShardIndex, sides: Iterable[Side | None]) -> tuple[str, ...]:
+    """The names of the channels of a run, by channel, which every source has.
+
+    Args:
+        data: the section of the recipe.
+        index: of ``data.root``.
+        sides: of the run; None where there is none.
+
+    Raises:
+        DataError: a source lacks one, or has no index that would say.
+    """
+    channels = channels_of(index, data)
+    names = RGB_NAMES if channels is None else channels.names
+    for side in sides:
+        for source in side.indexed if side else ():
+            channels_of(source.stream.index, data, source.stream.root, names)
+        if side and side.sequential and channels is not None:
+            raise DataError(
+                f"source {side.sequential[0].name!r} has no index, so nobody knows its bands, and {', '.join(names)} "
+                "are wanted; index it (`maskmatch shards index --bands`)"
+            )
+    return names
 
 
 def _infos(sources: Sequence[WeightedSource | SequentialSource]) -> list[SourceInfo]:

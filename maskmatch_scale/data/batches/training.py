@@ -26,17 +26,16 @@ from torch.utils.data import Dataset
 from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.data.batches.class_pixels import ClassPixels
 from maskmatch_scale.data.batches.dealing import check_shards, check_turns, continue_lanes, deal_lanes, state_of
-from maskmatch_scale.data.batches.sources import Side, count_lanes, open_side
+from maskmatch_scale.data.batches.sources import Side, common_channels, count_lanes, open_side
 from maskmatch_scale.data.batches.views import SampleViews, label_map
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.images.bands import RGB_NAMES
 from maskmatch_scale.data.order.lane import LaneState
 from maskmatch_scale.data.order.patience import Patience
 from maskmatch_scale.data.order.queue import SamplePlace
 from maskmatch_scale.data.order.sequential import SequentialSource
 from maskmatch_scale.data.order.source import Skip, WeightedSource
 from maskmatch_scale.data.remote.shard_cache import Fetched
-from maskmatch_scale.data.shards.folder import channels_of, load_index
+from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.seeds import derive_seed
@@ -116,7 +115,7 @@ class TrainingBatches(Dataset[Batch]):
         if unlabelled:
             self.unlabelled = open_side("unlabelled", recipe, self.index, self.lanes, self._deal, world_size, patience)
             self._check_lanes()
-        self.channel_names = self._checked_channels()
+        self.channel_names = common_channels(recipe.data, self.index, (self.labelled, self.unlabelled))
         """What the images of a batch have, by channel."""
         ignore_index = self.index.ignore_index
         self._class_pixels = ClassPixels(
@@ -125,20 +124,6 @@ class TrainingBatches(Dataset[Batch]):
             partial(label_map, num_classes=num_classes, ignore_index=ignore_index),
         )
         self._views = SampleViews(recipe, num_classes, ignore_index, self.channel_names, self._class_pixels.total)
-
-    def _checked_channels(self) -> tuple[str, ...]:
-        """The names of the channels, which every source has."""
-        channels = channels_of(self.index, self.recipe.data)
-        names = RGB_NAMES if channels is None else channels.names
-        for side in (self.labelled, self.unlabelled):
-            for source in side.indexed if side else ():
-                channels_of(source.stream.index, self.recipe.data, source.stream.root, names)
-        if channels is not None and self.sequential:
-            raise DataError(
-                f"source {self.sequential[0].name!r} has no index, so nobody knows its bands, and {', '.join(names)} "
-                "are wanted; index it (`maskmatch shards index --bands`)"
-            )
-        return names
 
     @property
     def labelled_samples(self) -> int:

@@ -59,7 +59,9 @@ def open_stored(data: bytes | Path) -> Image.Image:
     """
     start = start_of(data)
     if start.startswith(TIFF_STARTS):
-        raise ValueError("a TIFF, and its index names no bands: `maskmatch shards index --bands` names them")
+        raise ValueError(
+            "neither JPEG nor PNG nor WebP but a TIFF, and its index names no bands: `maskmatch shards index --bands`"
+        )
     if not is_stored(start):
         raise ValueError("neither JPEG nor PNG nor WebP")
     # The classes themselves: Image.open has limits of its own.

@@ -107,7 +107,7 @@ def test_what_is_not_as_the_index_says():
     floats = encode_image(Image.fromarray(PAGES[0].astype(np.float32)), "TIFF")
     assert "mode F of 32 bits; pages are grey, of 8 or 16 bits" in fault(floats, channels("red"))[1]
     assert fault(STORED, max_pixels=37 * 53 - 1)[0] == "too_large"
-    with pytest.raises(BadSample, match="a TIFF, and its index names no bands: `maskmatch shards index --bands`"):
+    with pytest.raises(BadSample, match="but a TIFF, and its index names no bands: `maskmatch shards index --bands`"):
         decode_image(STORED, "x")
 
 

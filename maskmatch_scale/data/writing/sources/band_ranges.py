@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import ceil, floor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,15 +14,20 @@ from numpy.typing import NDArray
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.images.bands import Band
 from maskmatch_scale.data.images.image import TWELVE_BITS
+from maskmatch_scale.data.images.raster import Raster
 from maskmatch_scale.data.writing.sources.band_options import AUTO, SKIPPED, parse_bands, parse_ranges
 from maskmatch_scale.data.writing.sources.splits import sort_key
-from maskmatch_scale.data.writing.sources.store_bands import BandRule, open_bands
+from maskmatch_scale.data.writing.sources.store_bands import BandRule, Planes, open_bands
 from maskmatch_scale.errors import UserError
 
 _SAMPLE = 64
 """Images that are looked at."""
 _SIDE_PX = 512
 """Of a larger image so many rows and columns are looked at, evenly spread."""
+_HUGE_PX = 1 << 25
+"""Of an image of more pixels only some windows are read."""
+_WINDOWS, _WINDOW_PX = 4, 128
+"""How many of them along each side, and their side."""
 _PERCENTILES = (0.5, 99.5)
 _EIGHT_BITS = (0.0, 255.0)
 
@@ -97,9 +103,7 @@ def _look(names: Sequence[str], root: Path, images: Iterable[str]) -> _Seen:
         path = root / image
         try:
             with open_bands(path, str(path), names) as opened:
-                height, width = opened.size_px
-                shape = (min(height, _SIDE_PX), min(width, _SIDE_PX))
-                values, valid = opened.read(numbers, shape), opened.valid(numbers, shape)
+                values, valid = _some_pixels(opened, numbers)
         except BadSample as error:
             first = first or error
             continue
@@ -117,6 +121,23 @@ def _look(names: Sequence[str], root: Path, images: Iterable[str]) -> _Seen:
         raise DataError(f"none of the images looked at can be read: {first}")
     seen.share /= seen.images
     return seen
+
+
+def _some_pixels(opened: Raster | Planes, numbers: Sequence[int]) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+    """Pixels of an image, evenly spread: (bands, h, w); and which have data, None: all."""
+    height, width = opened.size_px
+    if height * width <= _HUGE_PX:
+        shape = (min(height, _SIDE_PX), min(width, _SIDE_PX))
+        return opened.read(numbers, shape), opened.valid(numbers, shape)
+    rows, columns = (
+        [slice(at, min(at + _WINDOW_PX, side)) for at in range(side // (2 * _WINDOWS), side, side // _WINDOWS)]
+        for side in (height, width)
+    )
+    windows = [(down, across) for down in rows for across in columns]
+    values = [opened.read(numbers, window=window).reshape(len(numbers), 1, -1) for window in windows]
+    valid = [opened.valid(numbers, window=window) for window in windows]
+    known = [part.reshape(1, -1) for part in valid if part is not None]
+    return np.concatenate(values, axis=2), np.concatenate(known, axis=1) if known else None
 
 
 def _percentiles(values: NDArray[np.int64], name: str) -> tuple[float, float]:

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.bands import Band, choose_channels
 from maskmatch_scale.data.images.decode import decode_image
 from maskmatch_scale.data.shards.reading import ShardStream
+from maskmatch_scale.data.writing.sources import band_ranges
 from maskmatch_scale.data.writing.sources.band_options import given_bands, parse_bands, parse_ranges
+from maskmatch_scale.data.writing.sources.band_ranges import find_bands
+from maskmatch_scale.data.writing.sources.plain_tiff import refuse_lost_bands
 from maskmatch_scale.errors import UserError
 from tests.data.banded import NAMES, measured, write_geotiffs
 
@@ -226,6 +230,35 @@ def test_large_images_are_shrunk(run, scenes, out):
     assert stored.shape == (5, 48, 64)
     assert label.shape == (48, 64)
     assert np.abs(stored.mean((1, 2)) - measured(1)[0].mean((1, 2))).max() < 20
+
+
+def test_of_huge_images_some_windows_are_read(tmp_path, monkeypatch):
+    values = np.arange(200 * 300, dtype=np.uint16).reshape(1, 200, 300)
+    save(tmp_path / "a.tif", values, nodata=0)
+    whole = find_bands("a", "auto", tmp_path, ["a.tif"]).rule.bands[0]
+    monkeypatch.setattr(band_ranges, "_HUGE_PX", 1000)
+    monkeypatch.setattr(band_ranges, "_WINDOW_PX", 8)
+    some = find_bands("a", "auto", tmp_path, ["a.tif"]).rule.bands[0]
+    assert some != whole
+    assert some.low < 0.2 * values.max()
+    assert some.high > 0.8 * values.max()
+
+
+def test_a_file_is_looked_at_by_its_path_as_by_its_bytes(tmp_path):
+    draw = np.random.default_rng(0)
+    for count in (1, 2, 3, 4, 5):
+        for kind in (np.uint8, np.uint16):
+            path = tmp_path / f"{count}-{np.dtype(kind)}.tif"
+            save(path, draw.integers(0, 250, (count, 20, 30)).astype(kind))
+            said = []
+            for data in (path, path.read_bytes()):
+                try:
+                    refuse_lost_bands(data, "x")
+                    said.append(None)
+                except BadSample as bad:
+                    said.append(str(bad))
+            assert said[0] == said[1]
+            assert (said[0] is None) == (count == 1 or (count == 3 and kind == np.uint8))
 
 
 def test_settings_without_bands_stay_as_they_were(run, tree, out):
