@@ -157,7 +157,7 @@ def orthophoto(folder: Path) -> None:
 
 
 def fields_run(folder: Path) -> None:
-    """`runs/fields`, of shards of five bands, and GeoTIFFs to predict: `new/five.tif`, and `new/six.tif`."""
+    """`runs/fields`, of shards of five bands, and GeoTIFFs to predict: `scenes/five.tif`, and `scenes/six.tif`."""
     import rasterio
 
     write_geotiffs(folder / "fields", 8, 6)
@@ -166,12 +166,12 @@ def fields_run(folder: Path) -> None:
     write_shards(image_folder(folder / "fields", options), folder / "data" / "fields", workers=1, progress=False)
     data, run = {"root": str(folder / "data" / "fields")}, {"dir": str(folder / "runs" / "fields"), "steps": 1}
     train(_mine(folder, data=data, run=run))
-    (folder / "new").mkdir()
+    (folder / "scenes").mkdir()
     bands = measured(9)[0]
     for name, pixels in (("five", bands), ("six", np.concatenate([bands, bands[:1]]))):
         count, height, width = pixels.shape
         size = {"count": count, "height": height, "width": width, "dtype": "uint16"}
-        with rasterio.open(folder / "new" / f"{name}.tif", "w", driver="GTiff", **size) as file:
+        with rasterio.open(folder / "scenes" / f"{name}.tif", "w", driver="GTiff", **size) as file:
             file.write(pixels)
 
 
