@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from maskmatch_scale.checkpoints.finding import Checkpoint
 from maskmatch_scale.checkpoints.layout import CheckpointError
 from maskmatch_scale.recipe import Recipe
+
+_PLAIN = {"channels": "red, green, blue"}
+"""Of facts that are left out where they are the usual ones."""
 
 
 def run_facts(recipe: Recipe, world_size: int) -> dict[str, Any]:
@@ -23,7 +26,9 @@ def run_facts(recipe: Recipe, world_size: int) -> dict[str, Any]:
     }
 
 
-def model_facts(recipe: Recipe, head: str, num_classes: int, classes: tuple[str, ...]) -> dict[str, Any]:
+def model_facts(
+    recipe: Recipe, head: str, num_classes: int, classes: tuple[str, ...], bands: Sequence[str] = ()
+) -> dict[str, Any]:
     """What `state.json` says of the model; all of it must be the same when the run continues.
 
     Args:
@@ -31,6 +36,7 @@ def model_facts(recipe: Recipe, head: str, num_classes: int, classes: tuple[str,
         head: name of the head that was built.
         num_classes: of the model.
         classes: names of classes, of the data.
+        bands: by input channel, in words; empty: red, green and blue, of which nothing is said.
     """
     library, _, name = recipe.model.backbone.partition("/")
     return {
@@ -38,7 +44,7 @@ def model_facts(recipe: Recipe, head: str, num_classes: int, classes: tuple[str,
         "head": head,
         "number of classes": num_classes,
         "classes": list(classes),
-    }
+    } | ({"channels": list(bands)} if bands else {})
 
 
 def check_fit(checkpoint: Checkpoint, model: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -54,9 +60,10 @@ def check_fit(checkpoint: Checkpoint, model: Mapping[str, Any], shapes: Mapping[
     """
     folder, wrote = checkpoint.folder, checkpoint.state.get("model", {})
     remedy = "continue with the recipe that it was trained with, or start a new run from its weights (model.pretrained)"
-    for what, now in model.items():
-        if wrote.get(what) != now:
-            before, after = _shown(wrote.get(what)), _shown(now)
+    for what in (*model, *(key for key in wrote if key not in model)):
+        now = model.get(what, _PLAIN.get(what))
+        if wrote.get(what, _PLAIN.get(what)) != now:
+            before, after = _shown(wrote.get(what, _PLAIN.get(what))), _shown(now)
             if "classes" in what:
                 remedy = f"compare data.remap, or the classes of data.root; {remedy}"
             raise CheckpointError(f"{folder}: it has another model: {what} {before}, this run has {after}; {remedy}")

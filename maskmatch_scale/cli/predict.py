@@ -65,6 +65,14 @@ def predict(
     overlay_px: Annotated[
         int, typer.Option(min=16, metavar="PX", help="Longest side of an overlay; larger images are shrunk for it.")
     ] = 4096,
+    bands: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,…",
+            help="What the bands of your files are, in their order, by the names of the model's channels; - for one "
+            "that is not used. For example red,green,blue,nir,-.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Make predictions again that are in DIR, whatever their settings.")
     ] = False,
@@ -95,6 +103,7 @@ def predict(
         precision,
         batch,
         overwrite,
+        None if bands is None else tuple(name.strip() for name in bands.split(",")),
     )
     done = run_predict(model, inputs, out, options, overrides)
     if done.failed:

@@ -29,16 +29,16 @@ class FrozenTeacher:
         self.patch_px = segmenter.patch_px
         self._dtype = autocast_dtype(recipe)
         self._mean, self._std = (
-            torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (segmenter.mean, segmenter.std)
+            torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (segmenter.mean, segmenter.std)
         )
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Values 0–1 (B, 3, H, W) to what this segmenter was trained with, in the dtype of its weights."""
+        """Values 0–1 (B, C, H, W) to what this segmenter was trained with, in the dtype of its weights."""
         return ((images - self._mean) / self._std).to(next(self.module.parameters()).dtype)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) to logits (B, classes, h, w)."""
+        """Normalised images (B, C, H, W) to logits (B, classes, h, w)."""
         with autocast(images.device, self._dtype):
             logits: Tensor = self.module(images)
         return logits

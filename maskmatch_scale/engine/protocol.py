@@ -26,7 +26,7 @@ class StoredTeacher(Protocol):
     """The segmenter that holds the average."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) to logits (B, classes, h, w), without gradients."""
+        """Normalised images (B, C, H, W) to logits (B, classes, h, w), without gradients."""
 
     def gathered(self) -> AbstractContextManager[None]:
         """A context in which sharded weights are gathered once for all forwards; all ranks enter and leave it together.

@@ -33,7 +33,7 @@ class Image(Protocol):
         """Height and width."""
 
     def read(self, rows: slice, columns: slice) -> Tensor:
-        """Pixels of a part that lies within the image: uint8 (3, rows, columns), on any device."""
+        """Pixels of a part that lies within the image: uint8 (C, rows, columns), on any device."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class WholeImage:
     """An image that is in memory."""
 
     pixels: Tensor
-    """uint8 (3, H, W)."""
+    """uint8 (C, H, W)."""
 
     @property
     def size_px(self) -> tuple[int, int]:
@@ -65,21 +65,21 @@ class Inference:
     unit_px: int
     """Sides of images that the segmenter takes are at least this: a SegFormer's attention needs a whole unit."""
     mean: tuple[float, ...]
-    """Of RGB in 0–1, subtracted from images."""
+    """A channel, of values in 0–1: subtracted from images."""
     std: tuple[float, ...]
-    """Of RGB in 0–1, by which images are divided then."""
+    """A channel, of values in 0–1: by which images are divided then."""
     device: torch.device
     dtype: torch.dtype = torch.float32
     """Of the images that the segmenter is given."""
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 (3, h, w), normalised, in ``dtype`` and on the device."""
+        """uint8 (C, h, w), normalised, in ``dtype`` and on the device."""
         mean, std = self._colours
         return ((pixels.to(self.device, non_blocking=True) / 255 - mean) / std).to(self.dtype)
 
     @cached_property
     def _colours(self) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (self.mean, self.std))
         return mean, std
 
     def windows(self, size_px: tuple[int, int]) -> int:
@@ -96,7 +96,7 @@ class Inference:
     def run_empty(self, segmenter: Callable[[Tensor], Tensor], forwards: int) -> None:
         """Call the segmenter on an empty window, so that this rank calls it as often as the others."""
         for _ in range(forwards):
-            segmenter(torch.zeros(1, 3, *self.window_px, device=self.device, dtype=self.dtype))
+            segmenter(torch.zeros(1, len(self.mean), *self.window_px, device=self.device, dtype=self.dtype))
 
     @torch.no_grad()
     def blocks(self, segmenter: Callable[[Tensor], Tensor], image: Image) -> Iterator[Block]:
@@ -107,7 +107,7 @@ class Inference:
         floats. In the mode `whole` there is one window, and so one block.
 
         Args:
-            segmenter: normalised images (B, 3, h, w) to logits, in eval mode. Calls: :meth:`forwards`.
+            segmenter: normalised images (B, C, h, w) to logits, in eval mode. Calls: :meth:`forwards`.
             image: where it is smaller than a window, or in the mode `whole` not whole patches or smaller than a unit,
                 it is padded with the mean colour at the bottom and on the right.
 
@@ -129,11 +129,11 @@ class Inference:
                 yield blend.close(total).within(height, width)
 
     def predict(self, segmenter: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-        """Class of every pixel of a uint8 image (3, H, W): int64 (H, W), on the CPU."""
+        """Class of every pixel of a uint8 image (C, H, W): int64 (H, W), on the CPU."""
         return self.predict_confidently(segmenter, pixels)[0]
 
     def predict_confidently(self, segmenter: Callable[[Tensor], Tensor], pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Class of every pixel of a uint8 image (3, H, W), and its probability: int64, float32 (H, W), on the CPU."""
+        """Class of every pixel of a uint8 image (C, H, W), and its probability: int64, float32 (H, W), on the CPU."""
         image = WholeImage(pixels.to(self.device, non_blocking=True))
         classes = torch.empty(image.size_px, dtype=torch.int64, device=self.device)
         confidence = torch.empty(image.size_px, device=self.device)
@@ -154,7 +154,7 @@ class Inference:
         return tops, lefts, self.window_px
 
     def _window(self, image: Image, corner: tuple[int, int], window_px: tuple[int, int]) -> Tensor:
-        """A window (3, h, w), normalised, padded with zeros where it ends outside of the image."""
+        """A window (C, h, w), normalised, padded with zeros where it ends outside of the image."""
         rows, columns = (
             slice(start, min(start + side, end))
             for start, side, end in zip(corner, window_px, image.size_px, strict=True)

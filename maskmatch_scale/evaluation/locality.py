@@ -53,7 +53,7 @@ class Masked:
         self.calls = 0
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits of images (B, 3, h, w), normalised, h and w whole units."""
+        """Logits of images (B, C, h, w), normalised, h and w whole units."""
         grid = self.segmenter.unit_grid(images.shape[2], images.shape[3])
         count = max(1, round(self.share * grid[0] * grid[1]))
         draw = generator(self.seed, "visible share", f"{self.share:g}", self.calls)

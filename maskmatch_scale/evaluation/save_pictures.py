@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from maskmatch_scale.data.batches.held_out import evaluation_samples
-from maskmatch_scale.data.shards.folder import load_index
+from maskmatch_scale.data.images.bands import RGB_NAMES, shown_names
+from maskmatch_scale.data.shards.folder import channels_of, load_index
+from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.evaluation.inference import Inference
 from maskmatch_scale.files import write_whole
 from maskmatch_scale.models.segmenter import Segmenter
@@ -32,6 +34,8 @@ def save_pictures(
 ) -> list[Path]:
     """Write image, label map and the prediction of each model, for ``count`` samples spread over a split.
 
+    Of images with bands three are shown (`shown_names`).
+
     Args:
         folder: an empty one that becomes `RUN/pictures/<split>`; each sample gets a folder in it.
         data: section of the recipe, which says where the split is.
@@ -45,13 +49,14 @@ def save_pictures(
     """
     index = load_index(data.root, data)
     palette = flat_palette(index.palette)
+    shown = _shown(index, data)
     samples = index.stream(split).samples
     numbers = range(0, samples, max(1, samples // count))[:count]
     written = []
     for sample in evaluation_samples(data, split, numbers=numbers):
         target = folder / f"{sample.number:05d}-{Path(sample.key).name}"
         target.mkdir(parents=True, exist_ok=True)
-        _save(Image.fromarray(sample.image.permute(1, 2, 0).numpy()), target / "image.png")
+        _save(Image.fromarray(sample.image[shown].permute(1, 2, 0).numpy()), target / "image.png")
         save_map(sample.label, palette, target / "label.png")
         for name, model in models.items():
             save_map(inference.predict(model, sample.image), palette, target / f"prediction-{name}.png")
@@ -63,7 +68,9 @@ def save_pictures(
 
 @torch.no_grad()
 def save_masked_pictures(
-    samples: Sequence[Path],
+    folders: Sequence[Path],
+    data: DataRecipe,
+    split: str,
     segmenter: Segmenter,
     recipe: MaskRecipe,
     seed: int,
@@ -76,7 +83,9 @@ def save_masked_pictures(
     ratio. Samples smaller than a crop get no such pictures.
 
     Args:
-        samples: the folders that :func:`save_pictures` returned.
+        folders: those that :func:`save_pictures` returned.
+        data: as for it.
+        split: as for it.
         segmenter: in eval mode, on the device of ``inference``.
         recipe: section of the recipe; its `keep` is not None.
         seed: of the run; the masks are drawn from it.
@@ -85,25 +94,32 @@ def save_masked_pictures(
     """
     assert recipe.keep is not None
     grid = segmenter.unit_grid(*crop_px)
-    for number, folder in enumerate(samples):
-        with (
-            Image.open(folder / "image.png", formats=["PNG"]) as picture,
-            Image.open(folder / "label.png", formats=["PNG"]) as label,
-        ):
-            pixels = np.array(picture)
-            palette = label.getpalette() or []
+    index = load_index(data.root, data)
+    palette, shown = flat_palette(index.palette), _shown(index, data)
+    numbers = [int(folder.name.partition("-")[0]) for folder in folders]
+    samples = evaluation_samples(data, split, numbers=numbers)
+    for number, (folder, sample) in enumerate(zip(folders, samples, strict=True)):
         rows, columns = crop_px
-        if pixels.shape[0] < rows or pixels.shape[1] < columns:
+        height, width = sample.image.shape[1:]
+        if height < rows or width < columns:
             continue
-        top, left = (pixels.shape[0] - rows) // 2, (pixels.shape[1] - columns) // 2
-        crop = pixels[top : top + rows, left : left + columns]
+        top, left = (height - rows) // 2, (width - columns) // 2
+        crop = sample.image[:, top : top + rows, left : left + columns]
         visible = sample_visible(1, grid, visible_count(grid, recipe.keep), generator(seed, "picture mask", number))
         seen = visible_pixel_mask(visible, grid, segmenter.unit_px)[0].numpy()
-        _save(Image.fromarray(np.where(seen[..., None], crop, np.uint8(128))), folder / "visible.png")
-        images = inference.normalise(torch.from_numpy(crop.transpose(2, 0, 1).copy()))[None]
+        picture = crop[shown].permute(1, 2, 0).numpy()
+        _save(Image.fromarray(np.where(seen[..., None], picture, np.uint8(128))), folder / "visible.png")
+        images = inference.normalise(crop)[None]
         logits = segmenter(images, visible.to(images.device), recipe.mode)
         scores = torch.nn.functional.interpolate(logits.float(), size=crop_px, mode="bilinear")
         save_map(scores.argmax(1)[0].cpu(), palette, folder / "prediction-visible.png")
+
+
+def _shown(index: ShardIndex, data: DataRecipe) -> list[int]:
+    """Channels that pictures of the samples show."""
+    channels = channels_of(index, data)
+    names = RGB_NAMES if channels is None else channels.names
+    return [names.index(name) for name in shown_names(names)]
 
 
 def save_map(classes: Tensor, palette: Sequence[int], path: Path) -> None:

@@ -176,8 +176,15 @@ def _input(description: Description, segmenter: Segmenter) -> str:
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (description.mean, description.std))
     patch = segmenter.patch_px
     sizes = "any size" if patch == 1 else f"sides that are multiples of {patch} px"
+    channels = "RGB in 0–1"
+    if description.bands:
+        rows = (f"- {plain(band.name)}: {band.low:g} to {band.high:g}" for band in description.bands)
+        channels = (
+            f"{len(description.bands)} channels, in this order, with the stored values that become 0 and 1 (in 255 "
+            "steps; values outside become 0 or 1):\n\n" + "\n".join(rows) + "\n\nThese in 0–1"
+        )
     return (
-        f"RGB in 0–1, minus the mean ({mean}), divided by the standard deviation ({std}). Trained on crops of "
+        f"{channels}, minus the mean ({mean}), divided by the standard deviation ({std}). Trained on crops of "
         f"{height}×{width} px; it takes {sizes}, but sizes other than those under Figures were not tested. Logits may "
         "be coarser than the image: upsample them bilinearly."
     )
@@ -191,7 +198,7 @@ import torch
 from maskmatch_scale.export import load_export
 
 segmenter = load_export({string(name)})
-logits = segmenter(images)  # images: float (B, 3, H, W), normalised as above
+logits = segmenter(images)  # images: float (B, {len(description.channels)}, H, W), normalised as above
 scores = torch.nn.functional.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
 labels = scores.argmax(1)
 ```

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from maskmatch_scale.data.images.bands import RGB_NAMES, Band
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.models.weights import SEGMENTER_FILE
 from maskmatch_scale.recipe import EvaluationRecipe
@@ -37,10 +38,13 @@ class Description(BaseModel):
     """One RGB colour for each name, 0–255."""
     ignore_index: int
     """Label value of pixels that were not counted."""
-    mean: tuple[float, float, float]
-    """Of RGB in 0–1: subtract it from images."""
-    std: tuple[float, float, float]
-    """Of RGB in 0–1: then divide images by it."""
+    bands: tuple[Band, ...] = ()
+    """By input channel: name, and which stored values are 0 and 1 (`low`, `high`); in between in proportion, in 255
+    steps, and outside 0 or 1. Empty, and not in the file: red, green and blue of 8 bits."""
+    mean: tuple[float, ...]
+    """A channel, of values in 0–1: subtract it from images."""
+    std: tuple[float, ...]
+    """A channel, of values in 0–1: then divide images by it."""
     evaluation: EvaluationRecipe = EvaluationRecipe()
     """How images are predicted: the run's section of this name, without `pictures`. An export that was written before
     this key existed is used with the defaults, which are windows of `image_size`."""
@@ -55,7 +59,13 @@ class Description(BaseModel):
 
     def to_json(self) -> str:
         """The contents of the file."""
-        return self.model_dump_json(indent=1, exclude={"evaluation": {"pictures"}})
+        unsaid: dict[str, Any] = {"evaluation": {"pictures"}} | ({} if self.bands else {"bands": True})
+        return self.model_dump_json(indent=1, exclude=unsaid)
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the input channels."""
+        return tuple(band.name for band in self.bands) or RGB_NAMES
 
 
 def read_description(folder: Path) -> Description:

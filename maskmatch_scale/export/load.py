@@ -39,6 +39,7 @@ def load_export(folder: str | Path) -> ExportedSegmenter:
             unit_px=description.unit_px,
             context=False,
             backbone_options=description.backbone_options,
+            in_channels=description.channels,
         )
         segmenter.load_state_dict(read_export(folder))
     except (ValueError, RuntimeError) as error:  # RuntimeError: tensors of other names or shapes

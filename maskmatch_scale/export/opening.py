@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from maskmatch_scale.checkpoints.finding import opened
+from maskmatch_scale.data.images.bands import Band
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.description import read_description
 from maskmatch_scale.export.load import load_export
@@ -43,6 +44,8 @@ class Model:
     """Of a run: how its data are fetched. Of an export: the defaults."""
     exif_orientation: bool
     """Whether images are turned as their EXIF orientation says."""
+    bands: tuple[Band, ...] = ()
+    """By input channel; empty: RGB."""
 
     def fingerprint(self, most: int | None = None) -> str:
         """Hex digest of the weights that predictions depend on; the same for a run and its export.
@@ -98,6 +101,7 @@ def open_model(
             recipe.evaluation,
             recipe.data,
             recipe.data.exif_orientation,
+            data.bands,
         )
 
 
@@ -119,6 +123,7 @@ def _of_export(where: Path, weights: str | None, overrides: Sequence[str]) -> Mo
         recipe.evaluation,
         recipe.data,
         description.exif_orientation,
+        description.bands,
     )
 
 

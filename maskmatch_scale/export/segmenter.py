@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from maskmatch_scale.data.images.band_pages import mapped
+from maskmatch_scale.data.images.file_bands import FileBands
 from maskmatch_scale.data.images.image import MODES, decode_large
+from maskmatch_scale.data.images.raster import KINDS
 from maskmatch_scale.evaluation.inference import WholeImage, inference_with
 from maskmatch_scale.export.description import Description
 from maskmatch_scale.models import Segmenter
@@ -45,12 +48,13 @@ class ExportedSegmenter(Segmenter):
             built.num_classes,
             description.mean,
             description.std,
+            description.channels,
         )
         self.description = description
 
     def predict(
         self,
-        image: str | Path | Image.Image | NDArray[np.uint8],
+        image: str | Path | Image.Image | NDArray[Any],
         *,
         probabilities: bool = False,
         evaluation: EvaluationRecipe | None = None,
@@ -60,7 +64,8 @@ class ExportedSegmenter(Segmenter):
         Args:
             image: path of a file, a Pillow image, or RGB as uint8 (H, W, 3). Files and Pillow images are turned as
                 their EXIF orientation says if that was done in training (`Description.exif_orientation`), files of
-                TIFF never.
+                TIFF never. With `Description.bands`: path of a TIFF or PNG with these bands, or stored values (H, W, C)
+                of them in their order, uint8, uint16 or int16.
             probabilities: whether to give the probabilities of all classes, too: 4 bytes a class and pixel.
             evaluation: windows, scales and mirror images; None: those of the run (`Description.evaluation`).
 
@@ -70,7 +75,10 @@ class ExportedSegmenter(Segmenter):
             ValueError: another kind of array or Pillow image.
             UserError: the segmenter does not take the windows or scales of ``evaluation``.
         """
-        planes = torch.from_numpy(_planes(image, exif_orientation=self.description.exif_orientation))
+        if self.description.bands:
+            planes = torch.from_numpy(_band_planes(image, FileBands(self.description.bands)))
+        else:
+            planes = torch.from_numpy(_planes(image, exif_orientation=self.description.exif_orientation))
         inference = inference_with(
             self, evaluation or self.description.evaluation, self.description.image_size, next(self.parameters()).device
         )
@@ -86,7 +94,21 @@ class ExportedSegmenter(Segmenter):
         return Prediction(classes, confidence, all_of_them)
 
 
-def _planes(image: str | Path | Image.Image | NDArray[np.uint8], *, exif_orientation: bool) -> NDArray[np.uint8]:
+def _band_planes(image: str | Path | Image.Image | NDArray[Any], bands: FileBands) -> NDArray[np.uint8]:
+    """A channel for each band, uint8 (C, H, W)."""
+    if isinstance(image, str | Path):
+        return bands.read(Path(image), str(image))
+    count = len(bands.bands)
+    if not isinstance(image, np.ndarray) or image.dtype.name not in KINDS or image.ndim != 3 or image.shape[2] != count:
+        what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(
+            f"image: {what}; give a path, or stored values of {', '.join(bands.names)} as {', '.join(KINDS)} "
+            f"(H, W, {count})"
+        )
+    return mapped(image.transpose(2, 0, 1), bands.bands)
+
+
+def _planes(image: str | Path | Image.Image | NDArray[Any], *, exif_orientation: bool) -> NDArray[np.uint8]:
     """RGB planes, uint8 (3, H, W)."""
     if isinstance(image, str | Path):
         return decode_large(Path(image), str(image), exif_orientation=exif_orientation)

@@ -48,7 +48,7 @@ class Step:
     """One micro-batch with every view drawn; nothing here needs a gradient."""
 
     labelled_images: Tensor
-    """float (B, 3, h, w), values 0–1; B is 0 in a run without labels."""
+    """float (B, C, h, w), values 0–1; B is 0 in a run without labels."""
     labels: Tensor
     """int64 (B, h, w)."""
     labelled_pixels: Tensor
@@ -63,7 +63,7 @@ class Step:
     guessed: frozenset[str]
     """Those of `PARTS` for which features of masked units are guessed by the context decoder."""
     with_margin: Tensor | None = None
-    """uint8 (U, 3, h + 2 m, w + 2 m): what the teacher sees; None: the weak view (`method.teacher_margin_px` is 0)."""
+    """uint8 (U, C, h + 2 m, w + 2 m): what the teacher sees; None: the weak view (`method.teacher_margin_px` is 0)."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -122,11 +122,11 @@ class MaskMatch(nn.Module):
         """Runs the student on views that are not perturbed in place of its own forward."""
         self.base = build_base(recipe.base)
         self.strong_views = strong_views_of(recipe)
-        self.colours = Colours()
+        self.colours = Colours(rgb=segmenter.sees_colours)
         weights = torch.tensor([1.0, recipe.unlabelled_weight, recipe.mask.weight], dtype=torch.float64)
         self.register_buffer("part_weights", weights, persistent=False)
-        self.register_buffer("mean", torch.tensor(segmenter.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(segmenter.std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(segmenter.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(segmenter.std).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("class_weight", class_weight, persistent=False)
 
     def train(self, mode: bool = True) -> MaskMatch:
@@ -211,7 +211,7 @@ class MaskMatch(nn.Module):
 
         Args:
             step: from :meth:`prepare`.
-            teacher: normalised images (U, 3, h + 2 m, w + 2 m) to logits, m = `method.teacher_margin_px`.
+            teacher: normalised images (U, C, h + 2 m, w + 2 m) to logits, m = `method.teacher_margin_px`.
             normalise: images of values 0–1 to what the teacher expects; None: to what the student expects.
         """
         if step.unlabelled is None:

@@ -78,7 +78,7 @@ def multi_scale_probabilities(
     Args:
         segmenter: the teacher, in the mode (train or eval) that the caller has put it in. Sides of resized images are
             rounded to multiples of its ``patch_px``, if it has one.
-        images: float (B, 3, H + 2 m, W + 2 m), normalised, the weak view and its margin.
+        images: float (B, C, H + 2 m, W + 2 m), normalised, the weak view and its margin.
         scales: Q; a resized side is at least one patch.
         margin_px: m; what the teacher says of the margin is left out.
     """

@@ -28,14 +28,22 @@ GREY_WEIGHTS = (0.299, 0.587, 0.114)
 
 
 class Colours(nn.Module):
-    """Constants of colour space, kept on the device with the module that holds them."""
+    """Constants of colour space, kept on the device with the module that holds them.
+
+    Args:
+        rgb: whether the channels are red, green and blue. Otherwise they are bands without colours: grey is their mean,
+            contrast is about each band's own mean, and there is no hue to turn.
+
+    Decision: docs/decisions/0083-other-channels-than-rgb.md.
+    """
 
     grey: Tensor
     to_yiq: Tensor
     from_yiq: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, *, rgb: bool = True) -> None:
         super().__init__()
+        self.rgb = rgb
         to_yiq = torch.tensor([GREY_WEIGHTS, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
         self.register_buffer("grey", torch.tensor(GREY_WEIGHTS).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("to_yiq", to_yiq, persistent=False)
@@ -48,23 +56,23 @@ def photometric(images: Tensor, recipe: StrongViewRecipe, drawn: Mapping[str, Te
     Which operations run is decided by the recipe alone: what was drawn is on the device, and reading it would wait.
 
     Args:
-        images: float (U, 3, h, w), values 0–1.
+        images: float (U, C, h, w), values 0–1.
         recipe: strengths and probabilities.
         drawn: float64 (U,) for each name of `draws.PHOTOMETRIC`.
-        colours: constants, on the images' device.
+        colours: what the channels are, and constants on the images' device.
 
     Returns:
-        float (U, 3, h, w), values 0–1.
+        float (U, C, h, w), values 0–1.
     """
 
     def column(name: str) -> Tensor:
         return drawn[name].to(images.dtype).view(-1, 1, 1, 1)
 
     out = (images * column("brightness")).clamp(0, 1)
-    mean = _grey(out, colours).mean(dim=(1, 2, 3), keepdim=True)
+    mean = _grey(out, colours).mean(dim=(1, 2, 3), keepdim=True) if colours.rgb else out.mean((2, 3), keepdim=True)
     out = torch.lerp(mean, out, column("contrast")).clamp(0, 1)
     out = torch.lerp(_grey(out, colours), out, column("saturation")).clamp(0, 1)
-    if recipe.hue:
+    if recipe.hue and colours.rgb:
         out = _turn_hue(out, column("hue"), colours)
     out = torch.lerp(out, _grey(out, colours).expand_as(out), column("grey"))
     if recipe.blur_probability:
@@ -77,6 +85,9 @@ def photometric(images: Tensor, recipe: StrongViewRecipe, drawn: Mapping[str, Te
 
 
 def _grey(images: Tensor, colours: Colours) -> Tensor:
+    """(U, 1, h, w): luma of RGB; the mean of bands."""
+    if not colours.rgb:
+        return images.mean(1, keepdim=True)
     return (images * colours.grey.to(images.dtype)).sum(1, keepdim=True)
 
 
@@ -230,7 +241,7 @@ class View:
     """A view of the unlabelled images of one micro-batch."""
 
     images: Tensor
-    """float (U, 3, h, w), values 0–1."""
+    """float (U, C, h, w), values 0–1."""
     valid: Tensor
     """bool (U, h, w): ω, False on padding."""
     cutmix: CutMix | None

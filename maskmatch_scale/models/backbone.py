@@ -106,14 +106,14 @@ class Encoder(ABC):
 
     @abstractmethod
     def full(self, images: Tensor) -> list[Tensor]:
-        """Encode whole images (B, 3, H, W): maps (B, C, h, w) of every level, finest first."""
+        """Encode whole images (B, in_channels, H, W): maps (B, C, h, w) of every level, finest first."""
 
     @abstractmethod
     def visible(self, images: Tensor, visible: Tensor, grid: Grid) -> list[Tensor]:
         """Encode visible units alone.
 
         Args:
-            images: float (B, 3, H, W).
+            images: float (B, in_channels, H, W).
             visible: int64 (B, k), sorted indices of visible units.
             grid: (rows, cols) of units.
 
@@ -180,6 +180,8 @@ class Wanted:
     """False: random weights. True: the library's own weights. A path: a file or folder in the library's format."""
     options: dict[str, Any]
     """Keyword arguments of the library's model."""
+    in_channels: int = 3
+    """Channels of images. The family adapts the library's own weights to them and says so in its notes."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ class Backbone:
 
     encoder: Encoder
     mean: tuple[float, ...]
-    """Per-channel mean of RGB in 0–1 that the weights expect."""
+    """Mean of red, green and blue in 0–1 that the weights expect, whatever the channels (`channels.statistics_of`)."""
     std: tuple[float, ...]
     """Per-channel standard deviation, likewise."""
     hidden_size: int = 256

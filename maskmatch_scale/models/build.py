@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from maskmatch_scale.models import weights
 from maskmatch_scale.models.backbone import Wanted
+from maskmatch_scale.models.channels import OPTIONS, channel_names, statistics_of
 from maskmatch_scale.models.context import ContextDecoder
 from maskmatch_scale.models.deferred import StoredWeights
 from maskmatch_scale.models.families import family_of
@@ -25,6 +27,7 @@ def build_segmenter(
     context: bool = True,
     checkpoint_activations: bool = False,
     backbone_options: dict[str, Any] | None = None,
+    in_channels: int | Sequence[str] = 3,
 ) -> Segmenter:
     """Build a segmenter; the same weights for the same `torch.manual_seed` before the call.
 
@@ -48,12 +51,19 @@ def build_segmenter(
             inputs and outputs is not kept: the same gradients for less memory and one more forward pass.
         backbone_options: further keyword arguments of `timm.create_model` (`patch_size`, `embed_dim`, `depth`,
             `drop_path_rate` …), or keys of `SegformerConfig`.
+        in_channels: number of channels of images, or their names. Those named red, green and blue are normalised as the
+            weights expect of these colours, the others by the mean of the three. Three channels without names are RGB.
+            Weights for another number of channels are adapted by timm's rule, which `Segmenter.start_notes` says.
 
     Raises:
         ValueError: an argument that is unknown or does not fit; names it, its value and what would fit.
     """
     if num_classes < 2:
         raise ValueError(f"num_classes: {num_classes}; at least 2 are needed")
+    names = channel_names(in_channels)
+    for key in OPTIONS:
+        if key in (backbone_options or {}):
+            raise ValueError(f"model.backbone_options.{key}: the data decide the channels (data.channels); remove it")
     source: Path | bool = isinstance(pretrained, bool) and pretrained
     own = None
     if isinstance(pretrained, str | Path):
@@ -72,6 +82,7 @@ def build_segmenter(
             unit_px,
             source if own is None else False,
             dict(backbone_options or {}),
+            len(names),
         )
     )
     encoder = built.encoder
@@ -81,10 +92,11 @@ def build_segmenter(
     built_head = build_head(head_name, encoder.channels, encoder.strides, num_classes, built.hidden_size, built.dropout)
     cells = [encoder.unit_px // stride for stride in encoder.strides]
     decoder = ContextDecoder(encoder.channels, cells) if context else None
-    segmenter = Segmenter(family, encoder, built_head, decoder, num_classes, built.mean, built.std)
+    mean, std = (statistics_of(names, of_colours) for of_colours in (built.mean, built.std))
+    segmenter = Segmenter(family, encoder, built_head, decoder, num_classes, mean, std, names)
     state = own if own is not None or built.read_weights is None else built.read_weights()
     if state is not None:
-        segmenter.start_notes = tuple(weights.load_own(segmenter, state, pretrained, num_classes))
+        segmenter.start_notes = tuple(weights.load_own(segmenter, state, pretrained, num_classes, len(names)))
     elif source is not False:
         segmenter.start_notes = (*built.notes, "new, at random: the head")
     return segmenter

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from maskmatch_scale.models.backbone import Encoder, Family
+from maskmatch_scale.models.channels import COLOURS
 from maskmatch_scale.models.context import ContextDecoder
 from maskmatch_scale.models.deferred import DeferredWeights
 from maskmatch_scale.models.families import only_these_compile, only_these_number_layers
@@ -44,7 +45,8 @@ class Segmenter(nn.Module):
         num_classes: number of classes.
         unit_px: side of a maskable unit, pixels.
         patch_px: whole images must be whole patches of this side, pixels; 1 if any size is taken.
-        mean: per-channel mean of RGB in 0–1 that the backbone's weights expect.
+        channels: names of the channels of images, in their order.
+        mean: per-channel mean of values in 0–1 that the backbone's weights expect.
         std: per-channel standard deviation, likewise.
         family: what kind of backbone it is.
         encoder: runs the backbone.
@@ -69,6 +71,7 @@ class Segmenter(nn.Module):
         num_classes: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        channels: tuple[str, ...] = COLOURS,
     ) -> None:
         super().__init__()
         self.backbone: nn.Module = encoder.model
@@ -77,10 +80,20 @@ class Segmenter(nn.Module):
         self.num_classes = num_classes
         self.unit_px = encoder.unit_px
         self.patch_px = encoder.patch_px
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.channels = mean, std, channels
         self.family = family
         self.encoder = encoder  # not a module: it runs `backbone`, and deepcopy copies the two together
         self._in_eval_mode: list[nn.Module] = []  # part of `backbone`, and copied with it
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels of images."""
+        return len(self.channels)
+
+    @property
+    def sees_colours(self) -> bool:
+        """Whether the channels are red, green and blue, in this order."""
+        return self.channels == COLOURS
 
     def freeze(self, frozen: Frozen) -> None:
         """Train the backbone, or its first layers, no longer: no gradients, and always in eval mode.
@@ -167,7 +180,7 @@ class Segmenter(nn.Module):
         """Run the backbone alone.
 
         Args:
-            images: float (B, 3, H, W), normalised by `mean` and `std`.
+            images: float (B, in_channels, H, W), normalised by `mean` and `std`.
             visible: int64 (B, k), sorted indices of visible units, row-major on the unit grid; None: the whole image.
             mode: `drop` computes nothing for masked units. `zero` sets their pixels to zero and computes everything; it
                 is the published baseline, another function at full cost.
@@ -181,8 +194,12 @@ class Segmenter(nn.Module):
         """
         if mode not in _MODES:
             raise ValueError(f"mode: {mode!r} is not one of {', '.join(_MODES)}")
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(f"images: {images.dtype} {tuple(images.shape)}; it must be float (B, 3, H, W), normalised")
+        if images.ndim != 4 or images.shape[1] != self.in_channels or not images.is_floating_point():
+            own = "" if self.sees_colours else f", with the channels {', '.join(self.channels)}"
+            raise ValueError(
+                f"images: {images.dtype} {tuple(images.shape)}; it must be float (B, {self.in_channels}, H, W), "
+                f"normalised{own}"
+            )
         if visible is None:
             self.encoder.check_size(*images.shape[2:])
             self._check_finite(images)
@@ -247,7 +264,7 @@ class Segmenter(nn.Module):
         """Logits of images: `encode`, `perturb` if there is one, `decode`.
 
         Args:
-            images: float (B, 3, H, W), normalised by `mean` and `std`.
+            images: float (B, in_channels, H, W), normalised by `mean` and `std`.
             visible: int64 (B, k), see `encode` and `decode`.
             mode: `drop` or `zero`, see `encode`.
             perturb: changes features, one tensor a level as `encode` gives them, to features of the same shapes. It is

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from maskmatch_scale.models.channels import adapt_stem
 from maskmatch_scale.models.deferred import StoredWeights, read_deferred
 
 SEGMENTER_FILE = "segmenter.json"
@@ -93,7 +94,9 @@ def read_export(folder: Path) -> dict[str, Tensor]:
     return {f"{part}.{name}": value for part, path in parts.items() for name, value in read_weights(path).items()}
 
 
-def load_own(segmenter: nn.Module, state: Mapping[str, Tensor], source: object, num_classes: int) -> list[str]:
+def load_own(
+    segmenter: nn.Module, state: Mapping[str, Tensor], source: object, num_classes: int, in_channels: int
+) -> list[str]:
     """Load a state dict in a segmenter's own names; a head of another shape or kind stays as it was built.
 
     Args:
@@ -101,15 +104,17 @@ def load_own(segmenter: nn.Module, state: Mapping[str, Tensor], source: object, 
         state: tensors by name. One on the meta device, without values, stands for a tensor that is not to be loaded.
         source: what they are of, for the message.
         num_classes: of the segmenter.
+        in_channels: of the segmenter. Weights for another number of channels are adapted (`channels.adapt_stem`).
 
     Returns:
-        A line on each part that is not loaded, and on each that starts at random; none if everything fits. The context
+        A line on each part that is adapted, is not loaded, or starts at random; none if everything fits. The context
         decoder, which exports leave out, is not counted.
 
     Raises:
         ValueError: the backbone's weights do not fit.
     """
     current = segmenter.state_dict()
+    state, adapted = adapt_stem(state, current, in_channels)
     fits = {
         name: value
         for name, value in state.items()
@@ -128,7 +133,7 @@ def load_own(segmenter: nn.Module, state: Mapping[str, Tensor], source: object, 
     fresh = [name for name in current if name not in fits and not name.startswith("context.")]
     counts = {name: _classes(state[name], current[name], num_classes) for name in fresh if name in state}
     classifier = [name for name, count in counts.items() if count is not None]
-    notes = []
+    notes = [] if adapted is None else [adapted]
     if classifier:
         notes.append(f"classifier: {counts[classifier[0]]} → {num_classes} classes, new ({named(classifier)})")
     if others := [name for name in fresh if name not in classifier]:

@@ -10,7 +10,8 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.shards.folder import load_index
+from maskmatch_scale.data.images.bands import RGB_NAMES, Band
+from maskmatch_scale.data.shards.folder import channels_of, load_index
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.engine.precision import Precision, precision_for
 from maskmatch_scale.engine.zero import deepspeed_config
@@ -160,7 +161,27 @@ def _data(recipe: Recipe, index: ShardIndex | None, classes: int | None, notes: 
         count = ASSUMED_CLASSES
         notes.append(f"{count} classes assumed; say --classes N, or model.num_classes=N")
     names = tuple(f"class {number}" for number in range(count))
-    return RunData(source="", classes=names, palette=((0, 0, 0),) * count, ignore_index=255, samples={})
+    return RunData(
+        source="",
+        classes=names,
+        palette=((0, 0, 0),) * count,
+        ignore_index=255,
+        bands=_bands(recipe, index),
+        samples={},
+    )
+
+
+def _bands(recipe: Recipe, index: ShardIndex | None) -> tuple[Band, ...]:
+    """Bands by channel; of data that cannot be read those that the recipe names, whose ranges cost nothing.
+
+    Raises:
+        UserError: the index has not the bands that the recipe names.
+    """
+    if index is not None:
+        channels = channels_of(index, recipe.data)
+        return () if channels is None else channels.bands
+    names = recipe.data.channels
+    return () if names in (None, RGB_NAMES) else tuple(Band(name, 0, 255) for name in names)
 
 
 def _frozen_teacher(recipe: Recipe, data: RunData, notes: list[str]) -> Segmenter | None:
@@ -188,6 +209,7 @@ def _frozen_teacher(recipe: Recipe, data: RunData, notes: list[str]) -> Segmente
                 unit_px=model.unit_px,
                 context=False,
                 backbone_options=model.backbone_options,
+                in_channels=[band.name for band in data.bands] or 3,
             )
         return like.requires_grad_(False)
     return open_model(Path(path), checksums=False).segmenter.to("meta").requires_grad_(False)

@@ -303,7 +303,7 @@ def _batch(subject: Subject, student: Segmenter, part: Pass, images: int) -> Bat
         labelled, unlabelled = round(images * share), images
     views = makes_views(method) and part != "loss_x"
     draws = view_draws(student, method, recipe.run.seed, crop).width if views else 0
-    batch = Batch.empty(labelled, unlabelled, crop, draws, method.teacher_margin_px)
+    batch = Batch.empty(labelled, unlabelled, crop, draws, method.teacher_margin_px, student.in_channels)
     return replace(batch, positions=tuple(range(images)) if views else ())
 
 

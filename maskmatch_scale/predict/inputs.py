@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from maskmatch_scale.data.images.bands import Band
 from maskmatch_scale.data.remote.address import join
 from maskmatch_scale.data.remote.patterns import expand
 from maskmatch_scale.data.shards.folder import load_index
@@ -49,6 +50,8 @@ class Shard:
     """Its size, likewise."""
     sha256: str | None = None
     """Its hex digest, likewise."""
+    bands: tuple[Band, ...] | None = None
+    """What the pages of its images hold, likewise; empty: plain images."""
 
 
 Input = ImageFile | Shard
@@ -126,10 +129,11 @@ def _inputs_of(location: str, out: Path, data: DataRecipe) -> Iterator[Input]:
 
 def _shards_of(root: str, data: DataRecipe) -> Iterator[Shard]:
     """The shards of all streams of a shard folder, or of its index."""
-    for stream in load_index(root, data).streams.values():
+    index = load_index(root, data)
+    for stream in index.streams.values():
         for entry in stream.shards:
             location = join(root, entry.file)
-            yield Shard(_absolute(location), entry.samples, entry.bytes, entry.sha256)
+            yield Shard(_absolute(location), entry.samples, entry.bytes, entry.sha256, index.bands)
 
 
 def _listed(file: Path) -> Iterator[Input]:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -17,8 +17,11 @@ from PIL import Image as PillowImage
 from torch import Tensor
 
 from maskmatch_scale.data.faults import BadSample, DataError
+from maskmatch_scale.data.images.bands import shown_names
+from maskmatch_scale.data.images.decode import decode_image
+from maskmatch_scale.data.images.file_bands import RGB_FILES, FileBands
 from maskmatch_scale.data.images.image import decode_large
-from maskmatch_scale.data.images.opening import bad
+from maskmatch_scale.data.images.opening import MOST_WHOLE_PIXELS, bad
 from maskmatch_scale.data.images.tiff import TiffImage, open_tiff
 from maskmatch_scale.data.remote.fetch import read_bytes
 from maskmatch_scale.data.remote.shard_cache import ShardCache
@@ -31,10 +34,13 @@ from maskmatch_scale.recipe import DataRecipe
 from maskmatch_scale.redact import is_remote, shown
 
 
+@dataclass(frozen=True)
 class DecodedImage(WholeImage):
     """An image that is in memory, decoded."""
 
-    georeference: None = None
+    shown: tuple[int, ...] = (0, 1, 2)
+    """Channels that a picture shows as red, green and blue."""
+    georeference: ClassVar[None] = None
 
     def valid(self, rows: slice) -> NDArray[np.bool_] | None:
         """None: all pixels of all rows have data."""
@@ -46,10 +52,13 @@ class DecodedImage(WholeImage):
         return False
 
     def shrunk(self, height: int, width: int) -> PillowImage.Image:
-        """The image in another size, RGB. Where it is much larger, some of its rows and columns are passed over."""
+        """The image in another size, its shown channels.
+
+        Where it is much larger, some of its rows and columns are passed over.
+        """
         own_height, own_width = self.size_px
         step = max(1, min(own_height // height, own_width // width) // 2)
-        some: Tensor = self.pixels[:, ::step, ::step]
+        some: Tensor = self.pixels[:, ::step, ::step][list(self.shown)]
         picture = PillowImage.fromarray(np.ascontiguousarray(some.permute(1, 2, 0).numpy()))
         return (
             picture if picture.size == (width, height) else picture.resize((width, height), PillowImage.Resampling.BOX)
@@ -83,10 +92,14 @@ class Reader:
     Args:
         data: how inputs on other machines are fetched.
         exif_orientation: whether images are turned as their EXIF orientation says.
+        bands: channels of the model, and which bands of files they are.
+        note: called with a line for the user.
     """
 
     data: DataRecipe
     exif_orientation: bool
+    bands: FileBands = RGB_FILES
+    note: Callable[[str], None] = lambda line: None
 
     def count(self, share: Share) -> int:
         """Number of images in a share; 1 for a shard that must be fetched and that no index lists."""
@@ -129,7 +142,7 @@ class Reader:
                     yield Task(
                         f"{name}/{safe_path(table.key(place))}",
                         sample,
-                        partial(self._sample, table, file, place, sample),
+                        partial(self._sample, shard, table, file, place, sample),
                         1.0 if known else 1 / len(places),
                         table.fault(place),
                     )
@@ -146,9 +159,20 @@ class Reader:
         return Path(shard.location).open("rb")
 
     @contextmanager
-    def _sample(self, table: TarTable, file: BinaryIO, place: int, where: str) -> Iterator[OpenImage]:
+    def _sample(self, shard: Shard, table: TarTable, file: BinaryIO, place: int, where: str) -> Iterator[OpenImage]:
         data, _ = table.read(file, place)
-        yield self._decoded(data, where, any_format=False)
+        if shard.bands is None and self.bands.bands:  # no index says what its pages are
+            yield self._with_bands(torch.from_numpy(self.bands.read(data, where)))
+            return
+        channels = self.bands.of_pages(shard.bands or ())
+        if channels is None:
+            yield self._decoded(data, where, any_format=False)
+        else:
+            yield self._with_bands(decode_image(data, where, channels=channels, max_pixels=MOST_WHOLE_PIXELS))
+
+    def _with_bands(self, planes: Tensor) -> DecodedImage:
+        names = self.bands.names
+        return DecodedImage(planes, tuple(names.index(name) for name in shown_names(names)))
 
     @contextmanager
     def _file(self, location: str, *, is_tiff: bool) -> Iterator[OpenImage]:
@@ -163,8 +187,12 @@ class Reader:
         else:
             _check_file(location)
         if is_tiff:
-            with open_tiff(data, shown(location)) as image:
+            with open_tiff(data, shown(location), self.bands) as image:
+                if image.unused is not None:
+                    self.note(image.unused)
                 yield image
+        elif self.bands.bands:
+            yield self._with_bands(torch.from_numpy(self.bands.read(data, shown(location))))
         else:
             # Formats of Pillow that are seldom looked at by anyone are left to files of the user's own.
             yield self._decoded(data, shown(location), any_format=isinstance(data, Path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from maskmatch_scale.data.faults import BadSample
+from maskmatch_scale.data.images.file_bands import FileBands
 from maskmatch_scale.data.images.tiff import has_rasterio
 from maskmatch_scale.engine.launchers import Place
 from maskmatch_scale.engine.precision import autocast
@@ -19,7 +21,7 @@ from maskmatch_scale.evaluation.inference import Inference, inference_with
 from maskmatch_scale.export.opening import Model, open_model
 from maskmatch_scale.predict.device import DTYPES, FittingBatches, choose_device, choose_precision
 from maskmatch_scale.predict.failures import Failures
-from maskmatch_scale.predict.inputs import ImageFile, deal, find_inputs
+from maskmatch_scale.predict.inputs import ImageFile, Input, Shard, deal, find_inputs
 from maskmatch_scale.predict.label_maps import refuse_label_maps
 from maskmatch_scale.predict.naming import output_names
 from maskmatch_scale.predict.outputs import Outputs, Wanted
@@ -29,6 +31,7 @@ from maskmatch_scale.predict.reading import OpenImage, Reader, Task
 from maskmatch_scale.predict.rows import Rows, rows_of
 from maskmatch_scale.predict.settings import NAME, claim
 from maskmatch_scale.progress import Advance, progress_of
+from maskmatch_scale.redact import shown
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Options:
     """Windows in a forward pass; None: found by trying."""
     overwrite: bool = False
     """Whether predictions that are there are made again."""
+    bands: tuple[str, ...] | None = None
+    """Names of the bands of each file, in their order, `-` for those that are not used; None: not said."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +103,15 @@ def predict(
     inference = inference_with(opened.segmenter, opened.evaluation, opened.crop_px, device)
     inputs = find_inputs(words, out, opened.data)
     tiffs = [each.location for each in inputs if isinstance(each, ImageFile) and each.is_tiff]
+    if opened.bands:
+        tiffs += [each.location for each in inputs if isinstance(each, ImageFile)]
     if tiffs:
         has_rasterio(tiffs[0])
+    bands = _bands_of(opened, options, inputs)
     refuse_label_maps(inputs, opened.palette)
     names = dict(zip(inputs, output_names([each.location for each in inputs]), strict=True))
     shares = deal(inputs, place.rank, place.world_size)
-    reader = Reader(opened.data, opened.exif_orientation)
+    reader = Reader(opened.data, opened.exif_orientation, bands, _Once())
     total = sum(map(reader.count, shares))
 
     settings = _settings(opened, inference, precision, options)
@@ -157,7 +165,38 @@ def _settings(model: Model, inference: Inference, precision: str, options: Optio
         "polygons": list(wanted.polygons),
         "classes": list(model.classes),
         "palette": [list(colour) for colour in model.palette],
-    }
+    } | ({} if options.bands is None else {"bands": list(options.bands)})
+
+
+def _bands_of(model: Model, options: Options, inputs: Sequence[Input]) -> FileBands:
+    """The channels of the model and which bands of files they are.
+
+    Raises:
+        UserError: `--bands` does not fit them, or an index names no such bands.
+    """
+    try:
+        bands = FileBands(model.bands, options.bands)
+    except ValueError as error:
+        raise UserError(f"--bands {','.join(options.bands or ())}: {error}") from None
+    for each in {shard.bands: shard for shard in inputs if isinstance(shard, Shard)}.values():
+        if each.bands is not None:
+            try:
+                bands.of_pages(each.bands)
+            except ValueError as error:
+                raise UserError(f"{shown(each.location)}: {str(error).removeprefix('data.channels: ')}") from None
+    return bands
+
+
+class _Once:
+    """Says the first line of its kind on stderr."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def __call__(self, line: str) -> None:
+        if not self._said:
+            self._said = True
+            print(f"maskmatch: {line} (said once)", file=sys.stderr, flush=True)  # noqa: T201
 
 
 class _Job:

@@ -56,14 +56,14 @@ def _compare(path: Path, settings: dict[str, Any]) -> None:
     """Refuse other settings than those in a file; names the first that differs."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        different = [key for key in settings if key != NAME and before.get(key) != settings[key]]
+        different = [key for key in (settings | before) if key != NAME and before.get(key) != settings.get(key)]
     except (ValueError, AttributeError):
         raise UserError(f"{path}: it cannot be read; name another folder, or give --overwrite") from None
     if different:
         key = different[0]
         raise UserError(
-            f"{path}: made with {key} = {_short(before.get(key))}, and now it is {_short(settings[key])}; name another "
-            "folder, or give --overwrite to make all predictions again"
+            f"{path}: made with {key} = {_short(before.get(key))}, and now it is {_short(settings.get(key))}; name "
+            "another folder, or give --overwrite to make all predictions again"
         )
 
 

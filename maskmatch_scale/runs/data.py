@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from maskmatch_scale.checkpoints.layout import CheckpointError
-from maskmatch_scale.data.images.bands import Band, choose_channels
+from maskmatch_scale.data.images.bands import RGB_NAMES, Band, choose_channels
 from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.errors import UserError
@@ -67,6 +67,23 @@ def describe_data(recipe: Recipe, index: ShardIndex, used: Mapping[str, int | No
     samples = {name: stream.samples for name, stream in index.streams.items()} | dict(used or {})
     known = {name: count for name, count in samples.items() if count is not None}
     return RunData(**named, samples=known)
+
+
+def with_bands(recipe: Recipe, data: RunData) -> Recipe:
+    """The recipe of a run with the bands and ranges that its model was trained with, whatever an index says by now.
+
+    Data that lack one of the bands are refused when they are opened
+    (:func:`~maskmatch_scale.data.shards.folder.channels_of`).
+
+    Args:
+        recipe: of the run.
+        data: of the run.
+    """
+    pinned = {
+        "channels": tuple(band.name for band in data.bands) or RGB_NAMES,
+        "value_ranges": {band.name: (band.low, band.high) for band in data.bands},
+    }
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=pinned)})
 
 
 def read_run_data(run: Path) -> RunData:
@@ -149,6 +166,22 @@ def known_classes(pretrained: str) -> tuple[str, ...] | None:
         if isinstance(found, list) and not all(label == f"LABEL_{value}" for value, label in enumerate(found)):
             return tuple(map(str, found))
     return None
+
+
+def known_bands(pretrained: str) -> tuple[Band, ...] | None:
+    """Bands of the run or export that `model.pretrained` names, by input channel; empty: RGB; None: it is neither.
+
+    Raises:
+        UserError: the `data.json` of a run cannot be read.
+    """
+    run = run_of(Path(pretrained))
+    if run is not None:
+        return read_run_data(run).bands
+    try:
+        found = json.loads((Path(pretrained) / SEGMENTER_FILE).read_text()).get("bands", ())
+        return tuple(Band(**band) for band in found)
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _grey(value: int, of: int) -> tuple[int, int, int]:

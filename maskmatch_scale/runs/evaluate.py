@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from maskmatch_scale.checkpoints.finding import opened
-from maskmatch_scale.data.shards.folder import load_index
+from maskmatch_scale.data.shards.folder import channels_of, load_index
 from maskmatch_scale.engine.precision import autocast, autocast_dtype, uses_tf32
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.evaluation.evaluate import evaluate_split
@@ -26,7 +26,7 @@ from maskmatch_scale.models import Segmenter
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.recipe.by_class import thresholds_by_class
 from maskmatch_scale.record.run_folder import RunFolder
-from maskmatch_scale.runs.data import read_run_data, recipe_of, run_of
+from maskmatch_scale.runs.data import read_run_data, recipe_of, run_of, with_bands
 from maskmatch_scale.runs.model import load_model
 
 
@@ -107,8 +107,10 @@ def evaluate_run(
     thresholds = _thresholds(run, recipe) if locality else 0.0
     if uses_tf32(device, recipe.engine.precision):
         torch.set_float32_matmul_precision("high")
+    recipe = with_bands(recipe, read_run_data(run))
     with opened(where) as checkpoint:  # until both models are loaded: evaluating the first may take long
         index = load_index(recipe.data.root, recipe.data)
+        channels_of(index, recipe.data)  # a band that is missing is said before the models are loaded
         for kind in weights:
             began = time.monotonic()
             segmenter = load_model(run, recipe, kind, checkpoint)
@@ -168,6 +170,8 @@ def _keep_pictures(
         if recipe.method.mask.keep is not None:
             save_masked_pictures(
                 samples,
+                recipe.data,
+                split,
                 # The student was trained on masked views, together with its context decoder.
                 models.get("student") or next(iter(models.values())),
                 recipe.method.mask,

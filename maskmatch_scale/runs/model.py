@@ -15,6 +15,7 @@ from torch import Tensor
 from maskmatch_scale.checkpoints.finding import Checkpoint, find, old_teacher, opened
 from maskmatch_scale.checkpoints.layout import INDEX, CheckpointError
 from maskmatch_scale.checkpoints.reading import Weights, load_weights
+from maskmatch_scale.data.images.bands import Band, in_words
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.models import Segmenter, build_segmenter
@@ -26,6 +27,7 @@ from maskmatch_scale.runs.data import (
     RunData,
     class_difference,
     classes_of_start,
+    known_bands,
     known_classes,
     read_run_data,
     recipe_of,
@@ -40,7 +42,7 @@ def build_student(
 
     Args:
         recipe: of the run.
-        index: of its data; only the class names are used.
+        index: of its data: class names and bands, one for each input channel.
         pretrained: whether to read the weights that `model.pretrained` names.
         deferred: whether to leave out the weights: `Segmenter.deferred` makes them one at a time, the same numbers.
 
@@ -69,6 +71,7 @@ def build_student(
             context=bool(recipe.method.dropped),
             checkpoint_activations=recipe.engine.activation_checkpointing,
             backbone_options=model.backbone_options,
+            in_channels=[band.name for band in index.bands] or 3,
         )
 
     torch.manual_seed(recipe.run.seed)
@@ -79,12 +82,17 @@ def build_student(
         else:
             segmenter = build()
     except ValueError as error:
-        raise UserError(f"model: {error}") from error
+        text = str(error)
+        raise UserError(text if text.startswith("model.") else f"model: {text}") from error
     notes = [f"model.pretrained={model.pretrained}: {line}" for line in segmenter.start_notes]
     if pretrained and (line := _other_classes(recipe, segmenter, index.classes)):
         notes.append(line)
+    if pretrained and (line := _other_bands(recipe, index.bands)):
+        notes.append(f"warning: {line}; the stem is loaded all the same")
     segmenter.start_notes = tuple(notes)
     if trained is not None:
+        if line := _other_bands(recipe, index.bands):
+            raise UserError(f"data.labelled_count=0: {line}; without labels a teacher must know the channels")
         _check_trained(recipe, segmenter, trained, index.classes)
     return segmenter
 
@@ -101,6 +109,16 @@ def _other_classes(recipe: Recipe, segmenter: Segmenter, classes: Sequence[str])
         f"warning: model.pretrained={start}: its classes are others or in another order ({difference}); the "
         "classifier is loaded all the same"
     )
+
+
+def _other_bands(recipe: Recipe, bands: Sequence[Band]) -> str | None:
+    """What to say of a run that starts from a model of other channels, or of other ranges of their values."""
+    start = recipe.model.pretrained
+    known = known_bands(start) if isinstance(start, str) else None
+    if known is None or known == tuple(bands):
+        return None
+    theirs, ours = (", ".join(in_words(each)) for each in (known, bands))
+    return f"model.pretrained={start}: its channels are {theirs}, and those of this run {ours}"
 
 
 def _start_weights(pretrained: bool | str | None) -> bool | str | Weights | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maskmatch_scale.checkpoints.finding import Checkpoint
+from maskmatch_scale.data.images.bands import Band, in_words
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.opening import Model, open_model
 from maskmatch_scale.method.bases import base_class
@@ -79,6 +80,25 @@ def check_classes(recipe: Recipe, teacher: Model, classes: Sequence[str]) -> Non
         raise UserError(
             f"{given} with method.base={base}: its loss compares probabilities of all classes, and the teacher tells "
             f"{outputs} apart, the student {own}; set model.num_classes={outputs}, or use method.base=fixmatch"
+        )
+
+
+def check_bands(recipe: Recipe, teacher: Model, bands: Sequence[Band]) -> None:
+    """Refuse a teacher that sees other channels than the student, or other ranges of their values.
+
+    Args:
+        recipe: of the run.
+        teacher: opened.
+        bands: of the data, by channel of the student; empty: RGB.
+
+    Raises:
+        UserError: names the channels of both.
+    """
+    if teacher.bands != tuple(bands):
+        theirs, ours = (", ".join(in_words(each)) for each in (teacher.bands, bands))
+        raise UserError(
+            f"method.teacher={recipe.method.teacher}: its channels are {theirs}, and those of the data {ours}; both "
+            "see the same images, so name a model of these channels (data.channels, data.value_ranges)"
         )
 
 

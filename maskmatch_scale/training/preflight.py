@@ -20,6 +20,7 @@ from maskmatch_scale.checkpoints.finding import Checkpoint, damage, find, first_
 from maskmatch_scale.checkpoints.fit import check_fit, model_facts
 from maskmatch_scale.data.batches.loading import check_shared_memory
 from maskmatch_scale.data.batches.training import TrainingBatches
+from maskmatch_scale.data.images.bands import in_words
 from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.data.shards.reading import ShardStream
@@ -42,7 +43,13 @@ from maskmatch_scale.runs.lock import refuse_live_run
 from maskmatch_scale.runs.model import build_student
 from maskmatch_scale.runs.model_checks import check_backbone, check_graphs, check_model, check_statistics, freeze
 from maskmatch_scale.seeds import derive_seed
-from maskmatch_scale.training.frozen_teacher import check_classes, check_same_teacher, open_teacher, teacher_facts
+from maskmatch_scale.training.frozen_teacher import (
+    check_bands,
+    check_classes,
+    check_same_teacher,
+    open_teacher,
+    teacher_facts,
+)
 from maskmatch_scale.training.memory_check import check_memory
 
 
@@ -102,6 +109,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     described = describe_data(recipe, index)
     if teacher is not None:
         check_classes(recipe, teacher, described.classes)
+        check_bands(recipe, teacher, described.bands)
     student = build_student(recipe, described, deferred=recipe.engine.zero_stage == 3)
     freeze(recipe, student)
     check_model(recipe, student)
@@ -124,7 +132,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     data = describe_data(recipe, index, used)
     check_class_names(recipe, data)
     head = recipe.model.head or student.family.default_head
-    model = model_facts(recipe, head, student.num_classes, data.classes)
+    model = model_facts(recipe, head, student.num_classes, data.classes, in_words(data.bands) if data.bands else ())
     facts = teacher_facts(recipe, teacher) if teacher is not None else None
     checked = Checked(recipe, reason, data, batches, student, place, model, None, teacher, facts)
     checkpoint = _checkpoint_to_resume(RunFolder(Path(recipe.run.dir)), resume)

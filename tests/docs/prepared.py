@@ -19,7 +19,7 @@ from maskmatch_scale.export.write import export_run
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.train import train
 from tests.conftest import TINY_SEGFORMER, ShapesSource, draw_shapes, recipe_maker
-from tests.data.banded import write_geotiffs
+from tests.data.banded import NAMES, measured, write_geotiffs
 
 _COUNTS = {"labelled": 4, "unlabelled": 8, "dev": 2, "val": 2}
 
@@ -211,6 +211,25 @@ def orthophoto(folder: Path) -> None:
         file.write(np.moveaxis(draw_shapes(9)[0], 2, 0))
 
 
+def fields_run(folder: Path) -> None:
+    """`runs/fields`, of shards of five bands, and GeoTIFFs to predict: `scenes/five.tif`, and `scenes/six.tif`."""
+    import rasterio
+
+    write_geotiffs(folder / "fields", 8, 6)
+    names = str(folder / "fields" / "names.txt")
+    options = Options(classes=names, dev="2", bands=",".join(NAMES), value_range="0:4000")
+    write_shards(image_folder(folder / "fields", options), folder / "data" / "fields", workers=1, progress=False)
+    data, run = {"root": str(folder / "data" / "fields")}, {"dir": str(folder / "runs" / "fields"), "steps": 1}
+    train(_mine(folder, data=data, run=run))
+    (folder / "scenes").mkdir()
+    bands = measured(9)[0]
+    for name, pixels in (("five", bands), ("six", np.concatenate([bands, bands[:1]]))):
+        count, height, width = pixels.shape
+        size = {"count": count, "height": height, "width": width, "dtype": "uint16"}
+        with rasterio.open(folder / "scenes" / f"{name}.tif", "w", driver="GTiff", **size) as file:
+            file.write(pixels)
+
+
 def _mine(folder: Path, **sections: Mapping[str, Any]) -> Recipe:
     engine = {"library": "accelerate", "zero_stage": 0, "micro_batch": 2, "threads": 1}
     run = {"dir": str(folder / "runs" / "mine"), "steps": 1}
@@ -231,5 +250,5 @@ def _write(
 
 PREPARED = {make.__name__: make for make in (
     photos, grown_photos, more_photos, shards, recipe, binary, soft, scene, bands, mine, trained, exported, vit,
-    downloaded, pictures, orthophoto, street, outlined,
+    downloaded, pictures, orthophoto, street, outlined, fields_run,
 )}  # fmt: skip

@@ -25,9 +25,10 @@ def draws_of(recipe, seed, size=(24, 32), strong_views=1):
     return ViewDraws(recipe, seed, strong_views, size, None, 0)
 
 
-def photometric(images, recipe, seed, positions):
+def photometric(images, recipe, seed, positions, *, rgb=True):
     draws = draws_of(recipe, seed)
-    return module.photometric(images, recipe, Drawn(draws(positions), draws.strong_views).photometric(0), Colours())
+    drawn = Drawn(draws(positions), draws.strong_views).photometric(0)
+    return module.photometric(images, recipe, drawn, Colours(rgb=rgb))
 
 
 def draw_cutmix(recipe, seed, positions, size, neighbour=None):
@@ -182,3 +183,38 @@ def test_noise_is_normal_and_depends_on_seed_and_place_alone():
         for other in (image.roll(1), image.roll(1, 0)):  # neighbours are independent
             assert abs((image * other).mean()) < 4 / n**0.5
     assert abs((noise[0] * noise[1]).mean()) < 4 / n**0.5
+
+
+def test_bands_without_colours_have_no_luma_and_no_hue():
+    bands = torch.rand(4, 5, 24, 32, generator=torch.Generator().manual_seed(2))
+    assert photometric(bands, recipe(hue=0.5), 0, range(4), rgb=False).equal(bands)
+    grey = photometric(bands, recipe(grey_probability=1.0), 0, range(4), rgb=False)
+    torch.testing.assert_close(grey, bands.mean(1, keepdim=True).expand_as(bands))
+    faded = photometric(bands, recipe(saturation=0.5), 0, range(4), rgb=False)
+    towards = faded.clamp(0, 1) - bands.mean(1, keepdim=True)
+    assert not faded.equal(bands)
+    # Between the band and the mean of all bands, or beyond the band on the same side.
+    assert ((towards * (bands - bands.mean(1, keepdim=True))) >= -1e-6).all()
+
+
+def test_contrast_is_about_each_bands_own_mean():
+    """A band keeps its mean whatever the others are, so that a bright band does not lift a dark one."""
+    bands = torch.rand(4, 5, 24, 32, generator=torch.Generator().manual_seed(2)) * 0.2
+    bands += torch.linspace(0.1, 0.7, 5)[:, None, None]
+    changed = photometric(bands, recipe(contrast=0.5), 3, range(4), rgb=False)
+    assert not changed.allclose(bands)
+    torch.testing.assert_close(changed.mean((2, 3)), bands.mean((2, 3)), rtol=0, atol=1e-5)
+    alone = photometric(bands[:, 1:2], recipe(contrast=0.5), 3, range(4), rgb=False)
+    torch.testing.assert_close(alone, changed[:, 1:2])
+
+
+@given(st.integers(1, 6), st.integers(0, 2**20))
+@settings(deadline=None, max_examples=20)
+def test_bands_stay_within_bounds_and_in_any_order(channels, seed):
+    bands = torch.rand(2, channels, 24, 32, generator=torch.Generator().manual_seed(seed))
+    full = StrongViewRecipe()
+    out = photometric(bands, full, seed, [seed, seed + 1], rgb=False)
+    assert out.shape == bands.shape
+    assert 0 <= out.min() <= out.max() <= 1
+    turned = photometric(bands.flip(1), full, seed, [seed, seed + 1], rgb=False)
+    torch.testing.assert_close(turned.flip(1), out, rtol=0, atol=1e-5)

@@ -9,20 +9,23 @@ from maskmatch_scale.models import units
 
 from .conftest import FAMILIES, VITS
 
+OTHER_CHANNELS = (1, 5)
 HEADS = ["segformer", "linear", "pixel_shuffle", "dpt"]
 
 
 def batch(segmenter, rows=3, cols=4, k=5, count=2):
     unit = segmenter.unit_px
-    images = torch.randn(count, 3, rows * unit, cols * unit, dtype=torch.float64)
+    images = torch.randn(count, segmenter.in_channels, rows * unit, cols * unit, dtype=torch.float64)
     return images, units.sample_visible(count, (rows, cols), k)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    ("head", "channels"), [*((head, 3) for head in HEADS), *(("linear", channels) for channels in OTHER_CHANNELS)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", ["drop", "zero"])
-def test_masked_pixels_change_nothing_and_get_no_gradient(build, family, head, mode):
-    segmenter = build(family, head=head).train()  # BatchNorm by batch: any leak would spread
+def test_masked_pixels_change_nothing_and_get_no_gradient(build, family, head, channels, mode):
+    segmenter = build(family, head=head, in_channels=channels).train()  # BatchNorm by batch: any leak would spread
     for module in segmenter.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -42,7 +45,9 @@ def test_masked_pixels_change_nothing_and_get_no_gradient(build, family, head, m
     assert segmenter(other, visible, mode).equal(logits)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    ("head", "channels"), [*((head, 3) for head in HEADS), *(("linear", channels) for channels in OTHER_CHANNELS)]
+)
 @pytest.mark.parametrize(
     ("family", "halos"),
     [
@@ -52,8 +57,8 @@ def test_masked_pixels_change_nothing_and_get_no_gradient(build, family, head, m
         ("segformer_fine", True),
     ],
 )
-def test_all_visible_is_the_full_forward_with_its_gradients(build, family, head, halos, monkeypatch):
-    segmenter = build(family, head=head).eval()
+def test_all_visible_is_the_full_forward_with_its_gradients(build, family, head, channels, halos, monkeypatch):
+    segmenter = build(family, head=head, in_channels=channels).eval()
     if halos:
         monkeypatch.setattr(segmenter.encoder, "visible", segmenter.encoder.by_units)
     images, visible = batch(segmenter, k=12)

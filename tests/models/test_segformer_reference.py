@@ -73,12 +73,12 @@ def assert_same_gradients(ours: torch.nn.Module, theirs: torch.nn.Module) -> Non
 
 
 @pytest.mark.parametrize("family", STRIDES)
-@pytest.mark.parametrize("k", [1, 5, 11])
-def test_every_stage_and_every_gradient_equal_the_dense_reference(build, family, k):
-    segmenter = build(family, context=False).eval()
+@pytest.mark.parametrize(("k", "channels"), [(1, 3), (5, 3), (11, 3), (5, 1), (5, 5)])
+def test_every_stage_and_every_gradient_equal_the_dense_reference(build, family, k, channels):
+    segmenter = build(family, context=False, in_channels=channels).eval()
     reference = twin(segmenter)
     unit = segmenter.unit_px
-    images = torch.randn(3, 3, 4 * unit, 3 * unit, dtype=torch.float64)
+    images = torch.randn(3, channels, 4 * unit, 3 * unit, dtype=torch.float64)
     visible, mask = masks(3, 4, 3, k)
 
     expected = dense_reference(reference, images, mask)
@@ -119,10 +119,11 @@ def test_logits_equal_the_published_head_on_the_reference(build, family, trainin
 
 
 @pytest.mark.parametrize("family", STRIDES)
-def test_full_forward_is_transformers_own(build, family):
-    segmenter = build(family).eval()
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_full_forward_is_transformers_own(build, family, channels):
+    segmenter = build(family, in_channels=channels).eval()
     reference = twin(segmenter)
-    images = torch.randn(2, 3, 70, 101, dtype=torch.float64)  # no whole units needed
+    images = torch.randn(2, channels, 70, 101, dtype=torch.float64)  # no whole units needed
     torch.testing.assert_close(segmenter(images), reference(images).logits, rtol=0, atol=1e-12)
 
 

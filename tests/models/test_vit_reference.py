@@ -23,18 +23,19 @@ def masked_reference(model: torch.nn.Module, images: Tensor, patch_mask: Tensor)
 
 
 @pytest.mark.parametrize("family", VITS)
-@pytest.mark.parametrize("patches_a_unit", [1, 2])
-def test_tokens_and_every_gradient_equal_masked_attention(build, family, patches_a_unit):
+@pytest.mark.parametrize(("patches_a_unit", "channels"), [(1, 3), (2, 3), (2, 1), (2, 5)])
+def test_tokens_and_every_gradient_equal_masked_attention(build, family, patches_a_unit, channels):
     name, options = VITS[family]
     patch = timm.create_model(name.removeprefix("timm/"), **options).patch_embed.patch_size[0]
     unit = patch * patches_a_unit
-    segmenter = build(family, context=False, unit_px=unit).eval()
-    reference = timm.create_model(name.removeprefix("timm/"), num_classes=0, dynamic_img_size=True, **options)
+    segmenter = build(family, context=False, unit_px=unit, in_channels=channels).eval()
+    options = {**options, "num_classes": 0, "dynamic_img_size": True, "in_chans": channels}
+    reference = timm.create_model(name.removeprefix("timm/"), **options)
     reference = reference.double().eval()
     reference.load_state_dict(segmenter.backbone.state_dict(), strict=True)  # timm's names, all of them
 
     rows, cols, k = 3, 4, 5
-    images = torch.randn(2, 3, rows * unit, cols * unit, dtype=torch.float64)
+    images = torch.randn(2, channels, rows * unit, cols * unit, dtype=torch.float64)
     visible = torch.stack([torch.randperm(rows * cols)[:k].sort().values for _ in range(2)])
     mask = torch.zeros(2, rows * patches_a_unit, cols * patches_a_unit, dtype=torch.bool)
     for b in range(2):

@@ -57,6 +57,11 @@ class Channels:
         return tuple(band.name for band in self.bands)
 
 
+def in_words(bands: Sequence[Band]) -> list[str]:
+    """Names and ranges of values, for messages and files; those of plain images for none."""
+    return [f"{band.name} ({band.low:g} to {band.high:g})" for band in bands] or list(RGB_NAMES)
+
+
 def choose_channels(
     stored: Sequence[Band],
     names: Sequence[str] | None = None,

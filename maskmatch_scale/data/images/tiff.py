@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from maskmatch_scale.data.images.band_pages import mapped
+from maskmatch_scale.data.images.bands import shown_names
+from maskmatch_scale.data.images.file_bands import RGB_FILES, FileBands, without_data
 from maskmatch_scale.data.images.image import TWELVE_BITS, refuse_dark
 from maskmatch_scale.data.images.opening import TIFF_STARTS, bad, said
+from maskmatch_scale.data.images.raster import Raster
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.extras import needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CACHE_MB = 256
+CACHE_MB = 256
 """Of decoded tiles, which GDAL keeps while neighbouring windows are read."""
 _PIECE_PX = 1 << 24
 """Pixels that are looked at together where all of an image must be."""
@@ -44,27 +48,34 @@ def is_tiff(start: bytes) -> bool:
 
 
 @contextmanager
-def open_tiff(data: bytes | Path, name: str) -> Iterator[TiffImage]:
+def open_tiff(data: bytes | Path, name: str, bands: FileBands | None = None) -> Iterator[TiffImage]:
     """Open a TIFF while the body runs.
 
     Args:
         data: the file: its bytes or its path.
         name: of it, for messages.
+        bands: the channels of the model; None: RGB.
 
     Raises:
-        BadSample: ``not_an_image``: it is no TIFF, is damaged, or has no channels of 8 or 16 bits.
+        BadSample: ``not_an_image``: it is no TIFF, is damaged, has no channels of 8 or 16 bits, or other bands.
     """
     rasterio = has_rasterio(name)
     with ExitStack() as opened, warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        opened.enter_context(rasterio.Env(GDAL_CACHEMAX=_CACHE_MB))
+        opened.enter_context(rasterio.Env(GDAL_CACHEMAX=CACHE_MB))
         with _readable(name):
             if isinstance(data, bytes):
                 dataset = opened.enter_context(rasterio.MemoryFile(data)).open(driver="GTiff")
             else:
                 dataset = rasterio.open(data, driver="GTiff")
             opened.enter_context(dataset)
-            image = TiffImage(dataset, name)
+            bands = bands or RGB_FILES
+            if bands.bands:
+                pages = dataset.subdatasets if dataset.count == 1 and len(dataset.subdatasets) > 1 else []
+                datasets = [opened.enter_context(rasterio.open(page)) for page in pages] or [dataset]
+                image: TiffImage = BandsTiff(datasets, name, bands)
+            else:
+                image = TiffImage(dataset, name, bands)
         yield image
 
 
@@ -78,19 +89,27 @@ class TiffImage:
     Args:
         dataset: rasterio's, open for reading.
         name: of the file, for messages.
+        bands: may say which channels are red, green and blue.
 
     Raises:
-        BadSample: ``not_an_image``: it has channels of another type.
+        BadSample: ``not_an_image``: it has channels of another type, or another number than ``bands`` says.
     """
 
-    def __init__(self, dataset: Any, name: str) -> None:
+    unused: str | None = None
+    """A line on channels that are not used, although they are no transparency, and nobody said so."""
+
+    def __init__(self, dataset: Any, name: str, bands: FileBands) -> None:
         self.dataset, self._name = dataset, name
         kinds = set(dataset.dtypes)
         if kinds not in ({"uint8"}, {"uint16"}):
             what = f"a TIFF of {', '.join(sorted(kinds))}; scale it to 8 bits: gdal_translate -ot Byte -scale IN OUT"
             raise bad("not_an_image", name, what)
         self._bits = 16 if kinds == {"uint16"} else 8
-        self._channels = _rgb_channels(dataset, name)
+        if bands.given is not None:
+            self._channels = [place + 1 for place in bands.places(dataset.count, dataset.descriptions, name)]
+        else:
+            self._channels = _rgb_channels(dataset, name)
+            self.unused = _unused(dataset, self._channels, name)
         self._white_is_zero = dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
         self._palette = _palette(dataset, self._white_is_zero) if len(self._channels) == 1 else None
         if self._bits == 16:
@@ -184,57 +203,40 @@ class TiffImage:
         refuse_dark(largest, self._name)
 
 
-class TiffValues:
-    """A label map of a data set that is read from its TIFF in parts.
+class BandsTiff(TiffImage):
+    """An image of a model whose channels are bands: their stored values, mapped by their ranges as shards are.
 
     Args:
-        dataset: rasterio's, open for reading: of one channel of 8 or 16 bits, or of RGB colours of 8.
+        datasets: rasterio's, open for reading; several are the pages of a file of one band each.
         name: of the file, for messages.
+        bands: the channels.
+
+    Raises:
+        BadSample: ``not_an_image``: it has bands of another type, or it cannot be told which are the channels.
     """
 
-    def __init__(self, dataset: Any, name: str) -> None:
-        self.dataset, self._name = dataset, name
+    def __init__(self, datasets: Sequence[Any], name: str, bands: FileBands) -> None:
+        self.dataset, self._name = datasets[0], name
+        self._raster = Raster(datasets, name)
+        self._places = bands.places(self._raster.count, self._raster.descriptions, name)
+        self._bands = bands
 
-    @property
-    def size_px(self) -> tuple[int, int]:
-        """Height and width."""
-        return self.dataset.height, self.dataset.width
+    def planes(self, rows: slice, columns: slice) -> NDArray[np.uint8]:
+        """Pixels of a part: uint8 (C, rows, columns)."""
+        window = rows, columns
+        planes = mapped(self._raster.read(self._places, window=window), self._bands.bands)
+        return without_data(planes, self._raster.valid(self._places, window=window))
 
-    def read(self, rows: slice, columns: slice) -> NDArray[Any]:
-        """What :func:`~maskmatch_scale.data.images.label.decode_raw_values` returns, of a part: uint8 or uint16
-        (rows, columns), or uint8 (rows, columns, 3) of colours.
+    def valid(self, rows: slice, columns: slice | None = None) -> NDArray[np.bool_] | None:
+        """Which pixels of a part have data, as when shards are written: (rows, columns); None: all have."""
+        return self._raster.valid(self._places, window=(rows, columns or slice(0, self.size_px[1])))
 
-        Raises:
-            BadSample: ``not_a_label``: this part of the file is damaged.
-        """
-        window = has_rasterio(self._name).windows.Window.from_slices(rows, columns)
-        try:
-            if self.dataset.count == 1:
-                return np.asarray(self.dataset.read(1, window=window))
-            return np.ascontiguousarray(self.dataset.read([1, 2, 3], window=window).transpose(1, 2, 0))
-        except Exception as error:  # of GDAL's C++ as well
-            raise bad("not_a_label", self._name, f"not a readable label map ({said(error)}); replace it") from None
-
-
-@contextmanager
-def open_tiff_values(path: Path, name: str) -> Iterator[TiffValues | None]:
-    """Open a label map while the body runs; None if it is no TIFF whose numbers GDAL reads as they are: then it has to
-    be decoded whole.
-    """
-    rasterio = has_rasterio(name)
-    with ExitStack() as opened, warnings.catch_warnings():
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        opened.enter_context(rasterio.Env(GDAL_CACHEMAX=_CACHE_MB))
-        try:
-            dataset = opened.enter_context(rasterio.open(path, driver="GTiff"))
-        except Exception:  # whoever decodes it whole says what is wrong
-            yield None
-            return
-        kinds = (dataset.count, *sorted(set(dataset.dtypes)))
-        structure = dataset.tags(ns="IMAGE_STRUCTURE") | dataset.tags(1, ns="IMAGE_STRUCTURE")
-        is_plain = not {"MINISWHITE", "NBITS"} & structure.keys()
-        known = ((1, "uint8"), (1, "uint16"), (3, "uint8"), (4, "uint8"))
-        yield TiffValues(dataset, name) if is_plain and kinds in known else None
+    def shrunk(self, height: int, width: int) -> Image.Image:
+        """The image in another size: bands that are shown as red, green and blue. Some pixels are passed over."""
+        channels = [self._bands.names.index(name) for name in shown_names(self._bands.names)]
+        stored = self._raster.read([self._places[channel] for channel in channels], shape=(height, width))
+        planes = mapped(stored, [self._bands.bands[channel] for channel in channels])
+        return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
 
 
 def _rgb_channels(dataset: Any, name: str) -> list[int]:
@@ -245,6 +247,16 @@ def _rgb_channels(dataset: Any, name: str) -> list[int]:
     if {"red", "green", "blue"} <= meant.keys():
         return [meant["red"], meant["green"], meant["blue"]]
     return [1] if dataset.count < 3 else [1, 2, 3]
+
+
+def _unused(dataset: Any, channels: list[int], name: str) -> str | None:
+    """A line on channels of a file that are left out and are no transparency; None: there are none."""
+    alpha = {number for number, meaning in enumerate(dataset.colorinterp, start=1) if meaning.name == "alpha"}
+    left = [number for number in range(1, dataset.count + 1) if number not in alpha and number not in channels]
+    if not left:
+        return None
+    taken = "channel 1 is taken as grey" if len(channels) == 1 else f"channels {channels} are red, green and blue"
+    return f"{name}: {taken}, {left} are not used; --bands names those of your files, such as red,green,blue,-"
 
 
 def _palette(dataset: Any, white_is_zero: bool) -> NDArray[np.uint8] | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.shards.members import DIRECTORY, TarMembers, read_at, unsafe_member
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "webp", "png", "tif", "tiff")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "webp", "tif", "tiff", "png")
 """Extensions of members that are read as the image. If a sample has several, the first in this list counts. In a
 labelled stream a ``.png`` is the label map, and never the image."""
 

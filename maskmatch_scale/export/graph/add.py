@@ -29,11 +29,11 @@ from maskmatch_scale.export.graph.check import Difference, compare
 from maskmatch_scale.export.graph.tiles import Tiles, given_tiles, held_out_tiles, noise_tiles
 from maskmatch_scale.export.graph.write import INPUT, LIBRARIES, OPSET, OUTPUT, write_graph
 from maskmatch_scale.export.load import load_export
-from maskmatch_scale.export.markdown import string, with_section
+from maskmatch_scale.export.markdown import plain, string, with_section
 from maskmatch_scale.extras import require
 from maskmatch_scale.files import write_whole
 from maskmatch_scale.models import Segmenter
-from maskmatch_scale.runs.data import read_run_data, recipe_of
+from maskmatch_scale.runs.data import read_run_data, recipe_of, with_bands
 from maskmatch_scale.runs.evaluate import window_px
 from maskmatch_scale.runs.model import build_student
 
@@ -63,16 +63,19 @@ def plan_for_run(run: Path, size_px: tuple[int, int] | None, images: Sequence[Pa
         UserError: a library is missing, the model does not take this size, or an image cannot be read.
     """
     require(LIBRARIES, "onnx", "--onnx")
-    recipe = recipe_of(run)
+    data = read_run_data(run)
+    recipe = with_bands(recipe_of(run), data)
     with torch.device("meta"):
-        segmenter = build_student(recipe, read_run_data(run), pretrained=False)
+        segmenter = build_student(recipe, data, pretrained=False)
     size_px = _checked(size_px, segmenter) if size_px else window_px(recipe, segmenter)
     if images:
-        return Plan(size_px, given_tiles(images, size_px))
+        return Plan(size_px, given_tiles(images, size_px, data.bands))
     try:
         return Plan(size_px, held_out_tiles(recipe.data, size_px))
     except DataError as error:
-        return Plan(size_px, noise_tiles(size_px, f"data.root of the run cannot be read: {error}"))
+        return Plan(
+            size_px, noise_tiles(segmenter.in_channels, size_px, f"data.root of the run cannot be read: {error}")
+        )
 
 
 def plan_for_export(folder: Path, size_px: tuple[int, int] | None, images: Sequence[Path]) -> Plan:
@@ -90,8 +93,10 @@ def plan_for_export(folder: Path, size_px: tuple[int, int] | None, images: Seque
         else window_of(description.evaluation, description.image_size, segmenter)
     )
     if images:
-        return Plan(size_px, given_tiles(images, size_px))
-    return Plan(size_px, noise_tiles(size_px, "an export has no data; name images with --onnx-images"))
+        return Plan(size_px, given_tiles(images, size_px, description.bands))
+    return Plan(
+        size_px, noise_tiles(segmenter.in_channels, size_px, "an export has no data; name images with --onnx-images")
+    )
 
 
 def _checked(size_px: tuple[int, int], segmenter: Segmenter) -> tuple[int, int]:
@@ -177,7 +182,8 @@ def _facts(segmenter: Segmenter, plan: Plan, one: Difference, several: Differenc
     files = {GRAPH: one} if several is None else {GRAPH: one, BATCH_GRAPH: several}
     return {
         "format": 1,
-        "input": {"name": INPUT, "dtype": "float32", "shape": ["batch", 3, height, width]},
+        "input": {"name": INPUT, "dtype": "float32", "shape": ["batch", segmenter.in_channels, height, width]},
+        **({} if segmenter.sees_colours else {"channels": list(segmenter.channels)}),
         "output": {"name": OUTPUT, "dtype": "float32"},
         "mean": segmenter.mean,
         "std": segmenter.std,
@@ -189,12 +195,14 @@ def _facts(segmenter: Segmenter, plan: Plan, one: Difference, several: Differenc
 
 
 def _section(name: str, facts: dict[str, Any], one: Difference) -> str:
-    _, _, height, width = facts["input"]["shape"]
+    _, channels, height, width = facts["input"]["shape"]
+    shape = f"float32 (1, {channels}, {height}, {width})"
+    colours = "RGB in 0–1" if "channels" not in facts else f"{', '.join(map(plain, facts['channels']))} in 0–1"
     mean, std = (", ".join(f"{value:g}" for value in facts[key]) for key in ("mean", "std"))
     batches = BATCH_GRAPH in facts["difference_from_torch"]
     more = f" `{BATCH_GRAPH}` takes any number of images a call." if batches else ""
-    return f"""`{GRAPH}` takes one image of {height}×{width} px a call: `{INPUT}`, float32 (1, 3, {height}, {width}),
-RGB in 0–1, minus the mean ({mean}), divided by the standard deviation ({std}); this is not part of the graph. It gives
+    return f"""`{GRAPH}` takes one image of {height}×{width} px a call: `{INPUT}`, {shape},
+{colours}, minus the mean ({mean}), divided by the standard deviation ({std}); this is not part of the graph. It gives
 `{OUTPUT}`, float32 (1, classes, h, w), which may be coarser than the image: upsample them bilinearly.{more} Opset
 {facts["opset"]}. Compared with torch by onnxruntime {facts["versions"]["onnxruntime"]} on a CPU, on
 {facts["checked_on"]}: {one.in_words()}.

@@ -58,7 +58,7 @@ def compare(segmenter: Segmenter, file: Path, tiles: Sequence[Tensor], batch: in
     Args:
         segmenter: in eval mode, on the CPU.
         file: the graph.
-        tiles: float32 (1, 3, H, W) each, normalised.
+        tiles: float32 (1, channels, H, W) each, normalised.
         batch: how many the graph is given at once; the last batch may be smaller.
     """
     import onnxruntime

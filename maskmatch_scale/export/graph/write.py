@@ -18,7 +18,7 @@ from maskmatch_scale.models import Segmenter
 
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 INPUT, OUTPUT = "images", "logits"
-"""Names in the graph. images: float32 (B, 3, H, W), normalised. logits: float32 (B, classes, h, w)."""
+"""Names in the graph. images: float32 (B, channels, H, W), normalised. logits: float32 (B, classes, h, w)."""
 OPSET = 18
 """Of 2022, which all runtimes have by now; torch writes for it without converting."""
 
@@ -54,7 +54,7 @@ def write_graph(segmenter: Segmenter, path: Path, size_px: tuple[int, int], *, a
     """
     model = _WholeImages(segmenter).eval()
     # Two images: torch takes a batch of one for a constant.
-    images = torch.zeros(2 if any_batch else 1, 3, *size_px)
+    images = torch.zeros(2 if any_batch else 1, segmenter.in_channels, *size_px)
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(

@@ -52,6 +52,7 @@ class TimmVit(ExportKind):
         arguments = {
             "dynamic_img_size": True,
             "num_classes": 0,
+            **({} if exported.segmenter.in_channels == 3 else {"in_chans": exported.segmenter.in_channels}),
             **recipe.model.backbone_options,
             **({} if position_px is None else {"img_size": list(position_px)}),
             "global_pool": "",
@@ -65,6 +66,12 @@ class TimmVit(ExportKind):
             raise UserError(f"model.backbone={recipe.model.backbone}: timm builds another model: {error}") from error
         for key in _OF_PUBLISHED_WEIGHTS:
             model.pretrained_cfg.pop(key, None)
+        if exported.description.bands:
+            published = model.pretrained_cfg.get("input_size") or (3, *exported.description.image_size)
+            # By this timm knows that the patch embedding is for these channels; and who loads it, how to normalise.
+            model.pretrained_cfg["input_size"] = (exported.segmenter.in_channels, *published[1:])
+            model.pretrained_cfg["mean"] = exported.description.mean
+            model.pretrained_cfg["std"] = exported.description.std
         save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
         # safetensors lets the owner alone read what it writes.
         (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)

@@ -39,11 +39,13 @@ class TransformersSegformer(ExportKind):
         return description.head == "segformer"
 
     def write_model(self, exported: Exported, folder: Path) -> None:
-        """Write a `SegformerForSemanticSegmentation` and its image processor."""
+        """Write a `SegformerForSemanticSegmentation` and, for RGB, its image processor, which is for RGB alone."""
         description = exported.description
         _config(exported, "SegformerForSemanticSegmentation").save_pretrained(folder)
         state = renamed(exported.tensors, ("backbone.", "head."), to_transformers_name)
         save_tensors(state, folder / "model.safetensors")
+        if description.bands:
+            return
         height, width = description.image_size
         # Images keep their own size, as in the run's evaluation.
         processor = transformers.SegformerImageProcessor(
@@ -69,6 +71,15 @@ class TransformersSegformer(ExportKind):
 
     def card_section(self, name: str, description: Description) -> str:
         """How to load the whole model, or its encoder."""
+        if self.is_whole(description) and description.bands:
+            return f"""With transformers, whose image processor is for RGB alone:
+
+```python
+from transformers import SegformerForSemanticSegmentation
+
+model = SegformerForSemanticSegmentation.from_pretrained({string(name)})
+logits = model(images).logits  # images: float (B, {len(description.bands)}, H, W), normalised as above
+```"""
         if self.is_whole(description):
             return f"""With transformers:
 

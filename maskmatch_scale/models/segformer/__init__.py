@@ -29,7 +29,7 @@ class SegformerFamily(Family):
 
     def build(self, wanted: Wanted) -> Backbone:
         """Build the encoder from its configuration. Weights may include a head, so they are read once that is built."""
-        config = segformer_config(wanted.name, wanted.num_classes, wanted.options)
+        config = segformer_config(wanted.name, wanted.num_classes, wanted.options, wanted.in_channels)
         encoder = SegformerEncoder.build(config)
         if wanted.unit_px is not None and wanted.unit_px != encoder.unit_px:
             raise ValueError(

@@ -19,13 +19,14 @@ OFFICIAL: dict[str, tuple[list[int], list[int], int]] = {
 }
 
 
-def segformer_config(name: str, num_classes: int, options: dict[str, Any]) -> Any:
+def segformer_config(name: str, num_classes: int, options: dict[str, Any], in_channels: int = 3) -> Any:
     """The `SegformerConfig` of an official size, or of a folder with a `config.json`.
 
     Args:
         name: `segformer-b0` … `segformer-b5`, or a folder.
         num_classes: written into the configuration as `num_labels`.
         options: keys of `SegformerConfig` to override, such as `drop_path_rate`.
+        in_channels: written into it as `num_channels`, whatever a folder says.
 
     Raises:
         ValueError: no such size or folder, an unknown option, or a geometry whose units cannot be dropped exactly.
@@ -45,6 +46,7 @@ def segformer_config(name: str, num_classes: int, options: dict[str, Any]) -> An
         if not hasattr(config, key):
             raise ValueError(f"backbone_options: {key!r} is not a key of transformers' SegformerConfig")
         setattr(config, key, value)
+    config.num_channels = in_channels
     check_geometry(config)
     return config
 

@@ -101,7 +101,7 @@ class SegformerEncoder(Encoder):
         return tokens
 
     def full(self, images: Tensor) -> list[Tensor]:
-        """Encode whole images (B, 3, H, W) with transformers' own modules: [(B, C, h, w)], one map a stage."""
+        """Encode images (B, in_channels, H, W) with transformers' own modules: [(B, C, h, w)], one map a stage."""
         maps, hidden = [], images
         for stage in self.model.stages:
             tokens, height, width = stage.patch_embeddings(hidden)
@@ -190,7 +190,10 @@ def _margins(conv: nn.Conv2d) -> tuple[int, int]:
 
 
 def _embed_pixels(conv: nn.Conv2d, images: Tensor, plan: UnitPlan, unit_px: int) -> Tensor:
-    """First patch embedding of the visible units of images (B, 3, H, W), masked pixels in their halo read as zero."""
+    """First patch embedding of visible units of images (B, in_channels, H, W).
+
+    Masked pixels in their halo are read as zero.
+    """
     images = zero_masked_pixels(images, plan.visible, plan.grid, unit_px)  # only the halo needs this
     before, after = _margins(conv)
     side = before + unit_px + after

@@ -24,6 +24,6 @@ class VitFamily(Family):
     def build(self, wanted: Wanted) -> Backbone:
         """Let timm create the model, including its weights."""
         source = weights.find_weights(wanted.weights) if not isinstance(wanted.weights, bool) else wanted.weights
-        model, notes = create_vit(wanted.name, wanted.image_size, source, wanted.options)
+        model, notes = create_vit(wanted.name, wanted.image_size, source, wanted.options, wanted.in_channels)
         encoder = VitEncoder.build(model, wanted.unit_px, wanted.levels)
         return Backbone(encoder, tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"]), notes=notes)

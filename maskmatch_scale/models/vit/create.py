@@ -15,12 +15,17 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from maskmatch_scale.models.channels import adapted_line
 from maskmatch_scale.models.vit.masking import KeepVisible
 from maskmatch_scale.models.weights import named, read_weights
 
 
 def create_vit(
-    name: str, image_size: int | tuple[int, int] | None, weights: Path | bool, options: dict[str, Any]
+    name: str,
+    image_size: int | tuple[int, int] | None,
+    weights: Path | bool,
+    options: dict[str, Any],
+    in_channels: int = 3,
 ) -> tuple[Any, tuple[str, ...]]:
     """Create a timm model that takes any image of whole patches, gives its tokens, and can drop masked ones.
 
@@ -30,10 +35,11 @@ def create_vit(
         weights: False for timm's own random initialisation, True for timm's pretrained weights, or a local file
             that we read (of pickles only tensors) and timm fits (names converted, position embedding resampled).
         options: further keyword arguments of `timm.create_model`.
+        in_channels: channels of images; timm adapts weights for RGB to them.
 
     Returns:
-        A `VisionTransformer` or `Eva`; called on (B, 3, H, W) it gives (B, prefix + tokens, C), normalised. And a line
-        on what of the file was not loaded, if anything.
+        A `VisionTransformer` or `Eva`; called on (B, in_channels, H, W) it gives (B, prefix + tokens, C), normalised.
+        And lines on an adapted patch embedding, and on what of the file was not loaded.
 
     Raises:
         ValueError: no such model, one whose tokens cannot be dropped, or weights that do not fit.
@@ -42,13 +48,13 @@ def create_vit(
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"backbone: timm has no model {name!r}{hint}")
-    held: list[str] = []
-    arguments: dict[str, Any] = {"dynamic_img_size": True, "num_classes": 0, **options}
+    held: dict[str, tuple[int, ...]] = {}
+    arguments: dict[str, Any] = {"dynamic_img_size": True, "num_classes": 0, "in_chans": in_channels, **options}
     if image_size is not None:
         arguments["img_size"] = image_size
     if isinstance(weights, Path):
         state = clean_state_dict(read_weights(weights))
-        held = list(state)  # timm takes tensors out
+        held = {key: tuple(value.shape) for key, value in state.items()}  # timm takes tensors out
         arguments["pretrained_cfg_overlay"] = {"state_dict": state, "custom_load": False}
     try:
         with _loading() as results:
@@ -58,6 +64,11 @@ def create_vit(
             f"backbone: timm/{name} is no ViT that can drop tokens, or backbone_options has an unknown key: {error}"
         ) from error
     except RuntimeError as error:
+        if "is inconsistent with input_size" in str(error):  # timm's check of weights for other channels than its own
+            raise ValueError(
+                f"pretrained: {str(weights)!r} does not fit the backbone: its patch embedding is for other channels "
+                f"than RGB and the {in_channels} of this model, and timm adapts those for RGB only"
+            ) from error
         if not str(error).startswith("Error(s) in loading state_dict"):
             raise
         line = str(error).splitlines()[1].strip()
@@ -70,7 +81,8 @@ def create_vit(
     model.global_pool, model.attn_pool = "", None
     model.patch_drop = KeepVisible(model.num_prefix_tokens, returns_indices=isinstance(model, Eva))
     model.patch_drop.hook(model.patch_embed)
-    return model, _not_loaded(model, weights, held, results) if held else ()
+    notes = _adapted(model, held, in_channels) if weights else ()
+    return model, notes + (_not_loaded(model, weights, list(held), results) if held else ())
 
 
 @contextmanager
@@ -96,6 +108,21 @@ def _loading() -> Generator[list[Any], None, None]:
                 del kind.load_state_dict
             else:
                 kind.load_state_dict = own
+
+
+def _adapted(model: Any, held: dict[str, tuple[int, ...]], in_channels: int) -> tuple[str, ...]:
+    """A line on the patch embedding if timm made it of one for other channels.
+
+    Args:
+        model: with its weights.
+        held: shapes of the tensors of the file that they are of; empty: they are timm's own.
+        in_channels: of the model.
+    """
+    made_for = int((model.pretrained_cfg.get("input_size") or (3,))[0])
+    # Of a ViT's tensors only the patch embedding has four dimensions. A file of as many channels is loaded as it is.
+    if in_channels == made_for or any(len(shape) == 4 and shape[1] == in_channels for shape in held.values()):
+        return ()
+    return (adapted_line("backbone.patch_embed.proj.weight", made_for, in_channels),)
 
 
 def _not_loaded(model: Any, weights: Path | bool, held: list[str], results: list[Any]) -> tuple[str, ...]:

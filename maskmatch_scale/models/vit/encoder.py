@@ -157,7 +157,7 @@ class VitEncoder(Encoder):
         return Macs(first, sum(blocks))
 
     def full(self, images: Tensor) -> list[Tensor]:
-        """Encode whole images (B, 3, H, W): (B, C, H / patch, W / patch) a level, in channels-last memory."""
+        """Encode whole images (B, in_channels, H, W): (B, C, H / patch, W / patch) a level, in channels-last memory."""
         patch = self.patch_px
         size = images.shape[2] // patch, images.shape[3] // patch
         return [level.reshape(images.shape[0], *size, -1).permute(0, 3, 1, 2) for level in self._run(images, None)]

@@ -56,7 +56,7 @@ class KeepVisible(nn.Module):
         patch_embed.register_forward_hook(self._lay_out)
 
     def _cut_units(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-        """Images (B, 3, H, W) to a batch of their visible units, (B · k, 3, unit_px, unit_px)."""
+        """Images (B, in_channels, H, W) to a batch of their visible units, (B · k, in_channels, unit_px, unit_px)."""
         if self.mask is None:
             return None
         units = gather_units(inputs[0].contiguous(), self.mask.units, self.mask.grid)

@@ -20,7 +20,8 @@ import numpy as np
 from maskmatch_scale.data.faults import BadSample, DataError
 from maskmatch_scale.data.images.label import decode_raw_values
 from maskmatch_scale.data.images.opening import start_of
-from maskmatch_scale.data.images.tiff import is_tiff, open_tiff_values
+from maskmatch_scale.data.images.tiff import is_tiff
+from maskmatch_scale.data.images.tiff_labels import open_tiff_values
 from maskmatch_scale.data.pool import in_threads, usable_cores
 from maskmatch_scale.data.writing.sources.classes import IGNORE
 from maskmatch_scale.data.writing.sources.splits import sort_key

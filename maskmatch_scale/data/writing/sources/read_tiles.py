@@ -22,7 +22,8 @@ from maskmatch_scale.data.images.image import decode_large, orientation_alone
 from maskmatch_scale.data.images.label import decode_raw_values
 from maskmatch_scale.data.images.opening import JPEG, file_faults, is_stored, open_any, open_stored, start_of
 from maskmatch_scale.data.images.raster import Raster, Window
-from maskmatch_scale.data.images.tiff import TiffImage, is_tiff, open_tiff, open_tiff_values
+from maskmatch_scale.data.images.tiff import TiffImage, is_tiff, open_tiff
+from maskmatch_scale.data.images.tiff_labels import open_tiff_values
 from maskmatch_scale.data.writing.protocol import EncodedSample, LeftOut
 from maskmatch_scale.data.writing.sources.annotations import AnnotationRule
 from maskmatch_scale.data.writing.sources.classes import IGNORE
