@@ -45,10 +45,11 @@ def verify(
 ) -> None:
     """Check every shard and every sample against the index, and name each fault."""
     from maskmatch_scale.data.shards.folder import ShardOpener, load_index
-    from maskmatch_scale.data.tools.verify import verify as faults_of
 
     data = _data(root, cache_dir, allow_pipe)
-    index = load_index(root, data)
+    index = load_index(root, data, key="")
+    from maskmatch_scale.data.tools.verify import verify as faults_of  # it imports torch
+
     count = 0
     faults = faults_of(
         root, deep=not shallow, progress=True, workers=workers, index=index, open_shard=ShardOpener(root, data)
@@ -82,10 +83,11 @@ def show(
 ) -> None:
     """Draw a contact sheet: samples of each stream, with label maps in the colours of their classes."""
     from maskmatch_scale.data.shards.folder import ShardOpener, load_index
-    from maskmatch_scale.data.tools.show import contact_sheet
 
     data = _data(root, cache_dir, allow_pipe)
-    index = load_index(root, data)
+    index = load_index(root, data, key="")
+    from maskmatch_scale.data.tools.show import contact_sheet  # it imports torch
+
     if out is None:
         folder = Path() if is_remote(root) else Path(root).parent if Path(root).is_file() else Path(root)
         out = folder / "contact-sheet.png"

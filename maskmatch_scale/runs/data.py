@@ -18,8 +18,8 @@ from maskmatch_scale.data.images.bands import Band, choose_channels
 from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.errors import UserError
-from maskmatch_scale.models.weights import SEGMENTER_FILE
 from maskmatch_scale.recipe import Recipe, load_recipe
+from maskmatch_scale.recipe.values import SEGMENTER_FILE
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.redact import shown
 

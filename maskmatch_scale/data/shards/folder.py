@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
+from maskmatch_scale.data.faults import NotShards
 from maskmatch_scale.data.remote.address import join
 from maskmatch_scale.data.remote.cache_place import default_cache
 from maskmatch_scale.data.remote.shard_cache import ShardCache
@@ -28,7 +29,7 @@ def fetch_options(data: DataRecipe) -> FetchOptions:
     )
 
 
-def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False) -> ShardIndex:
+def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False, key: str = "data.root") -> ShardIndex:
     """Read the index of a shard folder, ours or one that others wrote (:mod:`maskmatch_scale.data.shards.finding`).
 
     A remote one is fetched once by each process: during a run its shards must stay as they are.
@@ -37,13 +38,18 @@ def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False
         root: path or address of a folder, or of the index itself.
         data: how it is fetched if it is remote; None = by the defaults.
         fresh: whether a remote one is fetched again, although this process has read it.
+        key: of the recipe, whose value the root is, for the message about a root that is no shard folder; empty: the
+            root was not given by a recipe.
 
     Raises:
         DataError: there is none, it cannot be fetched, or it does not parse.
     """
     options = fetch_options(data or DataRecipe(root=root))
     if not is_remote(root):
-        return _local_index(root, modified(root), options)
+        try:
+            return _local_index(root, modified(root), options)
+        except NotShards as error:
+            raise NotShards(f"{key}={error}" if key else str(error)) from None
     if fresh:
         _remote_index.cache_clear()
     return _remote_index(root, options)

@@ -51,7 +51,7 @@ def verify(
     Raises:
         DataError: no index, or one that does not parse; a process was killed.
     """
-    index = index or load_index(str(root))
+    index = index or load_index(str(root), key="")
     open_shard = open_shard or ShardOpener(str(root))
     check = ShardCheck(len(index.classes), index.ignore_index, deep, max_pixels, open_shard)
     shards = sum(len(stream.shards) for stream in index.streams.values())

@@ -32,7 +32,7 @@ def test_one_stream_or_all(shapes, tmp_path):
     assert len(one) < len(every) / 3
     with pytest.raises(DataError, match="'nonsense' is not in the index"):
         contact_sheet(shapes, tmp_path / "c.png", stream="nonsense")
-    with pytest.raises(DataError, match="no index"):
+    with pytest.raises(DataError, match="not a shard folder, but images; write one"):
         contact_sheet(tmp_path, tmp_path / "c.png")
 
 
