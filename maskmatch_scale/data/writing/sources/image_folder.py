@@ -11,7 +11,7 @@ from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.writing.sources.image_files import ImageFiles
-from maskmatch_scale.data.writing.sources.listing import files_below, folder, images_below
+from maskmatch_scale.data.writing.sources.listing import files_below, folder, folder_named, images_below
 from maskmatch_scale.data.writing.sources.options import Options
 from maskmatch_scale.data.writing.sources.splits import Pair, hold_out, read_split, split_train
 
@@ -36,14 +36,16 @@ def image_folder(
             `labels`, `masks`, `annotations` that is there, if one is.
         label_suffix: what takes the place of an image's ending in the name of its label map.
     """
-    folder(root, "give the folder of the images")
+    folder(root, "name the folder of the images")
     if images is None:
         images = "images" if (root / "images").is_dir() else ""
+    else:
+        folder_named(root, images, "--images")
     images = "" if images == "." else images.rstrip("/")
     if labels is None:
         labels = next((name for name in _LABEL_FOLDERS if (root / name).is_dir()), None)
-    elif not (root / labels).is_dir():
-        raise DataError(f"--labels {labels}: no such folder in {root}")
+    else:
+        folder_named(root, labels, "--labels")
     labels = "" if labels == "." else labels and labels.rstrip("/")
     notes: list[str] = []
 
@@ -59,8 +61,13 @@ def image_folder(
         if amount is None:
             continue
         if name in listing:
-            raise DataError(f"--{name} {amount}: --split-{name} says already what it holds")
+            raise DataError(f"--{name} {amount}: --split-{name} says already what it holds; leave one of them out")
         below = f"{images}/{amount.strip('/')}/".lstrip("/")
+        if re.search(r"[^\d.%+-]", amount) and not (root / below).is_dir():
+            raise DataError(
+                f"--{name} {amount}: no folder {root / below}, and no number; name a folder of images, or give a count "
+                "(200) or a share (0.1)"
+            )
         if re.fullmatch(r"[\d.]+", amount) or not (root / below).is_dir():
             listing["labelled"], listing[name] = hold_out(listing["labelled"], amount, options.split_seed, f"--{name}")
         else:
