@@ -118,6 +118,14 @@ class SharedOptions:
             min=1, metavar="PX", help="Shrink images whose longer side is larger than this.", rich_help_panel=WRITING
         ),
     ] = None
+    apply_exif: Annotated[
+        bool,
+        typer.Option(
+            "--apply-exif",
+            help="Turn photos upright that are stored turned (EXIF orientation), for label maps drawn upright.",
+            rich_help_panel=WRITING,
+        ),
+    ] = False
     shuffle_seed: Annotated[
         int,
         typer.Option(help="Seed of the order of samples; -1 keeps the order of the data set.", rich_help_panel=WRITING),

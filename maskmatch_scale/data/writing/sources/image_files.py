@@ -95,6 +95,7 @@ class ImageFiles:
             "keep_duplicates": options.keep_duplicates,
             "revision": REVISION,
             "pillow": version("pillow"),
+            **({"apply_exif": True} if options.apply_exif else {}),
         }
 
     @cached_property
@@ -109,7 +110,7 @@ class ImageFiles:
     @property
     def render(self) -> ReadFiles:
         """What makes a sample of an item."""
-        return ReadFiles(str(self.root), self._rules, self.options.max_side)
+        return ReadFiles(str(self.root), self._rules, self.options.max_side, self.options.apply_exif)
 
     def prepare(self, out: Path, *, resumed: bool, workers: int, progress: bool) -> Mapping[str, StreamItems]:
         """Drop images of equal bytes, then shuffle. What was dropped is kept in `out/duplicates.jsonl`."""
