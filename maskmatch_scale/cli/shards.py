@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from maskmatch_scale.cli import shard_sources  # noqa: F401 - adds the commands of the sources
-from maskmatch_scale.cli.shards_write import print_index, shards_app
+from maskmatch_scale.cli.shards_write import print_index, propose, shards_app
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.redact import is_remote, shown
 
@@ -185,6 +185,7 @@ def index_command(
         progress=True,
     )
     print_index(index, Path(out))
+    propose("to check every shard and sample", "verify", out)
 
 
 def _named_pattern(text: str) -> tuple[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -216,6 +217,19 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
     for name, what in ((DUPLICATES_NAME, "images dropped as duplicates"), (SKIPPED_NAME, "bad samples left out")):
         if (out / name).is_file() and (lines := (out / name).read_bytes().count(b"\n")):
             console.print(f"{lines} {what}: {out / name}", soft_wrap=True, highlight=False, markup=False)
+    propose("to look at them", "show", out)
+
+
+def propose(what: str, command: str, folder: str | Path) -> None:
+    """Say on stderr what may be done with a shard folder next.
+
+    Args:
+        what: it is good for.
+        command: of `maskmatch shards`.
+        folder: the shard folder.
+    """
+    line = f"{what}: maskmatch shards {command} {shlex.quote(shown(str(folder)))}"
+    Console(stderr=True).print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def print_index(index: ShardIndex, root: str | Path) -> None:

@@ -1,6 +1,8 @@
 """A command line that cannot be: one line, with an example, and exit code 2."""
 
+import numpy as np
 import pytest
+from PIL import Image
 
 
 @pytest.mark.parametrize(
@@ -34,3 +36,14 @@ def test_other_ranks_are_silent(maskmatch, monkeypatch, tmp_path):
     monkeypatch.setenv("MASKMATCH_EXIT_CODE_FILE", str(tmp_path / "code"))
     assert maskmatch("train", "--nothing") == (2, "", "")
     assert (tmp_path / "code").read_text() == "2\n"
+
+
+def test_what_to_do_next_is_said(maskmatch, shapes, tmp_path):
+    code, _, err = maskmatch("shards", "index", shapes / "unlabelled-000000.tar", tmp_path / "my out", "--workers", 1)
+    assert code == 0
+    assert f"maskmatch shards verify '{tmp_path}/my out'\n" in err
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "photos" / "a.jpg")
+    code, _, err = maskmatch("shards", "write", "folder", tmp_path / "photos", tmp_path / "out", "--workers", 1)
+    assert code == 0
+    assert f"maskmatch shards show {tmp_path}/out\n" in err
