@@ -86,6 +86,8 @@ def show(
 
     data = _data(root, cache_dir, allow_pipe)
     index = load_index(root, data, key="")
+    if stream is not None and stream not in index.streams:
+        raise UserError(f"--stream {stream}: no such stream in {shown(root)}, which has {', '.join(index.streams)}")
     from maskmatch_scale.data.tools.show import contact_sheet  # it imports torch
 
     if out is None:

@@ -161,7 +161,8 @@ def run_of(path: Path) -> Path | None:
 
     A checkpoint may be named from within its run: `step-00000100`, or `.`.
     """
-    folders = (path, path.parent.parent, path.resolve().parent.parent)
+    above = path.parent.parent if path.parent.name else path  # the folder of `x` is no run because the one it is in is
+    folders = (path, above, path.resolve().parent.parent)
     return next((folder for folder in folders if RunFolder(folder).recipe.is_file()), None)
 
 
@@ -178,5 +179,5 @@ def recipe_of(run: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = RunFolder(run).recipe
     if not path.is_file():
-        raise CheckpointError(f"{run}: not a run directory (no {path.name})")
+        raise CheckpointError(f"{run}: not a run directory (no {path.name}); name a folder that run.dir named")
     return load_recipe(path, overrides)

@@ -42,10 +42,19 @@ def check_start(recipe: Recipe, resume: str | None) -> None:
     if place.world_size > place.local_world_size:
         return
     refuse_live_run(RunFolder(Path(recipe.run.dir)))
-    if not is_remote(recipe.data.root):
-        check_streams(recipe, load_index(recipe.data.root, recipe.data))
+    check_data(recipe)
     if resume not in (None, "auto") and not Path(resume).exists():
         raise CheckpointError(f"--resume {resume}: no such run or checkpoint; name one that exists, or write auto")
+
+
+def check_data(recipe: Recipe) -> None:
+    """Refuse a run whose data are not on this machine, unless they are on another one.
+
+    Raises:
+        DataError: see :func:`check_streams`.
+    """
+    if not is_remote(recipe.data.root):
+        check_streams(recipe, load_index(recipe.data.root, recipe.data))
 
 
 def check_streams(recipe: Recipe, index: ShardIndex) -> None:

@@ -40,6 +40,7 @@ def folder(tmp_path_factory, shapes):
     (root / "recipe.yaml").write_text(recipe.to_yaml())
     (root / "run").mkdir()
     shutil.copy(root / "recipe.yaml", root / "run" / "recipe.yaml")
+    (root / "names.txt").write_text("ground\ncrack\n")
     (root / "JPEGImages").mkdir()
     (root / "SegmentationClass").mkdir()
     return root
@@ -53,6 +54,11 @@ MISTAKES = [
     (["train", "recipe.yaml", "data.unlabelled=[{root: none}]"], "data.unlabelled: root=none: no such folder"),
     (["train", "recipe.yaml", "--resume", "none"], "--resume none: no such run or checkpoint"),
     (["sweep", "none.yaml", "optim.lr=1,2", "--out", "sweep"], "recipe none.yaml: no such file"),
+    (["sweep", "recipe.yaml", "optim.lr=1,2", "data.root=none", "--out", "sweep"], "data.root=none: no such folder"),
+    (["train", "run"], "recipe run: a folder; name run/recipe.yaml"),
+    (["train", "names.txt"], "recipe names.txt: not a mapping of sections"),
+    (["train", "recipe.yaml", "data.unlabelled=x"], "a list of sources, such as 'data.unlabelled=[{root: FOLDER}]'"),
+    (["evaluate", "names.txt"], "names.txt: not a run directory (no recipe.yaml); name a folder that run.dir named"),
     (["plan", "none.yaml"], "recipe none.yaml: no such file"),
     (["evaluate", "none"], "none: no such run or checkpoint"),
     (["evaluate", "run", "--split", "test"], "--split test: no such stream in"),

@@ -52,7 +52,7 @@ def _folder(folder: Path) -> str | None:
     names = _names(folder)
     if inside := next((name for name in names if (folder / name / _INDEX).is_file()), None):
         return f"not a shard folder, but there is one in it: {folder / inside}"
-    if source := _source(folder, set(names)):
+    if source := layout_of(folder):
         return "not a shard folder; " + _write(source, str(folder))
     if any(name.endswith(".tar") for name in names):
         return None  # said where indexes of other tools are looked for
@@ -61,8 +61,9 @@ def _folder(folder: Path) -> str | None:
     return None
 
 
-def _source(folder: Path, names: set[str]) -> str | None:
+def layout_of(folder: Path) -> str | None:
     """The source of `maskmatch shards write` that reads a folder, by its layout; None: none of the known ones."""
+    names = set(_names(folder))
 
     def has(*paths: str) -> bool:
         return any((folder / path).is_dir() for path in paths)

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.shards.not_shards import layout_of
 from maskmatch_scale.data.writing.sources.image_files import ImageFiles
 from maskmatch_scale.data.writing.sources.listing import files_below, folder, folder_named, images_below
 from maskmatch_scale.data.writing.sources.options import Options
@@ -48,6 +49,9 @@ def image_folder(
         folder_named(root, labels, "--labels")
     labels = "" if labels == "." else labels and labels.rstrip("/")
     notes: list[str] = []
+    if labels is None and (layout := layout_of(root)) is not None:
+        hint = "source folder finds no label map in it without --labels"
+        notes.append(f"{root} has the layout of source {layout}; {hint}")
 
     def train() -> list[Pair]:
         return _pairs(root, images, labels, label_suffix, notes)

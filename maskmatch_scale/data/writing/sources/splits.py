@@ -129,7 +129,10 @@ def _count(amount: str, there: int, option: str) -> int:
         instead = f", which is {option} {float(percent[1]) / 100:g} here" if percent else ""
         raise DataError(f"{option} {amount}: it must be a count (200) or a share below 1 (0.1){instead}") from None
     if not there and (count or share > 0):
-        raise DataError(f"{option} {amount}: no sample with a label map is left to hold out; leave {option} out")
+        raise DataError(
+            f"{option} {amount}: no sample has a label map, and those that are held out need one; --help says where "
+            f"label maps are looked for. Or leave {option} out"
+        )
     if count >= max(1, there):
         raise DataError(
             f"{option} {amount}: there are {there} labelled samples, and some must be left to learn from; the most is "

@@ -32,7 +32,7 @@ def test_what_the_messages_offer_is_taken(amount, count):
 
 
 def test_nothing_to_hold_out_from():
-    with pytest.raises(DataError, match="no sample with a label map is left to hold out; leave --val out"):
+    with pytest.raises(DataError, match=r"no sample has a label map, .* Or leave --val out"):
         hold_out([], "2", 0, "--val")
     assert hold_out([], "0", 0, "--val") == ([], [])
 
@@ -87,3 +87,11 @@ def test_one_line(run, photos, tmp_path, words, said):
     assert (code, err.count("\n")) == (2, 1)
     assert said.format(**places) in err
     assert not (tmp_path / "out").exists()
+
+
+def test_another_layout_is_named(run, tree, tmp_path):
+    tree.image("JPEGImages/a.jpg")
+    tree.label("SegmentationClass/a.png", 1)
+    code, err = run("folder", tree.root, tmp_path / "out")
+    assert code == 0
+    assert f"note: {tree.root} has the layout of source voc; source folder finds no label map in it without" in err
