@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from maskmatch_scale import __version__
-from maskmatch_scale.cli import machine, plan, predict, runs
+from maskmatch_scale.cli import machine, plan, predict, runs, usage
 from maskmatch_scale.cli.shards import shards_app
 from maskmatch_scale.errors import (
     RESUMABLE,
@@ -79,7 +79,9 @@ def main() -> None:
     """
     logging.raiseExceptions = False  # a library's log that cannot be written is not worth a traceback a record
     try:
-        _run_app()
+        code = _run_app()
+    except usage.UsageError as error:
+        _fail(usage.explain(error), MISTAKE, from_any_rank=False)
     except UserError as error:
         # Before a run starts, every rank finds the same mistake. Later a single rank may read a bad sample.
         alone = is_of_this_rank(error) or _run_has_started()
@@ -99,14 +101,20 @@ def main() -> None:
         if not _has_other_ranks():
             sys.exit(1)
         _fail(f"{_explained(error)}{f' (traceback: {log})' if log else ''}", 1, from_any_rank=True)
+    else:
+        sys.exit(code)
     finally:
         stop_listening()
 
 
-def _run_app() -> None:
-    """Run the command, and write out what it has printed: Python would do that later, and print a traceback."""
+def _run_app() -> int:
+    """Run the command, and write out what it has printed: Python would do that later, and print a traceback.
+
+    Returns:
+        The exit code that the command asks for.
+    """
     try:
-        app()
+        return app(standalone_mode=False) or 0
     finally:
         sys.stdout.flush()
 
@@ -136,10 +144,12 @@ def _again(arguments: Sequence[str]) -> str:
 
 
 def _fail(message: str, code: int, *, from_any_rank: bool, kind: str = "error") -> None:
-    """Print a message on one line and exit. Unless ``from_any_rank``, only the first rank of a machine prints it."""
+    """Print a message on one line, if there is one, and exit. Unless ``from_any_rank``, only the first rank of a
+    machine prints it.
+    """
     rank = os.environ.get("RANK", "0")
     # The ranks of a machine read the same files, so one message for each machine is enough.
-    if os.environ.get("LOCAL_RANK", rank) == "0" or from_any_rank:
+    if message and (os.environ.get("LOCAL_RANK", rank) == "0" or from_any_rank):
         where = f"rank {rank}: " if rank != "0" or (from_any_rank and _has_other_ranks()) else ""
         print(f"maskmatch: {kind}: {where}{' '.join(redacted(message).split())}", file=sys.stderr, flush=True)  # noqa: T201
     file = os.environ.get("MASKMATCH_EXIT_CODE_FILE")

@@ -91,6 +91,9 @@ def predict(
     inputs = [word for word in words if word not in overrides]
     if not inputs:
         raise UserError("no INPUT: name images, folders, patterns, lists, shards or URLs")
+    from maskmatch_scale.runs.first_checks import run_of_model
+
+    run_of_model(model)  # before torch is imported
     from maskmatch_scale.predict.outputs import Wanted
     from maskmatch_scale.predict.run import Options
     from maskmatch_scale.predict.run import predict as run_predict

@@ -47,7 +47,10 @@ def train(
     from maskmatch_scale.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    listen(loaded.run.stop_signals)  # already now: the next import takes seconds
+    listen(loaded.run.stop_signals)  # already now: the import of torch takes seconds
+    from maskmatch_scale.runs.first_checks import check_start
+
+    check_start(loaded, resume)
     from maskmatch_scale.train import train as run_training
 
     run_training(loaded, resume)
@@ -132,10 +135,12 @@ def evaluate(
     kinds = ("ema", "student") if weights == "both" else (weights,)
     if not set(kinds) <= {"ema", "student"}:
         raise UserError(f"--weights {weights}: it must be ema, student or both")
-    from maskmatch_scale.evaluation.scored import mean_warnings
-    from maskmatch_scale.runs.evaluate import evaluate_run, held_out_images
+    from maskmatch_scale.runs.first_checks import held_out_images
 
     total = held_out_images(run, split) * len(kinds) * (2 if locality else 1)
+    from maskmatch_scale.evaluation.scored import mean_warnings
+    from maskmatch_scale.runs.evaluate import evaluate_run  # it imports torch, which takes seconds
+
     with progress_of(f"{run.name} on {split}", total, unit="images", elsewhere="nothing") as advance:
         records = evaluate_run(run, split, kinds, advance, overrides or (), locality=locality)
     if as_json:
@@ -219,6 +224,9 @@ def export(
         raise UserError(f"--weights {weights}: it must be ema or student")
     if not onnx and (onnx_size or onnx_images):
         raise UserError("--onnx-size and --onnx-images belong to --onnx; add it, or leave them out")
+    from maskmatch_scale.runs.first_checks import run_of_model
+
+    run_of_model(where)  # before torch is imported
     from maskmatch_scale.export.hand_on import hand_on
 
     console = Console()

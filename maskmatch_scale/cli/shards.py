@@ -15,7 +15,7 @@ from maskmatch_scale.cli import (
     shards_merge,  # noqa: F401 - adds a command
     verified,
 )
-from maskmatch_scale.cli.shards_write import print_index, shards_app
+from maskmatch_scale.cli.shards_write import print_index, propose, shards_app
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.redact import is_remote, shown
 
@@ -57,10 +57,11 @@ def verify(
 ) -> None:
     """Check every shard and every sample against the index, name each fault, and count the pixels of each class."""
     from maskmatch_scale.data.shards.folder import ShardOpener, load_index
-    from maskmatch_scale.data.tools.verify import verify as faults_of
 
     data = _data(root, cache_dir, allow_pipe)
-    index = load_index(root, data, parts=True)
+    index = load_index(root, data, key="", parts=True)
+    from maskmatch_scale.data.tools.verify import verify as faults_of  # it imports torch
+
     count = 0
     labels: dict[str, NDArray[np.int64]] = {}
     faults = faults_of(
@@ -109,10 +110,13 @@ def show(
 ) -> None:
     """Draw a contact sheet: samples of each stream, with label maps in the colours of their classes."""
     from maskmatch_scale.data.shards.folder import ShardOpener, load_index
-    from maskmatch_scale.data.tools.show import contact_sheet
 
     data = _data(root, cache_dir, allow_pipe)
-    index = load_index(root, data, parts=True)
+    index = load_index(root, data, key="", parts=True)
+    if stream is not None and stream not in index.streams:
+        raise UserError(f"--stream {stream}: no such stream in {shown(root)}, which has {', '.join(index.streams)}")
+    from maskmatch_scale.data.tools.show import contact_sheet  # it imports torch
+
     if out is None:
         folder = Path() if is_remote(root) else Path(root).parent if Path(root).is_file() else Path(root)
         out = folder / "contact-sheet.png"
@@ -223,6 +227,7 @@ def index_command(
         progress=True,
     )
     print_index(index, Path(out))
+    propose("to check every shard and sample", "verify", out)
 
 
 def _named_pattern(text: str) -> tuple[str, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -145,6 +146,14 @@ class SharedOptions:
         int | None,
         typer.Option(metavar="PX", help="How far tiles overlap their neighbours. Default: 0.", rich_help_panel=WRITING),
     ] = None
+    apply_exif: Annotated[
+        bool,
+        typer.Option(
+            "--apply-exif",
+            help="Turn photos upright that are stored turned (EXIF orientation), for label maps drawn upright.",
+            rich_help_panel=WRITING,
+        ),
+    ] = False
     shuffle_seed: Annotated[
         int,
         typer.Option(help="Seed of the order of samples; -1 keeps the order of the data set.", rich_help_panel=WRITING),
@@ -271,6 +280,19 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
         console.print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)
     for line in index_warnings(index):
         console.print(f"warning: {line}", soft_wrap=True, highlight=False, markup=False)
+    propose("to look at them", "show", out)
+
+
+def propose(what: str, command: str, folder: str | Path) -> None:
+    """Say on stderr what may be done with a shard folder next.
+
+    Args:
+        what: it is good for.
+        command: of `maskmatch shards`.
+        folder: the shard folder.
+    """
+    line = f"{what}: maskmatch shards {command} {shlex.quote(shown(str(folder)))}"
+    Console(stderr=True).print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _left_out(out: Path) -> Iterator[tuple[str, Path]]:

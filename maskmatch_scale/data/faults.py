@@ -32,6 +32,10 @@ class DataError(UserError):
     """Something is wrong with the user's data; the message names folder, shard or sample, and says what to do."""
 
 
+class NotShards(DataError):  # noqa: N818 - named after what it is about
+    """A path was given for a shard folder and is none. The message begins with the path."""
+
+
 class BadSample(DataError):  # noqa: N818 - named after what it is about
     """One sample cannot be used.
 

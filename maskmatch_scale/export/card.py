@@ -10,9 +10,9 @@ from maskmatch_scale.evaluation.inference import described
 from maskmatch_scale.export.description import Description
 from maskmatch_scale.export.kinds import kind_of
 from maskmatch_scale.export.markdown import code, plain, string
-from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.recipe.learning import uses_unlabelled
 from maskmatch_scale.record.run_files import Score, read_run
 from maskmatch_scale.record.summary import summarise_files
 from maskmatch_scale.runs.data import RunData

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from maskmatch_scale.data.images.bands import RGB_NAMES, Band
 from maskmatch_scale.errors import UserError
-from maskmatch_scale.models.weights import SEGMENTER_FILE
 from maskmatch_scale.recipe import EvaluationRecipe
+from maskmatch_scale.recipe.values import SEGMENTER_FILE
 
 
 class Description(BaseModel):

@@ -8,7 +8,7 @@ from pathlib import Path
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.hub import check_push, push
 from maskmatch_scale.export.write import export_run
-from maskmatch_scale.models.weights import SEGMENTER_FILE
+from maskmatch_scale.recipe.values import SEGMENTER_FILE
 from maskmatch_scale.runs.data import run_of
 
 

@@ -15,9 +15,10 @@ from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.description import read_description
 from maskmatch_scale.export.load import load_export
 from maskmatch_scale.models import Segmenter
-from maskmatch_scale.models.weights import SEGMENTER_FILE
 from maskmatch_scale.recipe import DataRecipe, EvaluationRecipe, Recipe, parse_recipe
-from maskmatch_scale.runs.data import read_run_data, recipe_of, run_of
+from maskmatch_scale.recipe.values import SEGMENTER_FILE
+from maskmatch_scale.runs.data import read_run_data, recipe_of
+from maskmatch_scale.runs.first_checks import run_of_model
 from maskmatch_scale.runs.model import load_model
 
 
@@ -80,14 +81,9 @@ def open_model(
     Raises:
         UserError: it is neither, it cannot be loaded, it has no such weights, or an override is wrong.
     """
-    if (where / SEGMENTER_FILE).is_file():
-        return _of_export(where, weights, overrides)
-    run = run_of(where)
+    run = run_of_model(where)
     if run is None:
-        raise UserError(
-            f"{where}: neither a run nor an export; name a run directory, which has a recipe.yaml, or a folder that "
-            "`maskmatch export` wrote"
-        )
+        return _of_export(where, weights, overrides)
     recipe, data = recipe_of(run, overrides), read_run_data(run)
     with opened(where, checksums=checksums) as checkpoint:
         return Model(

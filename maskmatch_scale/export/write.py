@@ -35,8 +35,8 @@ from maskmatch_scale.export.kinds import Exported, kind_of
 from maskmatch_scale.export.tensors import part_of, save_tensors
 from maskmatch_scale.files import folder_whole, write_whole
 from maskmatch_scale.models import Segmenter
-from maskmatch_scale.models.weights import SEGMENTER_FILE
 from maskmatch_scale.recipe import Recipe, load_recipe
+from maskmatch_scale.recipe.values import SEGMENTER_FILE
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.runs.data import RunData, read_run_data
 from maskmatch_scale.runs.model import build_student, check_shapes

@@ -26,7 +26,7 @@ from maskmatch_scale.models.graphed import GraphedViews
 from maskmatch_scale.models.segmenter import MaskMode, Segmenter
 from maskmatch_scale.models.units import stack_units, unstack_units, visible_count, visible_pixel_mask
 from maskmatch_scale.recipe import MaskRecipe, MethodRecipe
-from maskmatch_scale.recipe.bases import has_unlabelled_loss
+from maskmatch_scale.recipe.learning import makes_views
 
 PARTS = ("loss_x", "loss_u", "loss_m")
 """The losses of a step. Every tensor of shape (3,) below has them in this order."""
@@ -338,16 +338,6 @@ def strong_views_of(recipe: MethodRecipe) -> int:
     """How many strong views of an image are drawn: those of the base, and the one that is masked if it is strong."""
     masked_strong = recipe.mask.keep is not None and recipe.mask.view == "strong"
     return max(base_class(recipe.base).strong_views, int(masked_strong))
-
-
-def uses_unlabelled(recipe: MethodRecipe) -> bool:
-    """Whether any loss of the recipe looks at unlabelled images."""
-    return makes_views(recipe) and recipe.views_of == "unlabelled"
-
-
-def makes_views(recipe: MethodRecipe) -> bool:
-    """Whether the recipe has a loss on views of the base or on masked views, be it of labelled images."""
-    return has_unlabelled_loss(recipe.base) or recipe.mask.keep is not None
 
 
 def class_weights(pixels: Tensor) -> Tensor:

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from maskmatch_scale.models.channels import adapt_stem
 from maskmatch_scale.models.deferred import StoredWeights, read_deferred
-
-SEGMENTER_FILE = "segmenter.json"
-"""Every folder that `maskmatch export` writes has this file, and no other folder has."""
+from maskmatch_scale.recipe.values import SEGMENTER_FILE
 
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Under which keys training scripts keep a state dict, an average before what it averages, as timm looks for them."""

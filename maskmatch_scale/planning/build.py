@@ -17,12 +17,12 @@ from maskmatch_scale.engine.precision import Precision, precision_for
 from maskmatch_scale.engine.zero import deepspeed_config
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.opening import open_model
-from maskmatch_scale.method.maskmatch import makes_views, uses_unlabelled
 from maskmatch_scale.models import Segmenter, build_segmenter
 from maskmatch_scale.planning.hardware import has_bf16, is_cpu
 from maskmatch_scale.planning.setting import Gpu
 from maskmatch_scale.planning.subject import Subject
 from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.recipe.learning import makes_views, uses_unlabelled
 from maskmatch_scale.recipe.soundness import unsound
 from maskmatch_scale.runs.data import RunData, describe_data, read_run_data, recipe_of, run_of
 from maskmatch_scale.runs.model import build_student

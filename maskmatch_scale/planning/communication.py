@@ -19,12 +19,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskmatch_scale.engine.sharded_teacher import product_weights
 from maskmatch_scale.engine.zero import BUCKET_ELEMENTS, deepspeed_config
-from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.planning.setting import Cluster, Link
 from maskmatch_scale.planning.subject import Subject
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.recipe.bases import has_unlabelled_loss
+from maskmatch_scale.recipe.learning import uses_unlabelled
 
 Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]
 

@@ -11,10 +11,10 @@ from maskmatch_scale.data.batches.sources import Side
 from maskmatch_scale.data.batches.training import TrainingBatches
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.shards.index import ShardIndex
-from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.planning.efficiency import DECODED_A_CORE, DECODED_BYTES
 from maskmatch_scale.planning.setting import Cluster
 from maskmatch_scale.planning.subject import Subject
+from maskmatch_scale.recipe.learning import uses_unlabelled
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,14 @@ from torch.nn import functional
 
 from maskmatch_scale.data.batches.batch import Batch
 from maskmatch_scale.engine.precision import autocast, autocast_dtype, weights_dtype
-from maskmatch_scale.method.maskmatch import PARTS, MaskMatch, makes_views, uses_unlabelled, view_draws
+from maskmatch_scale.method.maskmatch import PARTS, MaskMatch, view_draws
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.models.resample import planned_for
 from maskmatch_scale.planning.recorder import Operation, Recorder
 from maskmatch_scale.planning.shortened import alike_blocks, shortened
 from maskmatch_scale.planning.subject import Subject
 from maskmatch_scale.recipe.bases import has_unlabelled_loss
+from maskmatch_scale.recipe.learning import makes_views, uses_unlabelled
 
 Pass = Literal["views", "teacher", "loss_x", "loss_u", "loss_m"]
 """views: what is drawn and made of a micro-batch on the device. teacher: its pseudo-labels, at all scales. The others

@@ -21,6 +21,13 @@ _ALONE = "failed.jsonl"
 _OF_RANK = re.compile(r"failed-rank-(\d+)\.jsonl")
 
 
+def say(line: str) -> None:
+    """Print a line on stderr."""
+    with suppress(OSError):  # a terminal that was closed
+        sys.stderr.write(f"maskmatch: {line}\n")
+        sys.stderr.flush()
+
+
 class Failures:
     """The failures of one rank.
 
@@ -64,9 +71,7 @@ class Failures:
         """One more: a line on stderr, and one in the list."""
         self.count += 1
         reason = " ".join(str(fault).split())
-        with suppress(OSError):  # a terminal that was closed
-            sys.stderr.write(f"maskmatch: skipped: {reason}\n")
-            sys.stderr.flush()
+        say(f"skipped: {reason}")
         append_lines(self.path, [json.dumps({"image": where, "reason": reason})])  # ASCII: names may be no UTF-8
 
     def say_by_exit_code(self) -> bool:

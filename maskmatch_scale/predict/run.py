@@ -20,7 +20,7 @@ from maskmatch_scale.errors import UserError, of_this_rank
 from maskmatch_scale.evaluation.inference import Inference, inference_with
 from maskmatch_scale.export.opening import Model, open_model
 from maskmatch_scale.predict.device import DTYPES, FittingBatches, choose_device, choose_precision
-from maskmatch_scale.predict.failures import Failures
+from maskmatch_scale.predict.failures import Failures, say
 from maskmatch_scale.predict.inputs import ImageFile, Input, Shard, deal, find_inputs
 from maskmatch_scale.predict.label_maps import refuse_label_maps
 from maskmatch_scale.predict.naming import output_names
@@ -108,7 +108,9 @@ def predict(
     if tiffs:
         has_rasterio(tiffs[0])
     bands = _bands_of(opened, options, inputs)
-    refuse_label_maps(inputs, opened.palette)
+    suspect = refuse_label_maps(inputs, opened.palette)
+    if suspect is not None and place.rank == 0:
+        say(f"note: {suspect} may be a label map (one channel, areas of one value); it is predicted as an image")
     names = dict(zip(inputs, output_names([each.location for each in inputs]), strict=True))
     shares = deal(inputs, place.rank, place.world_size)
     reader = Reader(opened.data, opened.exif_orientation, bands, _Once())

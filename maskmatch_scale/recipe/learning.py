@@ -158,3 +158,13 @@ class OptimRecipe(Section):
     """Exponent of the schedule `poly`."""
     clip_norm: Positive | None = None
     """Largest norm of the whole gradient; a larger gradient is scaled down to it. null = never clipped."""
+
+
+def uses_unlabelled(recipe: MethodRecipe) -> bool:
+    """Whether any loss of the recipe looks at unlabelled images."""
+    return makes_views(recipe) and recipe.views_of == "unlabelled"
+
+
+def makes_views(recipe: MethodRecipe) -> bool:
+    """Whether the recipe has a loss on views of the base or on masked views, be it of labelled images."""
+    return has_unlabelled_loss(recipe.base) or recipe.mask.keep is not None

@@ -20,6 +20,9 @@ from yaml import YAMLError
 from maskmatch_scale.recipe.sections import Recipe, RecipeError
 from maskmatch_scale.redact import redacted_values
 
+_SOURCES = ("data.labelled", "data.unlabelled")
+"""Keys that hold lists of sources."""
+
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file, apply ``section.key=value`` overrides, and check the result.
@@ -35,11 +38,15 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: one line that names the key, its value and the nearest valid key or what is allowed.
     """
     path = Path(path)
+    if path.is_dir():
+        inside = path / "recipe.yaml"
+        what = f"name {inside}" if inside.is_file() else "name a YAML file; configs/ has examples"
+        raise RecipeError(f"recipe {path}: a folder; {what}")
     if not path.is_file():
         raise RecipeError(f"recipe {path}: no such file")
     try:
         config = OmegaConf.load(path)
-        if not isinstance(config, DictConfig):
+        if not isinstance(config, DictConfig) or (config and not any(map(OmegaConf.is_dict, config.values()))):
             raise RecipeError(f"recipe {path}: not a mapping of sections; see configs/ for examples")
         content = OmegaConf.to_container(_merged(config, overrides), resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
@@ -92,6 +99,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"missing key {key}: it has no default{more}"
     message = first["msg"].removeprefix("Value error, ")
+    if key in _SOURCES and first["type"] == "tuple_type":
+        message = f"it must be a list of sources, such as '{key}=[{{root: FOLDER}}]'"
     return message + more if not key else f"{key}={_shown(first['input'])}: {message}{more}"
 
 

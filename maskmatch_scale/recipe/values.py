@@ -7,6 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+SEGMENTER_FILE = "segmenter.json"
+"""Every folder that `maskmatch export` writes has this file, and no other folder has. `model.pretrained` and
+`method.teacher` may name such a folder."""
+
 
 def _pair(value: object) -> object:
     """One number becomes the two sides of a square; a list becomes a tuple, which strict typing requires."""

@@ -18,8 +18,8 @@ from maskmatch_scale.data.images.bands import RGB_NAMES, Band, choose_channels
 from maskmatch_scale.data.shards.folder import load_index
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.errors import UserError
-from maskmatch_scale.models.weights import SEGMENTER_FILE
 from maskmatch_scale.recipe import Recipe, load_recipe
+from maskmatch_scale.recipe.values import SEGMENTER_FILE
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.redact import shown
 
@@ -194,7 +194,8 @@ def run_of(path: Path) -> Path | None:
 
     A checkpoint may be named from within its run: `step-00000100`, or `.`.
     """
-    folders = (path, path.parent.parent, path.resolve().parent.parent)
+    above = path.parent.parent if path.parent.name else path  # the folder of `x` is no run because the one it is in is
+    folders = (path, above, path.resolve().parent.parent)
     return next((folder for folder in folders if RunFolder(folder).recipe.is_file()), None)
 
 
@@ -211,5 +212,5 @@ def recipe_of(run: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = RunFolder(run).recipe
     if not path.is_file():
-        raise CheckpointError(f"{run}: not a run directory (no {path.name})")
+        raise CheckpointError(f"{run}: not a run directory (no {path.name}); name a folder that run.dir named")
     return load_recipe(path, overrides)

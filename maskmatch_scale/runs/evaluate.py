@@ -48,16 +48,6 @@ def inference_of(recipe: Recipe, segmenter: Segmenter, device: torch.device) -> 
     return inference_with(segmenter, recipe.evaluation, recipe.data.crop_px, device)
 
 
-def held_out_images(where: Path, split: str) -> int:
-    """Number of images in a split of a run's data.
-
-    Raises:
-        UserError: `where` is no run directory or checkpoint in one, or its data have no such split.
-    """
-    data = recipe_of(_run(where)).data
-    return load_index(data.root, data).stream(split).samples
-
-
 def _run(where: Path) -> Path:
     """The run directory that a path is or belongs to; the path itself if there is none, for a message that names it."""
     return run_of(where) or where

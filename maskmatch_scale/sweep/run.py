@@ -27,6 +27,7 @@ from maskmatch_scale.record.report import write_report
 from maskmatch_scale.record.run_files import read_run
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.record.summary import RunSummary, duration, steps_of, summarise_files
+from maskmatch_scale.runs.first_checks import check_data
 from maskmatch_scale.runs.lock import refuse_live_run
 from maskmatch_scale.sweep.plan import Trial, plan
 from maskmatch_scale.sweep.runner import Runner, train_command
@@ -106,12 +107,16 @@ def run(
             auto`. Empty: one process.
 
     Raises:
-        UserError: before anything is written: see :func:`plan`; there are runs in `out`, and `resume` was not asked
-            for, or they were trained with other settings. Later too: another process has the folder of the next run.
+        UserError: before anything is written: see :func:`plan`; data are not there; there are runs in `out`, and
+            `resume` was not asked for, or they were trained with other settings. Later too: another process has the
+            folder of the next run.
     """
     if Place.from_environment().world_size > 1:
         raise UserError("a sweep starts its runs itself: start it without a launcher, and name that by --launcher")
     trials = plan(recipe, overrides, out)
+    if not launcher:  # one may start the runs on other machines
+        for trial in trials:
+            check_data(trial.recipe)
     states = _states(trials, out, resume=resume)
     left = [trial for trial in trials if states[trial.name] != "finished"]
     already = f", {len(trials) - len(left)} of them finished" if len(left) < len(trials) else ""

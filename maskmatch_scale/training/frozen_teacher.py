@@ -14,8 +14,8 @@ from maskmatch_scale.data.images.bands import Band, in_words
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.opening import Model, open_model
 from maskmatch_scale.method.bases import base_class
-from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.recipe import Recipe
+from maskmatch_scale.recipe.learning import uses_unlabelled
 from maskmatch_scale.redact import shown
 from maskmatch_scale.runs.data import class_difference, run_of
 

@@ -31,14 +31,16 @@ from maskmatch_scale.engine.ranks import Runtime
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.opening import Model
 from maskmatch_scale.extras import require
-from maskmatch_scale.method.maskmatch import makes_views, uses_unlabelled, view_draws
+from maskmatch_scale.method.maskmatch import view_draws
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.recipe.by_class import thresholds_by_class, weights_by_class
+from maskmatch_scale.recipe.learning import makes_views, uses_unlabelled
 from maskmatch_scale.recipe.trackers import TRACKERS
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.redact import shown
 from maskmatch_scale.runs.data import RunData, describe_data
+from maskmatch_scale.runs.first_checks import check_streams
 from maskmatch_scale.runs.lock import refuse_live_run
 from maskmatch_scale.runs.model import build_student
 from maskmatch_scale.runs.model_checks import check_backbone, check_graphs, check_model, check_statistics, freeze
@@ -105,6 +107,7 @@ def check(recipe: Recipe, resume: str | None) -> Checked:
     check_backbone(recipe)
     check_trackers(recipe)
     index = load_index(recipe.data.root, recipe.data, fresh=True)
+    check_streams(recipe, index)
     teacher = open_teacher(recipe)
     described = describe_data(recipe, index)
     if teacher is not None:

@@ -24,7 +24,7 @@ from maskmatch_scale.engine.frozen_teacher import FrozenTeacher
 from maskmatch_scale.engine.members import own_store
 from maskmatch_scale.engine.protocol import Engine, StoredTeacher
 from maskmatch_scale.engine.ranks import Runtime
-from maskmatch_scale.method.maskmatch import MaskMatch, class_weights, makes_views, uses_unlabelled
+from maskmatch_scale.method.maskmatch import MaskMatch, class_weights
 from maskmatch_scale.method.views import Neighbour
 from maskmatch_scale.method.work import Work, step_work
 from maskmatch_scale.models import Segmenter
@@ -32,6 +32,7 @@ from maskmatch_scale.models.batchnorm import synchronise_batchnorm
 from maskmatch_scale.models.graphed import GraphedViews
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.recipe.by_class import thresholds_by_class, weights_by_class
+from maskmatch_scale.recipe.learning import makes_views, uses_unlabelled
 from maskmatch_scale.record.metrics import MetricsLog
 from maskmatch_scale.record.run_folder import RunFolder
 from maskmatch_scale.runs.data import RunData

@@ -178,7 +178,7 @@ def ended(error, monkeypatch, capsys, *arguments, **environment):
     """What the command does when a run ends with an error."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cli, "app", lambda: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(cli, "app", lambda **_: (_ for _ in ()).throw(error))
     return run(capsys, monkeypatch, *arguments)
 
 

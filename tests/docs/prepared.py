@@ -60,6 +60,17 @@ def recipe(folder: Path) -> None:
     (folder / "configs" / "mine.yaml").write_text(json.dumps(content))
 
 
+def phone(folder: Path) -> None:
+    """`phone/images`, one of which is stored turned, `phone/masks`, drawn upright, and `names.txt`."""
+    _write(folder, "phone", 4, 4, lambda label: label)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = folder / "phone" / "images" / "00.jpg"
+    with Image.open(path) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
+    (folder / "names.txt").write_text("ground\ncrack\nplant\n")
+
+
 def binary(folder: Path) -> None:
     """`scans`, with masks of 0 and 255."""
     _write(folder, "scans", 8, 6, lambda label: np.where(label == 2, 255, 0).astype(np.uint8))
@@ -249,6 +260,6 @@ def _write(
 
 
 PREPARED = {make.__name__: make for make in (
-    photos, grown_photos, more_photos, shards, recipe, binary, soft, scene, bands, mine, trained, exported, vit,
+    photos, grown_photos, more_photos, shards, recipe, phone, binary, soft, scene, bands, mine, trained, exported, vit,
     downloaded, pictures, orthophoto, street, outlined, fields_run,
 )}  # fmt: skip

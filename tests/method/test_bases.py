@@ -15,11 +15,11 @@ from torch import Tensor
 from maskmatch_scale.method.bases import Base, PseudoLabels, build_base
 from maskmatch_scale.method.draws import Drawn, ViewDraws
 from maskmatch_scale.method.losses import cross_entropy_sum
-from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.method.views import Colours, Unlabelled, View
 from maskmatch_scale.models.units import Grid, sample_visible
 from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.recipe.bases import BASES, BaseInfo
+from maskmatch_scale.recipe.learning import uses_unlabelled
 from maskmatch_scale.record.summary import summarise
 from maskmatch_scale.seeds import generator
 from maskmatch_scale.train import train

@@ -364,6 +364,22 @@ def test_dark_photos_are_no_label_maps_of_many_classes(tmp_path):
         refuse_label_maps([ImageFile(str(tmp_path / "dark.png"))], palette)
 
 
+def test_what_may_be_a_label_map_is_said(export, tmp_path, maskmatch, monkeypatch):
+    """One of values that the model has no class for; pages of text and photos are not like that."""
+    monkeypatch.chdir(tmp_path)
+    blocks = np.zeros((200, 200), np.uint8)
+    blocks[40:120, 60:150] = 200
+    draw = np.random.default_rng(0)
+    text = np.where(draw.random((200, 200)) < 0.05, 0, 255).astype(np.uint8)
+    for name, pixels in {"masks": blocks, "text": text, "grey": draw.integers(0, 255, (200, 200), np.uint8)}.items():
+        Path(name).mkdir()
+        Image.fromarray(pixels).save(f"{name}/0.png")
+    code, _, err = maskmatch("predict", export, "masks", "text", "grey", "--out", "out")
+    assert code == 0
+    assert err.count("note: ") == 1
+    assert f"note: {tmp_path}/masks/0.png may be a label map" in err
+
+
 def test_black_and_white_pictures_are_no_label_maps(export, tmp_path, maskmatch):
     Image.fromarray(np.eye(64, dtype=np.uint8) * 255).save(tmp_path / "page.png")
     Image.fromarray(np.eye(64, dtype=np.uint8) > 0).save(tmp_path / "bits.png")

@@ -14,8 +14,8 @@ from maskmatch_scale.data.writing import write_shards
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.export.opening import open_model
 from maskmatch_scale.export.write import export_run
-from maskmatch_scale.method.maskmatch import uses_unlabelled
 from maskmatch_scale.models.cost import encoder_macs
+from maskmatch_scale.recipe.learning import uses_unlabelled
 from maskmatch_scale.record.summary import method_labels, summarise
 from maskmatch_scale.runs.model import open_run
 from maskmatch_scale.train import train

@@ -67,7 +67,7 @@ def choose(source: SourceRecipe, side: str, name: str, recipe: Recipe, index: Sh
     """
     data, root = recipe.data, source.root
     assert root is not None
-    whole = index if root == data.root else load_index(root, data)
+    whole = index if root == data.root else load_index(root, data, key=f"data.{side}: root")
     stream_name = source.stream or side
     if source.labels is not None and source.stream is None and side not in whole.streams:
         stream_name = "unlabelled"

@@ -234,7 +234,7 @@ def _pixels(
 ) -> tuple[NDArray[np.uint8], int]:
     """Pixels (H, W, 3) and EXIF orientation, 1 to 8."""
     if isinstance(data, bytes) and data.startswith(JPEG) and (turbo := _turbojpeg(data, name, max_pixels)) is not None:
-        return turbo, orientation_of(data) if exif_orientation and b"Exif\0" in data else 1
+        return turbo, _orientation(data) if exif_orientation and b"Exif\0" in data else 1
     with quiet():
         stored = is_stored(start_of(data)) or not any_format
         image = open_stored(data) if stored else open_any(data)
@@ -245,7 +245,7 @@ def _pixels(
             raise bad("not_an_image", name, f"mode {image.mode}; convert it to 8 bits a channel")
         turned = getattr(image, "tag_v2", {}).get(_ORIENTATION, 1)  # of a TIFF; Pillow removes the tag
         image.load()
-        orientation = orientation_of(data) if exif_orientation and stored else _TURNED_BACK.get(turned, 1)
+        orientation = _orientation(data) if exif_orientation and stored else _TURNED_BACK.get(turned, 1)
         image = eight_bits(image, data, name)
         pixels = np.empty((image.height, image.width, 3), np.uint8)
         for top, band in _rgb_bands(image):
@@ -302,7 +302,7 @@ def _check_scans(data: bytes, height: int, width: int, name: str) -> None:
         raise bad("not_an_image", name, f"a JPEG of {scans} scans, which takes too long to decode; save it anew")
 
 
-def orientation_of(data: bytes | Path) -> int:
+def _orientation(data: bytes | Path) -> int:
     """EXIF orientation of a JPEG, PNG or WebP, 1 to 8; 1 if it has none."""
     try:
         with quiet():

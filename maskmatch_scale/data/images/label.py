@@ -22,6 +22,7 @@ from maskmatch_scale.data.images.opening import (
     quiet,
     said,
 )
+from maskmatch_scale.data.images.orientation import UPRIGHT, as_stored, orientation_of
 
 _IGNORED_16_BIT = 0xFFFF
 _COLOUR_TYPE = 25
@@ -78,6 +79,8 @@ def decode_values(
 def decode_raw_values(data: bytes, name: str) -> NDArray[Any]:
     """Decode a label map of a data set: the numbers of a grey or palette image, the colours of an RGB image.
 
+    A TIFF is not turned, whatever its tag `Orientation` says, as its image is not.
+
     Args:
         data: the bytes of a PNG, TIFF, BMP or GIF.
         name: of the file, for the message.
@@ -96,11 +99,15 @@ def decode_raw_values(data: bytes, name: str) -> NDArray[Any]:
             raise BadSample(
                 "not_a_label", f"{name}: a label map of format {image.format}, not one of {', '.join(_FORMATS)}"
             )
+        orientation = orientation_of(data) if image.format == "TIFF" else UPRIGHT
         if image.mode in ("RGB", "RGBA"):
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(as_stored(image.convert("RGB"), orientation))
         if image.mode not in (*_MODES, "I;16B"):
             what = f"label map of mode {image.mode}; grey (8 or 16 bits), palette or RGB is needed"
             raise BadSample("not_a_label", f"{name}: {what}")
+        if orientation != UPRIGHT:
+            image.load()
+            return _values(as_stored(image, orientation), data)
         return _values(image, data)
 
 

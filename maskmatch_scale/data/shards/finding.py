@@ -16,13 +16,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from maskmatch_scale.data.faults import DataError, NotFetched
+from maskmatch_scale.data.faults import DataError, NotFetched, NotShards
 from maskmatch_scale.data.pool import in_threads
 from maskmatch_scale.data.remote.address import is_index, join
 from maskmatch_scale.data.remote.fetch import fetch_bytes, read_bytes
 from maskmatch_scale.data.remote.transfer import FetchOptions
 from maskmatch_scale.data.shards import foreign
 from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex
+from maskmatch_scale.data.shards.not_shards import not_shards
 from maskmatch_scale.data.shards.stored import LARGE_BYTES, large_index, parse_index, share_index, share_tables
 from maskmatch_scale.redact import is_remote, shown
 
@@ -49,7 +50,8 @@ def find_index(root: str, options: FetchOptions | None = None) -> ShardIndex:
             large. None, for a local one: nothing is shared.
 
     Raises:
-        DataError: there is none; it cannot be read; or it is not well formed.
+        DataError: there is none (:class:`NotShards`: the root is something else); it cannot be read; or it is not well
+            formed.
     """
     if options is not None and not is_remote(root):
         path = Path(root) if is_index(root) else Path(root) / INDEX_NAME
@@ -95,7 +97,7 @@ def _bytes_of(root: str, options: FetchOptions | None) -> bytes:
         return read_bytes(root, options)
     data = _read_local(Path(root))
     if data is None:
-        raise DataError(f"{root}: no such file; write shards first (`maskmatch shards write --help`)")
+        raise NotShards(f"{root}: no such file; write shards first (`maskmatch shards write --help`)")
     return data
 
 
@@ -166,10 +168,12 @@ def _of_address(root: str, options: FetchOptions) -> ShardIndex:
 
 def _of_folder(folder: Path, options: FetchOptions | None) -> ShardIndex:
     if not folder.is_dir():
-        return ShardIndex.load(folder)  # says what is missing
+        raise NotShards(f"{folder}: {not_shards(folder) or 'a file, not a shard folder'}")
     index = _of_names(str(folder), _reader(str(folder), None, []), options)
     if index is None:
         index = _of_img2dataset(folder, options)
+    if index is None and (what := not_shards(folder)) is not None:
+        raise NotShards(f"{folder}: {what}")
     if index is None:
         raise DataError(
             f"{folder}: {INDEX_NAME}: no index; looked for {', '.join(_NAMES)} and NNNNN_stats.json beside NNNNN.tar "

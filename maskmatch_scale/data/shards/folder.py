@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.faults import DataError, NotShards
 from maskmatch_scale.data.images.bands import Channels, choose_channels
 from maskmatch_scale.data.remote.address import join
 from maskmatch_scale.data.remote.cache_place import default_cache
@@ -31,7 +31,14 @@ def fetch_options(data: DataRecipe) -> FetchOptions:
     )
 
 
-def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False, parts: bool = False) -> ShardIndex:
+def load_index(
+    root: str,
+    data: DataRecipe | None = None,
+    *,
+    fresh: bool = False,
+    key: str = "data.root",
+    parts: bool = False,
+) -> ShardIndex:
     """Read the index of a shard folder, ours or one that others wrote (:mod:`maskmatch_scale.data.shards.finding`).
 
     A remote one is fetched once by each process: during a run its shards must stay as they are.
@@ -43,6 +50,8 @@ def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False
         root: path or address of a folder, or of the index itself.
         data: how it is fetched if it is remote, and which classes are remapped; None = by the defaults.
         fresh: whether a remote one is fetched again, although this process has read it.
+        key: of the recipe, whose value the root is, for the message about a root that is no shard folder; empty: the
+            root was not given by a recipe.
         parts: whether it may be that of one part of a data set, which several machines write.
 
     Raises:
@@ -56,7 +65,10 @@ def load_index(root: str, data: DataRecipe | None = None, *, fresh: bool = False
             _remote_index.cache_clear()
         index = _remote_index(root, options)
     else:
-        index = _local_index(root, modified(root), options)
+        try:
+            index = _local_index(root, modified(root), options)
+        except NotShards as error:
+            raise NotShards(f"{key}={error}" if key else str(error)) from None
     if index.part is not None and not parts:
         raise DataError(
             f"{shown(root)}: only part {index.part} of a data set; put all parts together by `maskmatch shards merge "

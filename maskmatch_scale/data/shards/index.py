@@ -39,7 +39,7 @@ from pydantic import (
     model_validator,
 )
 
-from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.faults import DataError, NotShards
 from maskmatch_scale.data.images.bands import Band
 from maskmatch_scale.data.images.remap import Remap, remap_classes
 from maskmatch_scale.data.node_arrays import Arrays
@@ -330,12 +330,12 @@ class ShardIndex(_Frozen):
         """Read ``root/index.json``; ``root`` may also be the path of an index itself.
 
         Raises:
-            DataError: no such folder, no index in it, or an index that does not parse.
+            DataError: no such folder (:class:`NotShards`), no index in it, or an index that does not parse.
         """
         root = Path(root)
         path = root if root.suffix == ".json" else root / INDEX_NAME
         if not path.parent.is_dir():
-            raise DataError(f"data.root={root}: no such folder; write shards first (`maskmatch shards write --help`)")
+            raise NotShards(f"{root}: no such folder; write shards first (`maskmatch shards write --help`)")
         if not path.is_file():
             raise DataError(
                 f"{path}: no index; an interrupted `maskmatch shards write` is finished by running it again"

@@ -305,9 +305,16 @@ class GroupedMembers:
                     return "truncated", f"the tar ends or is damaged before its {what}; fetch or write it again"
                 if pickled is not None:
                     return "pickled", f"no {what} but a member {pickled!r}, which is never unpickled; store a picture"
+                if what == "image" and self.labelled and label is not None:
+                    return "no_image", (
+                        f"only a label map (.png), no image member (one of {', '.join(self.images)}); add its image, "
+                        "or if the .png is the image, index the shards without --labelled"
+                    )
                 if what == "image":
                     return "no_image", f"no image member (one of {', '.join(self.images)}); add one"
-                return "no_label", "no .png label map, but its stream is labelled; add one"
+                return "no_label", (
+                    "no .png label map, but its stream is labelled; add one, or index the shards without --labelled"
+                )
             offset, size = span
             if offset + size > self._file_size:
                 return "truncated", f"its {what} reaches beyond the end of the tar; fetch or write it again"

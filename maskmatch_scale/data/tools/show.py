@@ -58,7 +58,7 @@ def contact_sheet(
     Raises:
         DataError: no index, or no such stream.
     """
-    index = index or load_index(str(root), parts=True)
+    index = index or load_index(str(root), key="", parts=True)
     open_shard = open_shard or ShardOpener(str(root))
     names = [stream] if stream is not None else list(index.streams)
     pixels = np.zeros(256, np.int64)

@@ -56,7 +56,7 @@ def verify(
     Raises:
         DataError: no index, or one that does not parse; a process was killed.
     """
-    index = index or load_index(str(root), parts=True)
+    index = index or load_index(str(root), key="", parts=True)
     open_shard = open_shard or ShardOpener(str(root))
     check = ShardCheck(
         len(index.classes), index.ignore_index, deep, max_pixels, open_shard, choose_channels(index.bands)

@@ -36,6 +36,19 @@ class Opening(Callback):
         sequential = ", ".join(f"{len(source)} shards of {source.name!r}" for source in batches.sequential)
         return f"unlabelled ones of {sequential}, read in sequence"
 
+    def _unmeasured(self) -> list[str]:
+        """What no score will be had of, in a line, and what gives one."""
+        streams = self.run.batches.index.streams
+        missing = [name for name in ("dev", "val") if name not in streams or not streams[name].labelled]
+        if "dev" not in missing:
+            return []
+        options = " ".join(f"--{name} 0.1" for name in missing)
+        also = ", and there is no `val` for `maskmatch evaluate`" if "val" in missing else ""
+        return [
+            f"no labelled stream `dev` in data.root: nothing is evaluated during training{also}; held-out samples come "
+            f"from `maskmatch shards write … {options}`"
+        ]
+
     def _lines(self) -> list[str]:
         run, recipe, engine = self.run, self.run.recipe, self.run.recipe.engine
         place = run.runtime.place
@@ -59,7 +72,7 @@ class Opening(Callback):
                 f"{size / 1e6:.2f} M parameters, step {run.frozen_facts['step']}, frozen; evaluated is the average of "
                 "the student"
             )
-        lines += run.notes
+        lines += [*run.notes, *self._unmeasured()]
         lines += cache_lines(run.batches, place.local_world_size)
         if uses_tf32(run.runtime.device, engine.precision):
             lines.append("products of fp32 matrices run in TF32")

@@ -32,7 +32,7 @@ def test_one_stream_or_all(shapes, tmp_path):
     assert len(one) < len(every) / 3
     with pytest.raises(DataError, match="'nonsense' is not in the index"):
         contact_sheet(shapes, tmp_path / "c.png", stream="nonsense")
-    with pytest.raises(DataError, match="no index"):
+    with pytest.raises(DataError, match="not a shard folder, but images; write one"):
         contact_sheet(tmp_path, tmp_path / "c.png")
 
 
@@ -84,3 +84,9 @@ def test_long_names_lose_their_middle():
     assert short[0] == "a"
     assert short[-1] == "b"
     assert [percent(share) for share in (0, 1e-5, 0.0123, 0.5)] == ["not shown", "< 0.1%", "1.2%", "50%"]
+
+
+def test_a_stream_that_is_not_there_is_named_with_its_option(shapes, maskmatch):
+    code, _, err = maskmatch("shards", "show", shapes, "--stream", "labeled")
+    assert code == 2
+    assert f"--stream labeled: no such stream in {shapes}, which has labelled, unlabelled" in err

@@ -24,7 +24,7 @@ def ade20k(root: Path, options: Options, *, converted: bool = False) -> ImageFil
         converted: label maps hold class values already, 0 to 149 and 255, as in UniMatch-V2's download.
     """
     root = root / "ADEChallengeData2016" if (root / "ADEChallengeData2016").is_dir() else root
-    folder(root / "annotations", "it is part of ADEChallengeData2016")
+    folder(root / "annotations", "it is part of ADEChallengeData2016, which SOURCE must name")
 
     def find(line: Pair) -> Pair:
         image = Path(line.image)

@@ -27,7 +27,8 @@ def cityscapes(root: Path, options: Options, *, train_extra: bool = False) -> Im
         train_extra: make the images of `leftImg8bit/train_extra` `unlabelled`.
     """
     folder(root / "leftImg8bit", "it comes with leftImg8bit_trainvaltest.zip")
-    labels = set(files_below(root, "gtFine")) if (root / "gtFine").is_dir() else set()
+    folder(root / "gtFine", "it comes with gtFine_trainvaltest.zip")
+    labels = set(files_below(root, "gtFine"))
 
     def find(line: Pair) -> Pair:
         start = f"gtFine/{line.image.removeprefix('leftImg8bit/').removesuffix(_IMAGE)}"

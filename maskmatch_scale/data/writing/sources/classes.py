@@ -93,10 +93,10 @@ def load_classes(given: str) -> Classes:
     rows = list(_class_rows(_parsed(path, where), where) if path.suffix in _YAML else _class_lines(path, where))
     named = [(name, colour) for name, colour in rows if name.lower() != "ignore"]
     names = tuple(name for name, _ in named)
-    if not 0 < len(names) < IGNORE or len(set(names)) < len(names):
-        raise DataError(
-            f"{where}: {len(names)} classes, {len(set(names))} different; 1 to 255 different ones are needed"
-        )
+    if not 0 < len(names) < IGNORE:
+        raise DataError(f"{where}: {len(names)} classes in it; 1 to {IGNORE - 1} are needed, a name a line")
+    if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
+        raise DataError(f"{where}: the class {twice!r} is in it twice; give each a name of its own")
     defaults = colour_map(len(names))
     palette = tuple(colour or defaults[number] for number, (_, colour) in enumerate(named))
     colours: dict[RGB, int] | None = None
@@ -119,7 +119,7 @@ def load_id_map(path: Path, classes: Classes) -> dict[int, int]:
     where = f"--id-map {path}"
     content = _parsed(path, where)
     if not isinstance(content, dict) or not content:
-        raise DataError(f"{where}: a mapping from label value to class value is needed, like `7: 0`")
+        raise DataError(f"{where}: a mapping from label value to class is needed, a line each, like `7: 0`")
     targets: dict[object, int] = {name: number for number, name in enumerate(classes.names)}
     targets |= {"ignore": IGNORE, IGNORE: IGNORE} | {number: number for number in range(len(classes.names))}
     ids = {}

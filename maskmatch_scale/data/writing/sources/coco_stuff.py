@@ -32,10 +32,12 @@ def coco_stuff(root: Path, options: Options, *, unlabeled2017: bool = False) -> 
         options: `split_*` files name samples by their image.
         unlabeled2017: make the images of `unlabeled2017` `unlabelled`.
     """
+    folder(root, "name the folder of images and stuffthingmaps")
     start = "images/" if (root / "images").is_dir() else ""
     place = next((place for place in _PLACES if (root / place / "train2017").is_dir()), None)
     if place is None:
-        raise DataError(f"{root}: no label maps: no train2017 in one of {', '.join(_PLACES)}")
+        what = f"no label maps: no train2017 in one of {', '.join(_PLACES)}"
+        raise DataError(f"{root}: {what}; they come with stuffthingmaps_trainval2017.zip")
     labels = set(files_below(root, place))
 
     def find(line: Pair) -> Pair:

@@ -111,6 +111,7 @@ class ImageFiles:
             "keep_duplicates": options.keep_duplicates,
             "revision": REVISION,
             "pillow": version("pillow"),
+            **({"apply_exif": True} if options.apply_exif else {}),
             **self._tile_settings,
             **of_bands,
         }
@@ -137,8 +138,14 @@ class ImageFiles:
     @property
     def render(self) -> ReadFiles | ReadTiles:
         """What makes a sample of an item."""
-        rule = None if self._bands is None else self._bands.rule
-        whole = ReadFiles(str(self.root), self._rules, self.options.max_side, rule, self.annotations)
+        whole = ReadFiles(
+            str(self.root),
+            self._rules,
+            self.options.max_side,
+            bands=None if self._bands is None else self._bands.rule,
+            annotations=self.annotations,
+            apply_exif=self.options.apply_exif,
+        )
         return whole if self._tiling is None else ReadTiles(whole)
 
     def prepare(self, out: Path, *, resumed: bool, workers: int, progress: bool) -> Mapping[str, StreamItems]:

@@ -10,9 +10,10 @@ import re
 from pathlib import Path
 
 from maskmatch_scale.data.faults import DataError
+from maskmatch_scale.data.shards.not_shards import layout_of
 from maskmatch_scale.data.writing.sources.found_instead import instead_of_labels, left_out_formats
 from maskmatch_scale.data.writing.sources.image_files import ImageFiles
-from maskmatch_scale.data.writing.sources.listing import files_below, folder, is_image
+from maskmatch_scale.data.writing.sources.listing import files_below, folder, folder_named, is_image
 from maskmatch_scale.data.writing.sources.options import Options
 from maskmatch_scale.data.writing.sources.splits import Pair, hold_out, read_split, split_train
 
@@ -37,16 +38,21 @@ def image_folder(
             `labels`, `masks`, `annotations` that is there, if one is.
         label_suffix: what takes the place of an image's ending in the name of its label map.
     """
-    folder(root, "give the folder of the images")
+    folder(root, "name the folder of the images")
     if images is None:
         images = "images" if (root / "images").is_dir() else ""
+    else:
+        folder_named(root, images, "--images")
     images = "" if images == "." else images.rstrip("/")
     if labels is None:
         labels = next((name for name in _LABEL_FOLDERS if (root / name).is_dir()), None)
-    elif not (root / labels).is_dir():
-        raise DataError(f"--labels {labels}: no such folder in {root}")
+    else:
+        folder_named(root, labels, "--labels")
     labels = "" if labels == "." else labels and labels.rstrip("/")
     notes: list[str] = []
+    if labels is None and (layout := layout_of(root)) is not None:
+        hint = "source folder finds no label map in it without --labels"
+        notes.append(f"{root} has the layout of source {layout}; {hint}")
 
     def train() -> list[Pair]:
         pairs = _pairs(root, images, labels, label_suffix, notes)
@@ -68,8 +74,13 @@ def image_folder(
         if amount is None:
             continue
         if name in listing:
-            raise DataError(f"--{name} {amount}: --split-{name} says already what it holds")
+            raise DataError(f"--{name} {amount}: --split-{name} says already what it holds; leave one of them out")
         below = f"{images}/{amount.strip('/')}/".lstrip("/")
+        if re.search(r"[^\d.%+-]", amount) and not (root / below).is_dir():
+            raise DataError(
+                f"--{name} {amount}: no folder {root / below}, and no number; name a folder of images, or give a count "
+                "(200) or a share (0.1)"
+            )
         if re.fullmatch(r"[\d.]+", amount) or not (root / below).is_dir():
             listing["labelled"], listing[name] = hold_out(listing["labelled"], amount, options.split_seed, f"--{name}")
         else:

@@ -82,14 +82,15 @@ def image_list(
     for name, amount in (("val", options.val), ("dev", options.dev)):
         if amount is not None:
             if name in listing:
-                raise DataError(f"--{name} {amount}: {file} says already which samples are {name}")
+                raise DataError(f"--{name} {amount}: {file} says already which samples are {name}; leave it out")
             listing["labelled"], listing[name] = hold_out(listing["labelled"], amount, options.split_seed, f"--{name}")
     return ImageFiles("list", file.parent if root is None else root, listing, options)
 
 
 def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if file.suffix not in (".csv", ".jsonl"):
-        raise DataError(f"{file}: a list is .csv or .jsonl")
+        what = "a folder; for one, use `maskmatch shards write folder`" if file.is_dir() else "a list is .csv or .jsonl"
+        raise DataError(f"{file}: {what}")
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             if file.suffix == ".csv":

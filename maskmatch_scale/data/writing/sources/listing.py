@@ -11,10 +11,34 @@ from maskmatch_scale.data.writing.sources.store_image import EXTENSIONS
 
 
 def folder(path: Path, what: str) -> Path:
-    """The path, if it is a folder; otherwise a DataError that says what should be there."""
-    if not path.is_dir():
-        raise DataError(f"{path}: no such folder; {what}")
-    return path
+    """The path, if it is a folder; otherwise a DataError that names the first part that is none, and says what to do.
+
+    Args:
+        path: of the folder.
+        what: what should be there, for the message.
+    """
+    if path.is_dir():
+        return path
+    first = next(each for each in (*reversed(path.parents), path) if not each.is_dir())
+    raise DataError(f"{first}: {'a file, not a folder' if first.exists() else 'no such folder'}; {what}")
+
+
+def folder_named(root: Path, name: str, option: str) -> str:
+    """The name of a folder below another, if there is such a folder.
+
+    Args:
+        root: the other folder.
+        name: of the folder, relative to it.
+        option: that named it, for the message.
+
+    Raises:
+        DataError: there is none; names those that there are.
+    """
+    if (root / name).is_dir():
+        return name
+    there = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    has = f"which has {', '.join(there[:8])}{', …' if len(there) > 8 else ''}" if there else "which has no folder"
+    raise DataError(f"{option} {name}: no such folder in {root}, {has}")
 
 
 def images_below(root: Path, start: str = "", leave_out: Iterable[str] = ()) -> list[str]:

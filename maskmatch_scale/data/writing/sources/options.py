@@ -18,6 +18,7 @@ class Options:
         dev, val: labelled samples to hold out: a count or a share.
         split_seed: of the samples that are held out.
         max_side: longest side of an image, px; larger ones are shrunk.
+        apply_exif: turn the pixels of photos upright that are stored turned (EXIF orientation).
         shuffle_seed: of the order of samples; negative keeps that of the data set.
         tile, overlap: side of the tiles into which images are cut, and how far they overlap, px; None: no tiles.
         keep_duplicates: write images of equal bytes as often as they are there.
@@ -37,6 +38,7 @@ class Options:
     max_side: int | None = None
     tile: int | None = None
     overlap: int | None = None
+    apply_exif: bool = False
     shuffle_seed: int = 0
     keep_duplicates: bool = False
     bands: str | None = None

@@ -12,7 +12,7 @@ from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.encode import encode_label
-from maskmatch_scale.data.images.image import orientation_of
+from maskmatch_scale.data.images.orientation import ON_THEIR_SIDE, orientation_of, upright
 from maskmatch_scale.data.writing.protocol import EncodedSample
 from maskmatch_scale.data.writing.sources.annotations import AnnotationRule
 from maskmatch_scale.data.writing.sources.classes import IGNORE
@@ -39,6 +39,7 @@ class ReadFiles:
         max_side: as in :class:`Options`.
         bands: how images with bands are read; None: images are plain ones.
         annotations: what draws label maps of an item's annotations; None: items name the files of label maps.
+        apply_exif: as in :class:`Options`.
     """
 
     root: str
@@ -46,6 +47,7 @@ class ReadFiles:
     max_side: int | None
     bands: BandRule | None = None
     annotations: AnnotationRule | None = None
+    apply_exif: bool = False
 
     def __call__(self, item: FileItem) -> EncodedSample:
         """Read, check and encode.
@@ -54,14 +56,18 @@ class ReadFiles:
             BadSample: a file is missing, empty, unreadable or too large, or the label map does not fit the image.
         """
         path = str(Path(self.root, item.image))
-        stored, known = self._stored(read_file(path, "no_image"), path, item.label is not None)
+        data = read_file(path, "no_image")
+        image = upright(data, path) if self.apply_exif else data
+        stored, known = self._stored(image, path, item.label is not None)
         if item.label is None:
             return EncodedSample(item.key, stored.data, stored.extension)
-        path, rule, data = self.label_name(item), self.rule_of(item.label), self.label_data(item.label)
+        path, rule, label = self.label_name(item), self.rule_of(item.label), self.label_data(item.label)
         if self.annotations is not None:
             refuse_flipped(stored.data, path)
-        values = rule.read(data, path)
-        check_label_size(path, values.shape[:2], item.image, stored.original[::-1])
+        values = rule.read(label, path)
+        is_turned = values.shape[:2] == stored.original != stored.original[::-1]
+        why = self._why_turned(data) if is_turned else ""
+        check_label_size(path, values.shape[:2], item.image, stored.original[::-1], why)
         if known is not None:
             values = np.where(known, values, np.uint8(IGNORE))
         if stored.size != stored.original:
@@ -96,14 +102,34 @@ class ReadFiles:
         """
         if self.annotations is not None:
             return label.encode()
-        return read_file(str(Path(self.root, label)), "no_label")
+        path = str(Path(self.root, label))
+        data = read_file(path, "no_label")
+        return upright(data, path) if self.apply_exif else data
+
+    def _why_turned(self, data: bytes) -> str:
+        """Why a label map has the width and height of its image exchanged, if EXIF data say it; otherwise empty.
+
+        Args:
+            data: the image, as it is in its file.
+        """
+        orientation = orientation_of(data)
+        if orientation not in ON_THEIR_SIDE:
+            return ""
+        if self.apply_exif:
+            return (
+                ": --apply-exif has turned the photo, and its label map fits it as it is stored; leave that option out"
+            )
+        return (
+            f": the photo is stored turned (EXIF orientation {orientation}), and its label map was drawn upright; "
+            "--apply-exif turns the photo's pixels"
+        )
 
 
-def check_label_size(label: str, size: tuple[int, ...], image: str, of_image: tuple[int, ...]) -> None:
-    """Raise :class:`BadSample` for a label map of another height and width than its image."""
+def check_label_size(label: str, size: tuple[int, ...], image: str, of_image: tuple[int, ...], why: str = "") -> None:
+    """Raise :class:`BadSample` for a label map of another height and width than its image; `why` ends the message."""
     if size != of_image:
         (own_height, own_width), (height, width) = size, of_image
-        what = f"{own_width} × {own_height} px, but its image {image} has {width} × {height}"
+        what = f"{own_width} × {own_height} px, but its image {image} has {width} × {height}{why}"
         raise BadSample("label_size", f"{label}: {what}")
 
 
@@ -111,7 +137,7 @@ def refuse_flipped(image: bytes | Path, name: str) -> None:
     """Raise for a photo that its EXIF data turns to an image of the same size: annotations of both fit it."""
     if (orientation := orientation_of(image)) in (2, 3, 4):
         what = f"the photo is turned by EXIF orientation {orientation}, and the annotations do not say whether they are"
-        raise BadSample("label_size", f"{name}: {what}; save it upright and without that (`mogrify -auto-orient`)")
+        raise BadSample("label_size", f"{name}: {what}; if they were drawn upright, --apply-exif turns the photo")
 
 
 def read_file(path: str, if_missing: str) -> bytes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -38,7 +39,8 @@ def read_split(path: Path) -> list[Pair]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{path}: this list of samples cannot be read ({why})") from None
     pairs: dict[str, Pair] = {}
     for number, line in enumerate(lines, 1):
         fields = line.split()
@@ -107,21 +109,43 @@ def hold_out(pairs: Sequence[Pair], amount: str | None, seed: int, option: str) 
         What remains and what is held out, each in the order of `pairs`.
 
     Raises:
-        DataError: `amount` is not a count or share, or leaves no sample.
+        DataError: `amount` is not a count or share, is a share of less than one sample, or leaves no sample.
     """
     if amount is None:
         return list(pairs), []
-    try:
-        share = float(amount) if "." in amount else math.nan
-        count = round(share * len(pairs)) if 0 < share < 1 else int(amount)
-    except ValueError:
-        raise DataError(f"{option} {amount}: it must be a count (200) or a share (0.1)") from None
-    if not 0 <= count < max(1, len(pairs)):
-        raise DataError(f"{option} {amount}: there are {len(pairs)} labelled samples to hold out from")
+    count = _count(amount, len(pairs), option)
     in_order = sorted(range(len(pairs)), key=lambda number: sort_key(seed, option, pairs[number].image))
     held = frozenset(in_order[:count])
     rest = [pair for number, pair in enumerate(pairs) if number not in held]
     return rest, [pair for number, pair in enumerate(pairs) if number in held]
+
+
+def _count(amount: str, there: int, option: str) -> int:
+    """How many of so many labelled samples an amount is."""
+    try:
+        share = float(amount) if "." in amount else math.nan
+        count = round(share * there) if 0 < share < 1 else int(amount)
+        if count < 0:
+            raise ValueError(amount)
+    except ValueError:
+        percent = re.fullmatch(r"(\d{1,2}(\.\d+)?) ?%", amount)
+        instead = f", which is {option} {float(percent[1]) / 100:g} here" if percent else ""
+        raise DataError(f"{option} {amount}: it must be a count (200) or a share below 1 (0.1){instead}") from None
+    if not there and (count or share > 0):
+        raise DataError(
+            f"{option} {amount}: no sample has a label map, and those that are held out need one; --help says where "
+            f"label maps are looked for. Or leave {option} out"
+        )
+    if count >= max(1, there):
+        raise DataError(
+            f"{option} {amount}: there are {there} labelled samples, and some must be left to learn from; the most is "
+            f"{option} {there - 1}"
+            if there > 1
+            else f"{option} {amount}: there is one labelled sample, which is needed to learn from; leave {option} out"
+        )
+    if count == 0 and share > 0:
+        raise DataError(f"{option} {amount}: less than one of {there} labelled samples; give a count: {option} 1")
+    return count
 
 
 def hold_out_dev(listing: dict[str, list[Pair]], options: Options) -> dict[str, list[Pair]]:

@@ -12,6 +12,7 @@ from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.encode import encode_image
 from maskmatch_scale.data.images.image import MODES, eight_bits, jpeg_size, orientation_alone
 from maskmatch_scale.data.images.opening import MAX_PIXELS, file_faults, open_any
+from maskmatch_scale.data.images.orientation import UPRIGHT, as_stored, orientation_of
 from maskmatch_scale.data.writing.sources.plain_tiff import refuse_lost_bands
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -41,7 +42,7 @@ def store_image(data: bytes, name: str, *, labelled: bool, max_side: int | None 
     JPEG and WebP stay as they are, PNG too if there is no label (beside one, `.png` is the label map). Others become
     lossless WebP: 16 bits are cut to the upper 8 and alpha is dropped, as in training. A TIFF of more bands is refused.
     An image larger than `max_side` is shrunk and becomes a JPEG of quality 95. An orientation in EXIF data stays there;
-    pixels are not turned.
+    pixels are not turned, nor are those of a TIFF with a tag `Orientation`, as in `maskmatch predict`.
 
     Args:
         data: the bytes of the file.
@@ -64,17 +65,19 @@ def store_image(data: bytes, name: str, *, labelled: bool, max_side: int | None 
         try:
             with open_any(data) as image:
                 image.load()
-                return _store(image, data, name, labelled, max_side)
+                turned = orientation_of(data) if image.format == "TIFF" else UPRIGHT
+                return _store(image, data, name, labelled, max_side, turned)
         except Image.DecompressionBombError as error:
             raise BadSample("too_large", f"{name}: {error}; --tile cuts it into tiles") from None
 
 
-def _store(image: Image.Image, data: bytes, name: str, labelled: bool, max_side: int | None) -> Stored:
-    size = image.size
+def _store(image: Image.Image, data: bytes, name: str, labelled: bool, max_side: int | None, turned: int) -> Stored:
+    """Encode an image that Pillow has read, and turned as `turned` says."""
     if image.mode not in MODES:
         raise BadSample("not_an_image", f"{name}: mode {image.mode}; convert it to 8 bits a channel")
     exif = orientation_alone(image)
-    image_format, image = image.format, eight_bits(image, data, name)
+    image_format, image = image.format, as_stored(eight_bits(image, data, name), turned)
+    size = image.size
     if max_side is not None and max(size) > max_side:
         small = shrunk(size, max_side)
         image = image.convert("L" if image.mode == "L" else "RGB").resize(small, Image.Resampling.LANCZOS)

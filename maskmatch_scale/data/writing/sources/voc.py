@@ -33,7 +33,8 @@ def voc(root: Path, options: Options, *, aug: bool = False, all_images: bool = F
         all_images: make the other images of `JPEGImages` `unlabelled`.
     """
     root = root / "VOC2012" if (root / "VOC2012").is_dir() else root
-    images = _stems(folder(root / "JPEGImages", "it is part of VOC2012"), ".jpg")
+    what = "it is part of VOC2012, which SOURCE must name; other layouts: `maskmatch shards write folder`"
+    images = _stems(folder(root / "JPEGImages", what), ".jpg")
     labels = {place: _stems(root / place, ".png") for place in _LABELS}
 
     def pair(stem: str) -> Pair:
