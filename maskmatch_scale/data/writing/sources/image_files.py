@@ -77,6 +77,10 @@ class ImageFiles:
         _ = self._tiling
         if self.options.value_range is not None and self.options.bands is None:
             raise DataError(f"--value-range {self.options.value_range}: --bands must name the bands that it is for")
+        if self.options.apply_exif:
+            for option, given in (("--tile", self.options.tile), ("--bands", self.options.bands)):
+                if given is not None:
+                    raise DataError(f"--apply-exif and {option} exclude each other: turn the files first")
         if self._labelled and not self.classes:
             raise DataError("label maps need names: --classes FILE, with a name a line in the order of their values")
 
