@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from maskmatch_scale.cli.shards_write import SPLITS, SharedOptions, print_index, source_command, write_app
+from maskmatch_scale.cli.shards_write import (
+    SPLITS,
+    SharedOptions,
+    print_index,
+    print_warnings,
+    source_command,
+    write_app,
+)
 
 if TYPE_CHECKING:
     from maskmatch_scale.data.writing.sources.image_files import ImageFiles
@@ -32,7 +39,9 @@ def write_scores(
     pages = ScoresSource(
         seed=seed, labelled=labelled, unlabelled=unlabelled, dev=dev, val=val, val_font=val_font, size=size
     )
-    print_index(write_shards(pages, out, workers=workers), out)
+    index = write_shards(pages, out, workers=workers)
+    print_index(index, out)
+    print_warnings(index)
 
 
 _Val = Annotated[

@@ -191,7 +191,6 @@ def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFile
 
 
 def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
-    from maskmatch_scale.data.shards.label_pixels import index_warnings
     from maskmatch_scale.data.writing import SKIPPED_NAME, write_shards
     from maskmatch_scale.data.writing.sources.image_files import DUPLICATES_NAME
 
@@ -209,8 +208,15 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
     for name, what in ((DUPLICATES_NAME, "images dropped as duplicates"), (SKIPPED_NAME, "bad samples left out")):
         if (out / name).is_file() and (lines := (out / name).read_bytes().count(b"\n")):
             console.print(f"{lines} {what}: {out / name}", soft_wrap=True, highlight=False, markup=False)
+    print_warnings(index)
+
+
+def print_warnings(index: ShardIndex) -> None:
+    """Print, on stderr, which classes never occur in a labelled stream, and where most pixels are ignored."""
+    from maskmatch_scale.data.shards.label_pixels import index_warnings
+
     for line in index_warnings(index):
-        console.print(f"warning: {line}", soft_wrap=True, highlight=False, markup=False)
+        Console(stderr=True).print(f"warning: {line}", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_index(index: ShardIndex, root: str | Path) -> None:
