@@ -255,7 +255,6 @@ def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFile
 
 
 def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
-    from maskmatch_scale.data.shards.label_pixels import index_warnings
     from maskmatch_scale.data.writing import Part, append_shards, write_shards
 
     print_notes((*source.notes, *source.found, *source.value_notes))
@@ -278,9 +277,16 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
     console = Console(stderr=True)
     for what, where in _left_out(out):
         console.print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)
-    for line in index_warnings(index):
-        console.print(f"warning: {line}", soft_wrap=True, highlight=False, markup=False)
+    print_warnings(index)
     propose("to look at them", "show", out)
+
+
+def print_warnings(index: ShardIndex) -> None:
+    """Print, on stderr, which classes never occur in a labelled stream, and where most pixels are ignored."""
+    from maskmatch_scale.data.shards.label_pixels import index_warnings
+
+    for line in index_warnings(index):
+        Console(stderr=True).print(f"warning: {line}", soft_wrap=True, highlight=False, markup=False)
 
 
 def propose(what: str, command: str, folder: str | Path) -> None:
