@@ -133,8 +133,8 @@ def run_of_model(where: Path) -> Path | None:
     run = run_of(where)
     if run is None:
         raise UserError(
-            f"{where}: neither a run nor an export; name a run directory, which has a recipe.yaml, or a "
-            "folder that `maskmatch export` wrote"
+            f"{where}: neither a run nor an export (no recipe.yaml and no {SEGMENTER_FILE} in it); name a run "
+            "directory, or a folder that `maskmatch export` wrote"
         )
     return run
 

@@ -382,7 +382,7 @@ def test_the_command_says_where_and_how_to_load(capsys, monkeypatch, runs, tmp_p
 @pytest.mark.parametrize(
     ("spoil", "arguments", "parts"),
     [
-        (None, ["nowhere", "out"], ["nowhere", "no complete checkpoint"]),
+        (None, ["nowhere", "out"], ["nowhere", "no such run, checkpoint or export"]),
         (None, ["run", "out", "--weights", "best"], ["--weights best", "ema or student"]),
         (None, ["run", "run"], ["run: it exists and is not an empty folder", "name another folder"]),
         (None, ["run", "run/recipe.yaml"], ["not an empty folder"]),

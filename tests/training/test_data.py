@@ -157,9 +157,11 @@ def test_without_labels_and_without_a_trained_start(make_recipe, never_labelled,
         train(make_recipe(data=data, model=model))
 
 
-def test_labelled_runs_need_class_names(make_recipe, never_labelled):
-    with pytest.raises(UserError, match="its index names no classes"):
+def test_labelled_runs_need_labels_and_class_names(make_recipe, never_labelled, shapes):
+    with pytest.raises(UserError, match=r"no stream 'labelled' .* data\.labelled_count=0 model\.pretrained=RUN"):
         train(make_recipe(data={"root": str(never_labelled)}))
+    with pytest.raises(UserError, match="its index names no classes"):
+        train(make_recipe(data={"root": str(never_labelled), "labelled": [{"root": str(shapes)}]}))
 
 
 @pytest.mark.parametrize(

@@ -297,7 +297,7 @@ def test_what_counts_as_rounding(difference, is_rounding):
         (["export", "out", "--onnx"], ["an export already", "leave out OUT (out)"]),
         (["export", "--onnx", "--weights", "ema"], ["an export already", "leave out --weights"]),
         (["export"], ["an export already", "--onnx"]),
-        (["nowhere", "out", "--onnx"], ["nowhere", "no complete checkpoint"]),
+        (["nowhere", "out", "--onnx"], ["nowhere", "no such run, checkpoint or export"]),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(

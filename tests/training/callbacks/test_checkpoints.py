@@ -235,7 +235,8 @@ def test_what_is_no_checkpoint_is_refused_before_anything_changes(capsys, monkey
     before = files_in(tmp_path)
     code, _, err = command(capsys, monkeypatch, "train", tmp_path / "recipe.yaml", "--resume", tmp_path / where)
     assert code == 2
-    assert f"{where}: there is no complete checkpoint here" in err
+    what = "no such run or checkpoint" if where == "nowhere" else "there is no complete checkpoint here"
+    assert f"{where}: {what}" in err
     assert err.count("\n") == 1
     assert files_in(tmp_path) == before
 
