@@ -43,6 +43,10 @@ class RunData(BaseModel):
     """Number of samples in each stream of `data.root`. For `labelled` and `unlabelled`: the number that training
     used, over all sources; no `unlabelled` if some of these have no index."""
 
+    def to_json(self) -> str:
+        """The contents of the file; nothing is said of the channels of RGB."""
+        return self.model_dump_json(indent=1, exclude=None if self.bands else {"bands"})
+
 
 def describe_data(recipe: Recipe, index: ShardIndex, used: Mapping[str, int | None] | None = None) -> RunData:
     """Describe the data of a run.

@@ -96,7 +96,7 @@ def _fill(folder: RunFolder, recipe: Recipe, data: RunData, lock: FolderLock, *,
 
 
 def _describe(folder: RunFolder, recipe: Recipe, data: RunData) -> None:
-    write_whole(folder.data, data.model_dump_json(indent=1))
+    write_whole(folder.data, data.to_json())
     if recipe.engine.deepspeed_json:
         write_whole(folder.deepspeed, Path(recipe.engine.deepspeed_json).read_bytes())
     secret = has_secret(recipe.model_dump(mode="json"))  # which is needed to evaluate the run and to go on from it
