@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,6 +132,7 @@ def evaluate(
     kinds = ("ema", "student") if weights == "both" else (weights,)
     if not set(kinds) <= {"ema", "student"}:
         raise UserError(f"--weights {weights}: it must be ema, student or both")
+    from maskmatch_scale.evaluation.scored import mean_warnings
     from maskmatch_scale.runs.evaluate import evaluate_run, held_out_images
 
     total = held_out_images(run, split) * len(kinds) * (2 if locality else 1)
@@ -140,6 +142,8 @@ def evaluate(
         print(json.dumps(records))  # noqa: T201
     else:
         Console().print(_iou_table(records))
+    for line in dict.fromkeys(line for record in records for line in mean_warnings(record)):
+        print(f"warning: {line}", file=sys.stderr)  # noqa: T201
 
 
 @app.command(
@@ -243,6 +247,8 @@ def _iou_table(records: list[dict[str, Any]]) -> Table:
         table.add_row(Text(name), *("–" if value is None else f"{value:.3f}" for value in values))
     table.add_section()
     table.add_row("mIoU", *(f"{record['miou']:.4f}" for record in records))
+    in_mean = (f"{record['classes_in_mean']} of {record['classes']}" for record in records)
+    table.add_row("classes in the mean", *in_mean)
     table.add_row("pixel accuracy", *(f"{record['pixel_accuracy']:.4f}" for record in records))
     if "locality" in first:
         table.add_section()

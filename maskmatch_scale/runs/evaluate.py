@@ -20,6 +20,7 @@ from maskmatch_scale.evaluation.inference import Inference, described, inference
 from maskmatch_scale.evaluation.locality import measure_locality
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
 from maskmatch_scale.evaluation.save_pictures import save_masked_pictures, save_pictures
+from maskmatch_scale.evaluation.scored import scored_classes
 from maskmatch_scale.files import folder_whole, write_whole
 from maskmatch_scale.models import Segmenter
 from maskmatch_scale.recipe import Recipe
@@ -89,7 +90,8 @@ def evaluate_run(
 
     Returns:
         One record for each kind of weights: `split`, `weights`, `step`, `inference` (mode, windows, scales, in words),
-        `miou`, `pixel_accuracy`, `iou` (by class; None for a class that does not occur), `images`, `seconds`.
+        `miou`, `pixel_accuracy`, `iou` (by class; None for a class that does not occur), `classes`, `classes_in_mean`,
+        `classes_without_pixels` (:func:`~maskmatch_scale.evaluation.scored.scored_classes`), `images`, `seconds`.
 
     Raises:
         UserError: there is no such checkpoint, the data have no such split, or an override is wrong.
@@ -126,6 +128,7 @@ def evaluate_run(
                 "miou": matrix.miou(),
                 "pixel_accuracy": matrix.pixel_accuracy(),
                 "iou": {name: None if v != v else v for name, v in iou},
+                **scored_classes(matrix, index.classes),
                 "images": images,
                 "seconds": time.monotonic() - began,
             }

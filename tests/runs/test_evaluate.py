@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import tarfile
 
+import numpy as np
 import pytest
 import torch
 
 from maskmatch_scale.checkpoints.keeping import Keep, Keeper
+from maskmatch_scale.data.images.encode import encode_label
 from maskmatch_scale.data.shards.index import ShardIndex
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
@@ -15,7 +18,7 @@ from maskmatch_scale.runs.evaluate import evaluate_run, inference_of
 from maskmatch_scale.runs.model import build_student
 from maskmatch_scale.runs.model_checks import check_model
 from maskmatch_scale.train import train
-from tests.conftest import TINY_VIT, recipe_maker
+from tests.conftest import TINY_VIT, recipe_maker, rewrite_shard
 
 VIT = {"backbone": "timm/vit_tiny_patch16_224", "backbone_options": TINY_VIT}
 
@@ -74,6 +77,38 @@ def test_one_checkpoint_of_a_run_may_be_named(make_recipe, monkeypatch, maskmatc
     assert "val (ema) was evaluated at step 1" in write_report([run]).read_text()
     code, _, err = maskmatch("evaluate", folder.parent.parent, "--weights", "ema")
     assert (code, "not a run directory" in err) == (2, True)
+
+
+def test_a_mean_over_one_class_is_said(make_recipe, shapes, tmp_path, maskmatch, capfd):
+    """As of binary masks that were taken for ignored: in training, and by `evaluate`."""
+    root = shutil.copytree(shapes, tmp_path / "shapes")
+    for split in ("labelled", "dev", "val"):
+        index = ShardIndex.load(root)
+        for shard in index.streams[split].shards:
+            ground = encode_label(np.zeros((96, 128), np.uint8))
+            with tarfile.open(root / shard.file) as tar:
+                names = [name for name in tar.getnames() if name.endswith(".png")]
+            rewrite_shard(root, shard.file, dict.fromkeys(names, ground))
+    content = json.loads((root / "index.json").read_text())
+    content["streams"]["labelled"]["class_pixels"] = [8 * 96 * 128, 0, 0, 9 * 96 * 128]
+    (root / "index.json").write_text(json.dumps(content))
+    keys = {"steps": 12, "evaluate_every": 6}
+    run = train(make_recipe(data={"root": str(root)}, run=keys, optim={"lr": 0.05}, method={"base": "supervised"}))
+    shown = capfd.readouterr().out
+    assert "warning: labelled samples: no pixel of classes 'square', 'disc'" in shown
+    assert "warning: labelled samples: 52.9% of the pixels are ignored" in shown
+    warned = "warning: dev: no pixel of classes 'square', 'disc'; their IoU says nothing"
+    assert shown.count(warned) == 1  # of three evaluations
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    last = [line for line in lines if line["kind"] == "eval"][-1]
+    assert (last["classes"], last["classes_in_mean"], last["miou"]) == (3, 1, 1.0)
+    assert "dev mIoU 1.0000 (1 of 3 classes)" in shown
+    assert "warning: dev: labels and predictions have one class alone" in shown
+    code, out, err = maskmatch("evaluate", run, "evaluation.pictures=0", "--weights", "student")
+    assert (code, "1 of 3" in out) == (0, True)
+    assert "warning: val: labels and predictions have one class alone; its mean IoU of 1 says nothing" in err
+    record = json.loads((run / "evaluation" / "val-student.json").read_text())
+    assert record["classes_without_pixels"] == ["square", "disc"]
 
 
 def test_thresholds_by_class_go_by_the_names_of_the_run(make_recipe, shapes, tmp_path):

@@ -10,7 +10,9 @@ from torch import Tensor
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.order.epoch import Cut
 from maskmatch_scale.data.order.source import WeightedSource
+from maskmatch_scale.data.shards.label_pixels import known_pixels, pixel_warnings, sum_of
 from maskmatch_scale.data.shards.reading import RawSample
+from maskmatch_scale.data.shards.second_labels import LabelsElsewhere
 
 
 class ClassPixels:
@@ -48,6 +50,21 @@ class ClassPixels:
         """
         self._total = sum_over_ranks(self._count(rank, world_size))
 
+    def warnings(self, classes: Sequence[str]) -> list[str]:
+        """Classes that never occur, and mostly ignored pixels, a line each; of the index, or of what was counted.
+
+        No label map is read for it. Where neither says how many pixels there are, nothing is warned of.
+
+        Args:
+            classes: names.
+        """
+        said = sum_of(_of_index(source) for source in self._sources)
+        counted = (said or ())[:-1] if self._total is None else self._total.tolist()
+        # Of some samples of a source it is not known how many pixels are ignored, only that no others occur.
+        is_whole = all(source.numbers is None for source in self._sources)
+        ignored = said[-1] if said is not None and is_whole else 0
+        return pixel_warnings("labelled samples", [*counted, ignored], classes) if counted else []
+
     def _count(self, rank: int, world_size: int) -> Tensor:
         total = torch.zeros(self._num_classes, dtype=torch.int64)
         for source in self._sources:
@@ -62,3 +79,10 @@ class ClassPixels:
                     continue
                 total += torch.bincount(label.flatten(), minlength=256)[: self._num_classes]
         return total
+
+
+def _of_index(source: WeightedSource) -> tuple[int, ...] | None:
+    """Pixels of each class in all samples of a source, and last ignored ones, by its index; None = not known."""
+    if isinstance(source.stream, LabelsElsewhere):
+        return None
+    return known_pixels(source.stream.index).get(source.stream.name)

@@ -210,6 +210,10 @@ class TrainingBatches(Dataset[Batch]):
         """Pixels of each class in the drawn labelled samples: int64 (classes,). Reads them if they were not counted."""
         return self._class_pixels.total()
 
+    def label_warnings(self, classes: Sequence[str]) -> list[str]:
+        """What is wrong with the pixels of these classes, as far as it is known: see :meth:`ClassPixels.warnings`."""
+        return self._class_pixels.warnings(classes)
+
     def count_class_pixels(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         """Count them now, each rank a share of the samples. All ranks must call it together.
 

@@ -9,6 +9,7 @@ import torch
 from maskmatch_scale.data.batches.training import outage_s
 from maskmatch_scale.evaluation.evaluate import evaluate_split
 from maskmatch_scale.evaluation.miou import ConfusionMatrix
+from maskmatch_scale.evaluation.scored import mean_warnings, scored_classes
 from maskmatch_scale.record.run_files import read_run
 from maskmatch_scale.runs.evaluate import inference_of
 from maskmatch_scale.training.callbacks.base import Callback
@@ -22,6 +23,7 @@ class Evaluation(Callback):
         super().__init__(run)
         dev = run.batches.index.streams.get("dev")
         self._possible = dev is not None and dev.labelled
+        self._warned: set[str] = set()
 
     def wants_records(self, done: int) -> bool:
         """Before an evaluation, so that the records in the file are in the order of their steps."""
@@ -84,5 +86,11 @@ class Evaluation(Callback):
             return
         miou, accuracy = matrix.miou(), matrix.pixel_accuracy()
         record = {"step": done, "kind": "eval", "split": "dev", "weights": weights}
-        run.add_evaluation(record | {"miou": miou, "pixel_accuracy": accuracy})
-        run.say(f"step {done}: dev mIoU {miou:.4f}, pixel accuracy {accuracy:.4f} ({weights})")
+        scored = scored_classes(matrix, run.data.classes)
+        run.add_evaluation(record | {"miou": miou, "pixel_accuracy": accuracy} | scored)
+        of = f"{scored['classes_in_mean']} of {scored['classes']} classes"
+        run.say(f"step {done}: dev mIoU {miou:.4f} ({of}), pixel accuracy {accuracy:.4f} ({weights})")
+        for line in mean_warnings(record | scored):
+            if line not in self._warned:
+                self._warned.add(line)
+                run.say(f"warning: {line}")

@@ -49,6 +49,7 @@ class Opening(Callback):
             f"{engine.precision} ({run.precision_reason})",
             f"{run.batches.labelled_samples} labelled samples, {self._unlabelled()}, from step {run.start}",
             *run.batches.notes,
+            *(f"warning: {line}" for line in run.batches.label_warnings(run.data.classes)),
         ]
         if run.frozen_teacher is not None and run.frozen_facts is not None:
             module = run.frozen_teacher.module
