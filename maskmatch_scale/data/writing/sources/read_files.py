@@ -56,9 +56,9 @@ class ReadFiles:
             BadSample: a file is missing, empty, unreadable or too large, or the label map does not fit the image.
         """
         path = str(Path(self.root, item.image))
-        data = read_file(path, "no_image")
-        image = upright(data, path) if self.apply_exif else data
-        stored, known = self._stored(image, path, item.label is not None)
+        image = read_file(path, "no_image")
+        shown = upright(image, path) if self.apply_exif else image
+        stored, known = self._stored(shown, path, item.label is not None)
         if item.label is None:
             return EncodedSample(item.key, stored.data, stored.extension)
         path, rule, label = self.label_name(item), self.rule_of(item.label), self.label_data(item.label)
@@ -66,14 +66,14 @@ class ReadFiles:
             refuse_flipped(stored.data, path)
         values = rule.read(label, path)
         is_turned = values.shape[:2] == stored.original != stored.original[::-1]
-        why = self._why_turned(data) if is_turned else ""
+        why = self._why_turned(image) if is_turned else ""
         check_label_size(path, values.shape[:2], item.image, stored.original[::-1], why)
         if known is not None:
             values = np.where(known, values, np.uint8(IGNORE))
         if stored.size != stored.original:
             values = np.asarray(Image.fromarray(values).resize(stored.size, Image.Resampling.NEAREST))
-        elif known is None and rule.keeps(data):
-            return EncodedSample(item.key, stored.data, stored.extension, data)
+        elif known is None and rule.keeps(label):
+            return EncodedSample(item.key, stored.data, stored.extension, label)
         return EncodedSample(item.key, stored.data, stored.extension, encode_label(values))
 
     def _stored(self, data: bytes, path: str, labelled: bool) -> tuple[Stored, NDArray[np.bool_] | None]:
