@@ -215,6 +215,6 @@ def test_bands_stay_within_bounds_and_in_any_order(channels, seed):
     full = StrongViewRecipe()
     out = photometric(bands, full, seed, [seed, seed + 1], rgb=False)
     assert out.shape == bands.shape
-    assert 0 <= out.min() <= out.max() <= 1
+    assert -1e-6 <= out.min() <= out.max() <= 1 + 1e-6  # blur rounds
     turned = photometric(bands.flip(1), full, seed, [seed, seed + 1], rgb=False)
     torch.testing.assert_close(turned.flip(1), out, rtol=0, atol=1e-5)
