@@ -14,6 +14,7 @@ from maskmatch_scale.cli.shards_write import (
     PartOption,
     SharedOptions,
     print_index,
+    print_warnings,
     source_command,
     write_app,
 )
@@ -44,7 +45,9 @@ def write_scores(
         seed=seed, labelled=labelled, unlabelled=unlabelled, dev=dev, val=val, val_font=val_font, size=size
     )
     given = Part.parse(part) if part is not None else None
-    print_index(write_shards(pages, out, workers=workers, part=given, overwrite=overwrite), out)
+    index = write_shards(pages, out, workers=workers, part=given, overwrite=overwrite)
+    print_index(index, out)
+    print_warnings(index)
 
 
 _Val = Annotated[

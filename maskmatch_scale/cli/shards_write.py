@@ -246,7 +246,6 @@ def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFile
 
 
 def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
-    from maskmatch_scale.data.shards.label_pixels import index_warnings
     from maskmatch_scale.data.writing import Part, append_shards, write_shards
 
     print_notes((*source.notes, *source.found, *source.value_notes))
@@ -266,11 +265,17 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
         part = Part.parse(shared.part) if shared.part is not None else None
         index = write_shards(source, out, part=part, **options)
     print_index(index, out)
-    console = Console(stderr=True)
     for what, where in _left_out(out):
-        console.print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)
+        Console(stderr=True).print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)
+    print_warnings(index)
+
+
+def print_warnings(index: ShardIndex) -> None:
+    """Print, on stderr, which classes never occur in a labelled stream, and where most pixels are ignored."""
+    from maskmatch_scale.data.shards.label_pixels import index_warnings
+
     for line in index_warnings(index):
-        console.print(f"warning: {line}", soft_wrap=True, highlight=False, markup=False)
+        Console(stderr=True).print(f"warning: {line}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _left_out(out: Path) -> Iterator[tuple[str, Path]]:
