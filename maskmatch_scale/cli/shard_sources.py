@@ -155,6 +155,14 @@ def _coco(
         ),
     ] = "ignore",
     unannotated: _Unannotated = "background",
+    crowds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ignore|objects",
+            help="What annotations with iscrowd become. Default: ignored, unless most have it.",
+            rich_help_panel=LABELS,
+        ),
+    ] = None,
     val: _Val = None,
 ) -> ImageFiles:
     """COCO JSON, instances or panoptic; --classes chooses and orders categories by name."""
@@ -169,6 +177,7 @@ def _coco(
         background=background,
         others=others,
         unannotated=unannotated,
+        crowds=crowds,
     )
 
 

@@ -26,6 +26,7 @@ from maskmatch_scale.data.writing.sources.coco_json import (
     CocoImage,
     read_coco,
     refuse_boxes_alone,
+    refuse_crowds_alone,
     regions_of,
     segments_of,
 )
@@ -51,6 +52,7 @@ def coco(
     background: str | None = None,
     others: str = "ignore",
     unannotated: str = BACKGROUND,
+    crowds: str | None = None,
 ) -> ImageFiles:
     """List the samples of COCO JSONs.
 
@@ -64,6 +66,8 @@ def coco(
             instances. A panoptic JSON takes none: there, pixels of no segment are ignored.
         others: `ignore` or `background`: what annotations become whose category is not in `options.classes`.
         unannotated: `background` or `unlabelled`: what images are that the JSON names, but has no annotation of.
+        crowds: `ignore` or `objects`: what annotations become that are marked by `iscrowd`. None: ignored, and refused
+            if most are marked so.
 
     Raises:
         DataError: a JSON cannot be used, images are not found, or options do not go together.
@@ -71,13 +75,16 @@ def coco(
     need_pycocotools("shards write coco")
     if unannotated not in (BACKGROUND, "unlabelled"):
         raise DataError(f"--unannotated {unannotated}: background or unlabelled")
+    if crowds not in (None, "ignore", "objects"):
+        raise DataError(f"--crowds {crowds}: ignore or objects")
     notes: list[str] = []
-    paths = find_jsons(source, panoptic)
-    files = [read_coco(path, notes) for path in paths]
+    files = [read_coco(path, notes, crowds_are_objects=crowds == "objects") for path in find_jsons(source, panoptic)]
     if len({file.panoptic for file in files if any(file.annotations.values())}) > 1:
         raise DataError(f"{source}: some JSONs are panoptic, others are not; give one of them")
     of_segments = any(file.panoptic for file in files)
     _check(files, source, of_segments, background)
+    if crowds is None:
+        refuse_crowds_alone(files)
     if not of_segments:
         background = background or BACKGROUND
     names = list(dict.fromkeys(name for file in files for name in file.categories.values()))
@@ -166,7 +173,8 @@ class _Pairs:
             "unannotated": f"images have no annotation: {as_what}",
             "in files of none": "images are unlabelled: they are in JSONs without any annotation",
             "without a PNG": "images have no panoptic annotation: unlabelled",
-            "crowds": "annotations of crowds (iscrowd) become ignored pixels, where no object lies on them",
+            "crowds": "annotations of crowds (iscrowd) become ignored pixels, where no object lies on them; "
+            "--crowds objects makes them objects",
             "boxes": "annotations have a box, but no segmentation: their boxes become ignored pixels",
             "thin": "outlines of fewer than three points cover nothing: left out",
         }

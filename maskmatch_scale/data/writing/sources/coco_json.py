@@ -47,20 +47,23 @@ class CocoFile:
     annotations: Mapping[Any, Sequence[Mapping[str, Any]]]
     panoptic: bool
 
+    def objects(self) -> Iterator[Mapping[str, Any]]:
+        """All annotations, or of a panoptic JSON all segments."""
+        rows = (row for rows in self.annotations.values() for row in rows)
+        return (segment for row in rows for segment in row["segments_info"]) if self.panoptic else rows
+
     def counts(self) -> Counter[str]:
         """How many annotations each category has."""
-        rows = (row for rows in self.annotations.values() for row in rows)
-        if self.panoptic:
-            rows = (segment for row in rows for segment in row["segments_info"])
-        return Counter(self.categories[row["category_id"]] for row in rows)
+        return Counter(self.categories[row["category_id"]] for row in self.objects())
 
 
-def read_coco(path: Path, notes: list[str]) -> CocoFile:
+def read_coco(path: Path, notes: list[str], *, crowds_are_objects: bool = False) -> CocoFile:
     """Read a JSON and check it.
 
     Args:
         path: of the JSON.
         notes: what the user should know is added.
+        crowds_are_objects: take no notice of `iscrowd`.
 
     Raises:
         DataError: it cannot be read, is no COCO JSON, or one of its entries cannot be used; names the entry.
@@ -81,6 +84,9 @@ def read_coco(path: Path, notes: list[str]) -> CocoFile:
         if not isinstance(segments, list) or not all(isinstance(part, dict) for part in segments):
             raise DataError(f"{path}: {_named(row)}: segments_info is no list of objects")
         used.update(_id(part, "category_id") for part in segments)
+        if crowds_are_objects:
+            for part in segments:
+                part["iscrowd"] = 0
     categories = _categories(content.get("categories") or [], used, path, notes)
     if unknown := sorted(used - set(categories), key=str):
         raise DataError(f"{path}: an annotation has the category_id {unknown[0]!r}, which is no category of the file")
@@ -150,6 +156,16 @@ def segments_of(
         found["crowds"] += crowd
         segments[number] = ignore if crowd else values[file.categories[part["category_id"]]]
     return rows[0]["file_name"], segments
+
+
+def refuse_crowds_alone(files: Sequence[CocoFile]) -> None:
+    """Raise :class:`DataError` if most annotations are marked as crowds: few are in COCO's own data."""
+    marks = Counter(bool(row.get("iscrowd")) for file in files for row in file.objects())
+    if marks[True] > marks[False]:
+        raise DataError(
+            f"{files[0].path}: {marks[True]} of {marks.total()} annotations are crowds (iscrowd), which are ignored; "
+            "some tools mark every mask so: --crowds objects takes them as objects, --crowds ignore ignores them"
+        )
 
 
 def refuse_boxes_alone(files: Sequence[CocoFile]) -> None:

@@ -110,14 +110,19 @@ def place_images(source: Path, files: Sequence[CocoFile], given: Path | None, no
         given = next((path for path in (given, base / given) if path.is_dir()), None) or _no_folder(given)
     folders = [_folder_of(file, given) for file in files]
     root = Path(os.path.commonpath([folder.resolve() for folder in folders]))
-    starts = [folder.resolve().relative_to(root).as_posix().removeprefix(".") for folder in folders]
+    relative = [folder.resolve().relative_to(root).as_posix() for folder in folders]
+    starts = ["" if path == "." else path for path in relative]
     no_images = (*_NO_IMAGES, *(file.path.stem for file in files))
     there = {}
-    for start in sorted(set(starts)):
+    searched = [_searched(file, start, root) for file, start in zip(files, starts, strict=True)]
+    for start in sorted(set(searched)):
         found = files_below(root, start, [f"{start}/{name}".lstrip("/") for name in no_images])
         notes += left_out_formats(found)
         there[start] = [path for path in found if is_image(path)]
-    paths = [_paths(file, start, there[start], root, notes) for file, start in zip(files, starts, strict=True)]
+    paths = [
+        _paths(file, start, there[below], root, notes)
+        for file, start, below in zip(files, starts, searched, strict=True)
+    ]
     named: dict[str, Path] = {}
     for file, of_file in zip(files, paths, strict=True):
         for path in of_file:
@@ -157,6 +162,13 @@ def _subset(path: Path) -> str:
     """`train2017` of `instances_train2017.json`; empty if a name has no such part."""
     match = re.fullmatch("(?:instances|panoptic)_(.+)", path.stem)
     return match[1] if match else ""
+
+
+def _searched(file: CocoFile, start: str, root: Path) -> str:
+    """The folder below which a JSON has all its images: not more is searched for images that it does not name."""
+    shared = os.path.commonpath([PurePosixPath(_plain(image.file_name)).parent for image in file.images])
+    below = f"{start}/{shared}".strip("/")
+    return below if (root / below).is_dir() else start
 
 
 def _paths(file: CocoFile, start: str, there: Sequence[str], root: Path, notes: list[str]) -> list[str]:

@@ -87,6 +87,16 @@ def test_a_crowd_is_ignored_but_objects_on_it_are_not(street, tree, run, shards,
     assert "1 classes have no annotation" not in err
 
 
+def test_masks_that_are_all_marked_as_crowds(street, tree, run, shards, tmp_path):
+    street(dataset([image(1, "a.jpg")], [annotation(1, 1, 2, LEFT, iscrowd=1), annotation(2, 1, 7, TOP, iscrowd=1)]))
+    code, err = run("coco", tree.root, tmp_path / "out")
+    assert (code, "2 of 2 annotations are crowds (iscrowd)" in err, err.count("\n")) == (2, True, 1)
+    assert run("coco", tree.root, tmp_path / "objects", "--crowds", "objects")[0] == 0
+    assert shards(tmp_path / "objects").label("labelled", "a").tolist() == OF_A
+    assert run("coco", tree.root, tmp_path / "ignored", "--crowds", "ignore")[0] == 0
+    assert shards(tmp_path / "ignored").label("labelled", "a")[7].tolist() == [255] * 6 + [0] * 6
+
+
 def test_a_box_without_segmentation_is_ignored_and_counted(street, tree, run, shards, tmp_path):
     street(dataset([image(1, "a.jpg")], [annotation(1, 1, 2, LEFT), annotation(2, 1, 7, [])]))
     code, err = run("coco", tree.root, tmp_path / "out")
@@ -170,6 +180,15 @@ def test_label_studio_and_other_paths(street, tree, run, shards, tmp_path, name)
     street(dataset([image(0, name)], [annotation(0, 0, 2, LEFT)]), "result.json")
     assert run("coco", tree.root, tmp_path / "out")[0] == 0
     assert shards(tmp_path / "out").label("labelled", "a")[0].tolist() == [1] * 6 + [0] * 6
+
+
+def test_images_of_other_data_sets_beside_a_json_are_not_taken(street, tree, run, shards, tmp_path):
+    street(dataset([image(0, "photos/a.jpg")], [annotation(0, 0, 2, LEFT)]), "mine.json", "photos")
+    tree.image("others/b.jpg")
+    tree.image("photos/c.jpg")
+    assert run("coco", tree.root / "mine.json", tmp_path / "out")[0] == 0
+    found = shards(tmp_path / "out")
+    assert (found.keys("labelled"), found.keys("unlabelled")) == ({"a"}, {"c"})
 
 
 def test_images_in_other_folders_are_found_by_their_names(street, tree, run, shards, tmp_path):
@@ -309,6 +328,7 @@ def test_files_that_cannot_be_read(tree, run, tmp_path):
     [
         (("--others", "cars"), "--others cars: ignore or background"),
         (("--others", "background", "--background", "ignore"), "--others background: there is no class"),
+        (("--crowds", "no"), "--crowds no: ignore or objects"),
         (("--unannotated", "no"), "--unannotated no: background or unlabelled"),
         (("--images", "absent"), "--images absent: no such folder"),
         (("--classes", "voc"), "aeroplane, bicycle"),
