@@ -274,9 +274,8 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
         part = Part.parse(shared.part) if shared.part is not None else None
         index = write_shards(source, out, part=part, **options)
     print_index(index, out)
-    console = Console(stderr=True)
     for what, where in _left_out(out):
-        console.print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)
+        Console(stderr=True).print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)
     print_warnings(index)
     propose("to look at them", "show", out)
 
