@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -245,9 +245,24 @@ class ImageFiles:
 
     @cached_property
     def _classes(self) -> Classes:
-        if self.options.classes is not None:
-            return load_classes(self.options.classes)
-        return self.known_classes or Classes((), ())
+        known, given = self.known_classes or Classes((), ()), self.options.classes
+        if given is None:
+            return known
+        classes = load_classes(given)
+        if self.options.id_map is not None or known.values is None or classes.values is not None or self._are_values:
+            return classes
+        if len(classes.names) != len(known.names):
+            raise DataError(
+                f"--classes {given}: {len(classes.names)} names for the {len(known.names)} classes of source "
+                f"{self.name}; --id-map FILE says which label values of the data set belong to which of them"
+            )
+        return replace(classes, values=known.values, ignored=known.ignored)
+
+    @property
+    def _are_values(self) -> bool:
+        """Whether the label values of the data set's own files are class values."""
+        known = self.known_classes
+        return known is not None and all(value == number for value, number in known.id_map.items())
 
     @cached_property
     def _rules(self) -> tuple[tuple[str, LabelRule], ...]:

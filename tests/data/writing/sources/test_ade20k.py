@@ -39,3 +39,15 @@ def test_converted_label_maps_and_splits_of_unimatch(ade, run, shards, tmp_path)
     found = shards(tmp_path / "out")
     assert found.keys("unlabelled") == {"ADE_train_00000002"}
     assert found.label("labelled", "ADE_train_00000001").ravel().tolist() == [*range(150), 255]
+
+
+def test_other_names_keep_the_label_values_of_the_data_set(ade, run, shards, tmp_path):
+    """Without its table, value 0, which is ignored here, would be the first class."""
+    names = ade.text("names.txt", *(f"class {number}" for number in range(150)))
+    assert run("ade20k", ade.root, tmp_path / "out", "--classes", names)[0] == 0
+    found = shards(tmp_path / "out")
+    assert found.label("val", "ADE_val_00000001").ravel().tolist() == [255, *range(150)]
+    assert found.index.classes[149] == "class 149"
+    few = ade.text("few.txt", "ground", "tree")
+    code, err = run("ade20k", ade.root, tmp_path / "few", "--classes", few)
+    assert (code, "2 names for the 150 classes of source ade20k; --id-map FILE says" in err) == (2, True)
