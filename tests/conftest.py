@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,6 +23,10 @@ from maskmatch_scale.data.writing import EncodedSample, StreamItems, write_shard
 from maskmatch_scale.files import sha256
 from maskmatch_scale.recipe import Recipe, parse_recipe
 from tests.data import s3_server as s3_servers
+
+# An example's time says more of what else the machine does than of the code: no test has a limit of time.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True, scope="session")
