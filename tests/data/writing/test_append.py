@@ -183,6 +183,22 @@ def test_duplicates_of_images_that_are_there(tmp_path: Path) -> None:
     assert not {"copy", "again", "new2"} & photos.streams().keys()
 
 
+def test_a_duplicate_of_an_image_that_was_never_written_is_none(tmp_path: Path) -> None:
+    photos = Photos(tmp_path)
+    photos.add(*numbered(0, 9))
+    photos.write()
+    photos.add("new.jpg")
+    (photos.source / "labels" / "new.png").write_bytes(b"rubbish")
+    photos.add("same.jpg", same_as="new.jpg", label=False)
+    with pytest.raises(BadSample, match=r"new\.png"):
+        photos.append()
+    (photos.source / "images" / "new.jpg").unlink()
+    (photos.source / "labels" / "new.png").unlink()
+    assert photos.append().samples == {"unlabelled": 1}
+    assert photos.streams()["same"] == "unlabelled"
+    assert (photos.out / "duplicates.jsonl").read_bytes() == b""
+
+
 def test_bad_samples_are_tried_again(tmp_path: Path) -> None:
     photos = Photos(tmp_path)
     photos.add(*numbered(0, 9))

@@ -17,7 +17,7 @@ from pathlib import Path
 from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.pool import in_threads
 from maskmatch_scale.data.writing.protocol import StreamItems
-from maskmatch_scale.data.writing.sources.keys import variants_of
+from maskmatch_scale.data.writing.sources.keys import keys_of, variants_of
 from maskmatch_scale.data.writing.sources.read_files import FileItem
 
 
@@ -118,6 +118,19 @@ def compare(
             found.new.setdefault(name, []).append(item)
     found.lost = sum(map(len, left.values()))
     return found
+
+
+def is_kept(image: Mapping[str, str], keys: Mapping[str, AbstractSet[str]], key_root: str) -> bool:
+    """Whether the image that another one equals is in a folder. It may have been left out as bad since, or be of an
+    append that was never finished; then the other one is no duplicate.
+
+    Args:
+        image: its `stream` and path, `image`, as `duplicates.jsonl` names them.
+        keys: of the folder, by stream.
+        key_root: as in :func:`keys_of`.
+    """
+    (key,) = keys_of([image["image"]], key_root)
+    return not keys.get(image["stream"], frozenset()).isdisjoint(variants_of(key, image["image"]))
 
 
 def _take(item: FileItem, keys: set[str]) -> bool:
