@@ -34,6 +34,14 @@ from maskmatch_scale.files import sha256
 
 _LOCK_NAME = ".lock"
 
+_DIGESTS = {
+    "class_names": "give the --classes of then",
+    "label_values": "the values of label maps mean something else now: by another --id-map or --classes; or, without "
+    "--id-map, 255 is a class now and was ignored, or the reverse, because other label maps are there: then an --id-map "
+    "with the meaning of then goes on",
+}
+"""Of settings that are digests: what has changed if they differ, and what can be done."""
+
 
 @dataclass(frozen=True)
 class Begun:
@@ -226,8 +234,9 @@ def refuse_other_settings(
                 can = "finish it by the same `maskmatch shards merge`, or choose another folder"
             if key == "appended":
                 can = "--append appends again; or choose another folder"
+            told = f"; {_DIGESTS[key]}" if key in _DIGESTS else ""
             raise DataError(
-                f"{out}: {what} with {key}={written.get(key)!r}, but {key}={asked.get(key)!r} is asked for; {can}"
+                f"{out}: {what} with {key}={written.get(key)!r}, but {key}={asked.get(key)!r} is asked for{told}; {can}"
             )
 
 
