@@ -37,8 +37,8 @@ _LOCK_NAME = ".lock"
 _DIGESTS = {
     "class_names": "give the --classes of then",
     "label_values": "the values of label maps mean something else now: by another --id-map or --classes; or, without "
-    "--id-map, 255 is a class now and was ignored, or the reverse, because other label maps are there: then an --id-map "
-    "with the meaning of then goes on",
+    "--id-map, 255 is a class now and was ignored, or the reverse, because other label maps are there: then an "
+    "--id-map with the meaning of then goes on",
 }
 """Of settings that are digests: what has changed if they differ, and what can be done."""
 

@@ -164,6 +164,25 @@ def test_files_that_were_changed_are_counted(tmp_path: Path) -> None:
     assert "such as images/001.jpg; they stay" in note
 
 
+@pytest.mark.parametrize("ending", [".jpg", ".webp", ".png"])
+def test_other_images_of_the_same_names_are_counted(tmp_path: Path, ending: str) -> None:
+    """Their times may be those of the photographs."""
+    photos = Photos(tmp_path)
+    photos.add(*numbered(0, 9, ending), label=ending != ".png")
+    photos.add("labelled.png", "grey.jpg")
+    Image.new("L", (8, 8)).save(photos.source / "images" / "grey.jpg", "BMP")  # stored otherwise, like labelled PNGs
+    photos.write()
+    for name in numbered(2, 4, ending):
+        path = photos.source / "images" / name
+        Image.new("RGB", (9, 9)).save(path)
+        os.utime(path, (10**9, 10**9))
+    photos.add("new" + ending)
+    (note,) = photos.append().notes
+    assert note.startswith(
+        f"2 samples of the folder have the name of another image of the source, such as images/002{ending}"
+    )
+
+
 def test_duplicates_of_images_that_are_there(tmp_path: Path) -> None:
     photos = Photos(tmp_path, val="2")
     photos.add(*numbered(0, 9))
