@@ -379,3 +379,6 @@ def test_an_appended_folder_is_merged_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "squares" / "index.json").write_bytes(other.to_json())
     merged = merge_shards([photos.out, tmp_path / "squares"], tmp_path / "all", progress=False).index
     assert {name: stream.samples for name, stream in merged.streams.items()} == {"labelled": 11, "unlabelled": 20}
+    photos.out = tmp_path / "all"
+    with pytest.raises(DataError, match=r"written by source merge, not folder; write the new images to a folder of"):
+        photos.append()
