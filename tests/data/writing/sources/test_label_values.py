@@ -58,6 +58,8 @@ def test_255_is_ignored_where_a_label_map_has_the_other_class(masks, tree, run, 
     code, err = run(*masks([0, 255], [255], one, [0]))
     assert (code, "hold 0 and 255" in err) == (0, False)
     found = shards(tree.root / "out")
+    *_, ignored = found.index.streams["labelled"].class_pixels
+    assert f"note: stream 'labelled': {100 * ignored / (4 * 96):.2g}% of the pixels are ignored\n" in err
     assert found.label("labelled", "0").tolist() == [[0, 255] * 6] * 8
     assert (found.label("labelled", "2") == np.resize(one, (8, 12))).all()
 
