@@ -255,6 +255,7 @@ def source_command(name: str, example: str) -> Callable[[Callable[..., ImageFile
 
 
 def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
+    from maskmatch_scale.data.shards.label_pixels import ignored_notes
     from maskmatch_scale.data.writing import Part, append_shards, write_shards
 
     print_notes((*source.notes, *source.found, *source.value_notes))
@@ -276,6 +277,7 @@ def _write(source: ImageFiles, out: Path, shared: SharedOptions) -> None:
     print_index(index, out)
     for what, where in _left_out(out):
         Console(stderr=True).print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)
+    print_notes(ignored_notes(index))
     print_warnings(index)
     propose("to look at them", "show", out)
 

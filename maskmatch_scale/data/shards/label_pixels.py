@@ -87,6 +87,15 @@ def index_warnings(index: ShardIndex) -> list[str]:
     ]
 
 
+def ignored_notes(index: ShardIndex) -> list[str]:
+    """How many pixels are ignored, a line for each labelled stream that has some and is not warned of them."""
+    return [
+        f"stream {name!r}: {100 * pixels[-1] / sum(pixels):.2g}% of the pixels are ignored"
+        for name, pixels in known_pixels(index).items()
+        if 0 < pixels[-1] <= MOST_IGNORED * sum(pixels)
+    ]
+
+
 def known_pixels(index: ShardIndex) -> Mapping[str, tuple[int, ...]]:
     """Pixels of each class and ignored ones, by stream, of those labelled streams of which the index says them."""
     return {

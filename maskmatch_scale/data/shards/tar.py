@@ -125,6 +125,10 @@ class TarTable:
         start = int(self._key_ends[place - 1]) if place else 0
         return self._keys[start : int(self._key_ends[place])].decode()
 
+    def image_bytes(self, place: int) -> int:
+        """Size of the encoded image of the sample at ``place``; 0 if images are not read."""
+        return int(self._spans[place][1])
+
     def fault(self, place: int) -> BadSample | None:
         """What the headers say is wrong with the sample at ``place``; None if nothing is."""
         if place not in self._faults:

@@ -130,6 +130,11 @@ def _refuse_others(out: Path, index: ShardIndex, identity: Mapping[str, object],
     """Raise unless a folder was written with these settings but for its files, and all its shards are there."""
     if index.part is not None:
         raise DataError(f"{out}: only part {index.part} of a data set; merge the parts, and append to the result")
+    if index.source != source.name:
+        raise DataError(
+            f"{out}: written by source {index.source}, not {source.name}; write the new images to a folder of their "
+            "own, and put both together by `maskmatch shards merge`"
+        )
     free = dict.fromkeys((_FILES, _APPENDED, *_VERSIONS))
     refuse_other_settings(out, "holds shards written", {**identity_of(index), **free}, {**identity, **free}, None)
     for name in ("classes", "palette", "ignore_index"):

@@ -28,11 +28,22 @@ from maskmatch_scale.data.shards.stored import write_index
 from maskmatch_scale.data.shards.tar import read_table
 from maskmatch_scale.data.writing.journal import JOURNAL_NAME, SKIPPED_NAME, Written, read_journal, read_skipped
 from maskmatch_scale.data.writing.overwrite import delete_written
-from maskmatch_scale.data.writing.plan import MERGING, PLAN_NAME, read_plan, write_plan
+from maskmatch_scale.data.writing.plan import FOLDERS, MERGING, PLAN_NAME, read_plan, write_plan
 from maskmatch_scale.data.writing.shard import Shard
 from maskmatch_scale.files import sha256
 
 _LOCK_NAME = ".lock"
+
+_PLACES = {"source": 0, "overlap": 2, "files": 3}
+"""Which of several settings that differ is named. Of another source nearly all do; `overlap` has `tile` beside it; new
+files alone can be appended. Others have place 1."""
+_DIGESTS = {
+    "class_names": "give the --classes of then",
+    "label_values": "the values of label maps mean something else now: by another --id-map or --classes; or, without "
+    "--id-map, 255 is a class now and was ignored, or the reverse, because other label maps are there: then an "
+    "--id-map with the meaning of then goes on",
+}
+"""Of settings that are digests: what has changed if they differ, and what can be done."""
 
 
 @dataclass(frozen=True)
@@ -212,11 +223,12 @@ def refuse_other_settings(
     Raises:
         DataError: it names the first setting that differs, and what can be done.
     """
-    # Files last: new ones alone can be appended.
-    for key in sorted(written.keys() | asked.keys(), key=lambda key: (key == "files", key)):
+    for key in sorted(written.keys() | asked.keys(), key=lambda key: (_PLACES.get(key, 1), key)):
         if written.get(key) != asked.get(key):
+            if key == FOLDERS:  # their settings are long
+                raise DataError(f"{out}: {what} from other folders than these; choose another folder")
             can = "choose another folder"
-            if overwrite is not None:
+            if overwrite is not None and FOLDERS not in written:
                 can += ", or --overwrite deletes what was written here and writes anew"
             if key == "files" and what.startswith("holds") and overwrite is not None:
                 can = f"--append writes only the images that are new; or {can}"
@@ -226,8 +238,9 @@ def refuse_other_settings(
                 can = "finish it by the same `maskmatch shards merge`, or choose another folder"
             if key == "appended":
                 can = "--append appends again; or choose another folder"
+            told = f"; {_DIGESTS[key]}" if key in _DIGESTS else ""
             raise DataError(
-                f"{out}: {what} with {key}={written.get(key)!r}, but {key}={asked.get(key)!r} is asked for; {can}"
+                f"{out}: {what} with {key}={written.get(key)!r}, but {key}={asked.get(key)!r} is asked for{told}; {can}"
             )
 
 

@@ -99,16 +99,14 @@ def write_skipped(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
         (folder / SKIPPED_NAME).unlink(missing_ok=True)
 
 
-def read_duplicates(folder: Path) -> set[tuple[str, str]]:
-    """Stream and path of every image that was dropped, because it equals another one."""
-    return {(line["stream"], line["image"]) for line in _lines(folder / DUPLICATES_NAME)}
+def read_duplicates(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a folder's `duplicates.jsonl`: images that were dropped, because they equal another one."""
+    return list(_lines(folder / DUPLICATES_NAME))
 
 
-def write_duplicates(folder: Path, lines: Iterable[Mapping[str, object]], *, keep: bool = False) -> None:
-    """Write `duplicates.jsonl`; with ``keep``, after the lines that it has."""
-    path = folder / DUPLICATES_NAME
-    before = path.read_text(encoding="utf-8") if keep and path.is_file() else ""
-    write_whole(path, before + "".join(json.dumps(line) + "\n" for line in lines))
+def write_duplicates(folder: Path, lines: Iterable[Mapping[str, object]]) -> None:
+    """Write `duplicates.jsonl`."""
+    write_whole(folder / DUPLICATES_NAME, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -32,7 +32,7 @@ from maskmatch_scale.data.writing.journal import (
 )
 from maskmatch_scale.data.writing.keys import keys_by_stream
 from maskmatch_scale.data.writing.merging import Merged, Piece, ShardFolder, put_together
-from maskmatch_scale.data.writing.plan import MERGING
+from maskmatch_scale.data.writing.plan import FOLDERS, MERGING
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.files import sha256, write_whole, writing
 from maskmatch_scale.progress import progress_of
@@ -97,7 +97,7 @@ def merge_shards(
         out.mkdir(parents=True, exist_ok=True)
         locks.enter_context(only_writer(out))
         _merge(merged, out, how, check, progress)
-        is_of_parts = "folders" not in merged.index.settings
+        is_of_parts = FOLDERS not in merged.index.settings
         return Joined(merged.index, () if is_of_parts else _repeated_keys(out, merged.index, progress))
 
 

@@ -20,6 +20,7 @@ from maskmatch_scale.data.shards.label_pixels import sum_of
 from maskmatch_scale.data.shards.offsets import side_car
 from maskmatch_scale.data.writing.journal import DUPLICATES_NAME, read_skipped
 from maskmatch_scale.data.writing.parts import Part
+from maskmatch_scale.data.writing.plan import FOLDERS
 from maskmatch_scale.data.writing.shard import file_name, stream_and_number
 from maskmatch_scale.errors import UserError
 
@@ -227,7 +228,7 @@ def _data_sets(folders: Sequence[ShardFolder]) -> Merged:
     index = named.index.model_copy(
         update={
             "source": "merge",
-            "settings": {"folders": [{"source": each.index.source, **each.index.settings} for each in folders]},
+            "settings": {FOLDERS: [{"source": each.index.source, **each.index.settings} for each in folders]},
             "offsets": True,
             "streams": streams,
         }

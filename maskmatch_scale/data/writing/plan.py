@@ -11,6 +11,8 @@ from maskmatch_scale.files import write_whole
 PLAN_NAME = ".writing.json"
 MERGING = "merging"
 """A setting of what is put together from other folders."""
+FOLDERS = "folders"
+"""The setting of merged data sets: those of each folder."""
 
 
 def read_plan(out: Path) -> dict[str, object] | None:

@@ -6,7 +6,6 @@ Decision: docs/decisions/0030-a-stream-is-a-list-of-shards.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -151,7 +150,7 @@ class Added:
 class Appends(Protocol):
     """A data source that knows its samples again by their keys."""
 
-    def added(self, out: Path, keys: Mapping[str, AbstractSet[str]], *, workers: int, progress: bool) -> Added:
+    def added(self, out: Path, keys: Mapping[str, Mapping[str, int]], *, workers: int, progress: bool) -> Added:
         """The samples that are not in a folder which this source has written before, with fewer files.
 
         A sample that is in the folder stays in its stream. What the source keeps in `out` has to be written whole or
@@ -159,7 +158,8 @@ class Appends(Protocol):
 
         Args:
             out: the folder, locked.
-            keys: of its samples, by stream. Samples that were left out as bad are not among them: they are tried again.
+            keys: of its samples, by stream, with the bytes of the stored image. Samples that were left out as bad are
+                not among them: they are tried again.
             workers: threads or processes to use.
             progress: whether to report on stderr.
         """

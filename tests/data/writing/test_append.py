@@ -164,6 +164,25 @@ def test_files_that_were_changed_are_counted(tmp_path: Path) -> None:
     assert "such as images/001.jpg; they stay" in note
 
 
+@pytest.mark.parametrize("ending", [".jpg", ".webp", ".png"])
+def test_other_images_of_the_same_names_are_counted(tmp_path: Path, ending: str) -> None:
+    """Their times may be those of the photographs."""
+    photos = Photos(tmp_path)
+    photos.add(*numbered(0, 9, ending), label=ending != ".png")
+    photos.add("labelled.png", "grey.jpg")
+    Image.new("L", (8, 8)).save(photos.source / "images" / "grey.jpg", "BMP")  # stored otherwise, like labelled PNGs
+    photos.write()
+    for name in numbered(2, 4, ending):
+        path = photos.source / "images" / name
+        Image.new("RGB", (9, 9)).save(path)
+        os.utime(path, (10**9, 10**9))
+    photos.add("new" + ending)
+    (note,) = photos.append().notes
+    assert note.startswith(
+        f"2 samples of the folder have the name of another image of the source, such as images/002{ending}"
+    )
+
+
 def test_duplicates_of_images_that_are_there(tmp_path: Path) -> None:
     photos = Photos(tmp_path, val="2")
     photos.add(*numbered(0, 9))
@@ -181,6 +200,22 @@ def test_duplicates_of_images_that_are_there(tmp_path: Path) -> None:
     photos.add("last.jpg")
     photos.append()
     assert not {"copy", "again", "new2"} & photos.streams().keys()
+
+
+def test_a_duplicate_of_an_image_that_was_never_written_is_none(tmp_path: Path) -> None:
+    photos = Photos(tmp_path)
+    photos.add(*numbered(0, 9))
+    photos.write()
+    photos.add("new.jpg")
+    (photos.source / "labels" / "new.png").write_bytes(b"rubbish")
+    photos.add("same.jpg", same_as="new.jpg", label=False)
+    with pytest.raises(BadSample, match=r"new\.png"):
+        photos.append()
+    (photos.source / "images" / "new.jpg").unlink()
+    (photos.source / "labels" / "new.png").unlink()
+    assert photos.append().samples == {"unlabelled": 1}
+    assert photos.streams()["same"] == "unlabelled"
+    assert (photos.out / "duplicates.jsonl").read_bytes() == b""
 
 
 def test_bad_samples_are_tried_again(tmp_path: Path) -> None:
@@ -344,3 +379,6 @@ def test_an_appended_folder_is_merged_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "squares" / "index.json").write_bytes(other.to_json())
     merged = merge_shards([photos.out, tmp_path / "squares"], tmp_path / "all", progress=False).index
     assert {name: stream.samples for name, stream in merged.streams.items()} == {"labelled": 11, "unlabelled": 20}
+    photos.out = tmp_path / "all"
+    with pytest.raises(DataError, match=r"written by source merge, not folder; write the new images to a folder of"):
+        photos.append()

@@ -312,6 +312,18 @@ def test_a_folder_of_other_shards_is_not_merged(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == {"labelled-000000.tar": b"theirs"}
 
 
+def test_a_folder_that_was_put_together_is_written_by_nothing_else(tmp_path: Path) -> None:
+    write(Squares(), tmp_path / "a")
+    write(Others(labelled=0), tmp_path / "b")
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    with pytest.raises(DataError, match=r"^\S+: holds shards written from other folders than these; choose another"):
+        merge([tmp_path / "a"], tmp_path / "out")
+    with pytest.raises(
+        DataError, match=r"with source='merge', but source='squares' is asked for; choose another folder$"
+    ):
+        write(Squares(), tmp_path / "out")
+
+
 def test_a_part_needs_a_folder_of_its_own(tmp_path: Path) -> None:
     write(Squares(), tmp_path, "1/2")
     with pytest.raises(DataError, match="part='1/2', but part='2/2' is asked for; give each part"):

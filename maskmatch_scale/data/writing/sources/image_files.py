@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from maskmatch_scale.data.shards.index import INDEX_NAME
 from maskmatch_scale.data.writing.journal import DUPLICATES_NAME, read_duplicates, write_duplicates
 from maskmatch_scale.data.writing.protocol import Added, StreamItems
 from maskmatch_scale.data.writing.sources.annotations import AnnotationRule
-from maskmatch_scale.data.writing.sources.appending import compare, newer_files
+from maskmatch_scale.data.writing.sources.appending import compare, is_kept, newer_files, other_images
 from maskmatch_scale.data.writing.sources.band_ranges import FoundBands, find_bands
 from maskmatch_scale.data.writing.sources.classes import IGNORE, Classes, load_classes, load_id_map
 from maskmatch_scale.data.writing.sources.duplicates import find_duplicates
@@ -162,7 +161,7 @@ class ImageFiles:
                 names = sorted(streams, key=_place_of)
                 items = [(name, item) for name in names for item in streams[name].items]
                 write_duplicates(out, self._duplicates(items, workers, progress))
-            dropped = read_duplicates(out)
+            dropped = {(line["stream"], line["image"]) for line in read_duplicates(out)}
             if dropped:
                 kept = {
                     name: [item for item in stream.items if (name, item.image) not in dropped]
@@ -174,22 +173,26 @@ class ImageFiles:
             return streams
         return cut_streams(streams, self.root, self._tiling, threads=workers, progress=progress)
 
-    def added(self, out: Path, keys: Mapping[str, AbstractSet[str]], *, workers: int, progress: bool) -> Added:
+    def added(self, out: Path, keys: Mapping[str, Mapping[str, int]], *, workers: int, progress: bool) -> Added:
         """The images that a folder does not have, but for those that have the same bytes as another one."""
-        dropped = {image for _, image in read_duplicates(out)}
-        compared = compare(self.streams, keys, dropped)
+        noted = read_duplicates(out)
+        equal = [line for line in noted if is_kept(line["same_as"], keys, self.key_root)]
+        compared = compare(self.streams, keys, {line["image"] for line in equal})
         new = compared.new
         if not self.options.keep_duplicates:
             fresh = [(name, item) for name in sorted(new, key=_place_of) for item in new[name]]
             found = self._duplicates([*compared.known, *fresh], workers, progress)
             of_fresh = {(name, item.image) for name, item in fresh}
-            if lines := [line for line in found if (line["stream"], line["image"]) in of_fresh]:
-                write_duplicates(out, lines, keep=True)
-                gone = {(line["stream"], line["image"]) for line in lines}
-                new = {name: [item for item in new[name] if (name, item.image) not in gone] for name in new}
+            lines = [line for line in found if (line["stream"], line["image"]) in of_fresh]
+            if [*equal, *lines] != noted:
+                write_duplicates(out, [*equal, *lines])
+            gone = {(line["stream"], line["image"]) for line in lines}
+            new = {name: [item for item in new[name] if (name, item.image) not in gone] for name in new}
         streams = {name: StreamItems(self.streams[name].labelled, items) for name, items in new.items() if items}
-        changed = newer_files(self.root, compared.unmoved, out / INDEX_NAME, workers)
-        return Added(self._shuffled(streams), compared.notes + changed)
+        notes = compared.notes + newer_files(self.root, compared.unmoved, out / INDEX_NAME, workers)
+        if not (self.options.max_side or self.options.apply_exif or self.options.bands):
+            notes += other_images(self.root, compared, workers)
+        return Added(self._shuffled(streams), notes)
 
     def _shuffled(self, streams: Mapping[str, StreamItems]) -> Mapping[str, StreamItems]:
         seed = self.options.shuffle_seed

@@ -58,6 +58,8 @@ def test_255_is_ignored_where_a_label_map_has_the_other_class(masks, tree, run, 
     code, err = run(*masks([0, 255], [255], one, [0]))
     assert (code, "hold 0 and 255" in err) == (0, False)
     found = shards(tree.root / "out")
+    *_, ignored = found.index.streams["labelled"].class_pixels
+    assert f"note: stream 'labelled': {100 * ignored / (4 * 96):.2g}% of the pixels are ignored\n" in err
     assert found.label("labelled", "0").tolist() == [[0, 255] * 6] * 8
     assert (found.label("labelled", "2") == np.resize(one, (8, 12))).all()
 
@@ -109,7 +111,19 @@ def test_a_folder_written_otherwise_is_not_gone_on_with(masks, tree, run):
     assert run(*arguments)[0] == 0
     tree.label("labels/1.png", np.resize([0, 255], (8, 12)))
     code, err = run(*arguments)
-    assert (code, "label_values" in err) == (2, True)
+    assert (code, "255 is a class now and was ignored, or the reverse" in err) == (2, True)
+    # An id map with the meaning of then goes on.
+    id_map = tree.text("then.yaml", "0: ground", "255: object")
+    tree.label("labels/1.png", np.resize([0, 255], (8, 12)))
+    assert run(*arguments, "--overwrite")[0] == 0
+    tree.image("images/2.jpg")
+    tree.label("labels/2.png", np.resize([0, 1], (8, 12)))
+    code, err = run(*arguments, "--append")
+    assert (code, "then an --id-map with the meaning of then goes on" in err) == (2, True)
+    code, err = run(*arguments, "--append", "--id-map", id_map)
+    assert (code, "labels/2.png: value 1 at" in err) == (2, True)
+    tree.label("labels/2.png", np.resize([0, 255], (8, 12)))
+    assert run(*arguments, "--append", "--id-map", id_map)[0] == 0
 
 
 def test_a_table_with_values_is_asked_nothing(masks, tree, run, shards):
