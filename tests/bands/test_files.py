@@ -170,6 +170,7 @@ def test_a_model_of_rgb_says_once_that_bands_are_not_used(plain_run, tmp_path, c
     for name in ("a", "b"):
         both = [np.array(Image.open(tmp_path / out / "ids" / f"{name}.tif")) for out in ("out", "said")]
         assert np.array_equal(*both)
+    stored[3] = 255
     write_tiff(tmp_path / "alpha.tif", stored, photometric="RGB", alpha="yes")
     assert "not used" not in cli("predict", plain_run, tmp_path / "alpha.tif", "--out", tmp_path / "alpha")[2]
 
