@@ -227,8 +227,8 @@ def _other_ranges(name: str, own: Sequence[Band], bands: Sequence[Band]) -> str:
     differ = [(one, other) for one, other in zip(own, bands, strict=True) if one != other]
     theirs, ours = (", ".join(in_words(each)) for each in zip(*differ, strict=True))
     return (
-        f"warning: source {name!r} has other ranges of values than data.root: {theirs}, not {ours}; if both measure the "
-        "same, give all the same by data.value_ranges"
+        f"warning: source {name!r} has other ranges of values than data.root: {theirs}, not {ours}; if both measure "
+        "the same, give all the same by data.value_ranges"
     )
 
 
