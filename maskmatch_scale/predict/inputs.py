@@ -6,13 +6,15 @@ import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+from maskmatch_scale.data.faults import DataError
 from maskmatch_scale.data.images.bands import Band
 from maskmatch_scale.data.remote.address import join
 from maskmatch_scale.data.remote.patterns import expand
 from maskmatch_scale.data.shards.folder import load_index
-from maskmatch_scale.data.shards.index import INDEX_NAME
+from maskmatch_scale.data.shards.index import INDEX_NAME, ShardIndex
 from maskmatch_scale.data.writing.sources.listing import files_below
 from maskmatch_scale.data.writing.sources.store_image import EXTENSIONS
 from maskmatch_scale.errors import UserError
@@ -109,7 +111,7 @@ def _is_meant(location: str, pattern: str, out: Path) -> bool:
 def _inputs_of(location: str, out: Path, data: DataRecipe) -> Iterator[Input]:
     ending = suffix(location)
     if location.startswith(PIPE) or ending == _SHARD:
-        yield Shard(_absolute(location))
+        yield _shard_alone(location)
     elif ending == _INDEX or (not is_remote(location) and (Path(location) / INDEX_NAME).is_file()):
         yield from _shards_of(location, data)
     elif is_remote(location):
@@ -120,11 +122,40 @@ def _inputs_of(location: str, out: Path, data: DataRecipe) -> Iterator[Input]:
             if suffix(file) in EXTENSIONS:
                 yield ImageFile(_absolute(str(folder / file)))
             elif suffix(file) == _SHARD:
-                yield Shard(_absolute(str(folder / file)))
+                yield _shard_alone(str(folder / file))
     elif ending == _LIST:
         yield from _listed(Path(location))
     else:
         yield ImageFile(_absolute(location))
+
+
+def _shard_alone(location: str) -> Shard:
+    """A shard that was named without its index. If an index with bands lies beside it, its pages have these names."""
+    location = _absolute(location)
+    if is_remote(location):
+        return Shard(location)
+    index = Path(location).parent / INDEX_NAME
+    if not index.is_file():
+        return Shard(location)
+    listed, bands = _bands_beside(index, index.stat().st_mtime_ns)
+    return Shard(location, bands=bands) if location in listed else Shard(location)
+
+
+@lru_cache(maxsize=64)
+def _bands_beside(path: Path, changed_ns: int) -> tuple[frozenset[str], tuple[Band, ...]]:
+    """The shards that an index lists, and their bands; no shards if it names no bands, or cannot be read.
+
+    Args:
+        path: of the index.
+        changed_ns: when it was written, so that a new one is read again.
+    """
+    del changed_ns
+    try:
+        index = ShardIndex.load(path)
+    except DataError:
+        return frozenset(), ()
+    entries = (entry for stream in index.streams.values() for entry in stream.shards) if index.bands else ()
+    return frozenset(_absolute(join(str(path.parent), entry.file)) for entry in entries), index.bands
 
 
 def _shards_of(root: str, data: DataRecipe) -> Iterator[Shard]:
@@ -145,7 +176,7 @@ def _listed(file: Path) -> Iterator[Input]:
     for line in map(str.strip, lines):
         if line and not line.startswith("#"):
             location = line if is_remote(line) else _absolute(str(file.parent / line))
-            yield Shard(location) if suffix(location) == _SHARD else ImageFile(location)
+            yield _shard_alone(location) if suffix(location) == _SHARD else ImageFile(location)
 
 
 def _absolute(location: str) -> str:

@@ -17,7 +17,7 @@ from PIL import Image as PillowImage
 from torch import Tensor
 
 from maskmatch_scale.data.faults import BadSample, DataError
-from maskmatch_scale.data.images.bands import shown_names
+from maskmatch_scale.data.images.bands import RGB_NAMES, shown_names
 from maskmatch_scale.data.images.decode import decode_image
 from maskmatch_scale.data.images.file_bands import RGB_FILES, FileBands
 from maskmatch_scale.data.images.image import decode_large
@@ -193,6 +193,9 @@ class Reader:
                 yield image
         elif self.bands.bands:
             yield self._with_bands(torch.from_numpy(self.bands.read(data, shown(location))))
+        elif self.bands.given is not None and self.bands.given[: len(RGB_NAMES)] != RGB_NAMES:
+            what = f"--bands {','.join(self.bands.given)} says which bands of TIFFs are red, green and blue"
+            raise bad("not_an_image", shown(location), f"{what}, and this is none; predict it without that option")
         else:
             # Formats of Pillow that are seldom looked at by anyone are left to files of the user's own.
             yield self._decoded(data, shown(location), any_format=isinstance(data, Path))

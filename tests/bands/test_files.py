@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.bands import Band
 from maskmatch_scale.data.images.file_bands import FileBands
 from maskmatch_scale.data.images.tiff import open_tiff
+from maskmatch_scale.data.writing import write_shards
+from maskmatch_scale.data.writing.sources.image_folder import image_folder
+from maskmatch_scale.data.writing.sources.options import Options
 from maskmatch_scale.export import load_export
 from maskmatch_scale.export.write import export_run
 from maskmatch_scale.train import train
@@ -170,6 +174,7 @@ def test_a_model_of_rgb_says_once_that_bands_are_not_used(plain_run, tmp_path, c
     for name in ("a", "b"):
         both = [np.array(Image.open(tmp_path / out / "ids" / f"{name}.tif")) for out in ("out", "said")]
         assert np.array_equal(*both)
+    stored[3] = 255
     write_tiff(tmp_path / "alpha.tif", stored, photometric="RGB", alpha="yes")
     assert "not used" not in cli("predict", plain_run, tmp_path / "alpha.tif", "--out", tmp_path / "alpha")[2]
 
@@ -188,9 +193,47 @@ def test_a_model_of_bands_refuses_plain_shards_by_name(bands_runs, shapes, tmp_p
 
 def test_a_shard_without_index_is_read_by_its_pages(bands_runs, bands, tmp_path, cli):
     shard = next(bands.glob("unlabelled-*.tar"))
+    (tmp_path / "moved").mkdir()
+    moved = shutil.copy(shard, tmp_path / "moved")
     run = bands_runs("vit")
-    assert cli("predict", run, shard, "--out", tmp_path / "alone")[0] == 0
+    assert cli("predict", run, moved, "--out", tmp_path / "alone")[0] == 0
     assert cli("predict", run, bands, "--out", tmp_path / "indexed")[0] == 0
-    for path in (tmp_path / "alone" / "ids").rglob("*.png"):
-        other = tmp_path / "indexed" / path.relative_to(tmp_path / "alone")
-        assert np.array_equal(np.array(Image.open(path)), np.array(Image.open(other)))
+    assert_same_maps(tmp_path / "alone", tmp_path / "indexed")
+
+
+def test_a_shard_that_is_named_alone_has_the_bands_of_the_index_beside_it(bands_runs, tmp_path, cli):
+    (tmp_path / "in").mkdir()
+    write_tiff(tmp_path / "in" / "a.tif", draw_bands(3)[::-1])
+    options = Options(bands=",".join(NAMES[::-1]), value_range="0:4000")
+    write_shards(image_folder(tmp_path / "in", options), tmp_path / "shards", workers=1, progress=False)
+    run, shards = bands_runs("vit"), tmp_path / "shards"
+    (tmp_path / "list.txt").write_text("shards/unlabelled-000000.tar\n")
+    named = {"folder": shards, "shard": shards / "unlabelled-000000.tar", "list": tmp_path / "list.txt"}
+    for out, words in named.items():
+        assert cli("predict", run, words, "--out", tmp_path / out)[0] == 0
+        assert_same_maps(tmp_path / out, tmp_path / "folder")
+    write_tiff(tmp_path / "in" / "a.tif", draw_bands(3))
+    assert cli("predict", run, tmp_path / "in" / "a.tif", "--out", tmp_path / "file")[0] == 0
+    assert np.array_equal(only_map(tmp_path / "file"), only_map(tmp_path / "shard"))
+
+
+def test_bands_of_other_files_than_tiffs_are_not_ignored_by_a_model_of_rgb(plain_run, tmp_path, cli):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(draw_bands(2)[:3].transpose(1, 2, 0).astype(np.uint8)).save(tmp_path / "in" / "a.png")
+    code, _, err = cli("predict", plain_run, tmp_path / "in", "--out", tmp_path / "x", "--bands", "blue,green,red")
+    assert code == 1
+    assert "a.png: --bands blue,green,red says which bands of TIFFs are red, green and blue, and this is none" in err
+    assert cli("predict", plain_run, tmp_path / "in", "--out", tmp_path / "y", "--bands", "red,green,blue")[0] == 0
+
+
+def only_map(out):
+    (path,) = (path for path in (out / "ids").rglob("*") if path.is_file())
+    with rasterio.open(path) as file:
+        return file.read(1)
+
+
+def assert_same_maps(out, expected):
+    paths = list((out / "ids").rglob("*.png"))
+    assert paths
+    for path in paths:
+        assert np.array_equal(np.array(Image.open(path)), np.array(Image.open(expected / path.relative_to(out))))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from maskmatch_scale.data.batches.choosing import choice_of, choose, drawn_samples
 from maskmatch_scale.data.faults import DataError
-from maskmatch_scale.data.images.bands import RGB_NAMES
+from maskmatch_scale.data.images.bands import RGB_NAMES, Band, in_words
 from maskmatch_scale.data.order.epoch import permutation
 from maskmatch_scale.data.order.mix import Leg, SourceInfo
 from maskmatch_scale.data.order.patience import Patience
@@ -198,6 +198,8 @@ def _open_sequential(
 def common_channels(data: DataRecipe, index: ShardIndex, sides: Iterable[Side | None]) -> tuple[str, ...]:
     """The names of the channels of a run, by channel, which every source has.
 
+    A source whose index has other ranges of values keeps them; its side then has a note that says so.
+
     Args:
         data: the section of the recipe.
         index: of ``data.root``.
@@ -210,13 +212,24 @@ def common_channels(data: DataRecipe, index: ShardIndex, sides: Iterable[Side | 
     names = RGB_NAMES if channels is None else channels.names
     for side in sides:
         for source in side.indexed if side else ():
-            channels_of(source.stream.index, data, source.stream.root, names)
+            own = channels_of(source.stream.index, data, source.stream.root, names)
+            if side and own and channels and own.bands != channels.bands:
+                side.notes.append(_other_ranges(source.name, own.bands, channels.bands))
         if side and side.sequential and channels is not None:
             raise DataError(
                 f"source {side.sequential[0].name!r} has no index, so nobody knows its bands, and {', '.join(names)} "
                 "are wanted; index it (`maskmatch shards index --bands`)"
             )
     return names
+
+
+def _other_ranges(name: str, own: Sequence[Band], bands: Sequence[Band]) -> str:
+    differ = [(one, other) for one, other in zip(own, bands, strict=True) if one != other]
+    theirs, ours = (", ".join(in_words(each)) for each in zip(*differ, strict=True))
+    return (
+        f"warning: source {name!r} has other ranges of values than data.root: {theirs}, not {ours}; if both measure "
+        "the same, give all the same by data.value_ranges"
+    )
 
 
 def _infos(sources: Sequence[WeightedSource | SequentialSource]) -> list[SourceInfo]:

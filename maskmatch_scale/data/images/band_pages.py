@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from functools import lru_cache
+from math import floor
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,26 @@ def mapped(stored: NDArray[Any], bands: Sequence[Band]) -> NDArray[np.uint8]:
     for plane, values, band in zip(planes, stored, bands, strict=True):
         _map_into(plane, values, band.low, band.high)
     return planes
+
+
+def fill_without_data(pages: NDArray[Any], valid: NDArray[np.bool_] | None, bands: Sequence[Band]) -> NDArray[Any]:
+    """Measured values that are the low end of each range where there are no data, so that they are read as 0.
+
+    Of a range that begins below what the values can be, they are the smallest value, and read as what that becomes.
+
+    Args:
+        pages: uint8, uint16 or int16 (C, H, W); changed in place.
+        valid: bool (H, W), False where there are no data; None: all have.
+        bands: by page.
+
+    Returns:
+        ``pages``.
+    """
+    if valid is not None:
+        limits = np.iinfo(pages.dtype)
+        for page, band in zip(pages, bands, strict=True):
+            page[~valid] = min(max(floor(band.low), limits.min), limits.max)
+    return pages
 
 
 def _map_into(plane: NDArray[np.uint8], values: NDArray[Any], low: float, high: float) -> None:

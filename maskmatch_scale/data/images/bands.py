@@ -89,6 +89,14 @@ def choose_channels(
                 there = ", ".join(known)
                 what = f"its bands are {there}" if stored else f"its images are plain ones, with {there}"
                 raise ValueError(f"{key}: {name!r} is no band of the data; {what}")
+    for name in wanted:
+        if wanted.count(name) > 1:
+            raise ValueError(f"data.channels: {name!r} is there twice")
+    if not wanted:
+        raise ValueError(f"data.channels: none is named; the bands are {', '.join(known)}, and null takes all")
+    for name, (low, high) in ranges.items():
+        if not (isfinite(low) and isfinite(high) and low < high):
+            raise ValueError(f"data.value_ranges: {name}: [{low:g}, {high:g}] is no range; the lower end comes first")
     if not stored:
         if wanted != RGB_NAMES:
             raise ValueError(f"data.channels={list(wanted)}: plain images have the channels {list(RGB_NAMES)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maskmatch_scale.data.images.band_pages import mapped
+from maskmatch_scale.data.images.band_pages import fill_without_data, mapped
 from maskmatch_scale.data.images.bands import RGB_NAMES, Band, Channels, choose_channels
 from maskmatch_scale.data.images.opening import (
     MOST_WHOLE_PIXELS,
@@ -124,26 +124,14 @@ class FileBands:
             with open_raster(data, name) as raster:
                 check_size(*raster.size_px, name, MOST_WHOLE_PIXELS)
                 places = self.places(raster.count, raster.descriptions, name)
-                planes = mapped(raster.read(places), self.bands)
-                return without_data(planes, raster.valid(places))
+                stored = fill_without_data(raster.read(places), raster.valid(places), self.bands)
+                return mapped(stored, self.bands)
         with file_faults(name, "not_an_image", "image"), open_any(data) as image:
             places = self.places(len(image.getbands()), (), name)
             if image.mode not in ("L", "LA", "RGB", "RGBA"):
                 raise bad("not_an_image", name, f"mode {image.mode}; of TIFF and PNG other bands are read too")
             pixels = np.atleast_3d(np.asarray(image))
         return mapped(pixels[:, :, places].transpose(2, 0, 1), self.bands)
-
-
-def without_data(planes: NDArray[np.uint8], valid: NDArray[np.bool_] | None) -> NDArray[np.uint8]:
-    """Planes (C, H, W) that are 0 where there are no data, as writers of shards make them; changed in place.
-
-    Args:
-        planes: mapped.
-        valid: bool (H, W), False where there are no data; None: all have.
-    """
-    if valid is not None:
-        planes[:, ~valid] = 0
-    return planes
 
 
 RGB_FILES = FileBands()

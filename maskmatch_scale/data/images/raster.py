@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ _CACHE_MB = 64
 """Of decoded blocks, which GDAL keeps."""
 _BLOCK_PX = 1 << 28
 """Blocks of more pixels are refused: one is decoded whole."""
+_WINDOWS, _WINDOW_PX = 4, 128
+"""Of a band that may be transparency so many windows along each side are looked at, and their side."""
+_ENDS = 0.98
+"""Share of its values that are 0 or the largest one: edges may be soft."""
 KINDS = ("uint8", "uint16", "int16")
 """Types of values that shards hold."""
 
@@ -87,22 +92,75 @@ class Raster:
     def valid(
         self, bands: Sequence[int], shape: tuple[int, int] | None = None, window: Window | None = None
     ) -> NDArray[np.bool_] | None:
-        """Which pixels have data, (H, W); None: all have, as the file's own header says.
-
-        A mask, a value `nodata` that all bands have, or a band of transparency says it, unless that band is wanted
-        itself: GDAL calls near infrared in an 8-bit TIFF so. Arguments as for :meth:`read`.
-        """
-        first = self._datasets[0]
-        if any(first.colorinterp[band].name == "alpha" for band in bands if band < first.count):
-            if first.nodata is None:
-                return None
-            known: NDArray[np.bool_] = (self.read(bands, shape, window) != first.nodata).any(axis=0)
-            return known
-        if all("all_valid" in (flag.name for flag in flags) for flags in first.mask_flag_enums):
-            return None
+        """Which pixels have data, (H, W); None: all have, see :func:`valid_pixels`. Arguments as for :meth:`read`."""
         with _readable(self._name):
-            mask = first.dataset_mask(**_part(shape, window))
-        return np.asarray(mask > 0)
+            return valid_pixels(self._datasets, bands, self._transparency, **_part(shape, window))
+
+    @cached_property
+    def _transparency(self) -> int | None:
+        return transparency_of(self._datasets[0])
+
+
+def valid_pixels(
+    datasets: Sequence[Any], bands: Sequence[int], transparency: int | None, **part: Any
+) -> NDArray[np.bool_] | None:
+    """Which pixels of an image have data, bool (H, W); None: all have, as the file's own header says.
+
+    A mask says it, else a band of transparency that is not wanted itself, else a value `nodata` that all bands of the
+    file have.
+
+    Args:
+        datasets: rasterio's, as for :class:`Raster`.
+        bands: that are wanted, numbered from 0.
+        transparency: see :func:`transparency_of`.
+        part: further arguments of rasterio's `read`.
+    """
+    first = datasets[0]
+    flags = {flag.name for flag in first.mask_flag_enums[0]}
+    if "per_dataset" in flags and "alpha" not in flags:
+        return np.asarray(first.dataset_mask(**part) > 0)
+    if transparency is not None and transparency not in bands:
+        return np.asarray(first.read(transparency + 1, **part) > 0)
+    if first.nodata is None:
+        return None
+    known: NDArray[np.bool_] | None = None
+    for page in datasets:
+        for band in range(page.count):
+            values = page.read(band + 1, **part)
+            has_data = values != first.nodata
+            known = has_data if known is None else known | has_data
+    return known
+
+
+def transparency_of(dataset: Any) -> int | None:
+    """The number, from 0, of the band that says where a file has data; None: there is none.
+
+    GDAL calls the fourth band of any 8-bit TIFF of red, green and blue so, even if it is near infrared. So all but a
+    few of the values in parts of the band must be 0 or the largest one.
+
+    Args:
+        dataset: rasterio's, open for reading.
+    """
+    for number, meaning in enumerate(dataset.colorinterp):
+        if meaning.name == "alpha":
+            values = _some_values(dataset, number)
+            is_end = (values == 0) | (values == values.max())
+            return number if is_end.mean() >= _ENDS else None
+    return None
+
+
+def _some_values(dataset: Any, band: int) -> NDArray[Any]:
+    """Values (n,) of windows of a band, evenly spread."""
+    rows, columns = (
+        sorted({max(0, min(side * place // _WINDOWS, side - _WINDOW_PX)) for place in range(_WINDOWS)})
+        for side in (dataset.height, dataset.width)
+    )
+    windows = [
+        ((top, min(top + _WINDOW_PX, dataset.height)), (left, min(left + _WINDOW_PX, dataset.width)))
+        for top in rows
+        for left in columns
+    ]
+    return np.concatenate([dataset.read(band + 1, window=window).ravel() for window in windows])
 
 
 def _part(shape: tuple[int, int] | None, window: Window | None) -> dict[str, Any]:

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskmatch_scale.data.images.band_pages import mapped
+from maskmatch_scale.data.images.band_pages import fill_without_data, mapped
 from maskmatch_scale.data.images.bands import shown_names
-from maskmatch_scale.data.images.file_bands import RGB_FILES, FileBands, without_data
+from maskmatch_scale.data.images.file_bands import RGB_FILES, FileBands
 from maskmatch_scale.data.images.image import TWELVE_BITS, refuse_dark
 from maskmatch_scale.data.images.opening import TIFF_STARTS, bad, said
-from maskmatch_scale.data.images.raster import Raster
+from maskmatch_scale.data.images.raster import Raster, transparency_of, valid_pixels
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.extras import needs
 
@@ -105,11 +105,13 @@ class TiffImage:
             what = f"a TIFF of {', '.join(sorted(kinds))}; scale it to 8 bits: gdal_translate -ot Byte -scale IN OUT"
             raise bad("not_an_image", name, what)
         self._bits = 16 if kinds == {"uint16"} else 8
+        with _readable(name):
+            self._transparency = transparency_of(dataset)
         if bands.given is not None:
             self._channels = [place + 1 for place in bands.places(dataset.count, dataset.descriptions, name)]
         else:
             self._channels = _rgb_channels(dataset, name)
-            self.unused = _unused(dataset, self._channels, name)
+            self.unused = _unused(dataset.count, self._channels, self._transparency, name)
         self._white_is_zero = dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
         self._palette = _palette(dataset, self._white_is_zero) if len(self._channels) == 1 else None
         if self._bits == 16:
@@ -136,13 +138,11 @@ class TiffImage:
 
     def valid(self, rows: slice, columns: slice | None = None) -> NDArray[np.bool_] | None:
         """Which pixels of some rows have data: (rows, columns), of all columns by default; None: all of the image have,
-        as the file's own header says.
+        see :func:`maskmatch_scale.data.images.raster.valid_pixels`.
         """
-        if all("all_valid" in (flag.name for flag in flags) for flags in self.dataset.mask_flag_enums):
-            return None
+        window, bands = self._window(rows, columns or slice(0, self.size_px[1])), [n - 1 for n in self._channels]
         with _readable(self._name):
-            mask = self.dataset.dataset_mask(window=self._window(rows, columns or slice(0, self.size_px[1])))
-        return np.asarray(mask > 0)
+            return valid_pixels([self.dataset], bands, self._transparency, window=window)
 
     @property
     def is_jpeg(self) -> bool:
@@ -224,8 +224,8 @@ class BandsTiff(TiffImage):
     def planes(self, rows: slice, columns: slice) -> NDArray[np.uint8]:
         """Pixels of a part: uint8 (C, rows, columns)."""
         window = rows, columns
-        planes = mapped(self._raster.read(self._places, window=window), self._bands.bands)
-        return without_data(planes, self._raster.valid(self._places, window=window))
+        stored, valid = self._raster.read(self._places, window=window), self._raster.valid(self._places, window=window)
+        return mapped(fill_without_data(stored, valid, self._bands.bands), self._bands.bands)
 
     def valid(self, rows: slice, columns: slice | None = None) -> NDArray[np.bool_] | None:
         """Which pixels of a part have data, as when shards are written: (rows, columns); None: all have."""
@@ -249,10 +249,9 @@ def _rgb_channels(dataset: Any, name: str) -> list[int]:
     return [1] if dataset.count < 3 else [1, 2, 3]
 
 
-def _unused(dataset: Any, channels: list[int], name: str) -> str | None:
-    """A line on channels of a file that are left out and are no transparency; None: there are none."""
-    alpha = {number for number, meaning in enumerate(dataset.colorinterp, start=1) if meaning.name == "alpha"}
-    left = [number for number in range(1, dataset.count + 1) if number not in alpha and number not in channels]
+def _unused(count: int, channels: list[int], transparency: int | None, name: str) -> str | None:
+    """A line on channels of a file, of ``count``, that are left out and no transparency; None: there are none."""
+    left = [number for number in range(1, count + 1) if number - 1 != transparency and number not in channels]
     if not left:
         return None
     taken = "channel 1 is taken as grey" if len(channels) == 1 else f"channels {channels} are red, green and blue"

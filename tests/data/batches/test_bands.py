@@ -84,6 +84,20 @@ def test_sources_must_have_the_bands_of_the_run(scenes, shapes, make_recipe):
         make_batches(make_recipe, data=in_sequence)
 
 
+def test_a_source_of_other_ranges_is_said(scenes, tmp_path, make_recipe):
+    shutil.copytree(scenes, tmp_path / "other")
+    index = tmp_path / "other" / "index.json"
+    index.write_text(index.read_text().replace("5000.0", "4500.0"))
+    assert index.read_text() != (scenes / "index.json").read_text()
+    data = {"root": str(scenes), "unlabelled": [{"root": str(tmp_path / "other"), "name": "other"}]}
+    (note,) = make_batches(make_recipe, data=data).notes
+    said = "warning: source 'other' has other ranges of values than data.root: nir (0 to 4500), not nir (0 to 5000); "
+    assert note.startswith(said)
+    assert "data.value_ranges" in note
+    for same in ({"value_ranges": {"nir": [0, 4000]}}, {"channels": ["red", "swir"]}):
+        assert not make_batches(make_recipe, data=data | same).notes
+
+
 def test_plain_data_takes_bands_of_the_same_names(scenes, shapes, make_recipe):
     made = make_batches(make_recipe, data={"unlabelled": [{"root": str(scenes), "stream": "unlabelled"}]})
     assert made.channel_names == ("red", "green", "blue")

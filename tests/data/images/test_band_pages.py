@@ -80,6 +80,21 @@ def test_bands_are_chosen_by_name_in_the_order_of_the_channels():
     image += 1  # the memory may be written to
 
 
+@pytest.mark.parametrize("stored", [BANDS, ()])
+@pytest.mark.parametrize(
+    ("names", "ranges", "said"),
+    [
+        ((), {}, "data.channels: none is named; the bands are red, green, blue.*, and null takes all"),
+        (("red", "green", "red"), {}, "data.channels: 'red' is there twice"),
+        (None, {"red": (40, 3)}, r"data.value_ranges: red: \[40, 3\] is no range; the lower end comes first"),
+        (None, {"red": (0, float("inf"))}, r"data.value_ranges: red: \[0, inf\] is no range"),
+    ],
+)
+def test_channels_that_cannot_be_are_refused_by_their_key(stored, names, ranges, said):
+    with pytest.raises(ValueError, match=said):
+        choose_channels(stored, names, ranges)
+
+
 def test_8_bits_stay_as_they_are():
     pages = RANDOM.integers(0, 255, (2, 5, 6), dtype=np.uint8, endpoint=True)
     plain = Channels((Band("a", 0, 255), Band("b", 0, 255)), (0, 1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample
-from maskmatch_scale.data.images.band_pages import encode_pages
+from maskmatch_scale.data.images.band_pages import encode_pages, fill_without_data
 from maskmatch_scale.data.images.bands import Band
 from maskmatch_scale.data.images.opening import PNG, TIFF_STARTS, file_faults, open_any, start_of
 from maskmatch_scale.data.images.raster import Raster, Window, open_raster
@@ -126,11 +125,7 @@ def read_pages(
         what = f"values of type {image.kind}, but others have 8 bits"
         raise BadSample("not_an_image", f"{name}: {what}; --value-range LOW:HIGH says which values become 0 and 255")
     pages, known = image.read(rule.numbers, window=window), image.valid(rule.numbers, window=window)
-    if known is not None:
-        limits = np.iinfo(pages.dtype)
-        for page, band in zip(pages, rule.bands, strict=True):
-            page[~known] = min(max(floor(band.low), limits.min), limits.max)
-    return pages, known
+    return fill_without_data(pages, known, rule.bands), known
 
 
 def store_bands(
