@@ -383,6 +383,18 @@ def test_photos_that_exif_turns(street, tree, run, tmp_path, orientation):
     assert (code, f"EXIF orientation {orientation}" in err) == ((2, True) if orientation == 3 else (0, False))
 
 
+@pytest.mark.parametrize("options", [(), ("--tile", "16")])
+def test_a_square_photo_that_exif_turns_fits_annotations_either_way(tree, run, tmp_path, options):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tree.image("images/a.jpg", size=(24, 24), exif=exif)
+    square = dataset([image(1, "a.jpg", width=24, height=24)], [annotation(9, 1, 2, LEFT)])
+    tree.text("annotations/instances_default.json", json.dumps(square))
+    code, err = run("coco", tree.root, tmp_path / "out", *options)
+    assert (code, "EXIF orientation 6" in err, "--apply-exif" in err) == (2, True, True)
+    assert run("coco", tree.root, tmp_path / "upright", "--apply-exif")[0] == 0
+
+
 def test_without_pycocotools(street, tree, run, tmp_path, monkeypatch):
     street(PLAIN)
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
