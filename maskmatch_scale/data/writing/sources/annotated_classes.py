@@ -89,6 +89,8 @@ def annotated_classes(
             f"annotations of {len(dropped)} categories that --classes leaves out become "
             f"{'background' if others == BACKGROUND else 'ignored pixels'}: {told}{also}"
         )
+    if ignored := [f"{name} ({counts[name]})" for name in names if name.lower() in _IGNORED and counts[name]]:
+        notes.append(f"annotations of the category {some(ignored)} become ignored pixels, as its name says")
     if unused := [name for name in classes.names if name in listed and not counts[name] and name != background]:
         notes.append(f"{len(unused)} classes have no annotation and will never occur: {some(unused)}")
     if len(classes.names) >= IGNORE:

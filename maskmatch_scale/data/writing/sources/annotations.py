@@ -74,7 +74,7 @@ def pack_panoptic(png: str, segments: Mapping[int, int]) -> str:
 def outline_fault(points: Any) -> str | None:
     """What is wrong with one outline, `[x, y, x, y, …]`, or None; fewer than three points are not called wrong."""
     if not isinstance(points, list) or len(points) % 2:
-        return "an outline is a list of pairs of numbers"
+        return "an outline is a list of pairs of numbers, [x, y, x, y, …], and segmentation a list of outlines"
     for number in points:
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= FARTHEST_PX:
             return f"{number!r} is no coordinate in px"

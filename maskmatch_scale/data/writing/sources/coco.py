@@ -206,14 +206,21 @@ def _streams(
 
 def _split(listing: Mapping[str, Sequence[Pair]], options: Options) -> dict[str, list[Pair]]:
     """The streams that split files ask for; they name images by path or by name."""
-    pairs = [pair for pairs in listing.values() for pair in pairs]
-    by_name = {Path(pair.image).name: pair for pair in pairs} | {pair.image: pair for pair in pairs}
+    by_path = {pair.image: pair for pairs in listing.values() for pair in pairs}
+    by_name: dict[str, list[Pair]] = {}
+    for pair in by_path.values():
+        by_name.setdefault(Path(pair.image).name, []).append(pair)
 
     def find(line: Pair) -> Pair:
-        pair = by_name.get(line.image) or by_name.get(Path(line.image).name)
-        if pair is None:
+        if line.image in by_path:
+            return by_path[line.image]
+        named = by_name.get(Path(line.image).name, [])
+        if len(named) > 1:
+            some = f"such as {named[0].image} and {named[1].image}"
+            raise DataError(f"{line.image} of a split file: {len(named)} images have this name, {some}; give the path")
+        if not named:
             raise DataError(f"{line.image} of a split file is no image of the data set")
-        return pair
+        return named[0]
 
     train = [*listing["labelled"], *listing["unlabelled"]]
     labelled, unlabelled = split_train(options.split_labelled, options.split_unlabelled, lambda: train, find)

@@ -74,6 +74,8 @@ def read_coco(path: Path, notes: list[str], *, crowds_are_objects: bool = False)
     _unique((image.file_name for image in images), path, "images have the file_name")
     by_image: dict[Any, list[Mapping[str, Any]]] = {image.id: [] for image in images}
     rows = content.get("annotations") or []
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: its `annotations` are no list")
     used: set[Any] = set()
     panoptic = any("segments_info" in row for row in rows[:1] if isinstance(row, dict))
     for row in rows:
@@ -84,8 +86,11 @@ def read_coco(path: Path, notes: list[str], *, crowds_are_objects: bool = False)
         if not isinstance(segments, list) or not all(isinstance(part, dict) for part in segments):
             raise DataError(f"{path}: {_named(row)}: segments_info is no list of objects")
         used.update(_id(part, "category_id") for part in segments)
-        if crowds_are_objects:
-            for part in segments:
+        for part in segments:
+            # A text "0" would count as true, and its object as ignored.
+            if part.get("iscrowd") not in (None, 0, 1):
+                raise DataError(f"{path}: {_named(row)}: iscrowd {part['iscrowd']!r} is neither 0 nor 1")
+            if crowds_are_objects:
                 part["iscrowd"] = 0
     categories = _categories(content.get("categories") or [], used, path, notes)
     if unknown := sorted(used - set(categories), key=str):
@@ -199,6 +204,8 @@ def _content(path: Path) -> dict[str, Any]:
 def _image(row: Any, path: Path) -> CocoImage:
     if _id(row, "id") is None or not isinstance(row.get("file_name"), str):
         raise DataError(f"{path}: image {row if not isinstance(row, dict) else row.get('id')!r} has no id or file_name")
+    if not row["file_name"].strip("./\\") or "\0" in row["file_name"]:
+        raise DataError(f"{path}: image {row['id']!r}: {row['file_name']!r} is no name of a file")
     height, width = row.get("height"), row.get("width")
     if type(height) is not int or type(width) is not int or min(height, width) < 1:
         raise DataError(f"{path}: image {row['file_name']}: height {height!r} and width {width!r} are no size in px")

@@ -116,9 +116,7 @@ def place_images(source: Path, files: Sequence[CocoFile], given: Path | None, no
     there = {}
     searched = [_searched(file, start, root) for file, start in zip(files, starts, strict=True)]
     for start in sorted(set(searched)):
-        found = files_below(root, start, [f"{start}/{name}".lstrip("/") for name in no_images])
-        notes += left_out_formats(found)
-        there[start] = [path for path in found if is_image(path)]
+        there[start] = files_below(root, start, [f"{start}/{name}".lstrip("/") for name in no_images])
     paths = [
         _paths(file, start, there[below], root, notes)
         for file, start, below in zip(files, starts, searched, strict=True)
@@ -129,7 +127,9 @@ def place_images(source: Path, files: Sequence[CocoFile], given: Path | None, no
             if path in named:
                 raise DataError(f"{path} is named twice: in {named[path]} and in {file.path}; give one JSON")
             named[path] = file.path
-    others = sorted({path for found in there.values() for path in found} - named.keys())
+    unnamed = sorted({path for found in there.values() for path in found} - named.keys())
+    notes += left_out_formats(unnamed)  # those that a JSON names are read
+    others = [path for path in unnamed if is_image(path)]
     shared = {os.path.commonpath([path.rpartition("/")[0] for path in of_file]) for of_file in paths}
     key_root = "|".join(re.escape(f"{start}/") for start in sorted(shared, key=len, reverse=True) if start)
     return Layout(root, paths, others, f"({key_root})" if key_root else "")

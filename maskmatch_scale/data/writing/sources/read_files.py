@@ -12,7 +12,7 @@ from PIL import Image
 
 from maskmatch_scale.data.faults import BadSample
 from maskmatch_scale.data.images.encode import encode_label
-from maskmatch_scale.data.images.orientation import ON_THEIR_SIDE, orientation_of, upright
+from maskmatch_scale.data.images.orientation import ON_THEIR_SIDE, UPRIGHT, orientation_of, upright
 from maskmatch_scale.data.writing.protocol import EncodedSample
 from maskmatch_scale.data.writing.sources.annotations import AnnotationRule
 from maskmatch_scale.data.writing.sources.classes import IGNORE
@@ -63,7 +63,7 @@ class ReadFiles:
             return EncodedSample(item.key, stored.data, stored.extension)
         path, rule, label = self.label_name(item), self.rule_of(item.label), self.label_data(item.label)
         if self.annotations is not None:
-            refuse_flipped(stored.data, path)
+            refuse_flipped(stored.data, path, stored.original)
         values = rule.read(label, path)
         is_turned = values.shape[:2] == stored.original != stored.original[::-1]
         why = self._why_turned(image) if is_turned else ""
@@ -133,9 +133,10 @@ def check_label_size(label: str, size: tuple[int, ...], image: str, of_image: tu
         raise BadSample("label_size", f"{label}: {what}")
 
 
-def refuse_flipped(image: bytes | Path, name: str) -> None:
-    """Raise for a photo that its EXIF data turns to an image of the same size: annotations of both fit it."""
-    if (orientation := orientation_of(image)) in (2, 3, 4):
+def refuse_flipped(image: bytes | Path, name: str, size: tuple[int, ...]) -> None:
+    """Raise for a photo that its EXIF data turns to an image of the same `size`: annotations of both fit it."""
+    orientation = orientation_of(image)
+    if orientation != UPRIGHT and (orientation not in ON_THEIR_SIDE or size[0] == size[1]):
         what = f"the photo is turned by EXIF orientation {orientation}, and the annotations do not say whether they are"
         raise BadSample("label_size", f"{name}: {what}; if they were drawn upright, --apply-exif turns the photo")
 

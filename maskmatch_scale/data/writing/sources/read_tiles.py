@@ -202,7 +202,7 @@ def _open(files: ReadFiles, item: FileItem, stack: ExitStack) -> _Opened:
         name = files.label_name(item)
         size, values = _open_label(files, item.label, name, stack)
         if files.annotations is not None and not isinstance(image, _Tiff):
-            refuse_flipped(Path(files.root, item.image), name)
+            refuse_flipped(Path(files.root, item.image), name, image.size_px)
         check_label_size(name, size, item.image, image.size_px)
     return _Opened(image, values, files.bands is not None)
 

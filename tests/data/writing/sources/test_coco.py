@@ -295,21 +295,54 @@ def of(**changes):
         (dataset([image(1, "a.jpg", width=13)], of()["annotations"]), "a.jpg: 13 × 8 px, but its image"),
         (dataset([{"id": 1}]), "image 1 has no id or file_name"),
         (dataset([image(1, "a.jpg")], of()["annotations"], [{"id": 2}]), "category {'id': 2} has no id"),
+        (of(iscrowd="0"), "annotation 9: iscrowd '0' is neither 0 nor 1"),
+        (dataset([image(1, "a.jpg")]) | {"annotations": {"9": {}}}, "its `annotations` are no list"),
+        (dataset([image(1, "")], of()["annotations"]), "image 1: '' is no name of a file"),
+        (dataset([image(1, "a\0.jpg")], of()["annotations"]), "is no name of a file"),
         ({"shapes": []}, "it is labelme's"),
         ([], "it is a list"),
         ({"images": []}, "it names no image"),
     ],
 )
 def test_what_is_refused(street, tree, run, tmp_path, content, told):
-    street(
-        content
-        if isinstance(content, dict) and content.get("images") and "file_name" in content["images"][0]
-        else PLAIN
-    )
+    street(PLAIN)
     tree.text("annotations/instances_default.json", json.dumps(content))
     code, err = run("coco", tree.root, tmp_path / "out")
     assert (code, told in err.replace("\n", " ")) == (2, True), err
     assert sum(line.startswith("maskmatch: error: ") for line in err.splitlines()) == 1
+
+
+def test_a_split_file_names_images_of_one_name_by_their_paths(street, tree, run, shards, tmp_path):
+    content = dataset(
+        [image(1, "x/a.jpg"), image(2, "y/a.jpg"), image(3, "y/b.jpg")],
+        [annotation(number, number, 2, LEFT) for number in (1, 2, 3)],
+    )
+    for row in content["images"]:
+        tree.image(f"images/{row['file_name']}")
+    tree.text("annotations/instances_default.json", json.dumps(content))
+    val = tree.text("val.txt", "a.jpg\n")
+    code, err = run("coco", tree.root, tmp_path / "out", "--split-val", val)
+    assert (code, "2 images have this name, such as x/a.jpg and y/a.jpg; give the path" in err) == (2, True)
+    val.write_text("x/a.jpg\nb.jpg\n")
+    assert run("coco", tree.root, tmp_path / "out", "--split-val", val)[0] == 0
+    found = shards(tmp_path / "out")
+    assert (found.keys("val"), found.keys("labelled")) == ({"x_a", "y_b"}, {"y_a"})
+
+
+def test_a_category_that_is_called_ignore_is_told(street, tree, run, shards, tmp_path):
+    street(PLAIN | {"categories": [CATEGORIES[0], CATEGORIES[1] | {"name": "Ignore"}]})
+    code, err = run("coco", tree.root, tmp_path / "out")
+    assert (code, "annotations of the category Ignore (1) become ignored pixels" in err) == (0, True)
+    assert shards(tmp_path / "out").index.classes == ("background", "tree")
+
+
+def test_only_formats_that_no_json_names_are_left_out(street, tree, run, shards, tmp_path):
+    street(dataset([image(1, "a.gif")], of()["annotations"]))
+    code, err = run("coco", tree.root, tmp_path / "out")
+    assert (code, "left out" in err) == (0, False)
+    tree.image("images/b.gif")
+    code, err = run("coco", tree.root, tmp_path / "more")
+    assert (code, "are left out: 1 .gif" in err) == (0, True)
 
 
 def test_files_that_cannot_be_read(tree, run, tmp_path):
@@ -348,6 +381,18 @@ def test_photos_that_exif_turns(street, tree, run, tmp_path, orientation):
     street(of())
     code, err = run("coco", tree.root, tmp_path / "out")
     assert (code, f"EXIF orientation {orientation}" in err) == ((2, True) if orientation == 3 else (0, False))
+
+
+@pytest.mark.parametrize("options", [(), ("--tile", "16")])
+def test_a_square_photo_that_exif_turns_fits_annotations_either_way(tree, run, tmp_path, options):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tree.image("images/a.jpg", size=(24, 24), exif=exif)
+    square = dataset([image(1, "a.jpg", width=24, height=24)], [annotation(9, 1, 2, LEFT)])
+    tree.text("annotations/instances_default.json", json.dumps(square))
+    code, err = run("coco", tree.root, tmp_path / "out", *options)
+    assert (code, "EXIF orientation 6" in err, "--apply-exif" in err) == (2, True, True)
+    assert run("coco", tree.root, tmp_path / "upright", "--apply-exif")[0] == 0
 
 
 def test_without_pycocotools(street, tree, run, tmp_path, monkeypatch):
