@@ -81,7 +81,7 @@ class Raster:
             BadSample: ``not_an_image``: the file is damaged.
         """
         part = _part(shape, window)
-        with _readable(self._name):
+        with readable(self._name):
             if len(self._datasets) == 1:
                 if shape is not None:
                     part["out_shape"] = (len(bands), *shape)
@@ -93,7 +93,7 @@ class Raster:
         self, bands: Sequence[int], shape: tuple[int, int] | None = None, window: Window | None = None
     ) -> NDArray[np.bool_] | None:
         """Which pixels have data, (H, W); None: all have, see :func:`valid_pixels`. Arguments as for :meth:`read`."""
-        with _readable(self._name):
+        with readable(self._name):
             return valid_pixels(self._datasets, bands, self._transparency, **_part(shape, window))
 
     @cached_property
@@ -187,7 +187,7 @@ def open_raster(data: bytes | Path, name: str) -> Iterator[Raster]:
     with ExitStack() as opened, warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         opened.enter_context(rasterio.Env(GDAL_CACHEMAX=_CACHE_MB, GDAL_PAM_ENABLED="NO"))
-        with _readable(name):
+        with readable(name):
             driver = "PNG" if start_of(data).startswith(PNG) else "GTiff"
             where = str(data)
             if isinstance(data, bytes):
@@ -201,11 +201,11 @@ def open_raster(data: bytes | Path, name: str) -> Iterator[Raster]:
 
 
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """Turn what rasterio says of a damaged file into a :class:`BadSample`."""
+def readable(name: str, what: str = "raster") -> Iterator[None]:
+    """Turn what rasterio says of a damaged file into a :class:`BadSample`; ``what`` it was to be, for the message."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # of GDAL's C++ as well
-        raise bad("not_an_image", name, f"not a readable raster ({said(error)}); replace it") from None
+        raise bad("not_an_image", name, f"not a readable {what} ({said(error)}); replace it") from None

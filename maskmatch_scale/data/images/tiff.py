@@ -16,9 +16,8 @@ from maskmatch_scale.data.images.band_pages import fill_without_data, mapped
 from maskmatch_scale.data.images.bands import shown_names
 from maskmatch_scale.data.images.file_bands import RGB_FILES, FileBands
 from maskmatch_scale.data.images.image import TWELVE_BITS, refuse_dark
-from maskmatch_scale.data.images.opening import TIFF_STARTS, bad, said
-from maskmatch_scale.data.images.raster import Raster, transparency_of, valid_pixels
-from maskmatch_scale.errors import UserError
+from maskmatch_scale.data.images.opening import TIFF_STARTS, bad
+from maskmatch_scale.data.images.raster import Raster, readable, transparency_of, valid_pixels
 from maskmatch_scale.extras import needs
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def open_tiff(data: bytes | Path, name: str, bands: FileBands | None = None) -> 
     with ExitStack() as opened, warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         opened.enter_context(rasterio.Env(GDAL_CACHEMAX=CACHE_MB))
-        with _readable(name):
+        with readable(name, "TIFF"):
             if isinstance(data, bytes):
                 dataset = opened.enter_context(rasterio.MemoryFile(data)).open(driver="GTiff")
             else:
@@ -105,7 +104,7 @@ class TiffImage:
             what = f"a TIFF of {', '.join(sorted(kinds))}; scale it to 8 bits: gdal_translate -ot Byte -scale IN OUT"
             raise bad("not_an_image", name, what)
         self._bits = 16 if kinds == {"uint16"} else 8
-        with _readable(name):
+        with readable(name, "TIFF"):
             self._transparency = transparency_of(dataset)
         if bands.given is not None:
             self._channels = [place + 1 for place in bands.places(dataset.count, dataset.descriptions, name)]
@@ -141,7 +140,7 @@ class TiffImage:
         see :func:`maskmatch_scale.data.images.raster.valid_pixels`.
         """
         window, bands = self._window(rows, columns or slice(0, self.size_px[1])), [n - 1 for n in self._channels]
-        with _readable(self._name):
+        with readable(self._name, "TIFF"):
             return valid_pixels([self.dataset], bands, self._transparency, window=window)
 
     @property
@@ -158,7 +157,7 @@ class TiffImage:
         """The image in another size, RGB: the mean of the pixels that fall together."""
         resampling = has_rasterio(self._name).enums.Resampling
         how = resampling.average if self._palette is None else resampling.nearest
-        with _readable(self._name):
+        with readable(self._name, "TIFF"):
             stored = self.dataset.read(self._channels, out_shape=(len(self._channels), height, width), resampling=how)
         return Image.fromarray(np.ascontiguousarray(self._eight_bits(stored).transpose(1, 2, 0)))
 
@@ -175,7 +174,7 @@ class TiffImage:
         return has_rasterio(self._name).windows.Window.from_slices(rows, columns)
 
     def _stored(self, rows: slice, columns: slice) -> NDArray[Any]:
-        with _readable(self._name):
+        with readable(self._name, "TIFF"):
             stored: NDArray[Any] = self.dataset.read(self._channels, window=self._window(rows, columns))
         return stored
 
@@ -272,14 +271,3 @@ def _palette(dataset: Any, white_is_zero: bool) -> NDArray[np.uint8] | None:
     levels = levels[::-1] if white_is_zero else levels
     colours[: 1 << bits] = levels[:, None]
     return colours
-
-
-@contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """Turn what rasterio says of a damaged file into a :class:`BadSample`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # of GDAL's C++ as well
-        raise bad("not_an_image", name, f"not a readable TIFF ({said(error)}); replace it") from None

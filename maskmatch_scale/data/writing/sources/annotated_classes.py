@@ -92,7 +92,7 @@ def annotated_classes(
     if ignored := [f"{name} ({counts[name]})" for name in names if name.lower() in _IGNORED and counts[name]]:
         notes.append(f"annotations of the category {some(ignored)} become ignored pixels, as its name says")
     if unused := [name for name in classes.names if name in listed and not counts[name] and name != background]:
-        notes.append(f"{len(unused)} classes have no annotation and will never occur: {some(unused)}")
+        notes.append(f"classes without an annotation, which will never occur: {some(unused)}")
     if len(classes.names) >= IGNORE:
         raise DataError(f"{where}: {len(classes.names)} classes; at most {IGNORE - 1} can be; --classes chooses")
     return Annotated(with_values(classes), values, rest)

@@ -167,7 +167,8 @@ def _classes(root: Path, labels: Counter[str], options: Options, background: str
     if unknown:
         notes.append(f"shapes of labels that are no class become ignored pixels: {some(unknown, 30)}")
     if unused := [name for name in classes.names if not labels[name] and values[name] != rest]:
-        notes.append(f"{len(unused)} classes have no shape and will never occur: {some(unused)}")
+        also = "" if rest == IGNORE else f"; pixels of no shape are {classes.names[rest]!r} (--background NAME)"
+        notes.append(f"classes without a shape, which will never occur: {some(unused)}{also}")
     return Annotated(with_values(classes), {**dict.fromkeys(labels, IGNORE), **values}, rest)
 
 

@@ -88,7 +88,7 @@ def test_labels_that_are_no_class(tree, scan, names, run, shards, tmp_path):
     assert (code, f"labels that are not in --classes {names}: rust (1)" in err, err.count("\n")) == (2, True, 1)
     code, err = run("labelme", tree.root, tmp_path / "out", "--classes", names, "--unknown-as-ignore")
     assert (code, "become ignored pixels: rust (1)" in err) == (0, True)
-    assert "1 classes have no shape and will never occur: leaf" in err
+    assert "classes without a shape, which will never occur: leaf" in err
     assert shards(tmp_path / "out").label("labelled", "a")[[0, 4]].tolist() == [[255] * 12, [1] * 6 + [255] * 6]
     code, err = run("labelme", tree.root, tmp_path / "none")
     assert (code, "labels found: crack (1), rust (1), __ignore__ (1)" in err) == (2, True)
