@@ -59,7 +59,10 @@ def _merged(config: DictConfig, overrides: Iterable[str]) -> DictConfig:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise RecipeError(f"override {override!r}: write it as section.key=value")
-        config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
+        given = OmegaConf.from_dotlist([override])
+        config = OmegaConf.merge(config, given)
+        if OmegaConf.select(given, key) == {}:  # merged, it would change nothing
+            OmegaConf.update(config, key, {}, merge=False)
     return config
 
 

@@ -25,6 +25,15 @@ def test_overrides_and_types(path):
     assert load_recipe(path).data.crop_px == (160, 160)
 
 
+def test_an_empty_mapping_takes_the_place_of_a_mapping(path):
+    path.write_text(path.read_text().replace("crop_px: 160", "crop_px: 160, remap: {a: b}"))
+    assert load_recipe(path, ["data.remap={c: d}"]).data.remap == {"a": "b", "c": "d"}
+    assert load_recipe(path, ["data.remap={}"]).data.remap == {}
+    assert load_recipe(path, ["data.remap={}", "data.remap.c=d"]).data.remap == {"c": "d"}
+    assert load_recipe(path, ["data.value_ranges={}"]).data.remap == {"a": "b"}
+    assert load_recipe(path, ["method.mask={}"]) == load_recipe(path)
+
+
 def test_what_is_written_is_read_again(path, tmp_path):
     recipe = load_recipe(path, ["method.base=supervised", "model.backbone_options.patch_size=8"])
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())
