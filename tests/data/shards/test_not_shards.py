@@ -63,8 +63,9 @@ def test_files(tmp_path, name, words):
     assert words.format(path=path) in str(caught.value)
 
 
-def test_a_shard_folder_within_is_named(shapes):
-    assert not_shards(shapes.parent) == f"not a shard folder, but there is one in it: {shapes}"
+def test_a_shard_folder_within_is_named(shapes, tmp_path):
+    (tmp_path / "shapes").symlink_to(shapes)
+    assert not_shards(tmp_path) == f"not a shard folder, but there is one in it: {tmp_path / 'shapes'}"
 
 
 def test_what_is_unknown_keeps_the_general_message(tmp_path):

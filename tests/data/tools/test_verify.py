@@ -60,8 +60,9 @@ def test_a_label_map_alone_is_named_as_such(tmp_path):
     data = tar_bytes([("a.png", b"x"), ("b.jpg", b"x")])
     found = list(verify(write_folder(tmp_path / "shards", {"labelled": (True, [(data, 2)])})))
     assert [(fault.key, fault.reason) for fault in found] == [("a", "no_image"), ("b", "no_label")]
-    assert "only a label map (.png), no image member (one of jpg, jpeg, webp); add its image, or if the .png is" in str(
-        found[0]
+    assert (
+        "only a label map (.png), no image member (one of jpg, jpeg, webp, tif, tiff); add its image, or if the .png is"
+        in str(found[0])
     )
     assert "no .png label map, but its stream is labelled; add one, or index the shards without --labelled" in str(
         found[1]
