@@ -178,7 +178,7 @@ def _packed(image: Path, content: Mapping[str, Any], classes: Annotated, left_ou
 
 def _regions(content: Mapping[str, Any], values: Mapping[str, int], left_out: Counter[str]) -> Iterator[Region]:
     for number, shape in enumerate(content["shapes"]):
-        kind, where = shape.get("shape_type") or "polygon", f"{content['path']}: shape {number} ({shape['label']})"
+        kind, where = str(shape.get("shape_type") or "polygon"), f"{content['path']}: shape {number} ({shape['label']})"
         points = _points(shape.get("points"), where)
         drawn: Any = None
         if kind in ("polygon", "oriented_rectangle") or (kind == "rectangle" and len(points) == 8):

@@ -81,6 +81,12 @@ def test_shapes_without_area_are_counted(tree, scan, names, run, tmp_path):
     assert (code, "note: 4 shapes have no area and are left out: 2 line, 1 point, 1 polygon" in err) == (0, True)
 
 
+def test_a_type_that_is_no_text_is_a_shape_without_area(scan, names, tree, run, tmp_path):
+    scan("a", LEFT, shape("leaf", [[1, 1], [5, 5], [1, 5]], ["box"]))
+    code, err = run("labelme", tree.root, tmp_path / "out", "--classes", names)
+    assert (code, "note: 1 shapes have no area and are left out: 1 ['box']" in err) == (0, True)
+
+
 def test_labels_that_are_no_class(tree, scan, names, run, shards, tmp_path):
     rest = shape("rust", [[6, 0], [12, 0], [12, 8], [6, 8]])
     scan("a", LEFT, rest, shape("__ignore__", [[0, 0], [12, 2]], "rectangle"))
