@@ -20,6 +20,7 @@ from maskmatch_scale.recipe import Recipe
 from maskmatch_scale.train import train
 from tests.conftest import TINY_SEGFORMER, ShapesSource, draw_shapes, recipe_maker
 from tests.data.banded import NAMES, measured, write_geotiffs
+from tests.docs.layouts import LAYOUTS
 
 _COUNTS = {"labelled": 4, "unlabelled": 8, "dev": 2, "val": 2}
 
@@ -261,5 +262,5 @@ def _write(
 
 PREPARED = {make.__name__: make for make in (
     photos, grown_photos, more_photos, shards, recipe, phone, binary, soft, scene, bands, mine, trained, exported, vit,
-    downloaded, pictures, orthophoto, street, outlined, fields_run,
+    downloaded, pictures, orthophoto, street, outlined, fields_run, *LAYOUTS,
 )}  # fmt: skip

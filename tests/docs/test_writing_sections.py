@@ -1,4 +1,6 @@
-"""Commands of those sections of docs/writing.md that are run, with tiny data."""
+"""Commands of docs/writing.md are run, with tiny data: here most of its sections."""
+
+import re
 
 import pytest
 
@@ -18,7 +20,18 @@ NEEDS = {
     "labelme": "pycocotools",
 }
 """Libraries of extras."""
-TITLES = ("Classes merged or ignored when reading", *NEEDS)
+TITLES = (
+    *("A folder of images", "A list", "Pascal VOC", "Cityscapes", "ADE20K", "COCO-Stuff", "UniMatch's splits"),
+    *("Classes, colours, id maps", "Classes merged or ignored when reading", *NEEDS),
+)
+RUN_ELSEWHERE = ("On several machines", "Merging", "Appending", "Photos that are stored turned")
+"""Titles of the sections of test_writing.py and test_turned_photos.py."""
+
+
+def test_no_section_with_commands_is_left_out():
+    text = (ROOT / "docs" / "writing.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert {title for title in titles if section(title)} == {*TITLES, *RUN_ELSEWHERE}
 
 
 @pytest.mark.parametrize("title", TITLES)
