@@ -15,7 +15,7 @@ from maskmatch_scale.cli import (
     shards_merge,  # noqa: F401 - adds a command
     verified,
 )
-from maskmatch_scale.cli.shards_write import print_index, propose, shards_app
+from maskmatch_scale.cli.shards_write import print_index, print_notes, propose, shards_app
 from maskmatch_scale.errors import UserError
 from maskmatch_scale.redact import is_remote, shown
 
@@ -193,6 +193,7 @@ def index_command(
     shards, it looks only at the new ones.
     """
     from maskmatch_scale.data.shards.folder import fetch_options
+    from maskmatch_scale.data.tools.labels_beside import streams_with_labels_beside
     from maskmatch_scale.data.tools.survey import Meaning, survey
     from maskmatch_scale.data.writing.sources.band_options import given_bands
     from maskmatch_scale.data.writing.sources.classes import load_classes
@@ -227,6 +228,11 @@ def index_command(
         progress=True,
     )
     print_index(index, Path(out))
+    print_notes(
+        f"stream {name!r}: each image of its first shard has a .png beside it, which is not read; if these are label "
+        "maps, give the shards as --labelled PATTERN --classes FILE"
+        for name in streams_with_labels_beside(index, Path(out))
+    )
     propose("to check every shard and sample", "verify", out)
 
 

@@ -125,6 +125,12 @@ def test_an_index_for_shards_that_exist(shapes, tmp_path, make_recipe):
     train(make_recipe(data={"root": str(shards)}, run={"steps": 1}))
 
 
+def test_label_maps_that_are_not_asked_for_are_told(shapes, tmp_path):
+    told = "stream 'unlabelled': each image of its first shard has a .png beside it, which is not read"
+    assert told in run("index", shapes / "labelled-*.tar", tmp_path / "a", "--workers", 1).stderr
+    assert told not in run("index", shapes / "unlabelled-*.tar", tmp_path / "b", "--workers", 1).stderr
+
+
 def test_an_index_elsewhere_goes_on_where_it_was_interrupted(shapes, tmp_path, monkeypatch):
     from maskmatch_scale.data.tools import survey
 
