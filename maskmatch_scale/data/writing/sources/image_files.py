@@ -34,7 +34,7 @@ from maskmatch_scale.data.writing.sources.read_tiles import ReadTiles
 from maskmatch_scale.data.writing.sources.splits import Pair, listing_digest, sort_key
 from maskmatch_scale.data.writing.sources.tiles import Tiling, cut_streams, is_named_tiff, tiling_of
 
-REVISION = 1
+REVISION = 2
 """Raise it with every change, here or in the module of a data set, that changes what is written."""
 
 _HELD_OUT_FIRST = ("val", None, "dev", "labelled", "unlabelled")
